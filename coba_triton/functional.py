@@ -1,0 +1,404 @@
+"""The public functions: single steps and whole sequences, feed-forward and recurrent."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _validation as check
+from . import operators, reference
+from ._backends import choose_backend
+from ._validation import SpikeDtype
+from .model import (
+    NUMERIC_PARAMETERS,
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    Constants,
+    derive_constants,
+)
+from .spikes import pack_spikes
+
+FEED_FORWARD_FIELDS = CobaLIFFeedForwardState._fields
+RECURRENT_FIELDS = CobaLIFState._fields
+
+State = TypeVar("State", CobaLIFState, CobaLIFFeedForwardState)
+
+
+def _compute_dtype(x: Tensor, tensors: list[Any], shape: torch.Size) -> torch.dtype:
+    """float32, or float64 where eager PyTorch would promote to it: single numbers do not promote whole arrays."""
+    dtypes = [torch.float32, *([x.dtype] if x.is_floating_point() else [])]
+    for value in tensors:
+        if isinstance(value, Tensor) and value.is_floating_point() and (value.dim() > 0 or not shape):
+            dtypes.append(value.dtype)
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _spike_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else compute_dtype
+
+
+def _numbers(p: Any) -> dict[str, Any]:
+    return {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
+
+
+def _prepare(
+    x: Tensor,
+    neurons: torch.Size,
+    state: Any,
+    fields: tuple[str, ...],
+    weights: list[Tensor],
+    p: Any,
+    dt: float,
+) -> tuple[list[Tensor], Constants, torch.dtype]:
+    """State fields as tensors of the neurons' shape, the constants, and the compute dtype."""
+    given = [] if state is None else [getattr(state, name) for name in fields]
+    dtype = _compute_dtype(x, [*given, *weights, *_numbers(p).values()], neurons)
+    c = derive_constants(p, dt, dtype, x.device)
+    if state is None:
+        values = {"v": c.v_rest}
+        given = [values.get(name, torch.zeros((), dtype=dtype, device=x.device)) for name in fields]
+    tensors = [torch.as_tensor(value, dtype=dtype, device=x.device).expand(neurons) for value in given]
+    if state is not None:
+        check.warn_if_unstable(p, dt, *given[-2:])
+    else:
+        check.warn_if_unstable(p, dt, 0.0, 0.0)
+    return tensors, c, dtype
+
+
+def _feed_forward_request(
+    x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size
+) -> tuple[torch.Size, list[Tensor], Constants, torch.dtype]:
+    check.check_parameters(p)
+    check.check_dt(dt)
+    named = _numbers(p)
+    if state is not None:
+        check.check_state(state, FEED_FORWARD_FIELDS, x.device)
+        named = {f"state.{name}": getattr(state, name) for name in FEED_FORWARD_FIELDS} | named
+    neurons = check.broadcast_neurons(step_shape, named)
+    return neurons, *_prepare(x, neurons, state, FEED_FORWARD_FIELDS, [], p, dt)
+
+
+def _recurrent_request(
+    x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
+) -> tuple[list[Tensor], reference.SplitWeights, Constants, torch.dtype]:
+    check.check_parameters(p)
+    check.check_dt(dt)
+    check.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
+    neurons = torch.Size([*step_shape[:-1], input_weights.shape[0]])
+    named = _numbers(p)
+    if state is not None:
+        check.check_state(state, RECURRENT_FIELDS, x.device)
+        named = {f"state.{name}": getattr(state, name) for name in RECURRENT_FIELDS} | named
+    check.broadcast_neurons(neurons, named, grows=False)
+    tensors, c, dtype = _prepare(x, neurons, state, RECURRENT_FIELDS, [input_weights, recurrent_weights], p, dt)
+    return tensors, reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype)), c, dtype
+
+
+def coba_lif_feed_forward_step(
+    input_tensor: Tensor,
+    state: Any,
+    p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+    dt: float = 0.001,
+) -> tuple[Tensor, CobaLIFFeedForwardState]:
+    """One step of unconnected conductance-based LIF neurons, in eager PyTorch.
+
+    Equations: see :func:`coba_lif_feed_forward_integral`, of which this is one step in the order ``decay_first``.
+
+    Args:
+        input_tensor: net input in uS, ``[*shape]``: what is positive joins g_e, what is negative g_i.
+        state: ``v`` in mV, ``g_e`` and ``g_i`` in uS, each a number or a tensor that broadcasts; None starts at rest.
+        p: parameters, see :class:`CobaLIFParameters`.
+        dt: time step in ms.
+
+    Returns:
+        The spikes, 0 or 1 in the input's floating dtype, and the new state.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes do not broadcast, devices differ, ``dt`` is not positive, or the method is unknown.
+
+    Example:
+        >>> z, state = coba_lif_feed_forward_step(torch.ones(3), None, dt=0.1)
+        >>> state.g_e
+        tensor([1., 1., 1.])
+    """
+    check.check_input(input_tensor, "[...]", 0)
+    neurons, (v, g_e, g_i), c, dtype = _feed_forward_request(input_tensor, state, p, dt, input_tensor.shape)
+    x = input_tensor.to(dtype).expand(neurons)
+    new = reference.feed_forward_step(x, v, g_e, g_i, c, False, p.method)
+    return new.z.to(_spike_dtype(input_tensor, dtype)), CobaLIFFeedForwardState(new.v, new.g_e, new.g_i)
+
+
+def coba_lif_step(
+    input_tensor: Tensor,
+    state: Any,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+    dt: float = 0.001,
+) -> tuple[Tensor, CobaLIFState]:
+    """One step of a recurrent population of conductance-based LIF neurons, in eager PyTorch.
+
+    Equations: see :func:`coba_lif_integral`, of which this is one step in the order ``decay_first``.
+
+    Args:
+        input_tensor: input spikes or currents, ``[*batch, I]``.
+        state: ``z`` (last spikes), ``v`` in mV, ``g_e`` and ``g_i`` in uS, each a number or a tensor that broadcasts
+            to ``[*batch, N]``; None starts at rest.
+        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory.
+        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic.
+        p: parameters, see :class:`CobaLIFParameters`.
+        dt: time step in ms.
+
+    Returns:
+        The spikes, 0 or 1 in the input's floating dtype, and the new state.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes do not fit, devices differ, ``dt`` is not positive, or the method is unknown.
+
+    Example:
+        >>> z, state = coba_lif_step(torch.ones(3), None, torch.ones(2, 3), torch.zeros(2, 2), dt=0.1)
+        >>> state.g_e
+        tensor([3., 3.])
+    """
+    check.check_input(input_tensor, "[*batch, I]", 1)
+    (z, v, g_e, g_i), w, c, dtype = _recurrent_request(
+        input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape
+    )
+    new = reference.recurrent_step(input_tensor.to(dtype), z, v, g_e, g_i, w, c, False, p.method)
+    return new.z.to(_spike_dtype(input_tensor, dtype)), CobaLIFState(*new)
+
+
+def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: int | None, spike_dtype: SpikeDtype) -> None:
+    check.check_input(x, axes, rank)
+    check.check_order(order)
+    check.check_block_steps(block_steps)
+    check.check_spike_dtype(spike_dtype, block_steps)
+
+
+def _run_reference(
+    step: Callable[..., reference.Step], xs: Tensor, state: State, record_states: bool
+) -> tuple[list[Tensor], State]:
+    """Loop ``step`` over time; returns the spikes of every step and the final or the stacked state."""
+    spikes: list[Tensor] = []
+    trace: list[State] = []
+    for x in xs.unbind(0):
+        new = step(x, *state)
+        state = type(state)(*(getattr(new, name) for name in state._fields))
+        spikes.append(new.z)
+        if record_states:
+            trace.append(state)
+    if record_states:
+        fields = zip(*trace, strict=True) if trace else ((),) * len(state)
+        state = type(state)(*(_stack(list(rows), initial) for rows, initial in zip(fields, state, strict=True)))
+    return spikes, state
+
+
+def _stack(rows: list[Any], like: Any) -> Tensor:
+    return torch.stack(rows) if rows else like.new_empty(0, *like.shape)
+
+
+def _format_spikes(rows: list[Tensor], like: Tensor, spike_dtype: SpikeDtype, default: torch.dtype) -> Tensor:
+    spikes = _stack(rows, like)
+    if spike_dtype == "bits":
+        return pack_spikes(spikes)
+    return spikes.to(spike_dtype or default)
+
+
+def coba_lif_feed_forward_integral(
+    input_tensor: Tensor,
+    state: Any = None,
+    p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+    dt: float = 0.001,
+    *,
+    order: str = "decay_first",
+    backend: str = "auto",
+    block_steps: int | None = None,
+    record_states: bool = False,
+    spike_dtype: SpikeDtype = None,
+) -> tuple[Tensor, CobaLIFFeedForwardState]:
+    """Unconnected conductance-based LIF neurons over a whole sequence.
+
+    Every step does, in this order (``jump_first``: the input is added before the decay)::
+
+        g_e = (g_e + (-dt tau_syn_exc_inv) g_e) + relu(x)
+        g_i = (g_i + (-dt tau_syn_inh_inv) g_i) + relu(-x)
+        u   = v + (dt c_m_inv) ((g_l (v_rest - v) + g_e (e_rev_E - v)) + g_i (e_rev_I - v))
+        z   = 1 where u - v_thresh > 0, else 0
+        v   = (1 - z) u + z v_reset
+
+    Differentiable by the input, the initial state and the nine numeric parameters, from gradients on spikes and
+    states; the spike's derivative is ``p.method`` (:mod:`coba_triton.surrogate`). The fused backends keep one bit a
+    spike and the state every 8 steps (16 in float64), and recompute the rest in the backward.
+
+    Source: norse's documented ``coba_lif`` equations, doi:10.5281/zenodo.4422025.
+
+    Args:
+        input_tensor: net input in uS, ``[T, *shape]``, floating, bool or integer; what is positive joins g_e, what is
+            negative g_i.
+        state: ``v`` in mV, ``g_e`` and ``g_i`` in uS, each a number or a tensor that broadcasts; None starts at
+            ``v = v_rest`` without conductance.
+        p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the neurons.
+        dt: time step in ms.
+        order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
+        backend: ``auto``, ``reference`` or ``triton``; all give the same bits.
+        block_steps: steps in one launch; None for all of them. Changes no result.
+        record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
+        spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
+            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype.
+
+    Returns:
+        Spikes ``[T, *shape]`` and the state; float32 unless an array among the arguments is float64.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes do not broadcast, devices differ, or an argument's value is unknown.
+        RuntimeError: if the backend that was asked for cannot serve.
+
+    Example:
+        >>> spikes, state = coba_lif_feed_forward_integral(torch.full((1000, 4), 0.2), dt=0.1)
+        >>> spikes.shape
+        torch.Size([1000, 4])
+    """
+    _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
+    steps, *step_shape = input_tensor.shape
+    neurons, tensors, c, dtype = _feed_forward_request(input_tensor, state, p, dt, torch.Size(step_shape))
+    x = input_tensor.reshape(steps, *(1,) * (len(neurons) - len(step_shape)), *step_shape).expand(steps, *neurons)
+    default = _spike_dtype(input_tensor, dtype)
+    jump_first = order == "jump_first"
+
+    backend = choose_backend(backend, input_tensor.device)
+    if backend == "reference":
+        initial = CobaLIFFeedForwardState(*tensors)
+        rows, final = _run_reference(
+            lambda x, v, g_e, g_i: reference.feed_forward_step(x, v, g_e, g_i, c, jump_first, p.method),
+            x.to(dtype),
+            initial,
+            record_states,
+        )
+        return _format_spikes(rows, tensors[0], spike_dtype, default), final
+    return _run_operator(
+        x, tensors, c, neurons, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default
+    )
+
+
+def _run_operator(
+    x: Tensor,
+    state: list[Tensor],
+    c: Constants,
+    neurons: torch.Size,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    block_steps: int | None,
+    record_states: bool,
+    spike_dtype: SpikeDtype,
+    default: torch.dtype,
+) -> tuple[Tensor, CobaLIFFeedForwardState]:
+    """Flatten the neurons, call the operator once a time block, and put the blocks together."""
+    steps, dtype = x.shape[0], state[0].dtype
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.bool, torch.uint8):
+        x = x.to(dtype)
+    flat = torch.stack(state).reshape(3, -1)
+    shared = all(constant.dim() == 0 for constant in c)
+    constants = (
+        torch.stack(c).unsqueeze(1) if shared else torch.stack([k.expand(neurons) for k in c]).reshape(len(c), -1)
+    )
+    x = x.reshape(steps, -1) if x.numel() else x.new_empty(steps, flat.shape[1])
+    check.check_no_tangents((x, flat, constants), backend)
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad or constants.requires_grad)
+    outputs = []
+    for block in x.split(block_steps or max(steps, 1)) if steps else (x,):
+        spikes, flat, states, *_ = torch.ops.coba_triton.feed_forward(
+            block,
+            flat,
+            constants,
+            backend,
+            jump_first,
+            method,
+            None if spike_dtype == "bits" else spike_dtype or default,
+            record_states,
+            operators.checkpoint_interval(dtype) if differentiates else 0,
+        )
+        outputs.append((spikes, states))
+    spikes = outputs[0][0] if len(outputs) == 1 else torch.cat([s for s, _ in outputs])
+    spikes = spikes.reshape(spikes.shape[0], *neurons)
+    if record_states:
+        states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
+        return spikes, CobaLIFFeedForwardState(*states.reshape(3, steps, *neurons).unbind(0))
+    return spikes, CobaLIFFeedForwardState(*flat.reshape(3, *neurons).unbind(0))
+
+
+def coba_lif_integral(
+    input_tensor: Tensor,
+    state: Any,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+    dt: float = 0.001,
+    *,
+    order: str = "decay_first",
+    backend: str = "auto",
+    block_steps: int | None = None,
+    record_states: bool = False,
+    spike_dtype: SpikeDtype = None,
+) -> tuple[Tensor, CobaLIFState]:
+    """A recurrent population of conductance-based LIF neurons over a whole sequence.
+
+    Every step does, in this order (``jump_first``: the drive is added before the decay)::
+
+        g_e = ((g_e + (-dt tau_syn_exc_inv) g_e) + relu(W_in) x) + relu(W_rec) z
+        g_i = ((g_i + (-dt tau_syn_inh_inv) g_i) + relu(-W_in) x) + relu(-W_rec) z
+
+    and then integrates, fires and resets as in :func:`coba_lif_feed_forward_integral`. Served by the reference.
+
+    Source: norse's documented ``coba_lif`` equations, doi:10.5281/zenodo.4422025. (The recurrent step of norse 1.x
+    drops the input term; this one has it.)
+
+    Args:
+        input_tensor: input spikes or currents, ``[T, *batch, I]``.
+        state: ``z`` (last spikes), ``v`` in mV, ``g_e`` and ``g_i`` in uS, each a number or a tensor that broadcasts
+            to ``[*batch, N]``; None starts at ``v = v_rest`` without conductance or spikes.
+        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory.
+        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic.
+        p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the neurons.
+        dt: time step in ms.
+        order: ``decay_first`` or ``jump_first``.
+        backend: ``auto`` or ``reference``.
+        block_steps: accepted for all backends alike; changes no result.
+        record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
+        spike_dtype: as in :func:`coba_lif_feed_forward_integral`.
+
+    Returns:
+        Spikes ``[T, *batch, N]`` and the state.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes do not fit, devices differ, or an argument's value is unknown.
+        RuntimeError: if the backend that was asked for cannot serve.
+
+    Example:
+        >>> x = (torch.rand(100, 8, 3) < 0.1).float()
+        >>> spikes, state = coba_lif_integral(x, None, torch.ones(2, 3), torch.zeros(2, 2), dt=0.1)
+        >>> spikes.shape
+        torch.Size([100, 8, 2])
+    """
+    _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+    tensors, w, c, dtype = _recurrent_request(
+        input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:]
+    )
+    choose_backend(backend, input_tensor.device, recurrent=True)
+    initial = CobaLIFState(*tensors)
+    rows, final = _run_reference(
+        lambda x, z, v, g_e, g_i: reference.recurrent_step(x, z, v, g_e, g_i, w, c, order == "jump_first", p.method),
+        input_tensor.to(dtype),
+        initial,
+        record_states,
+    )
+    return _format_spikes(rows, tensors[0], spike_dtype, _spike_dtype(input_tensor, dtype)), final

@@ -1,0 +1,144 @@
+"""Every message for a wrong argument says what, expected, got, and the way out; the stability warning."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coba_triton import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    coba_lif_feed_forward_integral,
+    coba_lif_feed_forward_step,
+    coba_lif_integral,
+    coba_lif_step,
+)
+
+X = torch.zeros(4, 3)
+W_IN, W_REC = torch.zeros(2, 3), torch.zeros(2, 2)
+META = torch.zeros(3, device="meta")
+
+
+def ff(x: Any = X, state: Any = None, p: Any = CobaLIFParameters(), dt: Any = 0.1, **options: Any) -> Any:  # noqa: B008
+    return coba_lif_feed_forward_integral(x, state, p, dt, **options)
+
+
+def rec(x: Any = X, state: Any = None, w_in: Any = W_IN, w_rec: Any = W_REC, **options: Any) -> Any:
+    return coba_lif_integral(x, state, w_in, w_rec, **options)
+
+
+def number(name: str, value: Any) -> Any:
+    return ff(p=CobaLIFParameters(**{name: value}))
+
+
+CASES: dict[str, tuple[Any, type[Exception], str]] = {
+    "dt zero": (lambda: ff(dt=0.0), ValueError, "dt must be a positive finite number of ms, got 0.0"),
+    "dt nan": (lambda: ff(dt=float("nan")), ValueError, "dt must be a positive finite number of ms, got nan"),
+    "dt inf": (lambda: ff(dt=float("inf")), ValueError, "got inf"),
+    "dt type": (lambda: ff(dt=torch.tensor(0.1)), TypeError, "got Tensor; pass a Python float"),
+    "dt step": (lambda: coba_lif_feed_forward_step(X, None, dt=-1), ValueError, "dt must be"),
+    "order": (lambda: ff(order="other"), ValueError, "order must be 'decay_first' or 'jump_first'.*got 'other'"),
+    "backend": (lambda: ff(backend="gpu"), ValueError, "one of 'auto', 'reference', 'triton', 'cpu', got 'gpu'"),
+    "backend rec": (lambda: rec(backend="gpu"), ValueError, "backend must be one of"),
+    "backend triton rec": (lambda: rec(backend="triton"), RuntimeError, "no recurrent kernels .* pass backend="),
+    "backend cpu": (lambda: ff(backend="cpu"), RuntimeError, "'cpu'.*not part of this version; pass backend="),
+    "method": (
+        lambda: ff(p=CobaLIFParameters(method="sigmoid")),
+        ValueError,
+        "'super', 'triangle', 'tanh', 'circ', 'heavi_erfc', 'heaviside', got 'sigmoid'",
+    ),
+    "input type": (lambda: ff(np.zeros((4, 3))), TypeError, "torch.Tensor .* got ndarray; wrap arrays in torch.as_t"),
+    "input complex": (lambda: ff(X.to(torch.complex64)), TypeError, "must be real.*complex64"),
+    "input rank": (lambda: ff(torch.tensor(1.0)), ValueError, r"must be \[T, ...\], got shape \[\]; add the missing"),
+    "input rank rec": (lambda: rec(torch.zeros(3)), ValueError, r"\[T, \*batch, I\], got shape \[3\]"),
+    "input rank rec step": (
+        lambda: coba_lif_step(torch.tensor(1.0), None, W_IN, W_REC),
+        ValueError,
+        r"\[\*batch, I\], got shape \[\]",
+    ),
+    "state fields": (
+        lambda: ff(state=SimpleNamespace(v=0.0, g_e=0.0)),
+        TypeError,
+        "state must have the fields v, g_e, g_i, got SimpleNamespace without g_i; pass None to start at rest",
+    ),
+    "state needs z": (lambda: rec(state=CobaLIFFeedForwardState(0.0, 0.0, 0.0)), TypeError, "without z"),
+    "state type": (
+        lambda: ff(state=CobaLIFFeedForwardState("a", 0.0, 0.0)),
+        TypeError,
+        "state.v must be a real number",
+    ),
+    "state shape": (
+        lambda: ff(state=CobaLIFFeedForwardState(torch.zeros(2), 0.0, 0.0)),
+        ValueError,
+        r"state.v must broadcast to the neurons \[3\], got \[2\]; pass one number to share it",
+    ),
+    "state shape rec": (
+        lambda: coba_lif_step(X[0], SimpleNamespace(z=torch.zeros(5, 2), v=0.0, g_e=0.0, g_i=0.0), W_IN, W_REC),
+        ValueError,
+        r"state.z must broadcast to the neurons \[2\], got \[5, 2\]",
+    ),
+    "state device": (
+        lambda: ff(state=CobaLIFFeedForwardState(META, 0.0, 0.0)),
+        ValueError,
+        r"state.v must be on the input's device 'cpu', got 'meta'; move it with .to\('cpu'\)",
+    ),
+    "parameters fields": (lambda: ff(p=SimpleNamespace(g_l=1.0)), TypeError, "SimpleNamespace without tau_syn_exc_inv"),
+    "parameter shape": (
+        lambda: number("v_thresh", torch.zeros(64)),
+        ValueError,
+        r"v_thresh must broadcast to the neurons \[3\], got \[64\]; pass one number to share it",
+    ),
+    "parameter bool": (lambda: number("g_l", True), TypeError, "g_l must be a real number .* got bool"),
+    "parameter bool tensor": (lambda: number("g_l", torch.tensor(True)), TypeError, "got a tensor of torch.bool"),
+    "parameter array": (lambda: number("g_l", np.zeros(3)), TypeError, "got ndarray; wrap arrays in torch.as_tensor"),
+    "weights type": (lambda: rec(w_in=[[1.0]]), TypeError, "input_weights must be a torch.Tensor, got list"),
+    "weights dtype": (lambda: rec(w_rec=W_REC.int()), TypeError, "recurrent_weights must be of a floating dtype"),
+    "weights rank": (lambda: rec(w_in=torch.zeros(3)), ValueError, r"input_weights must be a matrix.*got shape \[3\]"),
+    "weights inputs": (
+        lambda: rec(w_in=torch.zeros(3, 2)),
+        ValueError,
+        r"\[N, I\]=\[3, 3\] for an input of I=3, got \[3, 2\]; transpose",
+    ),
+    "weights square": (
+        lambda: rec(w_rec=torch.zeros(3, 3)),
+        ValueError,
+        r"recurrent_weights must be \[N, N\]=\[2, 2\] like input_weights \[N, I\]=\[2, 3\], got \[3, 3\]",
+    ),
+    "weights device": (lambda: rec(w_in=W_IN.to("meta")), ValueError, "input_weights must be on the input's device"),
+    "spike_dtype": (lambda: ff(spike_dtype=torch.int64), ValueError, "or None for the input's, got torch.int64"),
+    "spike_dtype name": (lambda: ff(spike_dtype="bit"), ValueError, "'bits' or None"),
+    "block_steps": (lambda: ff(block_steps=0), ValueError, "positive int or None for one block, got 0"),
+    "block_steps type": (lambda: ff(block_steps=2.0), TypeError, "positive int or None, got float"),
+    "block_steps bits": (lambda: ff(block_steps=40, spike_dtype="bits"), ValueError, "multiple of 32 .* got 40"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name: str) -> None:
+    call, error, message = CASES[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_unstable_step_warns_once() -> None:
+    x, state = torch.zeros(2, 3), CobaLIFFeedForwardState(-20.0, torch.tensor([0.0, 5.0, 1.0]), 0.0)
+    p = CobaLIFParameters()
+    with pytest.warns(UserWarning, match=r"unstable: dt \* c_m_inv \* .* is 2.62 .* make dt smaller than 0.0762"):
+        ff(x, state, p, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ff(x, state, p, 0.1)
+        ff(x, state, p, 0.07)
+
+
+def test_unstable_step_warns_of_tensors_and_single_steps() -> None:
+    p = CobaLIFParameters(g_l=torch.tensor([1.0, 6.0]))
+    with pytest.warns(UserWarning, match="is 3 at the given state"):
+        coba_lif_feed_forward_step(torch.zeros(2), None, p, 0.1)
+    with pytest.warns(UserWarning, match="unstable"):
+        coba_lif_step(X[0], None, W_IN, W_REC, p, 0.2)
