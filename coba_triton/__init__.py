@@ -16,6 +16,7 @@ from .model import (
     default_bio_parameters,
     default_bio_state,
 )
+from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
 from .spikes import pack_spikes, unpack_spikes
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
@@ -28,8 +29,12 @@ except PackageNotFoundError:  # a bare checkout
     __version__ = "0+unknown"
 
 __all__ = [
+    "CobaLIF",
+    "CobaLIFCell",
+    "CobaLIFFeedForwardCell",
     "CobaLIFFeedForwardState",
     "CobaLIFParameters",
+    "CobaLIFRecurrent",
     "CobaLIFState",
     "__version__",
     "coba_lif_feed_forward_integral",

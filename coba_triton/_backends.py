@@ -40,14 +40,14 @@ def triton_device_type() -> str:
 
 
 @functools.cache
-def _report_fallback(device_type: str) -> None:
-    logger.info("backend 'auto' uses the reference: no fused backend serves tensors on %r", device_type)
+def _report_fallback(what: str) -> None:
+    logger.info("backend 'auto' uses the reference: no fused backend serves %s", what)
 
 
 def choose_backend(backend: str, device: torch.device, *, recurrent: bool = False) -> str:
-    """Resolve ``backend`` for tensors on ``device`` to ``reference`` or ``triton``.
+    """Resolve ``backend`` for tensors on ``device`` to ``reference``, ``triton`` or ``cpu``.
 
-    Recurrent networks are served by the reference only.
+    Recurrent networks on the CPU are served by the reference only.
 
     Raises:
         ValueError: if the name is unknown.
@@ -55,26 +55,30 @@ def choose_backend(backend: str, device: torch.device, *, recurrent: bool = Fals
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend == "cpu":
-        raise RuntimeError(
-            "backend 'cpu', the native CPU path, is not part of this version; pass backend='auto' or 'reference'"
-        )
     if backend == "reference":
         return "reference"
-    if recurrent and backend == "triton":
-        raise RuntimeError(
-            "backend 'triton' has no recurrent kernels in this version; pass backend='auto' or 'reference'"
-        )
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise RuntimeError(
+                f"backend 'cpu' serves tensors on 'cpu', got tensors on {device.type!r}; move them with .to('cpu'), or "
+                "pass backend='auto' or 'reference'"
+            )
+        if recurrent:
+            raise RuntimeError(
+                "backend 'cpu' has no recurrent kernels in this version; pass backend='auto' or 'reference'"
+            )
+        return "cpu"
     if backend == "auto":
-        if device.type == "cpu" or recurrent:
-            _report_fallback(device.type)
-            return "reference"
+        if device.type == "cpu":
+            if recurrent:
+                _report_fallback("recurrent networks on 'cpu'")
+            return "reference" if recurrent else "cpu"
         try:
             serves = triton_device_type() == device.type
         except RuntimeError:
             serves = False
         if not serves:
-            _report_fallback(device.type)
+            _report_fallback(f"tensors on {device.type!r}")
         return "triton" if serves else "reference"
     served = triton_device_type()
     if served != device.type:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
 from torch import Tensor
 
-from .kernels import feed_forward
+from ._recurrent import Network
+from .kernels import feed_forward, recurrent
 
 # Steps whose inputs are on their way while as many are computed.
 PREFETCH_STEPS = 8
@@ -34,26 +35,35 @@ def threads_per_warp() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
-def _launch(kernel: Any, x: Tensor, constants: Tensor, jump_first: bool, *args: Any, **meta: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any) -> None:
+    """Every launch of the package: on the tensors' device, without fusing multiplications into additions."""
+    on_device = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    with on_device:
+        kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
+
+
+def _launch_feed_forward(kernel: Any, x: Tensor, constants: Tensor, jump_first: bool, *args: Any, **meta: Any) -> None:
     neurons = x.shape[1]
     num_warps = warps_per_program(neurons)
     block = threads_per_warp() * num_warps
-    on_device = (
-        contextlib.nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
+    _launch(
+        kernel,
+        (triton.cdiv(neurons, block),),
+        x.device,
+        num_warps,
+        *args,
+        BLOCK=block,
+        EVEN=neurons % block == 0,
+        PER_NEURON=constants.shape[1] > 1,
+        JUMP_FIRST=jump_first,
+        **meta,
     )
-    with on_device:
-        kernel[(triton.cdiv(neurons, block),)](
-            *args,
-            BLOCK=block,
-            EVEN=neurons % block == 0,
-            PER_NEURON=constants.shape[1] > 1,
-            JUMP_FIRST=jump_first,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-            **meta,
-        )
 
 
+@overload
+def _kernel_view(x: Tensor) -> Tensor: ...
+@overload
+def _kernel_view(x: Tensor | None) -> Tensor | None: ...
 def _kernel_view(x: Tensor | None) -> Tensor | None:
     """Bool is read and written as uint8: Triton's own 1-bit pointers are no array of bytes."""
     return x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x
@@ -76,7 +86,7 @@ def feed_forward_forward(
     checkpoints: Tensor,
 ) -> None:
     """Fill ``final`` and every non-empty output; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
-    _launch(
+    _launch_feed_forward(
         feed_forward.forward_kernel,
         x,
         constants,
@@ -109,7 +119,7 @@ def feed_forward_backward(
     grad_constants: Tensor,
 ) -> None:
     """Fill ``grad_state`` and every non-empty gradient; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
-    _launch(
+    _launch_feed_forward(
         feed_forward.backward_kernel,
         x,
         constants,
@@ -132,3 +142,204 @@ def feed_forward_backward(
         STEPS=replay_steps(constants.dtype),
         METHOD=method,
     )
+
+
+# Loads on their way while weights are added; the order of the sum does not depend on it.
+EVENTS_AHEAD = 4
+# A program of the event-driven kernel keeps so many neurons in registers; a larger row is swept tile by tile.
+ROW_IN_REGISTERS = 2048
+TILE = 2048
+# Looks at the arrival counter before a program of a sliced row gives up: seconds on a GPU.
+SPIN_LIMIT = 10_000_000
+# Up to so many neurons a program forms the sweep's product itself, one launch a block; above, one product a step.
+SWEEP_IN_ONE_LAUNCH = 256
+
+
+def _warps_for(block: int) -> int:
+    """Warps for a program with ``block`` neurons, of which a thread has 2, or 4 where there are more than 512."""
+    return max(1, block // (64 if block <= 512 else 128))
+
+
+def project_events(sources: Tensor, weights: Tensor) -> Tensor:
+    """``relu(W) x`` and ``relu(-W) x`` for ``sources [R, K]`` and ``weights [K, N]``: ``[2, R, N]``, summed ascending."""
+    (rows, inputs), neurons = sources.shape, weights.shape[1]
+    drive = weights.new_empty(2, rows, neurons)
+    if drive.numel() == 0:
+        return drive
+    values = _kernel_view(sources)
+    lists = torch.empty(rows, max(1, inputs), dtype=torch.int32, device=weights.device)
+    counts = torch.empty(rows, dtype=torch.int32, device=weights.device)
+    block = min(1024, triton.next_power_of_2(max(1, inputs)))
+    _launch(
+        recurrent.compact_kernel, (rows,), weights.device, _warps_for(block),
+        values, lists, counts, inputs, *values.stride(), BLOCK=block,
+    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(neurons))
+    _launch(
+        recurrent.projection_kernel, (rows, triton.cdiv(neurons, block)), weights.device, _warps_for(block),
+        values, lists, counts, weights, drive, inputs, neurons, rows, *values.stride(),
+        BLOCK=block, UNROLL=EVENTS_AHEAD,
+    )  # fmt: skip
+    return drive
+
+
+def recurrent_block(
+    net: Network,
+    weights: Tensor,
+    drive: Tensor,
+    first: Tensor,
+    state: Tensor,
+    spikes: Tensor | None,
+    words: Tensor | None,
+    states: Tensor | None,
+    sliced: bool,
+) -> Tensor:
+    """One event-driven launch for a block; shapes as in :mod:`coba_triton.kernels.recurrent`. Returns the state."""
+    _, steps, batch, neurons = drive.shape
+    slices = slices_per_row(neurons, batch) if sliced else 1
+    if slices > 1:
+        return _sliced_block(net, weights, drive, first, state, spikes, words, states, slices)
+    final = torch.empty_like(state)
+    one_tile = neurons <= ROW_IN_REGISTERS
+    block = triton.next_power_of_2(neurons) if one_tile else TILE
+    scratch = torch.empty(3, batch, neurons, dtype=torch.int32, device=state.device)
+    _launch(
+        recurrent.forward_kernel, (batch,), state.device, _warps_for(block),
+        drive, first, weights, state, net.constants, final, scratch[:2], scratch[2],
+        _kernel_view(spikes), words, states,
+        steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0),
+        BLOCK=block, ONE_TILE=one_tile, UNROLL=EVENTS_AHEAD,
+        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+    )  # fmt: skip
+    return final
+
+
+def resident_programs() -> int:
+    """Programs that surely run at the same time: one for each of the device's multiprocessors."""
+    if triton.knobs.runtime.interpret:
+        return 8
+    active = triton.runtime.driver.active
+    return int(active.utils.get_device_properties(active.get_current_device())["multiprocessor_count"])
+
+
+def slices_per_row(neurons: int, batch: int) -> int:
+    """Programs that share a batch row, none of fewer than 32 neurons; the sum over synapses does not depend on it."""
+    wanted = max(1, min(neurons // 32, resident_programs() // max(1, batch)))
+    return int(triton.cdiv(neurons, triton.next_power_of_2(triton.cdiv(neurons, wanted))))
+
+
+def _sliced_block(
+    net: Network,
+    weights: Tensor,
+    drive: Tensor,
+    first: Tensor,
+    state: Tensor,
+    spikes: Tensor | None,
+    words: Tensor | None,
+    states: Tensor | None,
+    slices: int,
+) -> Tensor:
+    """As :func:`recurrent_block`, by several programs a row that wait for each other after every step."""
+    _, steps, batch, neurons = drive.shape
+    final = torch.empty_like(state)
+    block = triton.next_power_of_2(triton.cdiv(neurons, slices))
+    integers = functools.partial(torch.empty, dtype=torch.int32, device=state.device)
+    arrived, failed = (torch.zeros(size, dtype=torch.int32, device=state.device) for size in (batch, 1))
+    _launch(
+        recurrent.sliced_forward_kernel, (slices, batch), state.device, _warps_for(block),
+        drive, first, weights, state, net.constants, final,
+        integers((2, batch, slices, block)), integers((2, batch, slices)), arrived, failed,
+        _kernel_view(spikes), words, states,
+        steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT,
+        BLOCK=block, SLICES=slices, UNROLL=EVENTS_AHEAD,
+        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, launch_cooperative_grid=True,
+    )  # fmt: skip
+    if int(failed):
+        raise RuntimeError(
+            f"path 'sliced': a program waited for another of its batch row for more than {SPIN_LIMIT} looks and gave "
+            f"up; expected all {slices * batch} programs to run at once; pass path='events'"
+        )
+    return final
+
+
+def _launch_driven(
+    net: Network,
+    drive: Tensor,
+    recurrent_drive: Tensor,
+    state: Tensor,
+    words: Tensor | None,
+    spikes: Tensor | None,
+    states: Tensor | None,
+    trajectory: Tensor | None,
+    steps: int,
+) -> Tensor:
+    final = torch.empty_like(state)
+    cells = state[0].numel()
+    num_warps = warps_per_program(cells)
+    block = threads_per_warp() * num_warps
+    _launch(
+        recurrent.driven_kernel, (triton.cdiv(cells, block),), state.device, num_warps,
+        drive, recurrent_drive, state, net.constants, words, final, spikes, states, trajectory,
+        steps, cells, net.constants.stride(0), 0 if states is None else states.stride(0),
+        BLOCK=block, PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+    )  # fmt: skip
+    return final
+
+
+def recurrent_step(
+    net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None
+) -> Tensor:
+    """One step with both drives ``[2, B, N]`` known; fills ``spikes [B, N]`` and returns the state."""
+    return _launch_driven(net, drive, recurrent_drive, state, None, spikes, states, None, 1)
+
+
+def recurrent_replay(net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, words: Tensor) -> Tensor:
+    """The trajectory ``[6, T, B, N]`` of a block whose spikes are known."""
+    trajectory = state.new_empty(6, *drive.shape[1:])
+    _launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, drive.shape[1])
+    return trajectory
+
+
+def recurrent_sweep(
+    net: Network,
+    split_weights: Tensor,
+    trajectory: Tensor,
+    words: Tensor,
+    start: int,
+    method: str,
+    grad_spikes: Tensor | None,
+    grad_states: Tensor | None,
+    lam: Tensor,
+    lam_z: Tensor,
+    adjoints: Tensor,
+    grad_constants: Tensor | None,
+) -> Tensor:
+    """Sweep back through a block: fills ``adjoints [T, B, 2 N]``, carries ``lam`` on, returns the new ``lam_z``.
+
+    One launch where a program can own whole rows; for more neurons a launch and a matrix product a step.
+    """
+    steps, batch, neurons = trajectory.shape[1:]
+    in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH
+    # one neuron a thread: no layout conversions between the loads
+    num_warps = max(1, triton.next_power_of_2(neurons) // threads_per_warp()) if in_one_launch else 4
+    block = num_warps * threads_per_warp()
+    grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
+
+    def launch(begin: int, end: int) -> None:
+        _launch(
+            recurrent.backward_kernel, (batch, triton.cdiv(neurons, block)), lam.device, num_warps,
+            trajectory, words, net.constants, grad_spikes, grad_states,
+            net.recurrent_weights if in_one_launch else None, lam, lam_z, adjoints, grad_constants,
+            begin, end, start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
+            net.constants.stride(0), *grad_strides,
+            BLOCK=block, UNROLL=EVENTS_AHEAD,
+            PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=method,
+        )  # fmt: skip
+
+    if in_one_launch:
+        launch(0, steps)
+        return lam_z
+    for t in reversed(range(steps)):
+        launch(t, t + 1)
+        torch.mm(adjoints[t], split_weights, out=lam_z)
+    return lam_z

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,11 @@ def check_order(order: Any) -> None:
         raise ValueError(f"order must be 'decay_first' or 'jump_first' (norse's feed-forward step), got {order!r}")
 
 
+def check_path(path: Any, paths: tuple[str, ...]) -> None:
+    if path not in paths:
+        raise ValueError(f"path must be one of {', '.join(map(repr, paths))}, got {path!r}")
+
+
 def check_parameters(p: Any) -> None:
     missing = [name for name in (*NUMERIC_PARAMETERS, "method") if not hasattr(p, name)]
     if missing:
@@ -55,6 +60,40 @@ def check_number(value: Any, name: str) -> None:
             f"{name} must be a real number or a torch.Tensor, got {type(value).__name__}; "
             "wrap arrays in torch.as_tensor"
         )
+
+
+LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
+
+
+def check_learn(learn: Any, p: Any) -> None:
+    """``learn`` names numbers that can take a gradient, and all that require one; ``p`` is a checked record."""
+    if isinstance(learn, str) or not isinstance(learn, Collection):
+        example = learn if isinstance(learn, str) else "v_thresh"
+        raise TypeError(f"learn must be a tuple of parameter names, got {learn!r}; pass learn=({example!r},)")
+    for name in learn:
+        if name not in LEARNABLE:
+            raise ValueError(
+                f"learn must name parameters among {', '.join(LEARNABLE)}, got {name!r}; leave it out, and set its "
+                "value in p"
+            )
+    for name in LEARNABLE:
+        value = getattr(p, name)
+        if not isinstance(value, Tensor):
+            continue
+        if name in learn and not value.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype to be learned, got {value.dtype}; use .float()")
+        if name not in learn and value.requires_grad:
+            raise ValueError(
+                f"{name} must be in learn to get a gradient, got learn={tuple(learn)}; add it, or pass a tensor that "
+                "does not require grad"
+            )
+
+
+def check_size(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value}")
 
 
 def check_input(x: Any, axes: str, rank: int) -> None:
@@ -179,11 +218,14 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any, g_i: Any) -> None:
     key = (dt, *(tuple(r.shape) if isinstance(r, Tensor) else r for r in rates))
     if key in _stability_checked:
         return
-    _stability_checked.add(key)
     with torch.no_grad():
         c_m_inv, g_l, g_e, g_i = (torch.as_tensor(value).detach().double().cpu() for value in (*rates, g_e, g_i))
         factor = dt * c_m_inv * (g_l + g_e + g_i)
-        largest = float(factor.max()) if factor.numel() else 0.0
+        try:
+            largest = float(factor.max()) if factor.numel() else 0.0
+        except RuntimeError:  # torch.func.vmap cannot read back
+            return
+    _stability_checked.add(key)
     if largest > 2:
         warnings.warn(
             f"the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) is {largest:.3g} at the given state, more "

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import _recurrent, operators, reference
 from . import _validation as check
-from . import operators, reference
 from ._backends import choose_backend
 from ._validation import SpikeDtype
 from .model import (
@@ -85,7 +85,7 @@ def _feed_forward_request(
 
 def _recurrent_request(
     x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
-) -> tuple[list[Tensor], reference.SplitWeights, Constants, torch.dtype]:
+) -> tuple[list[Tensor], tuple[Tensor, Tensor], Constants, torch.dtype]:
     check.check_parameters(p)
     check.check_dt(dt)
     check.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
@@ -96,7 +96,7 @@ def _recurrent_request(
         named = {f"state.{name}": getattr(state, name) for name in RECURRENT_FIELDS} | named
     check.broadcast_neurons(neurons, named, grows=False)
     tensors, c, dtype = _prepare(x, neurons, state, RECURRENT_FIELDS, [input_weights, recurrent_weights], p, dt)
-    return tensors, reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype)), c, dtype
+    return tensors, (input_weights.to(dtype), recurrent_weights.to(dtype)), c, dtype
 
 
 def coba_lif_feed_forward_step(
@@ -168,9 +168,10 @@ def coba_lif_step(
         tensor([3., 3.])
     """
     check.check_input(input_tensor, "[*batch, I]", 1)
-    (z, v, g_e, g_i), w, c, dtype = _recurrent_request(
+    (z, v, g_e, g_i), weights, c, dtype = _recurrent_request(
         input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape
     )
+    w = reference.SplitWeights.of(*weights)
     new = reference.recurrent_step(input_tensor.to(dtype), z, v, g_e, g_i, w, c, False, p.method)
     return new.z.to(_spike_dtype(input_tensor, dtype)), CobaLIFState(*new)
 
@@ -235,7 +236,7 @@ def coba_lif_feed_forward_integral(
 
     Differentiable by the input, the initial state and the nine numeric parameters, from gradients on spikes and
     states; the spike's derivative is ``p.method`` (:mod:`coba_triton.surrogate`). The fused backends keep one bit a
-    spike and the state every 8 steps (16 in float64), and recompute the rest in the backward.
+    spike and the state every 8 or 16 steps, and recompute the rest in the backward.
 
     Source: norse's documented ``coba_lif`` equations, doi:10.5281/zenodo.4422025.
 
@@ -247,7 +248,7 @@ def coba_lif_feed_forward_integral(
         p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the neurons.
         dt: time step in ms.
         order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
-        backend: ``auto``, ``reference`` or ``triton``; all give the same bits.
+        backend: ``auto``, ``reference``, ``triton`` or ``cpu``; all give the same bits.
         block_steps: steps in one launch; None for all of them. Changes no result.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
@@ -288,6 +289,18 @@ def coba_lif_feed_forward_integral(
     )
 
 
+def _kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half precision and bytes are read as they are; everything else comes in the compute dtype."""
+    return x if x.dtype in (torch.float16, torch.bfloat16, torch.bool, torch.uint8) else x.to(dtype)
+
+
+def _constants_table(c: Constants, neurons: torch.Size) -> Tensor:
+    """``[10, 1]`` where one number serves all neurons for every constant, else ``[10, neurons]``."""
+    if all(constant.dim() == 0 for constant in c):
+        return torch.stack(c).unsqueeze(1)
+    return torch.stack([constant.expand(neurons) for constant in c]).reshape(len(c), -1)
+
+
 def _run_operator(
     x: Tensor,
     state: list[Tensor],
@@ -303,13 +316,9 @@ def _run_operator(
 ) -> tuple[Tensor, CobaLIFFeedForwardState]:
     """Flatten the neurons, call the operator once a time block, and put the blocks together."""
     steps, dtype = x.shape[0], state[0].dtype
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.bool, torch.uint8):
-        x = x.to(dtype)
+    x = _kernel_input(x, dtype)
     flat = torch.stack(state).reshape(3, -1)
-    shared = all(constant.dim() == 0 for constant in c)
-    constants = (
-        torch.stack(c).unsqueeze(1) if shared else torch.stack([k.expand(neurons) for k in c]).reshape(len(c), -1)
-    )
+    constants = _constants_table(c, neurons)
     x = x.reshape(steps, -1) if x.numel() else x.new_empty(steps, flat.shape[1])
     check.check_no_tangents((x, flat, constants), backend)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad or constants.requires_grad)
@@ -324,7 +333,7 @@ def _run_operator(
             method,
             None if spike_dtype == "bits" else spike_dtype or default,
             record_states,
-            operators.checkpoint_interval(dtype) if differentiates else 0,
+            operators.checkpoint_interval(dtype, backend) if differentiates else 0,
         )
         outputs.append((spikes, states))
     spikes = outputs[0][0] if len(outputs) == 1 else torch.cat([s for s, _ in outputs])
@@ -348,6 +357,7 @@ def coba_lif_integral(
     block_steps: int | None = None,
     record_states: bool = False,
     spike_dtype: SpikeDtype = None,
+    path: str = "auto",
 ) -> tuple[Tensor, CobaLIFState]:
     """A recurrent population of conductance-based LIF neurons over a whole sequence.
 
@@ -356,7 +366,8 @@ def coba_lif_integral(
         g_e = ((g_e + (-dt tau_syn_exc_inv) g_e) + relu(W_in) x) + relu(W_rec) z
         g_i = ((g_i + (-dt tau_syn_inh_inv) g_i) + relu(-W_in) x) + relu(-W_rec) z
 
-    and then integrates, fires and resets as in :func:`coba_lif_feed_forward_integral`. Served by the reference.
+    and then integrates, fires and resets as in :func:`coba_lif_feed_forward_integral`. The fused backends gather only
+    the synapses of neurons that spiked, one launch for a time block, and sum them in ascending order of the sources.
 
     Source: norse's documented ``coba_lif`` equations, doi:10.5281/zenodo.4422025. (The recurrent step of norse 1.x
     drops the input term; this one has it.)
@@ -370,10 +381,14 @@ def coba_lif_integral(
         p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the neurons.
         dt: time step in ms.
         order: ``decay_first`` or ``jump_first``.
-        backend: ``auto`` or ``reference``.
-        block_steps: accepted for all backends alike; changes no result.
+        backend: ``auto``, ``reference`` or ``triton``; the same bits where the sums of weights are exact.
+        block_steps: steps in one launch of a fused backend, rounded up to a multiple of 32; None for about ``sqrt(T)``
+            in training, where the state before each block is kept, and else for a bounded scratch.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
         spike_dtype: as in :func:`coba_lif_feed_forward_integral`.
+        path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
+            (events, several programs a batch row), or ``auto``: events, and dense for a block that follows one with
+            more than 0.2 spikes per neuron and step.
 
     Returns:
         Spikes ``[T, *batch, N]`` and the state.
@@ -390,15 +405,83 @@ def coba_lif_integral(
         torch.Size([100, 8, 2])
     """
     _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
-    tensors, w, c, dtype = _recurrent_request(
+    check.check_path(path, _recurrent.PATHS)
+    tensors, weights, c, dtype = _recurrent_request(
         input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:]
     )
-    choose_backend(backend, input_tensor.device, recurrent=True)
     initial = CobaLIFState(*tensors)
-    rows, final = _run_reference(
-        lambda x, z, v, g_e, g_i: reference.recurrent_step(x, z, v, g_e, g_i, w, c, order == "jump_first", p.method),
-        input_tensor.to(dtype),
+    default = _spike_dtype(input_tensor, dtype)
+    jump_first = order == "jump_first"
+    backend = choose_backend(backend, input_tensor.device, recurrent=True)
+    if backend == "reference":
+        w = reference.SplitWeights.of(*weights)
+        rows, final = _run_reference(
+            lambda x, z, v, g_e, g_i: reference.recurrent_step(x, z, v, g_e, g_i, w, c, jump_first, p.method),
+            input_tensor.to(dtype),
+            initial,
+            record_states,
+        )
+        return _format_spikes(rows, tensors[0], spike_dtype, default), final
+    return _run_recurrent_operator(
+        input_tensor,
         initial,
+        weights,
+        c,
+        backend,
+        jump_first,
+        p.method,
+        block_steps,
         record_states,
+        spike_dtype,
+        default,
+        path,
     )
-    return _format_spikes(rows, tensors[0], spike_dtype, _spike_dtype(input_tensor, dtype)), final
+
+
+def _run_recurrent_operator(
+    x: Tensor,
+    state: CobaLIFState,
+    weights: tuple[Tensor, Tensor],
+    c: Constants,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    block_steps: int | None,
+    record_states: bool,
+    spike_dtype: SpikeDtype,
+    default: torch.dtype,
+    path: str,
+) -> tuple[Tensor, CobaLIFState]:
+    """Flatten the batch to one axis, call the operator, and give the result its shape."""
+    z, *others = (torch.as_tensor(field) for field in state)
+    steps, neurons, dtype = x.shape[0], z.shape, z.dtype
+    batch = neurons[:-1].numel()
+    x = _kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
+    z = z.reshape(batch, neurons[-1])
+    flat = torch.stack(others).reshape(3, batch, neurons[-1])
+    constants = _constants_table(c, neurons)
+    differentiable = (x, z, flat, *weights, constants)
+    check.check_no_tangents(differentiable, backend)
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    # recorded spikes are part of the differentiable state: they take their format afterwards
+    wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
+    spikes, z, flat, states, *_ = torch.ops.coba_triton.recurrent(
+        x,
+        z,
+        flat,
+        *weights,
+        constants,
+        backend,
+        jump_first,
+        method,
+        wanted,
+        record_states,
+        _recurrent.choose_block_steps(block_steps, steps, z.numel(), z.element_size(), train),
+        train,
+        path,
+    )
+    spikes = spikes.reshape(spikes.shape[0], *neurons)
+    if record_states:
+        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
+    return spikes, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _recurrent as _recurrent_blocks
 from .model import Constants
 from .spikes import word_count
 
@@ -35,12 +36,12 @@ _library.define(
 
 def _kernels(backend: str) -> ModuleType:
     """The module that launches a backend's kernels, imported when first needed."""
-    return importlib.import_module({"triton": "._triton"}[backend], __package__)
+    return importlib.import_module({"triton": "._triton", "cpu": "._cpu"}[backend], __package__)
 
 
-def checkpoint_interval(dtype: torch.dtype) -> int:
-    """Steps between two saved states: 12 / 8 bytes per neuron-step in float32, 24 / 16 in float64."""
-    return 16 if dtype == torch.float64 else 8
+def checkpoint_interval(dtype: torch.dtype, backend: str) -> int:
+    """Steps between two saved states: at most 1.5 bytes per neuron-step, and no more than a replay can hold."""
+    return 16 if dtype == torch.float64 or backend == "cpu" else 8
 
 
 def checkpoint_count(steps: int, every: int) -> int:
@@ -54,9 +55,7 @@ def _allocate_forward(
     steps, neurons = x.shape
     packed = word_count(steps), neurons
     spikes = (
-        x.new_empty(packed, dtype=torch.int32)
-        if spike_dtype is None
-        else x.new_empty(steps, neurons, dtype=spike_dtype)
+        x.new_empty(packed, dtype=torch.int32) if spike_dtype is None else x.new_empty(steps, neurons, dtype=spike_dtype)
     )
     # packed spikes serve the backward as they are
     words = x.new_empty(packed if checkpoint_every and spike_dtype is not None else (0, neurons), dtype=torch.int32)
@@ -76,9 +75,7 @@ def _feed_forward(
     record_states: bool,
     checkpoint_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spikes, final, states, words, checkpoints = _allocate_forward(
-        x, state, spike_dtype, record_states, checkpoint_every
-    )
+    spikes, final, states, words, checkpoints = _allocate_forward(x, state, spike_dtype, record_states, checkpoint_every)
     if x.numel() == 0:
         return spikes, state.clone(), states, words, checkpoints
     _kernels(backend).feed_forward_forward(
@@ -110,9 +107,7 @@ def _feed_forward_fake(
     return _allocate_forward(x, state, spike_dtype, record_states, checkpoint_every)
 
 
-def _allocate_backward(
-    x: Tensor, constants: Tensor, x_grad: bool, constants_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_backward(x: Tensor, constants: Tensor, x_grad: bool, constants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     neurons = x.shape[1]
     return (
         x.new_empty(x.shape if x_grad else (0, neurons)),
@@ -238,4 +233,225 @@ torch.library.register_fake("coba_triton::feed_forward_backward", _feed_forward_
 torch.library.register_autograd("coba_triton::feed_forward", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd(
     "coba_triton::feed_forward_backward", _double_backward, setup_context=_double_setup_context, lib=_library
+)
+
+_library.define(
+    "recurrent(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
+    "str backend, bool jump_first, str method, ScalarType? spike_dtype, bool record_states, int block_steps, bool train, "
+    "str path) -> (Tensor spikes, Tensor z_final, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
+)
+_library.define(
+    "recurrent_backward(Tensor x, Tensor z, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
+    "Tensor words, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_z, Tensor? grad_final, Tensor? grad_states, "
+    "str backend, bool jump_first, str method, int block_steps, bool x_grad, bool constants_grad) "
+    "-> (Tensor grad_x, Tensor grad_z, Tensor grad_state, Tensor grad_input_weights, Tensor grad_recurrent_weights, "
+    "Tensor grad_constants)"
+)
+
+
+def _recurrent_fake(
+    x: Tensor,
+    z: Tensor,
+    state: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    spike_dtype: torch.dtype | None,
+    record_states: bool,
+    block_steps: int,
+    train: bool,
+    path: str,
+) -> tuple[Tensor, ...]:
+    steps = x.shape[0]
+    packed = word_count(steps), *z.shape
+    blocks = (steps + block_steps - 1) // block_steps if train else 0
+    return (
+        x.new_empty(packed if spike_dtype is None else (steps, *z.shape), dtype=spike_dtype or torch.int32),
+        torch.empty_like(z),
+        torch.empty_like(state),
+        state.new_empty(3, steps if record_states else 0, *z.shape),
+        x.new_empty(packed if train and spike_dtype is not None else (0, *z.shape), dtype=torch.int32),
+        state.new_empty(blocks, *state.shape),
+    )
+
+
+def _recurrent(
+    x: Tensor,
+    z: Tensor,
+    state: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    spike_dtype: torch.dtype | None,
+    record_states: bool,
+    block_steps: int,
+    train: bool,
+    path: str,
+) -> tuple[Tensor, ...]:
+    spikes, z_final, final, states, words, checkpoints = _recurrent_fake(
+        x,
+        z,
+        state,
+        input_weights,
+        recurrent_weights,
+        constants,
+        backend,
+        jump_first,
+        method,
+        spike_dtype,
+        record_states,
+        block_steps,
+        train,
+        path,
+    )
+    if x.shape[0] == 0 or z.numel() == 0:
+        return spikes, z.clone(), state.clone(), states, words, checkpoints
+    packed = spikes if spike_dtype is None else words if train else None
+    z, state = _recurrent_blocks.forward(
+        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(backend)),
+        x,
+        z,
+        state,
+        spikes if spike_dtype is not None else None,
+        packed,
+        states if record_states else None,
+        checkpoints if train else None,
+        block_steps,
+        path,
+    )
+    return spikes, z_final.copy_(z), final.copy_(state), states, words, checkpoints
+
+
+def _recurrent_backward_fake(
+    x: Tensor,
+    z: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    words: Tensor,
+    checkpoints: Tensor,
+    grad_spikes: Tensor | None,
+    grad_z: Tensor | None,
+    grad_final: Tensor | None,
+    grad_states: Tensor | None,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    block_steps: int,
+    x_grad: bool,
+    constants_grad: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        x.new_empty(x.shape if x_grad else (0, *x.shape[1:])),
+        torch.empty_like(z),
+        z.new_empty(3, *z.shape),
+        torch.empty_like(input_weights),
+        torch.empty_like(recurrent_weights),
+        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if constants_grad else 0),
+    )
+
+
+def _recurrent_backward(
+    x: Tensor,
+    z: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    words: Tensor,
+    checkpoints: Tensor,
+    grad_spikes: Tensor | None,
+    grad_z: Tensor | None,
+    grad_final: Tensor | None,
+    grad_states: Tensor | None,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    block_steps: int,
+    x_grad: bool,
+    constants_grad: bool,
+) -> tuple[Tensor, ...]:
+    grads = _recurrent_blocks.backward(
+        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(backend)),
+        x,
+        z,
+        words,
+        checkpoints,
+        block_steps,
+        method,
+        None if grad_spikes is None else grad_spikes.reshape(grad_spikes.shape[0], -1),
+        grad_z,
+        grad_final,
+        None if grad_states is None else grad_states.contiguous(),
+        x_grad,
+        constants_grad,
+    )
+    grad_constants = grads.constants
+    if grad_constants is not None and constants.shape[1] == 1:
+        grad_constants = grad_constants.sum(1, keepdim=True)
+    return (
+        x.new_empty(0, *x.shape[1:]) if grads.x is None else grads.x,
+        grads.z,
+        grads.state,
+        grads.input_weights,
+        grads.recurrent_weights,
+        constants.new_empty(NUM_CONSTANTS, 0) if grad_constants is None else grad_constants,
+    )
+
+
+def _recurrent_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, z, _, input_weights, recurrent_weights, constants, *options = inputs
+    ctx.backend, ctx.jump_first, ctx.method, spike_dtype, _, ctx.block_steps, ctx.train, _ = options
+    spikes, _, _, _, words, checkpoints = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(checkpoints)
+    words = spikes if spike_dtype is None else words
+    ctx.save_for_backward(x, z, input_weights, recurrent_weights, constants, words, checkpoints)
+
+
+def _recurrent_autograd(
+    ctx: Any,
+    grad_spikes: Tensor | None,
+    grad_z: Tensor | None,
+    grad_final: Tensor | None,
+    grad_states: Tensor | None,
+    *_: None,
+) -> tuple[Tensor | None, ...]:
+    if not ctx.train:
+        raise RuntimeError("coba_triton::recurrent saved nothing for the backward pass: train was False; pass train=True")
+    needed = ctx.needs_input_grad[:6]
+    grads = torch.ops.coba_triton.recurrent_backward(
+        *ctx.saved_tensors,
+        grad_spikes,
+        grad_z,
+        grad_final,
+        grad_states,
+        ctx.backend,
+        ctx.jump_first,
+        ctx.method,
+        ctx.block_steps,
+        needed[0],
+        needed[5],
+    )
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 8
+
+
+def _recurrent_double_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.backend = inputs[11]
+
+
+_library.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
+_library.impl("recurrent_backward", _recurrent_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("coba_triton::recurrent", _recurrent_fake, lib=_library)
+torch.library.register_fake("coba_triton::recurrent_backward", _recurrent_backward_fake, lib=_library)
+torch.library.register_autograd(
+    "coba_triton::recurrent", _recurrent_autograd, setup_context=_recurrent_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "coba_triton::recurrent_backward", _double_backward, setup_context=_recurrent_double_setup_context, lib=_library
 )

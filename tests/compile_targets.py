@@ -19,8 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _backends, _triton, coba_lif_feed_forward_integral
-from coba_triton.kernels import feed_forward
+from coba_triton import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    _backends,
+    _triton,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+)
+from coba_triton.kernels import feed_forward, recurrent
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -137,21 +144,71 @@ SPECIMENS: dict[str, dict[str, Any]] = {
 }
 
 
+def run_recurrent(
+    *,
+    neurons: int,
+    dtype: torch.dtype = F32,
+    inputs: int = 40,
+    train: bool = False,
+    per_neuron: bool = False,
+    method: str = "super",
+    **options: Any,
+) -> None:
+    """Call the public function, and autograd when training."""
+    w_in = torch.ones(neurons, inputs, dtype=dtype, requires_grad=train)
+    w_rec = torch.zeros(1, 1, dtype=dtype).expand(neurons, neurons).requires_grad_(train)
+    v_thresh = torch.full((neurons,) if per_neuron else (), -10.0, dtype=dtype, requires_grad=train)
+    p = CobaLIFParameters(v_thresh=v_thresh, method=method)
+    x = torch.zeros(34, 2, inputs, dtype=dtype)
+    spikes, _ = coba_lif_integral(x, None, w_in, w_rec, p, 0.1, backend="triton", **options)
+    if train:
+        spikes.sum().backward()
+
+
+RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
+    "recurrent 100": {"neurons": 100, "train": True},
+    "recurrent 256 packed": {"neurons": 256, "spike_dtype": "bits"},
+    "recurrent 256 everything": {
+        "neurons": 256,
+        "train": True,
+        "record_states": True,
+        "per_neuron": True,
+        "order": "jump_first",
+        "method": "circ",
+    },
+    "recurrent 256 float64": {"neurons": 256, "train": True, "dtype": F64},
+    "recurrent 1024": {"neurons": 1024, "train": True},
+    "recurrent 4096": {"neurons": 4096},
+    "recurrent 4000 recorded": {"neurons": 4000, "record_states": True},
+    "recurrent 9000": {"neurons": 9000},
+    "recurrent 256 dense": {"neurons": 256, "path": "dense"},
+}
+KERNELS = {
+    **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
+    "recurrent_forward_kernel": (recurrent, "forward_kernel"),
+    "recurrent_backward_kernel": (recurrent, "backward_kernel"),
+    **{name: (recurrent, name) for name in ("compact_kernel", "projection_kernel", "driven_kernel")},
+}
+
+
 def launches(name: str, target: str) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     """Kernel name to what one specimen launches it with on a target."""
-    kernels = {kernel: getattr(feed_forward, kernel) for kernel in ("forward_kernel", "backward_kernel")}
+    kernels = {kernel: getattr(module, function) for kernel, (module, function) in KERNELS.items()}
     recorders = {kernel: Recorder(function) for kernel, function in kernels.items()}
     device_type, threads_per_warp = _backends.triton_device_type, _triton.threads_per_warp
     _backends.triton_device_type = lambda: "cpu"
     _triton.threads_per_warp = lambda: TARGETS[target].warp_size  # type: ignore[assignment]
-    for kernel, recorder in recorders.items():
-        setattr(feed_forward, kernel, recorder)
+    for kernel, (module, function) in KERNELS.items():
+        setattr(module, function, recorders[kernel])
     try:
-        run(**SPECIMENS[name])
+        if name in SPECIMENS:
+            run(**SPECIMENS[name])
+        else:
+            run_recurrent(**RECURRENT_SPECIMENS[name])
     finally:
         _backends.triton_device_type, _triton.threads_per_warp = device_type, threads_per_warp
-        for kernel, function in kernels.items():
-            setattr(feed_forward, kernel, function)
+        for kernel, (module, function) in KERNELS.items():
+            setattr(module, function, kernels[kernel])
     return {kernel: recorder.launches[0] for kernel, recorder in recorders.items() if recorder.launches}
 
 
@@ -200,7 +257,7 @@ def figures(kernel: CompiledKernel) -> dict[str, int]:
 
 def main(targets: list[str]) -> None:
     for target in targets:
-        for specimen in SPECIMENS:
+        for specimen in [*SPECIMENS, *RECURRENT_SPECIMENS]:
             for kernel, (source, options) in launches(specimen, target).items():
                 compiled = triton.compile(source, target=TARGETS[target], options=options)
                 line = {"target": target, "specimen": specimen, "kernel": kernel, **figures(compiled)}

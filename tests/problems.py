@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
+from coba_triton import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+)
 from coba_triton.model import NUMERIC_PARAMETERS
 
 DT = 0.01
@@ -93,4 +99,73 @@ def problem(
         CobaLIFFeedForwardState(*(s.to(device) for s in state)),
         {name: value.to(device) for name, value in parameters.items()},
         g,
+    )
+
+
+@dataclass
+class RecurrentProblem:
+    """Inputs of a recurrent run; with ``exact`` weights every order of their sums gives the same number."""
+
+    x: Tensor
+    state: CobaLIFState
+    input_weights: Tensor
+    recurrent_weights: Tensor
+    parameters: dict[str, Tensor]
+    alpha: float = 5.0
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {
+            "x": self.x,
+            **self.state._asdict(),
+            "input_weights": self.input_weights,
+            "recurrent_weights": self.recurrent_weights,
+            **self.parameters,
+        }
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, CobaLIFState]:
+        p = CobaLIFParameters(**self.parameters, method=options.pop("method", "super"), alpha=self.alpha)
+        weights = self.input_weights, self.recurrent_weights
+        return coba_lif_integral(self.x, self.state, *weights, p, DT, backend=backend, **options)
+
+    gradients = Problem.gradients
+
+
+def recurrent_problem(
+    steps: int,
+    batch: int,
+    neurons: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    inputs: int = 6,
+    exact: bool = True,
+    per_neuron: bool = False,
+    binary: bool = True,
+    seed: int = 0,
+) -> RecurrentProblem:
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, generator=g, dtype=torch.float64)
+
+    def weights(*size: int) -> Tensor:
+        values = 0.5 * randn(*size) / size[1] ** 0.5 - 0.05
+        return (torch.round(values * 1024) / 1024 if exact else values).to(dtype)
+
+    x = (rand(steps, batch, inputs) < 0.2).double() if binary else torch.round(randn(steps, batch, inputs) * 8) / 8
+    spikes = (rand(batch, neurons) < 0.2).double()
+    state = CobaLIFState(spikes, -0.2 + 0.05 * randn(batch, neurons), 0.2 * rand(batch, neurons), 0.2 * rand(batch, neurons))
+    parameters = {
+        name: value * (1 + 0.05 * randn(neurons)) if per_neuron else torch.tensor(value, dtype=torch.float64)
+        for name, value in VALUES.items()
+    }
+    return RecurrentProblem(
+        x.to(device, dtype),
+        CobaLIFState(*(field.to(device, dtype) for field in state)),
+        weights(neurons, inputs).to(device),
+        weights(neurons, neurons).to(device),
+        {name: value.to(device, dtype) for name, value in parameters.items()},
     )

@@ -45,7 +45,7 @@ def test_interpreter_serves_the_cpu(monkeypatch) -> None:
 def test_gpu_driver_serves_the_gpu(monkeypatch) -> None:
     drive(monkeypatch, "cuda")
     assert choose_backend("triton", GPU) == choose_backend("auto", GPU) == "triton"
-    assert choose_backend("auto", CPU) == "reference"
+    assert choose_backend("auto", CPU) == "cpu"
     with pytest.raises(RuntimeError, match="serves tensors on 'cuda' here, got tensors on 'cpu'"):
         choose_backend("triton", CPU)
 
@@ -73,7 +73,22 @@ def test_no_triton(monkeypatch) -> None:
     assert choose_backend("auto", GPU) == "reference"
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_recurrent_networks_are_served_by_the_reference(backend, monkeypatch) -> None:
+def test_gpu_driver_serves_recurrent_networks(monkeypatch) -> None:
     drive(monkeypatch, "cuda")
-    assert choose_backend(backend, GPU, recurrent=True) == "reference"
+    assert choose_backend("triton", GPU, recurrent=True) == choose_backend("auto", GPU, recurrent=True) == "triton"
+
+
+def test_cpu_serves_feed_forward_on_the_cpu(caplog) -> None:
+    assert choose_backend("auto", CPU) == choose_backend("cpu", CPU) == "cpu"
+    with pytest.raises(RuntimeError, match=r"'cpu' serves tensors on 'cpu', got tensors on 'cuda'; move .* pass backend="):
+        choose_backend("cpu", GPU)
+
+
+def test_cpu_leaves_recurrent_networks_to_the_reference(caplog) -> None:
+    with pytest.raises(RuntimeError, match="'cpu' has no recurrent kernels .* pass backend='auto' or 'reference'"):
+        choose_backend("cpu", CPU, recurrent=True)
+    with caplog.at_level(logging.INFO, "coba_triton"):
+        assert choose_backend("auto", CPU, recurrent=True) == choose_backend("auto", CPU, recurrent=True) == "reference"
+    assert [record.message for record in caplog.records] == [
+        "backend 'auto' uses the reference: no fused backend serves recurrent networks on 'cpu'"
+    ]

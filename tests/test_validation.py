@@ -45,8 +45,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "order": (lambda: ff(order="other"), ValueError, "order must be 'decay_first' or 'jump_first'.*got 'other'"),
     "backend": (lambda: ff(backend="gpu"), ValueError, "one of 'auto', 'reference', 'triton', 'cpu', got 'gpu'"),
     "backend rec": (lambda: rec(backend="gpu"), ValueError, "backend must be one of"),
-    "backend triton rec": (lambda: rec(backend="triton"), RuntimeError, "no recurrent kernels .* pass backend="),
-    "backend cpu": (lambda: ff(backend="cpu"), RuntimeError, "'cpu'.*not part of this version; pass backend="),
+    "path": (lambda: rec(path="sparse"), ValueError, "one of 'auto', 'events', 'sliced', 'dense', got 'sparse'"),
+    "backend cpu rec": (lambda: rec(backend="cpu"), RuntimeError, "'cpu' has no recurrent kernels .* pass backend="),
     "method": (
         lambda: ff(p=CobaLIFParameters(method="sigmoid")),
         ValueError,

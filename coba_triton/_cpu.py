@@ -1,0 +1,167 @@
+"""Launches the CPU kernels: splits the neurons over threads; the arithmetic is in :mod:`coba_triton._cpu_kernels`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _cpu_kernels as kernels
+
+# A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
+HUGE_PAGES_FROM = 8 << 20
+# Below so many neuron-steps a thread, handing the work over costs more than it saves.
+MIN_STEPS_PER_THREAD = 1 << 17
+# A thread's neurons are a multiple of this, so that no two threads write to one cache line.
+SHARE_OF = 64
+
+TYPE_CODES = {
+    torch.float32: kernels.FLOAT32,
+    torch.float64: kernels.FLOAT64,
+    torch.float16: kernels.FLOAT16,
+    torch.bfloat16: kernels.BFLOAT16,
+    torch.uint8: kernels.UINT8,
+    torch.bool: kernels.UINT8,
+}
+
+
+@functools.cache
+def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
+    """Threads of this process: those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="coba_triton")
+
+
+def _launch(kernel: Callable[..., None], *args: Any, steps: int, neurons: int) -> None:
+    """Run ``kernel`` over all neurons, with as many threads as PyTorch uses; the result does not depend on them."""
+    threads = max(1, min(torch.get_num_threads(), steps * neurons // MIN_STEPS_PER_THREAD))
+    share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
+    first, *rest = ((begin, min(begin + share, neurons)) for begin in range(0, neurons, share))
+    jobs = [_pool(os.getpid(), len(rest)).submit(kernel, *args, steps, *part) for part in rest]
+    kernel(*args, steps, *first)
+    for job in jobs:
+        job.result()
+
+
+@functools.cache
+def _madvise() -> Callable[..., int] | None:
+    return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
+
+
+def _ask_for_huge_pages(*outputs: Tensor) -> None:
+    """Advise the kernel to back large outputs, not yet touched, with huge pages. It may decline."""
+    advise = _madvise()
+    for output in outputs:
+        if advise is not None and output.nbytes >= HUGE_PAGES_FROM:
+            begin, end = (
+                address // mmap.PAGESIZE * mmap.PAGESIZE
+                for address in (output.data_ptr() + mmap.PAGESIZE - 1, output.data_ptr() + output.nbytes)
+            )
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
+
+
+def _bytes(x: Tensor) -> Any:
+    """The memory from the first to the last element as a flat array of bytes."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return x.detach().as_strided((length,), (1,)).view(torch.uint8).numpy()
+
+
+def _strided(x: Tensor | None) -> kernels.Strided:
+    if x is None:
+        return kernels.Strided(_bytes(torch.empty(0)), 0, 0, 0, 0)
+    return kernels.Strided(_bytes(x), TYPE_CODES[x.dtype], x.itemsize, *x.stride())
+
+
+def _rows(x: Tensor) -> Any:
+    """All leading axes as one: ``[..., M]`` as an array of rows."""
+    return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
+
+
+def _constants(constants: Tensor) -> tuple[Any, Any]:
+    """The constants as (shared, None) or (None, per neuron)."""
+    table = _rows(constants)
+    return (table[:, 0].copy(), None) if constants.shape[1] == 1 else (None, table)
+
+
+@functools.cache
+def _one(dtype: torch.dtype) -> int:
+    """The bits of the number 1 as an integer."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return int(torch.ones((), dtype=dtype).view(integer))
+
+
+def feed_forward_forward(
+    x: Tensor,
+    constants: Tensor,
+    jump_first: bool,
+    checkpoint_every: int,
+    state: Tensor,
+    final: Tensor,
+    spikes: Tensor,
+    words: Tensor,
+    states: Tensor,
+    checkpoints: Tensor,
+) -> None:
+    """Fill ``final`` and every non-empty output; shapes as in ``kernels/feed_forward.py``."""
+    steps, neurons = x.shape
+    _ask_for_huge_pages(spikes, words, states, checkpoints)
+    _launch(
+        kernels.forward_kernel(),
+        _strided(x),
+        _rows(state),
+        *_constants(constants),
+        _rows(final),
+        _strided(spikes if spikes.numel() else None),
+        _one(spikes.dtype),
+        _rows(words),
+        _rows(states),
+        _rows(checkpoints),
+        checkpoint_every,
+        jump_first,
+        steps=steps,
+        neurons=neurons,
+    )
+
+
+def feed_forward_backward(
+    x: Tensor,
+    constants: Tensor,
+    jump_first: bool,
+    method: str,
+    checkpoint_every: int,
+    words: Tensor,
+    checkpoints: Tensor,
+    grad_spikes: Tensor | None,
+    grad_final: Tensor | None,
+    grad_states: Tensor | None,
+    grad_x: Tensor,
+    grad_state: Tensor,
+    grad_constants: Tensor,
+) -> None:
+    """Fill ``grad_state`` and every non-empty gradient; shapes as in ``kernels/feed_forward.py``."""
+    steps, neurons = x.shape
+    none = constants.new_empty(0, 1)
+    _ask_for_huge_pages(grad_x)
+    _launch(
+        kernels.backward_kernel(method),
+        _strided(x),
+        *_constants(constants),
+        _rows(words),
+        _rows(checkpoints),
+        _strided(grad_spikes),
+        _rows(none if grad_final is None else grad_final),
+        _rows(none if grad_states is None else grad_states),
+        _strided(grad_x),
+        _rows(grad_state),
+        _rows(grad_constants) if grad_constants.numel() else None,
+        checkpoint_every,
+        jump_first,
+        steps=steps,
+        neurons=neurons,
+    )

@@ -1,0 +1,211 @@
+"""Recurrent sequences: a loop over time blocks, forward and back, around a backend's kernels.
+
+Forward: the input drive of a block is one projection; then either one event-driven launch for the whole block, or a
+matrix product and a pointwise kernel a step where neurons fire often. Training keeps the state before every block (of
+about ``sqrt(T)`` steps) and one bit a spike.
+
+Backward, block by block: with the spikes known, both drives of a block are projections and its replay is feed-forward;
+only what the recurrence sends back is sequential.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
+
+PATHS = ("auto", "events", "sliced", "dense")
+# A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
+EVENT_DENSITY = 0.25
+# A block follows the dense path if the one before it had a higher rate of spikes per neuron and step.
+DENSE_RATE = 0.2
+# Scratch for the drive of one inference block, in bytes.
+DRIVE_BYTES = 2**26
+
+
+class Network(NamedTuple):
+    """What is the same in all blocks: weights ``[N, I]`` and ``[N, N]``, constants, order of the step, kernels."""
+
+    input_weights: Tensor
+    recurrent_weights: Tensor
+    constants: Tensor
+    jump_first: bool
+    kernels: ModuleType
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.constants.dtype
+
+
+def choose_block_steps(block_steps: int | None, steps: int, cells: int, itemsize: int, train: bool) -> int:
+    """Steps in a block, a multiple of 32: what was asked for, else ``sqrt(T)`` in training, else a bounded scratch."""
+    if block_steps is None:
+        wanted = math.isqrt(steps) + 1 if train else max(1, DRIVE_BYTES // max(1, 2 * cells * itemsize))
+        block_steps = min(wanted, steps)
+    return max(1, word_count(block_steps)) * WORD_BITS
+
+
+def is_sparse(sources: Tensor) -> bool:
+    """Whether events are fewer than :data:`EVENT_DENSITY`; reads one number back from the device."""
+    return int(torch.count_nonzero(sources)) <= EVENT_DENSITY * sources.numel()
+
+
+def split(weights: Tensor) -> Tensor:
+    """``[N, K]`` to ``[2 N, K]``: excitatory rows, then the magnitudes of the inhibitory ones."""
+    return torch.cat([torch.relu(weights), torch.relu(-weights)])
+
+
+def project(net: Network, weights: Tensor, sources: Tensor, events: bool) -> Tensor:
+    """``relu(W) x`` and ``relu(-W) x`` for sources ``[..., B, K]``: ``[2, ..., B, N]``.
+
+    As events, the sum has one order, ascending by source; as a matrix product, that of the device's library.
+    """
+    rows = sources.reshape(-1, sources.shape[-1])
+    neurons = weights.shape[0]
+    if events:
+        drive = net.kernels.project_events(rows, weights.t().contiguous())
+    else:
+        rows = rows.to(net.dtype)
+        drive = torch.stack([rows @ torch.relu(weights).t(), rows @ torch.relu(-weights).t()])
+    return torch.reshape(drive, (2, *sources.shape[:-1], neurons))
+
+
+def spike_rate(spikes: Tensor) -> float:
+    """Spikes per neuron and step; reads one number back from the device."""
+    return int(torch.count_nonzero(spikes)) / max(1, spikes.numel())
+
+
+def dense_block(net: Network, drive: Tensor, z: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None) -> Tensor:
+    """A matrix product and a pointwise kernel a step; fills ``spikes [t, B, N]`` and returns the state."""
+    steps, batch, neurons = drive.shape[1:]
+    weights = split(net.recurrent_weights).t().contiguous()
+    for t in range(steps):
+        recurrent = (z @ weights).view(batch, 2, neurons).transpose(0, 1).contiguous()
+        z = spikes[t]
+        state = net.kernels.recurrent_step(
+            net, drive[:, t].contiguous(), recurrent, state, z, None if states is None else states[:, t]
+        )
+    return state
+
+
+def forward(
+    net: Network,
+    x: Tensor,
+    z: Tensor,
+    state: Tensor,
+    spikes: Tensor | None,
+    words: Tensor | None,
+    states: Tensor | None,
+    checkpoints: Tensor | None,
+    block_steps: int,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    """Fill ``spikes [T, B, N]``, ``words``, ``states [3, T, B, N]`` and ``checkpoints``; returns the last z and state."""
+    events = is_sparse(x)
+    dense = path == "dense"
+    transposed = net.recurrent_weights.t().contiguous()
+    for number, start in enumerate(range(0, x.shape[0], block_steps)):
+        here = slice(start, min(start + block_steps, x.shape[0]))
+        steps = here.stop - start
+        if checkpoints is not None:
+            checkpoints[number] = state
+        drive = project(net, net.input_weights, x[here], events)
+        block_spikes = z.new_empty(steps, *z.shape) if spikes is None or dense else spikes[here]
+        block_words = None if words is None else words[start // WORD_BITS : start // WORD_BITS + word_count(steps)]
+        block_states = None if states is None else states[:, here]
+        if dense:
+            state = dense_block(net, drive, z, state, block_spikes, block_states)
+            if spikes is not None:
+                spikes[here] = block_spikes
+            if block_words is not None:
+                block_words.copy_(pack_spikes(block_spikes))
+        else:
+            first = project(net, net.recurrent_weights, z, events=True)
+            state = net.kernels.recurrent_block(
+                net, transposed, drive, first, state, block_spikes, block_words, block_states, sliced=path == "sliced"
+            )
+        z = block_spikes[-1].to(net.dtype, copy=True)
+        if path == "auto" and here.stop < x.shape[0]:
+            dense = spike_rate(block_spikes) > DENSE_RATE
+    return z, state
+
+
+class Gradients(NamedTuple):
+    """``x [T, B, I]`` or None, ``z [B, N]``, ``state [3, B, N]``, weights, ``constants [10, B N]`` or None."""
+
+    x: Tensor | None
+    z: Tensor
+    state: Tensor
+    input_weights: Tensor
+    recurrent_weights: Tensor
+    constants: Tensor | None
+
+
+def backward(
+    net: Network,
+    x: Tensor,
+    z: Tensor,
+    words: Tensor,
+    checkpoints: Tensor,
+    block_steps: int,
+    method: str,
+    grad_spikes: Tensor | None,
+    grad_z: Tensor | None,
+    grad_final: Tensor | None,
+    grad_states: Tensor | None,
+    x_grad: bool,
+    constants_grad: bool,
+) -> Gradients:
+    """Gradients from those by the spikes ``[T, B, N]``, last z, last state and recorded states ``[3, T, B, N]``."""
+    steps, batch, neurons = x.shape[0], *z.shape
+    lam = z.new_zeros(3, batch, neurons) if grad_final is None else grad_final.clone()
+    if grad_states is not None:
+        lam += grad_states[:, -1]
+    lam_z = torch.zeros_like(z) if grad_z is None else grad_z.clone()
+    split_input, split_recurrent = split(net.input_weights), split(net.recurrent_weights)
+    input_sums, recurrent_sums = torch.zeros_like(split_input), torch.zeros_like(split_recurrent)
+    grad_x = x.new_empty(x.shape) if x_grad else None
+    grad_constants = z.new_zeros(net.constants.shape[0], z.numel()) if constants_grad else None
+    events = is_sparse(x)
+    for number in reversed(range(checkpoints.shape[0])):
+        start = number * block_steps
+        here = slice(start, min(start + block_steps, steps))
+        block_words = words[start // WORD_BITS : start // WORD_BITS + word_count(here.stop - start)]
+        before = z.new_empty(here.stop - start, batch, neurons)
+        before[0] = z if start == 0 else (words[start // WORD_BITS - 1] >> (WORD_BITS - 1)) & 1
+        before[1:] = unpack_spikes(block_words, here.stop - start, net.dtype)[:-1]
+        trajectory = net.kernels.recurrent_replay(
+            net,
+            project(net, net.input_weights, x[here], events),
+            project(net, net.recurrent_weights, before, is_sparse(before)),
+            checkpoints[number],
+            block_words,
+        )
+        adjoints = z.new_empty(here.stop - start, batch, 2 * neurons)
+        lam_z = net.kernels.recurrent_sweep(
+            net, split_recurrent, trajectory, block_words, start, method, grad_spikes, grad_states, lam, lam_z, adjoints,
+            grad_constants,
+        )  # fmt: skip
+        rows = adjoints.flatten(0, 1)
+        recurrent_sums.addmm_(rows.t(), before.flatten(0, 1))
+        input_sums.addmm_(rows.t(), x[here].flatten(0, 1).to(net.dtype))
+        if grad_x is not None:
+            grad_x[here] = (rows @ split_input).view(grad_x[here].shape)
+
+    def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
+        excitatory, inhibitory = sums.chunk(2)
+        return (weights > 0) * excitatory - (weights < 0) * inhibitory
+
+    return Gradients(
+        grad_x,
+        lam_z,
+        lam,
+        by_sign(net.input_weights, input_sums),
+        by_sign(net.recurrent_weights, recurrent_sums),
+        grad_constants,
+    )

@@ -1,0 +1,372 @@
+"""Neurons as ``torch.nn.Module``: one step or a whole sequence, unconnected or recurrent.
+
+They keep norse's conventions: time first, and ``forward(input_tensor, state=None)`` returns the output and the new
+state, so that norse's ``Lift`` and ``SequentialState`` take them. What they compute is one call of a function of
+:mod:`coba_triton.functional`, bit for bit.
+
+The numbers of the parameter record ``p`` become attributes of their own names, all of them in the ``state_dict``:
+
+- those named in ``learn`` are ``nn.Parameter``, float32 unless given as floating tensors; an ``nn.Parameter`` that is
+  given is shared, not copied;
+- all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
+  ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import _validation as check
+from ._validation import SpikeDtype
+from .functional import (
+    coba_lif_feed_forward_integral,
+    coba_lif_feed_forward_step,
+    coba_lif_integral,
+    coba_lif_step,
+)
+from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+
+
+class _Neurons(nn.Module):
+    """Holds the parameters of neurons and the time step."""
+
+    def __init__(self, p: Any, dt: float, learn: Collection[str]) -> None:
+        super().__init__()
+        check.check_parameters(p)
+        check.check_dt(dt)
+        check.check_learn(learn, p)
+        self.dt = float(dt)
+        self.method: str = p.method
+        self.learn = tuple(learn)
+        given = {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
+        self._numbers = tuple(n for n, value in given.items() if n not in learn and not isinstance(value, Tensor))
+        for name, value in given.items():
+            if name in self._numbers:
+                self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64))
+            elif name not in learn:
+                self.register_buffer(name, value.detach().clone())
+            elif isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                start = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value)).float()
+                self.register_parameter(name, nn.Parameter(start))
+
+    @property
+    def p(self) -> CobaLIFParameters:
+        """The parameters as they are now."""
+        return CobaLIFParameters(**{name: getattr(self, name) for name in NUMERIC_PARAMETERS}, method=self.method)
+
+    def _parameters_for(self, x: Any, rank: int) -> CobaLIFParameters:
+        """The parameters for an input that drives a single neuron, without axes, if it has ``rank`` axes.
+
+        There a 0-dim float64 tensor would promote the computation to float64, which a Python number does not.
+        """
+        p = self.p
+        if getattr(x, "ndim", None) == rank:
+            p = p._replace(**{name: getattr(p, name).item() for name in self._numbers})
+        return p
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        numbers = [self._buffers.get(name) for name in self._numbers]
+
+        def convert(tensor: Tensor) -> Tensor:
+            if not any(tensor is number for number in numbers):
+                return fn(tensor)
+            try:
+                moved = fn(tensor)
+            except TypeError:  # the device has no float64
+                return fn(tensor.float())
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        default = CobaLIFParameters()
+        shown = [f"dt={self.dt:g}"]
+        for name in NUMERIC_PARAMETERS:
+            value = getattr(self, name)
+            if value.dim() or value.is_meta:
+                shown.append(f"{name}={list(value.shape)}")
+            elif not math.isclose(number := value.item(), getattr(default, name), rel_tol=1e-6):
+                shown.append(f"{name}={number:.6g}")
+        if self.method != default.method:
+            shown.append(f"method={self.method!r}")
+        if self.learn:
+            shown.append(f"learn={self.learn}")
+        return ", ".join(shown)
+
+
+class _RecurrentNeurons(_Neurons):
+    """Holds the weights of a recurrent population as well."""
+
+    input_weights: nn.Parameter
+    recurrent_weights: nn.Parameter
+
+    def __init__(
+        self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]
+    ) -> None:
+        super().__init__(p, dt, learn)
+        check.check_size(input_size, "input_size")
+        check.check_size(hidden_size, "hidden_size")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.autapses = autapses
+        self.input_weights = nn.Parameter(torch.empty(hidden_size, input_size))
+        self.recurrent_weights = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: normal around 0, with a standard deviation of ``sqrt(2 pi) g_l / fan_in``.
+
+        Then one spike of every input opens, on average over the neurons, the leak conductance ``g_l`` in excitatory and
+        as much in inhibitory synapses. Conductances do not cancel: those of both signs add up, in proportion to
+        ``fan_in`` and not to its square root.
+        """
+        with torch.no_grad():
+            leak = torch.as_tensor(self.p.g_l).float().mean()
+            for weights in (self.input_weights, self.recurrent_weights):
+                weights.normal_().mul_(leak * math.sqrt(2 * math.pi) / weights.shape[1])
+            if not self.autapses:
+                self.recurrent_weights.fill_diagonal_(0)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Both matrices; without autapses the diagonal of the second is 0 in use, and so is its gradient."""
+        recurrent = self.recurrent_weights
+        if self.autapses:
+            return self.input_weights, recurrent
+        return self.input_weights, torch.diagonal_scatter(recurrent, recurrent.new_zeros(self.hidden_size))
+
+    def extra_repr(self) -> str:
+        autapses = ", autapses=True" if self.autapses else ""
+        return f"{self.input_size}, {self.hidden_size}, {super().extra_repr()}{autapses}"
+
+
+class _WholeSequence(nn.Module):
+    """Holds the options of a run over a whole sequence."""
+
+    _defaults: ClassVar[dict[str, Any]] = dict(
+        record_states=False, order="decay_first", backend="auto", block_steps=None, spike_dtype=None
+    )
+
+    def _set_options(self, **options: Any) -> None:
+        check.check_order(options["order"])
+        check.check_block_steps(options["block_steps"])
+        check.check_spike_dtype(options["spike_dtype"], options["block_steps"])
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def extra_repr(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in self._options().items() if value != self._defaults[name]]
+        return ", ".join([super().extra_repr(), *shown])
+
+
+class CobaLIFFeedForwardCell(_Neurons):
+    """One step of unconnected conductance-based LIF neurons: :func:`coba_triton.coba_lif_feed_forward_step`.
+
+    Args:
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
+        dt: time step in ms.
+        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+
+    Shape:
+        ``input_tensor [*shape]`` in uS and the state, or None to start at rest, to spikes ``[*shape]`` and the new
+        state.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if ``learn`` names what cannot be learned, or an argument's value is out of range.
+
+    Example:
+        >>> cell = CobaLIFFeedForwardCell(dt=0.1, learn=("v_thresh",))
+        >>> spikes, state = cell(torch.ones(3))
+        >>> spikes, state = cell(torch.ones(3), state)
+        >>> cell.v_thresh
+        Parameter containing:
+        tensor(-10., requires_grad=True)
+    """
+
+    def __init__(
+        self,
+        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+        dt: float = 0.001,
+        *,
+        learn: Collection[str] = (),
+    ) -> None:
+        super().__init__(p, dt, learn)
+
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
+        return coba_lif_feed_forward_step(input_tensor, state, self._parameters_for(input_tensor, 0), self.dt)
+
+
+class CobaLIFCell(_RecurrentNeurons):
+    """One step of a recurrent population of conductance-based LIF neurons: :func:`coba_triton.coba_lif_step`.
+
+    Args:
+        input_size: number of inputs I.
+        hidden_size: number of neurons N.
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
+        dt: time step in ms.
+        autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
+            no gradient, and is taken as 0 whatever is written to it.
+        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+
+    Attributes:
+        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Drawn
+            by :meth:`reset_parameters`.
+        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic; drawn likewise.
+
+    Shape:
+        ``input_tensor [*batch, I]`` and the state, or None to start at rest, to spikes ``[*batch, N]`` and the new
+        state.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if ``learn`` names what cannot be learned, or an argument's value is out of range.
+
+    Example:
+        >>> cell = CobaLIFCell(3, 2, dt=0.1)
+        >>> spikes, state = cell(torch.ones(8, 3))
+        >>> spikes, state = cell(torch.ones(8, 3), state)
+        >>> spikes.shape
+        torch.Size([8, 2])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+        dt: float = 0.001,
+        *,
+        autapses: bool = False,
+        learn: Collection[str] = (),
+    ) -> None:
+        super().__init__(input_size, hidden_size, p, dt, autapses, learn)
+
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
+        return coba_lif_step(input_tensor, state, *self._weights(), self.p, self.dt)
+
+
+class CobaLIF(_WholeSequence, _Neurons):
+    """Unconnected conductance-based LIF neurons over a whole sequence.
+
+    See :func:`coba_triton.coba_lif_feed_forward_integral`, which it calls.
+
+    Args:
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
+        dt: time step in ms.
+        record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
+        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
+        backend: which implementation computes; all give the same bits.
+        block_steps: steps in one launch; None for all of them.
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype.
+
+    Shape:
+        ``input_tensor [T, *shape]`` in uS and the state, or None to start at rest, to spikes ``[T, *shape]`` and the
+        state.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if ``learn`` names what cannot be learned, or an argument's value is unknown or out of range.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), CobaLIF(dt=0.1, record_states=True))
+        >>> spikes, states = model(torch.ones(100, 8, 3))
+        >>> spikes.shape, states.v.shape
+        (torch.Size([100, 8, 4]), torch.Size([100, 8, 4]))
+    """
+
+    def __init__(
+        self,
+        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+        dt: float = 0.001,
+        record_states: bool = False,
+        *,
+        learn: Collection[str] = (),
+        order: str = "decay_first",
+        backend: str = "auto",
+        block_steps: int | None = None,
+        spike_dtype: SpikeDtype = None,
+    ) -> None:
+        super().__init__(p, dt, learn)
+        self._set_options(
+            record_states=record_states, order=order, backend=backend, block_steps=block_steps, spike_dtype=spike_dtype
+        )
+
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
+        p = self._parameters_for(input_tensor, 1)
+        return coba_lif_feed_forward_integral(input_tensor, state, p, self.dt, **self._options())
+
+
+class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
+    """A recurrent population of conductance-based LIF neurons over a whole sequence.
+
+    See :func:`coba_triton.coba_lif_integral`, which it calls.
+
+    Args:
+        input_size: number of inputs I.
+        hidden_size: number of neurons N.
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
+        dt: time step in ms.
+        record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
+        autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
+            no gradient, and is taken as 0 whatever is written to it.
+        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        order: ``decay_first`` or ``jump_first``.
+        backend: which implementation computes.
+        block_steps: steps in one launch; None for all of them.
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype.
+
+    Attributes:
+        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Drawn
+            by :meth:`reset_parameters`.
+        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic; drawn likewise.
+
+    Shape:
+        ``input_tensor [T, *batch, I]`` and the state, or None to start at rest, to spikes ``[T, *batch, N]`` and the
+        state.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if ``learn`` names what cannot be learned, or an argument's value is unknown or out of range.
+
+    Example:
+        >>> network = CobaLIFRecurrent(3, 2, dt=0.1)
+        >>> first, state = network(torch.ones(100, 8, 3))
+        >>> more, state = network(torch.ones(50, 8, 3), state)
+        >>> more.shape
+        torch.Size([50, 8, 2])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+        dt: float = 0.001,
+        record_states: bool = False,
+        *,
+        autapses: bool = False,
+        learn: Collection[str] = (),
+        order: str = "decay_first",
+        backend: str = "auto",
+        block_steps: int | None = None,
+        spike_dtype: SpikeDtype = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, p, dt, autapses, learn)
+        self._set_options(
+            record_states=record_states, order=order, backend=backend, block_steps=block_steps, spike_dtype=spike_dtype
+        )
+
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
+        return coba_lif_integral(input_tensor, state, *self._weights(), self.p, self.dt, **self._options())

@@ -1,0 +1,388 @@
+"""Recurrent populations, event driven: only the synapses of neurons that spiked are touched.
+
+Arrays are time-major and contiguous; ``B`` batch rows, ``N`` neurons, ``K`` sources of a projection:
+
+=============  ======================  ============================================================================
+weights        ``[K, N]``              transposed: the row of a source holds its synapses; signs are split in registers
+drive          ``[2, T, B, N]``        excitatory and inhibitory input of every step
+first          ``[2, B, N]``           recurrent drive of the first step, from the spikes before the block
+state          ``[3, B, N]``           v, g_e, g_i
+constants      ``[10, B N]`` or [10,1] rows of ``step.Constants``
+lists          ``[2, B, N]``           scratch: the neurons that spiked, ascending; double buffered over steps
+words          ``[ceil(T/32), B, N]``  spikes packed along time
+trajectory     ``[6, T, B, N]``        v before the step; u, g_e, g_i after it; the conductances that decayed
+adjoints       ``[T, B, 2, N]``        gradient by the excitatory and by the inhibitory drive
+=============  ======================  ============================================================================
+
+The sum over a neuron's synapses has one order, ascending by source, whatever the launch configuration, the batch and the
+length of a block are: bits do not depend on them.
+"""
+
+import triton
+import triton.language as tl
+
+from .feed_forward import convert_spike, load_constants, load_state, load_word, store_state
+from .step import NUM_CONSTANTS, Constants, add_drive, integrate, relu, reset, vjp, vjp_constants
+
+
+@triton.jit
+def compact(hits, base, list_ptr, values):
+    """Append the values that are hit to a list, in order; returns the list's new length."""
+    hits = hits.to(tl.int32)
+    tl.store(list_ptr + base + tl.cumsum(hits, 0) - 1, values, mask=hits != 0)
+    return base + tl.sum(hits, 0)
+
+
+@triton.jit
+def add_rows(
+    drive_e, drive_i, list_ptr, count, source_ptr, source_stride, weights_ptr, N, neurons, mask,
+    UNROLL: tl.constexpr, CACHE: tl.constexpr = "",
+):  # fmt: skip
+    """Add the weights of the listed sources one after the other, ``UNROLL`` loads ahead.
+
+    ``source_ptr`` has the sources' values, or is None where all of them are 1. ``CACHE`` is ``.cg`` for a list that
+    another program wrote: it must not come from this processor's own cache.
+    """
+    for start in range(0, count, UNROLL):
+        rows = ()
+        values = ()
+        for i in tl.static_range(UNROLL):
+            listed = start + i < count
+            source = tl.load(list_ptr + start + i, mask=listed, other=0, cache_modifier=CACHE).to(tl.int64)
+            rows = rows + (tl.load(weights_ptr + source * N + neurons, mask=mask & listed, other=0.0),)
+            if source_ptr is not None:
+                value = tl.load(source_ptr + source * source_stride, mask=listed, other=0)
+                values = values + (value.to(drive_e.dtype),)
+        for i in tl.static_range(UNROLL):
+            row = rows[i]
+            if source_ptr is not None:
+                drive_e = drive_e + relu(row) * values[i]
+                drive_i = drive_i + relu(-row) * values[i]
+            else:
+                drive_e = drive_e + relu(row)
+                drive_i = drive_i + relu(-row)
+    return drive_e, drive_i
+
+
+@triton.jit(do_not_specialize=["K", "row_stride", "source_stride"])
+def compact_kernel(sources_ptr, lists_ptr, counts_ptr, K, row_stride, source_stride, BLOCK: tl.constexpr):
+    """The indices of what is not 0 in each row of ``sources [R, K]``, ascending: ``lists [R, K]``, ``counts [R]``."""
+    row = tl.program_id(0).to(tl.int64)
+    count = 0
+    for start in range(0, K, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        value = tl.load(sources_ptr + row * row_stride + index * source_stride, mask=index < K, other=0)
+        count = compact(value != 0, count, lists_ptr + row * K, index)
+    tl.store(counts_ptr + row, count)
+
+
+@triton.jit(do_not_specialize=["K", "N", "R", "row_stride", "source_stride"])
+def projection_kernel(
+    sources_ptr, lists_ptr, counts_ptr, weights_ptr, drive_ptr, K, N, R, row_stride, source_stride,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """``relu(W) x`` and ``relu(-W) x`` for every row of sources; ``drive`` is ``[2, R, N]``."""
+    row = tl.program_id(0).to(tl.int64)
+    N = tl.cast(N, tl.int64)
+    neurons = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = neurons < N
+    zeros = tl.zeros([BLOCK], weights_ptr.dtype.element_ty)
+    drive_e, drive_i = add_rows(
+        zeros, zeros, lists_ptr + row * K, tl.load(counts_ptr + row), sources_ptr + row * row_stride, source_stride,
+        weights_ptr, N, neurons, mask, UNROLL,
+    )  # fmt: skip
+    tl.store(drive_ptr + row * N + neurons, drive_e, mask=mask)
+    tl.store(drive_ptr + (R + row) * N + neurons, drive_i, mask=mask)
+
+
+@triton.jit
+def first_drive(first_ptr, t, cells, M, mask):
+    """Where the sum over events starts: at what the spikes before the block send to its first step, else at 0."""
+    is_first = mask & (t == 0)
+    return tl.load(first_ptr + cells, mask=is_first, other=0.0), tl.load(first_ptr + M + cells, mask=is_first, other=0.0)
+
+
+@triton.jit
+def forward_tile(
+    t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, next_list_ptr, next_count, c, neurons, mask,
+    drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST: tl.constexpr,
+):  # fmt: skip
+    """One step of one row's tile of neurons: integrate, fire, append the spikes to the next list."""
+    M = B * N
+    cells = row * N + neurons
+    input_e = tl.load(drive_ptr + t * M + cells, mask=mask)
+    input_i = tl.load(drive_ptr + (T + t) * M + cells, mask=mask)
+    u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, JUMP_FIRST)
+    spike = ((u - c.v_thresh) > 0.0) & mask
+    v = reset(u, spike.to(v.dtype), c)
+    if spikes_ptr is not None:
+        tl.store(spikes_ptr + t * M + cells, convert_spike(spike, spikes_ptr.dtype.element_ty), mask=mask)
+    if states_ptr is not None:
+        store_state(states_ptr + t * M + cells, states_stride, v, g_e, g_i, mask)
+    if words_ptr is not None:
+        word = word | (spike.to(tl.int32) << (t % 32).to(tl.int32))
+        if ((t + 1) % 32 == 0) | (t + 1 == T):
+            tl.store(words_ptr + (t // 32) * M + cells, word, mask=mask)
+            word = tl.zeros_like(word)
+    next_count = compact(spike, next_count, next_list_ptr, neurons.to(tl.int32))
+    return v, g_e, g_i, word, next_count
+
+
+@triton.jit(do_not_specialize=["T", "B", "N", "constants_stride", "states_stride"])
+def forward_kernel(
+    drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, lists_ptr, words_scratch_ptr,
+    spikes_ptr, words_ptr, states_ptr, T, B, N, constants_stride, states_stride,
+    BLOCK: tl.constexpr, ONE_TILE: tl.constexpr, UNROLL: tl.constexpr,
+    PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
+):  # fmt: skip
+    """A program owns a batch row for the whole block: no program waits for another.
+
+    While one tile of ``BLOCK`` neurons holds the row, its state stays in registers; else each step reads and writes it
+    in ``final``, and the started words in ``words_scratch [B, N]``.
+    """
+    T = tl.cast(T, tl.int64)
+    B = tl.cast(B, tl.int64)
+    N = tl.cast(N, tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    M = B * N
+    neurons = tl.arange(0, BLOCK).to(tl.int64)
+    list_ptr = lists_ptr + row * N
+    count = 0
+    if ONE_TILE:
+        mask = neurons < N
+        cells = row * N + neurons
+        c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
+        v, g_e, g_i = load_state(state_ptr + cells, M, mask)
+        word = tl.zeros([BLOCK], tl.int32)
+        for t in range(0, T):
+            t = tl.cast(t, tl.int64)
+            recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
+            recurrent_e, recurrent_i = add_rows(
+                recurrent_e, recurrent_i, list_ptr + (t % 2) * M, count, None, 0, weights_ptr, N, neurons, mask, UNROLL
+            )
+            v, g_e, g_i, word, count = forward_tile(
+                t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, list_ptr + ((t + 1) % 2) * M, 0, c, neurons, mask,
+                drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST,
+            )  # fmt: skip
+            tl.debug_barrier()  # the list is complete before any thread reads it
+        store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+    else:
+        for tile in range(0, N, BLOCK):
+            mask = tile + neurons < N
+            cells = row * N + tile + neurons
+            v, g_e, g_i = load_state(state_ptr + cells, M, mask)
+            store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+        for t in range(0, T):
+            t = tl.cast(t, tl.int64)
+            next_count = 0
+            for tile in range(0, N, BLOCK):
+                here = tile + neurons
+                mask = here < N
+                cells = row * N + here
+                c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
+                v, g_e, g_i = load_state(final_ptr + cells, M, mask)
+                word = tl.load(words_scratch_ptr + cells, mask=mask & (t % 32 > 0), other=0)
+                recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
+                recurrent_e, recurrent_i = add_rows(
+                    recurrent_e, recurrent_i, list_ptr + (t % 2) * M, count, None, 0, weights_ptr, N, here, mask, UNROLL
+                )
+                v, g_e, g_i, word, next_count = forward_tile(
+                    t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, list_ptr + ((t + 1) % 2) * M, next_count, c,
+                    here, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST,
+                )  # fmt: skip
+                store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+                tl.store(words_scratch_ptr + cells, word, mask=mask)
+            count = next_count
+            tl.debug_barrier()  # the list is complete before any thread reads it
+
+
+@triton.jit(do_not_specialize=["T", "B", "N", "constants_stride", "states_stride", "spin_limit"])
+def sliced_forward_kernel(
+    drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, lists_ptr, counts_ptr, arrived_ptr,
+    failed_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, constants_stride, states_stride, spin_limit,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr,
+    PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
+):  # fmt: skip
+    """``SLICES`` programs share a batch row, ``BLOCK`` neurons each, and wait for each other after every step.
+
+    A program writes the list of its own spikes and its length, ``lists [2, B, SLICES, BLOCK]`` and
+    ``counts [2, B, SLICES]``; in the next step all read the lists slice by slice, so that the sum over synapses keeps its
+    ascending order. Both are double buffered: a program is at most one step ahead of another of its row. ``arrived [B]``
+    counts finished steps. Whoever waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
+    """
+    T = tl.cast(T, tl.int64)
+    B = tl.cast(B, tl.int64)
+    N = tl.cast(N, tl.int64)
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    M = B * N
+    neurons = part * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    mask = neurons < N
+    cells = row * N + neurons
+    c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
+    v, g_e, g_i = load_state(state_ptr + cells, M, mask)
+    word = tl.zeros([BLOCK], tl.int32)
+    step = 0
+    waiting = True
+    while (step < T) & waiting:
+        t = tl.cast(step, tl.int64)
+        recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
+        slot = (t % 2) * B + row
+        for other in range(0, tl.where(t == 0, 0, SLICES)):
+            count = tl.load(counts_ptr + slot * SLICES + other, cache_modifier=".cg")
+            list_ptr = lists_ptr + (slot * SLICES + other) * BLOCK
+            recurrent_e, recurrent_i = add_rows(
+                recurrent_e, recurrent_i, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL, ".cg"
+            )
+        slot = ((t + 1) % 2) * B + row
+        v, g_e, g_i, word, count = forward_tile(
+            t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, lists_ptr + (slot * SLICES + part) * BLOCK, 0, c,
+            neurons, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST,
+        )  # fmt: skip
+        tl.store(counts_ptr + slot * SLICES + part, count)
+        step += 1
+        tl.debug_barrier()  # this program's list is complete before its arrival is announced
+        tl.atomic_add(arrived_ptr + row, 1, sem="release", scope="gpu")
+        arrived = tl.atomic_add(arrived_ptr + row, 0, sem="acquire", scope="gpu")
+        looks = 0
+        while (arrived < step * SLICES) & (looks < spin_limit):
+            arrived = tl.atomic_add(arrived_ptr + row, 0, sem="acquire", scope="gpu")
+            looks += 1
+        waiting = arrived >= step * SLICES
+        tl.debug_barrier()  # no thread reads the other lists before they are known to be complete
+    if not waiting:
+        tl.store(failed_ptr, 1)
+    store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+
+
+@triton.jit(do_not_specialize=["T", "M", "constants_stride", "states_stride"])
+def driven_kernel(
+    drive_ptr, recurrent_ptr, state_ptr, constants_ptr, words_ptr, final_ptr, spikes_ptr, states_ptr, trajectory_ptr,
+    T, M, constants_stride, states_stride, BLOCK: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Step with a recurrent drive ``[2, T, M]`` that is known: one step after a matrix product, or a block's replay.
+
+    With ``words`` the spikes are the stored ones: the path that was simulated, always.
+    """
+    T = tl.cast(T, tl.int64)
+    M = tl.cast(M, tl.int64)
+    cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = cells < M
+    c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
+    v, g_e, g_i = load_state(state_ptr + cells, M, mask)
+    for t in range(0, T):
+        t = tl.cast(t, tl.int64)
+        here = t * M + cells
+        input_e = tl.load(drive_ptr + here, mask=mask)
+        input_i = tl.load(drive_ptr + T * M + here, mask=mask)
+        recurrent_e = tl.load(recurrent_ptr + here, mask=mask)
+        recurrent_i = tl.load(recurrent_ptr + T * M + here, mask=mask)
+        before = v
+        decayed_e = g_e
+        decayed_i = g_i
+        if JUMP_FIRST:
+            decayed_e = add_drive(g_e, input_e, recurrent_e)
+            decayed_i = add_drive(g_i, input_i, recurrent_i)
+        u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, JUMP_FIRST)
+        if words_ptr is not None:
+            spike = (load_word(words_ptr, t, M, cells, mask) & 1) != 0
+        else:
+            spike = (u - c.v_thresh) > 0.0
+        v = reset(u, spike.to(v.dtype), c)
+        if spikes_ptr is not None:
+            tl.store(spikes_ptr + here, convert_spike(spike, spikes_ptr.dtype.element_ty), mask=mask)
+        if states_ptr is not None:
+            store_state(states_ptr + here, states_stride, v, g_e, g_i, mask)
+        if trajectory_ptr is not None:
+            tl.store(trajectory_ptr + here, before, mask=mask)
+            store_state(trajectory_ptr + T * M + here, T * M, u, g_e, g_i, mask)
+            tl.store(trajectory_ptr + 4 * T * M + here, decayed_e, mask=mask)
+            tl.store(trajectory_ptr + 5 * T * M + here, decayed_i, mask=mask)
+    store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+
+
+@triton.jit(
+    do_not_specialize=["begin", "end", "start", "steps", "T", "B", "N", "constants_stride", "grad_stride_t", "grad_stride_m"]
+)  # fmt: skip
+def backward_kernel(
+    trajectory_ptr, words_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, weights_ptr,
+    lam_ptr, lam_z_ptr, adjoints_ptr, grad_constants_ptr,
+    begin, end, start, steps, T, B, N, constants_stride, grad_stride_t, grad_stride_m,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """Sweep back from step ``end - 1`` to step ``begin`` of a block of ``T`` that starts at step ``start`` of ``steps``.
+
+    ``lam [3, B, N]``, ``lam_z [B, N]`` (what the recurrence sends back to the spikes) and ``grad_constants [10, B N]``
+    (sums) are carried on. With ``weights [N, N]``, rows post-synaptic, a program owns a whole batch row and forms
+    ``lam_z`` of the step before itself; without, the caller does so from ``adjoints`` after each single step.
+    """
+    T = tl.cast(T, tl.int64)
+    B = tl.cast(B, tl.int64)
+    N = tl.cast(N, tl.int64)
+    M = B * N
+    grad_stride_t = tl.cast(grad_stride_t, tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    neurons = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = neurons < N
+    cells = row * N + neurons
+    c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
+    lam_v, lam_e, lam_i = load_state(lam_ptr + cells, M, mask)
+    lam_z = tl.load(lam_z_ptr + cells, mask=mask)
+    zeros = tl.zeros([BLOCK], constants_ptr.dtype.element_ty)
+    acc = Constants(zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
+    for back in range(0, end - begin):
+        t = end - 1 - tl.cast(back, tl.int64)
+        here = t * M + cells
+        v = tl.load(trajectory_ptr + here, mask=mask)
+        u, g_e, g_i = load_state(trajectory_ptr + T * M + here, T * M, mask)
+        z = (load_word(words_ptr, t, M, cells, mask) & 1).to(v.dtype)
+        grad_z = lam_z
+        if grad_spikes_ptr is not None:
+            spikes = grad_spikes_ptr + (start + t) * grad_stride_t + cells * grad_stride_m
+            grad_z = tl.load(spikes, mask=mask).to(v.dtype) + lam_z
+        if grad_states_ptr is not None:
+            before = start + t - 1
+            # the initial state is not recorded; what is read in its stead is masked out
+            recorded = mask & (before >= 0)
+            states = grad_states_ptr + tl.maximum(before, 0) * M + cells
+            in_v = tl.load(states, mask=recorded, other=0.0)
+            in_e = tl.load(states + steps * M, mask=recorded, other=0.0)
+            in_i = tl.load(states + 2 * steps * M, mask=recorded, other=0.0)
+        else:
+            in_v = None
+            in_e = None
+            in_i = None
+        a = vjp(z, u, v, g_e, g_i, grad_z, lam_v, lam_e, lam_i, in_v, in_e, in_i, c, JUMP_FIRST, METHOD)
+        if grad_constants_ptr is not None:
+            decayed_e = tl.load(trajectory_ptr + 4 * T * M + here, mask=mask)
+            decayed_i = tl.load(trajectory_ptr + 5 * T * M + here, mask=mask)
+            acc = vjp_constants(acc, z, v, g_e, g_i, decayed_e, decayed_i, lam_v, a, c)
+        lam_v = a.lam_v
+        lam_e = a.lam_e
+        lam_i = a.lam_i
+        adjoints = adjoints_ptr + t * 2 * M + row * 2 * N
+        tl.store(adjoints + neurons, a.drive_e, mask=mask)
+        tl.store(adjoints + N + neurons, a.drive_i, mask=mask)
+        if weights_ptr is not None:
+            tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them
+            lam_z = zeros
+            for first in range(0, N, UNROLL):
+                products_e = ()
+                products_i = ()
+                for i in tl.static_range(UNROLL):
+                    n = first + i
+                    weight = tl.load(weights_ptr + n * N + neurons, mask=mask & (n < N), other=0.0)
+                    drive_e = tl.load(adjoints + n, mask=n < N, other=0.0)
+                    drive_i = tl.load(adjoints + N + n, mask=n < N, other=0.0)
+                    products_e = products_e + (drive_e * relu(weight),)
+                    products_i = products_i + (drive_i * relu(-weight),)
+                for i in tl.static_range(UNROLL):
+                    lam_z = (lam_z + products_e[i]) + products_i[i]
+    store_state(lam_ptr + cells, M, lam_v, lam_e, lam_i, mask)
+    if weights_ptr is not None:
+        tl.store(lam_z_ptr + cells, lam_z, mask=mask)
+    if grad_constants_ptr is not None:
+        for i in tl.static_range(NUM_CONSTANTS):
+            total = tl.load(grad_constants_ptr + i * M + cells, mask=mask) + acc[i]
+            tl.store(grad_constants_ptr + i * M + cells, total, mask=mask)

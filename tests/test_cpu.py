@@ -1,0 +1,264 @@
+"""The CPU path beyond what it shares with the Triton kernels: threads, processes, layouts, and its compiled code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import coba_triton
+from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
+from problems import Problem, problem
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def large(steps: int = 40, neurons: int = 12_345, dtype: torch.dtype = torch.float32) -> Problem:
+    """More than one tile a thread, more than one thread, and no whole number of either."""
+    return problem(steps, (neurons,), dtype)
+
+
+def everything(case: Problem, backend: str = "cpu", **options) -> list[torch.Tensor]:
+    outputs, grads = case.gradients(backend, **options)
+    return [*outputs, *grads.values()]
+
+
+def assert_same_bits(ours, theirs) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads; put it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_number_of_threads_changes_no_bit(threads) -> None:
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(everything(large()))
+        assert torch.get_num_threads() == count
+    for result in results[1:]:
+        # gradients by shared parameters are summed over the neurons by torch.sum, after the kernels
+        assert_same_bits(result[:8], results[0][:8])
+
+
+@pytest.mark.parametrize("neurons", [63, 64, 65, 1023, 1024, 1025, 2049])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sizes_around_a_tile(neurons, dtype, threads) -> None:
+    threads(2)
+    case = problem(130, (neurons,), dtype)
+    assert_same_bits(everything(case)[:8], everything(case, "reference")[:8])
+
+
+def test_several_python_threads_at_once(threads) -> None:
+    threads(2)
+    expected = everything(large())[:8]
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: everything(large())[:8], range(8)):
+            assert_same_bits(result, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_after_a_fork(threads) -> None:
+    """The parent's threads are not there in a child."""
+    threads(2)
+    case = large(400, 1000)
+    expected = case.run("cpu")[0].numpy()
+    child = os.fork()
+    if child == 0:  # compares with NumPy: PyTorch's own threads hang in a child
+        os._exit(0 if np.array_equal(case.run("cpu")[0].numpy(), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert np.array_equal(case.run("cpu")[0].numpy(), expected)
+
+
+def test_an_error_in_a_thread_is_raised(threads, monkeypatch) -> None:
+    from coba_triton import _cpu
+
+    threads(2)
+
+    def fail(*args: object) -> None:
+        if args[-2] > 0:  # not the part of the calling thread
+            raise MemoryError("no more")
+
+    monkeypatch.setattr(_cpu.kernels, "forward_kernel", lambda: fail)
+    with pytest.raises(MemoryError, match="no more"):
+        large().run("cpu")
+
+
+def test_misaligned_memory() -> None:
+    """A tensor from a buffer may begin at any byte."""
+    case = problem(33, (50,))
+    raw = np.zeros(case.x.nbytes + 1, np.uint8)
+    raw[1:] = np.frombuffer(case.x.numpy().tobytes(), np.uint8)
+    expected = case.run("reference")
+    case.x = torch.frombuffer(raw, dtype=torch.float32, offset=1).view(33, 50)
+    assert case.x.data_ptr() % 4
+    spikes, state = case.run("cpu")
+    assert_same_bits([spikes, *state], [expected[0], *expected[1]])
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("step", [1, 3])
+def test_every_element_type_with_a_stride_and_a_float64_state(x_dtype, step) -> None:
+    case = problem(20, (7,), x_dtype)
+    wide = case.x.repeat_interleave(step, 1)
+    case.x = wide[:, ::step]
+    case.state = CobaLIFFeedForwardState(*(field.double() for field in case.state))
+    spikes, state = case.run("cpu", spike_dtype=torch.float64)
+    expected, reference = case.run("reference", spike_dtype=torch.float64)
+    assert state.v.dtype == torch.float64
+    assert_same_bits([spikes, *state], [expected, *reference])
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_precision_number_is_read(dtype) -> None:
+    """One step of decay-free conductances shows the input as it was read: g_e - g_i is x."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).unsqueeze(0)
+    p = coba_triton.CobaLIFParameters(tau_syn_exc_inv=0.0, tau_syn_inh_inv=0.0)
+    _, state = coba_lif_feed_forward_integral(x, CobaLIFFeedForwardState(-20.0, 0.0, 0.0), p, 0.1, backend="cpu")
+    read = torch.where(x[0].isnan(), torch.nan, state.g_e - state.g_i)
+    torch.testing.assert_close(read, x[0].float(), rtol=0, atol=0, equal_nan=True)
+    assert state.g_e[x[0].isnan()].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_are_rounded_to_half_precision_as_torch_rounds(dtype) -> None:
+    """The bits of many float32 numbers, subnormal, huge and not finite ones among them, through the store."""
+    import numba
+
+    from coba_triton import _cpu_kernels as kernels
+
+    g = torch.Generator().manual_seed(1)
+    patterns = torch.randint(-(2**31), 2**31, (200_000,), generator=g, dtype=torch.int64).to(torch.int32)
+    small = torch.randn(100_000, generator=g) * 10.0 ** (torch.rand(100_000, generator=g) * 14 - 9)
+    halfway = (torch.arange(2**16, dtype=torch.int32) << 16) + 0x8000
+    numbers = torch.cat(
+        [patterns.view(torch.float32), small, halfway.view(torch.float32), (halfway >> 3).view(torch.float32)]
+    )
+    out = torch.zeros(numbers.shape, dtype=dtype)
+
+    @numba.njit
+    def store(target, code, row, bits):
+        kernels.store(target, code, 0, row, bits, len(row))
+
+    code = kernels.FLOAT16 if dtype == torch.float16 else kernels.BFLOAT16
+    store(out.view(torch.uint8).numpy(), code, numbers.numpy(), np.empty(len(numbers), np.uint32))
+    expected = numbers.to(dtype)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(1.0).view(torch.int16), expected.nan_to_num(1.0).view(torch.int16))
+
+
+def test_recorded_states_and_bits_of_a_large_run(threads) -> None:
+    threads(2)
+    case = large()
+    for options in ({"record_states": True}, {"spike_dtype": "bits"}, {"spike_dtype": torch.uint8}):
+        spikes, state = case.run("cpu", **options)
+        expected, reference = case.run("reference", **options)
+        assert_same_bits([spikes, *state], [expected, *reference])
+
+
+@pytest.mark.parametrize("spike_dtype", [torch.float32, torch.uint8, None], ids=str)
+def test_operators_pass_opcheck(spike_dtype) -> None:
+    case = problem(19, (5,))
+    constants = torch.tensor([-0.2, -0.125, 0.5, 0.25, -1.0, 0.6, -0.2, -0.7, -0.1, 5.0]).unsqueeze(1)
+    state = torch.stack(tuple(case.state))
+    args = (case.x, state, constants, "cpu", False, "super", spike_dtype, False, 16)
+    torch.library.opcheck(
+        torch.ops.coba_triton.feed_forward,
+        args,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    spikes, final, _, words, checkpoints = torch.ops.coba_triton.feed_forward(*args)
+    words = words if words.numel() else spikes
+    for grads in ((torch.ones(19, 5), final, None), (None, final, None)):
+        torch.library.opcheck(
+            torch.ops.coba_triton.feed_forward_backward,
+            (case.x, constants, words, checkpoints, *grads, "cpu", False, "super", 16, True, True),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86 assembly")
+def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
+    """No fused multiply-add; every product of the equations is there as a vector instruction."""
+    import numba
+
+    from coba_triton import _cpu_kernels as kernels
+
+    everything(problem(20, (70,)))
+    for kernel, products in ((kernels.forward_kernel(), 8), (kernels.backward_kernel("super"), 20)):
+        signature = next(s for s in kernel.signatures if "float32" in str(s))
+        anew = numba.njit(**kernels.OPTIONS)(kernel.py_func)  # the disk cache keeps no assembly
+        anew.compile(signature)
+        (assembly,) = anew.inspect_asm().values()
+        assert not re.search(r"\bvfn?m(add|sub)", assembly)
+        assert len(re.findall(r"\bv?mulps\b", assembly)) >= products
+
+
+# what a fresh process prints: where its kernels were cached, and how often a compiled one was found there
+FRESH = """
+import sys, coba_triton, torch
+assert "numba" not in sys.modules, "importing the package imports numba"
+torch.set_num_threads(1)
+x = torch.linspace(-1, 1, 40).expand(50, 40) * 30
+z, s = coba_triton.coba_lif_feed_forward_integral(x, None, backend="cpu")
+r, q = coba_triton.coba_lif_feed_forward_integral(x, None, backend="reference")
+assert torch.equal(z, r) and all(map(torch.equal, s, q))
+kernel = __import__("coba_triton._cpu_kernels")._cpu_kernels.forward_kernel()
+print(kernel.stats.cache_path, sum(kernel.stats.cache_hits.values()))
+"""
+
+
+def fresh(package: Path, **environment: str) -> list[str]:
+    """Run ``FRESH`` with a copy of the package."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "XDG_", "PYTHON"))}
+    env = clean | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    done = subprocess.run([sys.executable, "-c", FRESH], cwd=package, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A copy of the package whose folder takes no cache: where ``__pycache__`` would be, there is a file."""
+    source = Path(coba_triton.__file__).parent
+    shutil.copytree(source, tmp_path / "coba_triton", ignore=shutil.ignore_patterns("__pycache__", "kernels"))
+    (tmp_path / "coba_triton" / "kernels").mkdir()
+    (tmp_path / "coba_triton" / "__pycache__").touch()
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the user's cache folder is elsewhere")
+def test_compiled_code_is_cached_where_it_can_be(package, tmp_path) -> None:
+    own, user, file = (tmp_path / name for name in ("own", "user", "file"))
+    file.touch()
+    path, hits = fresh(package, NUMBA_CACHE_DIR=str(own))
+    assert Path(path).is_relative_to(own) and hits == "0"
+    assert fresh(package, NUMBA_CACHE_DIR=str(own)) == [path, "1"]
+    path, _ = fresh(package, XDG_CACHE_HOME=str(user))
+    assert Path(path).is_relative_to(user)
+    # nowhere to write: it compiles each time, and works
+    assert fresh(package, XDG_CACHE_HOME=str(file)) == ["None", "0"]
+    # the equations changed: what was compiled from the old ones is not used
+    with (package / "coba_triton" / "reference.py").open("a") as reference:
+        reference.write("# another version\n")
+    assert fresh(package, NUMBA_CACHE_DIR=str(own))[1] == "0"
