@@ -17,7 +17,7 @@ demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 	@echo "Open the picture: out/ecg/raster.png"
 
 test: $(STAMP) ## run the tests; options for pytest: make test ARGS="-m 'not slow'"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check

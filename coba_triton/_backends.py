@@ -32,9 +32,9 @@ def triton_device_type() -> str:
         return "cpu"
     try:
         return str(triton.runtime.driver.active.get_active_torch_device().type)
-    except RuntimeError as error:
+    except RuntimeError:
         raise RuntimeError(
-            f"backend 'triton' needs a GPU that Triton can drive, and it found none ({error}); set TRITON_INTERPRET=1 "
+            "backend 'triton' needs a GPU that Triton can drive, and it found none; set TRITON_INTERPRET=1 "
             "before the start to run the kernels in Triton's interpreter, or pass backend='auto' or 'reference'"
         ) from None
 
@@ -44,10 +44,8 @@ def _report_fallback(what: str) -> None:
     logger.info("backend 'auto' uses the reference: no fused backend serves %s", what)
 
 
-def choose_backend(backend: str, device: torch.device, *, recurrent: bool = False) -> str:
+def choose_backend(backend: str, device: torch.device) -> str:
     """Resolve ``backend`` for tensors on ``device`` to ``reference``, ``triton`` or ``cpu``.
-
-    Recurrent networks on the CPU are served by the reference only.
 
     Raises:
         ValueError: if the name is unknown.
@@ -63,16 +61,10 @@ def choose_backend(backend: str, device: torch.device, *, recurrent: bool = Fals
                 f"backend 'cpu' serves tensors on 'cpu', got tensors on {device.type!r}; move them with .to('cpu'), or "
                 "pass backend='auto' or 'reference'"
             )
-        if recurrent:
-            raise RuntimeError(
-                "backend 'cpu' has no recurrent kernels in this version; pass backend='auto' or 'reference'"
-            )
         return "cpu"
     if backend == "auto":
         if device.type == "cpu":
-            if recurrent:
-                _report_fallback("recurrent networks on 'cpu'")
-            return "reference" if recurrent else "cpu"
+            return "cpu"
         try:
             serves = triton_device_type() == device.type
         except RuntimeError:

@@ -244,9 +244,7 @@ def replay_row(
     for j in range(neurons):
         c = constants_of(tile, j, shared)
         input_e, input_i = relu(x[j]), relu(-x[j])
-        u, g_e, g_i = integrate(
-            frame[V + j], frame[G_E + j], frame[G_I + j], input_e, input_i, None, None, c, jump_first
-        )
+        u, g_e, g_i = integrate(frame[V + j], frame[G_E + j], frame[G_I + j], input_e, input_i, None, None, c, jump_first)
         z: Any = 1.0 if (words[j] >> bit) & 1 else 0.0
         frame[U + j] = u
         frame[FRAME + V + j] = reset(u, z, c)

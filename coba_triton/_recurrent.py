@@ -169,10 +169,10 @@ def backward(
     lam_z = torch.zeros_like(z) if grad_z is None else grad_z.clone()
     split_input, split_recurrent = split(net.input_weights), split(net.recurrent_weights)
     input_sums, recurrent_sums = torch.zeros_like(split_input), torch.zeros_like(split_recurrent)
-    grad_x = x.new_empty(x.shape) if x_grad else None
+    grad_x = x.new_zeros(x.shape) if x_grad else None
     grad_constants = z.new_zeros(net.constants.shape[0], z.numel()) if constants_grad else None
     events = is_sparse(x)
-    for number in reversed(range(checkpoints.shape[0])):
+    for number in reversed(range(checkpoints.shape[0] if z.numel() else 0)):
         start = number * block_steps
         here = slice(start, min(start + block_steps, steps))
         block_words = words[start // WORD_BITS : start // WORD_BITS + word_count(here.stop - start)]

@@ -57,8 +57,7 @@ def check_number(value: Any, name: str) -> None:
             raise TypeError(f"{name} must be a real number or tensor, got a tensor of {value.dtype}; use .float()")
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{name} must be a real number or a torch.Tensor, got {type(value).__name__}; "
-            "wrap arrays in torch.as_tensor"
+            f"{name} must be a real number or a torch.Tensor, got {type(value).__name__}; wrap arrays in torch.as_tensor"
         )
 
 
@@ -164,8 +163,7 @@ def broadcast_neurons(base: Iterable[int], named: dict[str, Any], grows: bool = 
             together = None
         if together is None or (not grows and together != shape):
             raise ValueError(
-                f"{name} must broadcast to the neurons {list(shape)}, got {list(value.shape)}; "
-                "pass one number to share it"
+                f"{name} must broadcast to the neurons {list(shape)}, got {list(value.shape)}; pass one number to share it"
             )
         shape = together
     return shape
@@ -176,8 +174,7 @@ def check_spike_dtype(spike_dtype: Any, block_steps: int | None) -> None:
         if block_steps is not None and block_steps % WORD_BITS:
             raise ValueError(f"block_steps must be a multiple of {WORD_BITS} for spike_dtype='bits', got {block_steps}")
     elif spike_dtype is not None and not (
-        isinstance(spike_dtype, torch.dtype)
-        and (spike_dtype.is_floating_point or spike_dtype in (torch.bool, torch.uint8))
+        isinstance(spike_dtype, torch.dtype) and (spike_dtype.is_floating_point or spike_dtype in (torch.bool, torch.uint8))
     ):
         raise ValueError(
             f"spike_dtype must be a floating dtype, torch.bool, torch.uint8, 'bits' or None for the input's, got "

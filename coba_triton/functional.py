@@ -323,7 +323,8 @@ def _run_operator(
     check.check_no_tangents((x, flat, constants), backend)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad or constants.requires_grad)
     outputs = []
-    for block in x.split(block_steps or max(steps, 1)) if steps else (x,):
+    # a split of one block would still copy the gradient
+    for block in x.split(block_steps) if block_steps and block_steps < steps else (x,):
         spikes, flat, states, *_ = torch.ops.coba_triton.feed_forward(
             block,
             flat,
@@ -381,14 +382,14 @@ def coba_lif_integral(
         p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the neurons.
         dt: time step in ms.
         order: ``decay_first`` or ``jump_first``.
-        backend: ``auto``, ``reference`` or ``triton``; the same bits where the sums of weights are exact.
+        backend: ``auto``, ``reference``, ``triton`` or ``cpu``; the same bits where the sums of weights are exact.
         block_steps: steps in one launch of a fused backend, rounded up to a multiple of 32; None for about ``sqrt(T)``
             in training, where the state before each block is kept, and else for a bounded scratch.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
         spike_dtype: as in :func:`coba_lif_feed_forward_integral`.
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
-            (events, several programs a batch row), or ``auto``: events, and dense for a block that follows one with
-            more than 0.2 spikes per neuron and step.
+            (events, several programs a batch row; GPUs only), or ``auto``: events, and dense for a block that follows
+            one with more than 0.2 spikes per neuron and step.
 
     Returns:
         Spikes ``[T, *batch, N]`` and the state.
@@ -412,7 +413,7 @@ def coba_lif_integral(
     initial = CobaLIFState(*tensors)
     default = _spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
-    backend = choose_backend(backend, input_tensor.device, recurrent=True)
+    backend = choose_backend(backend, input_tensor.device)
     if backend == "reference":
         w = reference.SplitWeights.of(*weights)
         rows, final = _run_reference(

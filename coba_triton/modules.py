@@ -108,9 +108,7 @@ class _RecurrentNeurons(_Neurons):
     input_weights: nn.Parameter
     recurrent_weights: nn.Parameter
 
-    def __init__(
-        self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]) -> None:
         super().__init__(p, dt, learn)
         check.check_size(input_size, "input_size")
         check.check_size(hidden_size, "hidden_size")

@@ -34,9 +34,13 @@ _library.define(
 )
 
 
-def _kernels(backend: str) -> ModuleType:
+_FEED_FORWARD = {"triton": "._triton", "cpu": "._cpu"}
+_RECURRENT = {"triton": "._triton", "cpu": "._cpu_recurrent"}
+
+
+def _kernels(modules: dict[str, str], backend: str) -> ModuleType:
     """The module that launches a backend's kernels, imported when first needed."""
-    return importlib.import_module({"triton": "._triton", "cpu": "._cpu"}[backend], __package__)
+    return importlib.import_module(modules[backend], __package__)
 
 
 def checkpoint_interval(dtype: torch.dtype, backend: str) -> int:
@@ -78,7 +82,7 @@ def _feed_forward(
     spikes, final, states, words, checkpoints = _allocate_forward(x, state, spike_dtype, record_states, checkpoint_every)
     if x.numel() == 0:
         return spikes, state.clone(), states, words, checkpoints
-    _kernels(backend).feed_forward_forward(
+    _kernels(_FEED_FORWARD, backend).feed_forward_forward(
         x,
         constants,
         jump_first,
@@ -136,7 +140,7 @@ def _feed_forward_backward(
         grad_state.zero_() if grad_final is None else grad_state.copy_(grad_final)
         return grad_x, grad_state, constants.new_zeros(NUM_CONSTANTS, constants.shape[1] if constants_grad else 0)
     grad_constants = constants.new_empty(NUM_CONSTANTS, x.shape[1] if constants_grad else 0)
-    _kernels(backend).feed_forward_backward(
+    _kernels(_FEED_FORWARD, backend).feed_forward_backward(
         x,
         constants,
         jump_first,
@@ -314,7 +318,7 @@ def _recurrent(
         return spikes, z.clone(), state.clone(), states, words, checkpoints
     packed = spikes if spike_dtype is None else words if train else None
     z, state = _recurrent_blocks.forward(
-        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(backend)),
+        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
         x,
         z,
         state,
@@ -377,7 +381,7 @@ def _recurrent_backward(
     constants_grad: bool,
 ) -> tuple[Tensor, ...]:
     grads = _recurrent_blocks.backward(
-        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(backend)),
+        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
         x,
         z,
         words,

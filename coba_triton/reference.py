@@ -90,9 +90,7 @@ def step(
     return Step(z, reset(u, z, c), g_e, g_i)
 
 
-def feed_forward_step(
-    x: Tensor, v: Tensor, g_e: Tensor, g_i: Tensor, c: Constants, jump_first: bool, method: str
-) -> Step:
+def feed_forward_step(x: Tensor, v: Tensor, g_e: Tensor, g_i: Tensor, c: Constants, jump_first: bool, method: str) -> Step:
     """One step of unconnected neurons; the sign of the net input ``x`` (in uS) decides which conductance it joins."""
     return step(v, g_e, g_i, torch.relu(x), torch.relu(-x), None, None, c, jump_first, method)
 

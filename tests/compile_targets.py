@@ -54,7 +54,9 @@ class Recorder:
         self.launches: list[tuple[ASTSource, dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **meta: Any) -> None:
+        def launch(
+            *args: Any, num_warps: int, enable_fp_fusion: bool, launch_cooperative_grid: bool = False, **meta: Any
+        ) -> None:
             values = dict(zip(self.kernel.arg_names, args, strict=False)) | meta
             signature, constants, attributes = {}, {}, {}
             for position, name in enumerate(self.kernel.arg_names):
@@ -68,7 +70,10 @@ class Recorder:
                 else:
                     signature[name] = "i32" if abs(value) < 2**31 else "i64"
             source = ASTSource(self.kernel, signature, constants, attributes)
-            self.launches.append((source, {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}))
+            options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+            if launch_cooperative_grid:
+                options["launch_cooperative_grid"] = True
+            self.launches.append((source, options))
 
         return launch
 
@@ -181,11 +186,13 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
     "recurrent 4096": {"neurons": 4096},
     "recurrent 4000 recorded": {"neurons": 4000, "record_states": True},
     "recurrent 9000": {"neurons": 9000},
+    "recurrent 1024 sliced": {"neurons": 1024, "path": "sliced"},
     "recurrent 256 dense": {"neurons": 256, "path": "dense"},
 }
 KERNELS = {
     **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
     "recurrent_forward_kernel": (recurrent, "forward_kernel"),
+    "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
     "recurrent_backward_kernel": (recurrent, "backward_kernel"),
     **{name: (recurrent, name) for name in ("compact_kernel", "projection_kernel", "driven_kernel")},
 }
@@ -198,6 +205,7 @@ def launches(name: str, target: str) -> dict[str, tuple[ASTSource, dict[str, Any
     device_type, threads_per_warp = _backends.triton_device_type, _triton.threads_per_warp
     _backends.triton_device_type = lambda: "cpu"
     _triton.threads_per_warp = lambda: TARGETS[target].warp_size  # type: ignore[assignment]
+    programs, _triton.resident_programs = _triton.resident_programs, lambda: 132
     for kernel, (module, function) in KERNELS.items():
         setattr(module, function, recorders[kernel])
     try:
@@ -207,6 +215,7 @@ def launches(name: str, target: str) -> dict[str, tuple[ASTSource, dict[str, Any
             run_recurrent(**RECURRENT_SPECIMENS[name])
     finally:
         _backends.triton_device_type, _triton.threads_per_warp = device_type, threads_per_warp
+        _triton.resident_programs = programs
         for kernel, (module, function) in KERNELS.items():
             setattr(module, function, kernels[kernel])
     return {kernel: recorder.launches[0] for kernel, recorder in recorders.items() if recorder.launches}

@@ -18,9 +18,9 @@ from coba_triton.cli.inputs import (
     RecordingSource,
     Signal,
     delta_encode,
-    draw_weights,
     resample,
 )
+from coba_triton.cli.weights import input_weights
 
 
 def poisson(neurons: int = 5, dt: float = 0.1, **changes: Any) -> PoissonSource:
@@ -177,14 +177,14 @@ def test_resample_interpolates_linearly() -> None:
 
 def test_weights() -> None:
     settings = {"probability": 0.5, "weight": "2 nS", "excitatory_fraction": 0.8}
-    w = draw_weights(FanOut.model_validate({"seed": 1, **settings}), 20_000)
-    assert w.shape == (2, 20_000)
+    w = input_weights(FanOut.model_validate({"seed": 1, **settings}), 20_000, 2)
+    assert w.shape == (20_000, 2)
     assert w.dtype == np.float32
     connected = w[w != 0]
     assert connected.size / w.size == pytest.approx(0.5, abs=0.02)
     assert (connected > 0).mean() == pytest.approx(0.8, abs=0.02)
     assert np.abs(connected).mean() == pytest.approx(0.002, rel=0.03)
-    assert (draw_weights(FanOut.model_validate({"seed": 2, **settings}), 20_000) != w).any()
+    assert (input_weights(FanOut.model_validate({"seed": 2, **settings}), 20_000, 2) != w).any()
 
 
 def recording(path: Path, threshold: float | str = 0.5, start: str = "0 ms", **signal: Any) -> RecordingInput:
@@ -205,7 +205,7 @@ def test_recording_is_encoded_and_fanned_out(tmp_path: Path) -> None:
     assert (source.encoded.threshold, source.encoded.unit) == (200.0, "uV")
     assert source.encoded.provenance == "made up"
     assert source.encoded.events.sum() > 20
-    expected = source.encoded.events.astype(np.float32) @ source.weights
+    expected = source.encoded.events.astype(np.float32) @ source.weights.T
     np.testing.assert_array_equal(source.read(0, 400), expected)
     np.testing.assert_array_equal(source.read(130, 170), expected[130:170])
 

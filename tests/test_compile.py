@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from compile_targets import SPECIMENS, TARGETS
+from compile_targets import RECURRENT_SPECIMENS, SPECIMENS, TARGETS
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,3 +55,16 @@ def test_compiles_without_spills_and_barriers(target: str, specimen: str, matrix
         clean = {name: row[name] for name in ("stack", "spills", "shared", "barriers")}
         assert clean == {"stack": 0, "spills": 0, "shared": 0, "barriers": 0}, row
         assert row.get("fused", 0) == 0, "a multiplication and an addition were fused: they must round twice"
+
+
+@pytest.mark.parametrize("specimen", RECURRENT_SPECIMENS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_recurrent_kernels_compile_without_spills(target: str, specimen: str, matrix) -> None:
+    rows = matrix[target, specimen]
+    options = RECURRENT_SPECIMENS[specimen]
+    kernels = {row["kernel"] for row in rows}
+    dense, sliced = (options.get("path") == path for path in ("dense", "sliced"))
+    forward = "driven_kernel" if dense else "sliced_forward_kernel" if sliced else "recurrent_forward_kernel"
+    assert forward in kernels and ("recurrent_backward_kernel" in kernels) == options.get("train", False)
+    for row in rows:
+        assert (row["stack"], row["spills"], row.get("fused", 0)) == (0, 0, 0), row

@@ -168,9 +168,9 @@ def test_bio_defaults_are_norses() -> None:
     from norse.torch.functional import coba_lif
 
     for name in CobaLIFParameters._fields:
-        assert getattr(ours.default_bio_parameters, name) == pytest.approx(
-            getattr(coba_lif.default_bio_parameters, name)
-        ), name
+        assert getattr(ours.default_bio_parameters, name) == pytest.approx(getattr(coba_lif.default_bio_parameters, name)), (
+            name
+        )
         assert getattr(CobaLIFParameters(), name) == pytest.approx(getattr(norse.CobaLIFParameters(), name)), name
     assert ours.default_bio_state == coba_lif.default_bio_state
 

@@ -29,6 +29,22 @@ def test_step_has_the_lines_of_the_reference(name: str) -> None:
     assert lines(kernel) == lines(reference)
 
 
+@pytest.mark.parametrize("name", ["vjp", "vjp_constants"])
+def test_cpu_adjoint_has_the_lines_of_the_kernels(name: str) -> None:
+    kernel = functions(PACKAGE / "kernels" / "step.py")[name]
+    cpu = functions(PACKAGE / "_cpu_kernels.py")[name]
+    assert lines(cpu) == lines(kernel)
+
+
+def record(path: Path, name: str) -> list[str]:
+    (node,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name)
+    return [field.target.id for field in node.body if isinstance(field, ast.AnnAssign)]  # type: ignore[union-attr]
+
+
+def test_cpu_adjoint_has_the_same_fields() -> None:
+    assert record(PACKAGE / "_cpu_kernels.py", "Adjoint") == record(PACKAGE / "kernels" / "step.py", "Adjoint")
+
+
 SURROGATE_BRANCHES = {"super": "super_spike", "triangle": "triangle", "tanh": "tanh", "circ": "circ"} | {
     "heavi_erfc": "heavi_erfc"
 }
@@ -58,8 +74,6 @@ def test_surrogate_has_the_lines_of_the_reference(method: str) -> None:
 
 
 def test_constants_have_the_same_rows() -> None:
-    tree = ast.parse((PACKAGE / "kernels" / "step.py").read_text())
-    (record,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Constants")
-    rows = [node.target.id for node in record.body if isinstance(node, ast.AnnAssign)]  # type: ignore[union-attr]
+    rows = record(PACKAGE / "kernels" / "step.py", "Constants")
     assert tuple(rows) == Constants._fields
     assert set(rows) & set(CobaLIFParameters._fields) == set(rows) - {"decay_e", "decay_i", "k"}

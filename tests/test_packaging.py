@@ -53,9 +53,7 @@ def tree_files() -> set[str]:
         here = Path(folder)
         links = [name for name in folders if (here / name).is_symlink()]
         folders[:] = [
-            name
-            for name in folders
-            if name not in BY_PRODUCTS | set(links) and not name.endswith(("_cache", ".egg-info"))
+            name for name in folders if name not in BY_PRODUCTS | set(links) and not name.endswith(("_cache", ".egg-info"))
         ]
         found |= {(here / name).relative_to(ROOT).as_posix() for name in [*files, *links]}
     return found
@@ -255,7 +253,7 @@ assert state.v.shape == (2, 4)
 def test_import_leaves_optional_packages_alone() -> None:
     loaded = run(sys.executable, "-c", "import coba_triton, sys; print(*sys.modules)", cwd=ROOT).split()
     assert "coba_triton" in loaded
-    assert not OPTIONAL & set(loaded)
+    assert not (OPTIONAL | {"numba"}) & set(loaded)  # numba is there, but takes its time
 
 
 def test_package_works_where_optional_packages_are_missing() -> None:

@@ -46,7 +46,6 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "backend": (lambda: ff(backend="gpu"), ValueError, "one of 'auto', 'reference', 'triton', 'cpu', got 'gpu'"),
     "backend rec": (lambda: rec(backend="gpu"), ValueError, "backend must be one of"),
     "path": (lambda: rec(path="sparse"), ValueError, "one of 'auto', 'events', 'sliced', 'dense', got 'sparse'"),
-    "backend cpu rec": (lambda: rec(backend="cpu"), RuntimeError, "'cpu' has no recurrent kernels .* pass backend="),
     "method": (
         lambda: ff(p=CobaLIFParameters(method="sigmoid")),
         ValueError,

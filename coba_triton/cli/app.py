@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from .config import UserError, builtin_folder, builtins, load
+from .config import UserError, builtin_folder, builtins, describe, load
 
 INTERRUPTED = 130
 
@@ -74,6 +74,10 @@ def simulate(
     except KeyboardInterrupt:
         _say("Interrupted; nothing more was written.")
         raise typer.Exit(INTERRUPTED) from None
+    except MemoryError as error:
+        raise UserError(
+            f"not enough memory ({error}); make neuron.count, the channels or simulation.block_steps smaller"
+        ) from None
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -81,7 +85,7 @@ def simulate(
 def _list_builtins() -> None:
     table = Table.grid(padding=(0, 2))
     for name in builtins():
-        table.add_row(name, load(name)[1].description)
+        table.add_row(name, describe(name))
     Console().print(table)
     print(f"To make your own, copy one from {builtin_folder()}")
 
@@ -91,15 +95,16 @@ def _simulate(name: str, out: Path) -> bool:
     name, config = load(name)
     from . import job, report
     from .inputs import open_source
+    from .weights import open_recurrent
 
     report.prepare_folder(out)
-    source = open_source(config)
+    source, recurrent = open_source(config), open_recurrent(config)
     with _warnings_in_one_line(), _progress(config.simulation.steps) as show:
-        run = job.simulate(config, source, show)
+        run = job.simulate(config, source, recurrent, show)
     if not run.blocks:
         _say("Interrupted before the first block of steps was finished; nothing was written.")
         return True
-    summary = report.write(out, name, config, source, run)
+    summary = report.write(out, name, config, source, recurrent, run)
     _print_summary(summary)
     print(f"Wrote {', '.join(report.FILES)} to {out}")
     if run.interrupted:
@@ -117,6 +122,9 @@ class _StepsPerSecond(ProgressColumn):
 def _progress(steps: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal, nothing elsewhere; yields the function that takes the finished steps."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
     columns = (
         MofNCompleteColumn(),
         TextColumn("steps"),
@@ -125,7 +133,7 @@ def _progress(steps: int) -> Iterator[Callable[[int], None]]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps)
         yield lambda done: progress.update(task, completed=done)
 
@@ -139,16 +147,30 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    rates, backend = summary["rates_hz"], summary["backend"]
-    table = Table(show_header=False)
+    rates, backend, recurrent, cv = (summary[key] for key in ("rates_hz", "backend", "recurrent", "interval_cv"))
     simulated = f"{summary['simulated_s']:g} s, dt {summary['dt_ms']:g} ms"
-    for row in (
+    rows = [
         ("steps", f"{summary['steps_done']:,} of {summary['T']:,} ({simulated})"),
         ("neurons", f"{summary['N']:,}, {rates['fraction_silent']:.0%} of them silent"),
         ("spikes", f"{summary['spikes']:,}"),
         ("rate", f"{rates['mean']:.1f} Hz mean, {rates['min']:.1f} to {rates['max']:.1f} Hz"),
+        (
+            "irregularity",
+            f"CV of intervals {cv['mean']:.2f} ({cv['neurons']:,} neurons)" if cv["neurons"] else "unknown",
+        ),
+    ]
+    if recurrent:
+        origin = recurrent.get("file") or f"random, seed {recurrent['seed']}"
+        rows.append(("synapses", f"{recurrent['synapses']:,} ({origin})"))
+        for name, population in recurrent["populations"].items():
+            mean = population["interval_cv"]["mean"]
+            irregularity = "" if mean is None else f", CV of intervals {mean:.2f}"
+            rows.append((name, f"{population['neurons']:,} neurons, {population['rate_hz']:.1f} Hz mean{irregularity}"))
+    rows += [
         ("backend", f"{backend['used']} on {backend['device']}"),
         ("wall time", f"{summary['wall_time_s']:.2f} s, {summary['steps_per_s']:,.0f} steps/s"),
-    ):
+    ]
+    table = Table(show_header=False)
+    for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -4,6 +4,7 @@ Every quantity is written with its unit, any unit of the right dimension, and re
 ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these tables::
 
     description = "one line"              # optional
+    notes = ["what to know", "..."]       # optional; like the rest of this file, copied to summary.json
 
     [simulation]
     dt = "0.1 ms"
@@ -29,8 +30,8 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     neurons = [0, 17]                     # whose traces to keep, the first one's v is drawn
     variables = ["v", "g_e", "g_i"]       # default: v
 
-and one of three inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. What
-one neuron gets in one step is summed first and split by the sign of the sum::
+and one of four inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. The first
+two give every neuron its own, and what one neuron gets in one step is summed before it is split by its sign::
 
     [input]
     kind = "poisson"                      # every neuron has its own Poisson spikes
@@ -44,8 +45,10 @@ one neuron gets in one step is summed first and split by the sign of the sum::
     array = "x"                           # which array of an .npz; optional if it has only one
     weight = "2 nS"                       # of one spike; for input in a unit of conductance that unit, "1 uS"
 
+The other two have channels, which random or given synapses fan out over the population::
+
     [input]
-    kind = "recording"                    # one signal, delta-encoded and fanned out over the population
+    kind = "recording"                    # one signal, delta-encoded: a channel of ON and one of OFF events
     start = "10 s"                        # optional; where in the recording to begin
     threshold = "0.05 mV"                 # of the delta encoder; without unit if the recording has none
     [input.signal]
@@ -57,9 +60,40 @@ one neuron gets in one step is summed first and split by the sign of the sum::
     provenance = "recorded by ..."        # optional; copied to summary.json
     [input.fan_out]
     seed = 1
-    probability = 0.5                     # of a connection from a channel (ON, OFF) to a neuron
+    probability = 0.5                     # of a connection from a channel to a neuron
     weight = "2 nS"                       # mean of the weights' exponential distribution
     excitatory_fraction = 0.8             # of the connections; the others are inhibitory
+
+    [input]
+    kind = "channels"
+    [input.spikes]
+    source = "poisson"                    # or "file", with path and array as above, [steps, channels]
+    seed = 1
+    channels = 400
+    rate = "15 Hz"                        # of every channel
+    stop = "50 ms"                        # optional; no spikes from then on
+    [input.fan_out]                       # as above, or weights in a file:
+    path = "weights.npy"                  # [neurons, channels], relative to this file; positive ones excite
+    array = "x"                           # as above
+    weight = "1 nS"                       # what the number 1 in the file stands for
+
+With the table ``recurrent`` the neurons are connected to each other, by random synapses or by a file's::
+
+    [recurrent]
+    seed = 1
+    probability = 0.02                    # of a connection from a neuron to another; none to itself
+    excitatory_fraction = 0.8             # of the neurons, the first ones; the others are inhibitory
+    excitatory_weight = "0.5 nS"
+    inhibitory_weight = "5 nS"
+
+    [recurrent]
+    path = "weights.npy"                  # [neurons, neurons], rows post-synaptic; negative weights inhibit
+    array = "x"                           # as above; an .npz may instead hold row, col and weight of every synapse
+    weight = "1 nS"                       # what the number 1 in the file stands for
+
+Excitation and inhibition are then kept apart synapse by synapse instead of being summed first: channels reach g_e
+through positive and g_i through negative weights. An input of the neurons' own stays what it is without recurrence
+(it takes two channels a neuron: for thousands of neurons, ``channels`` are much faster).
 """
 
 from __future__ import annotations
@@ -79,10 +113,12 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     GetCoreSchemaHandler,
     NonNegativeInt,
     PositiveInt,
+    Tag,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -90,7 +126,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.+-].*?)\s*")
-_UNION_TAGS = {"file", "poisson", "recording", "sleepecg"}
+_UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent"}  # tables of several forms
 
 
 class UserError(Exception):
@@ -118,17 +154,20 @@ class Unit:
         symbol: the unit that the number is read into and written back in.
         kind: what is measured, for messages.
         example: how to write one, for messages.
+        sign: which numbers are allowed.
     """
 
     symbol: str
     kind: str
     example: str
+    sign: Literal["any", "not negative", "positive"] = "any"
 
     def parse(self, text: object) -> float:
         """Read text such as ``"200 pF"``.
 
         Raises:
-            ValueError: if there is no number or no unit, or the unit is unknown or of another dimension.
+            ValueError: if there is no number or no unit, the unit is unknown or of another dimension, or the number
+                has the wrong sign.
         """
         wanted = f"expected {self.kind} such as {self.example!r}"
         if not isinstance(text, str) or not (match := _NUMBER_AND_UNIT.fullmatch(text)):
@@ -144,6 +183,8 @@ class Unit:
         value = float(f"{quantity.m_as(self.symbol):.15g}")
         if not math.isfinite(value):
             raise ValueError(f"{text!r} is too large; {wanted}")
+        if (self.sign == "positive" and value <= 0) or (self.sign == "not negative" and value < 0):
+            raise ValueError(f"must {'be above 0' if self.sign == 'positive' else 'not be negative'}, got {text!r}")
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -151,16 +192,13 @@ class Unit:
         return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=written)
 
 
-_TIME, _CONDUCTANCE = Unit("ms", "a time", "5 ms"), Unit("uS", "a conductance", "2 nS")
-_RATE = Unit("Hz", "a rate", "20 Hz")
-
-Time = Annotated[float, Field(ge=0), _TIME]
-PositiveTime = Annotated[float, Field(gt=0), _TIME]
+Time = Annotated[float, Unit("ms", "a time", "5 ms", "not negative")]
+PositiveTime = Annotated[float, Unit("ms", "a time", "5 ms", "positive")]
 Potential = Annotated[float, Unit("mV", "a potential", "-65 mV")]
-Capacitance = Annotated[float, Field(gt=0), Unit("nF", "a capacitance", "200 pF")]
-Conductance = Annotated[float, Field(ge=0), _CONDUCTANCE]
-Rate = Annotated[float, Field(ge=0), _RATE]
-PositiveRate = Annotated[float, Field(gt=0), _RATE]
+Capacitance = Annotated[float, Unit("nF", "a capacitance", "200 pF", "positive")]
+Conductance = Annotated[float, Unit("uS", "a conductance", "2 nS", "not negative")]
+Rate = Annotated[float, Unit("Hz", "a rate", "20 Hz", "not negative")]
+PositiveRate = Annotated[float, Unit("Hz", "a rate", "20 Hz", "positive")]
 
 
 def _beside_the_configuration(path: Path, info: ValidationInfo) -> Path:
@@ -283,12 +321,30 @@ class FileSignal(_Table):
 
 
 class FanOut(_Table):
-    """Random weights from the encoder's channels to the population."""
+    """Random weights from the input's channels to the population."""
 
     seed: NonNegativeInt
     probability: float = Field(gt=0, le=1)
     weight: Conductance
     excitatory_fraction: float = Field(ge=0, le=1)
+
+
+class FileWeights(_Table):
+    """Weights ``[neurons, channels]`` or ``[neurons, neurons]``, rows post-synaptic."""
+
+    path: InputPath
+    array: str | None = None
+    weight: Conductance
+
+
+def _weights_form(table: Any) -> str:
+    """Which of the two tables that describe weights it is: the one of a file has a path."""
+    return "file" if isinstance(table, FileWeights) or (isinstance(table, dict) and "path" in table) else "random"
+
+
+InputWeights = Annotated[
+    Annotated[FanOut, Tag("random")] | Annotated[FileWeights, Tag("file")], Discriminator(_weights_form)
+]
 
 
 class RecordingInput(_Table):
@@ -298,7 +354,48 @@ class RecordingInput(_Table):
     start: Time = 0.0
     threshold: float | str
     signal: Annotated[PackagedSignal | FileSignal, Field(discriminator="source")]
-    fan_out: FanOut
+    fan_out: InputWeights
+
+
+class PoissonSpikes(_Table):
+    """Independent Poisson spikes in every channel."""
+
+    source: Literal["poisson"]
+    seed: NonNegativeInt
+    channels: PositiveInt
+    rate: Rate
+    stop: PositiveTime | None = None
+
+
+class FileSpikes(_Table):
+    """An array ``[steps, channels]`` of spikes."""
+
+    source: Literal["file"]
+    path: InputPath
+    array: str | None = None
+
+
+class ChannelsInput(_Table):
+    """Spikes in channels, fanned out."""
+
+    kind: Literal["channels"]
+    spikes: Annotated[PoissonSpikes | FileSpikes, Field(discriminator="source")]
+    fan_out: InputWeights
+
+
+class RandomSynapses(_Table):
+    """Random connections among the neurons, of which the first are excitatory and the others inhibitory."""
+
+    seed: NonNegativeInt
+    probability: float = Field(gt=0, le=1)
+    excitatory_fraction: float = Field(ge=0, le=1)
+    excitatory_weight: Conductance
+    inhibitory_weight: Conductance
+
+
+RecurrentWeights = Annotated[
+    Annotated[RandomSynapses, Tag("random")] | Annotated[FileWeights, Tag("file")], Discriminator(_weights_form)
+]
 
 
 class Record(_Table):
@@ -312,9 +409,11 @@ class Config(_Table):
     """A whole configuration."""
 
     description: str = ""
+    notes: list[str] = []
     simulation: Simulation
     neuron: Neuron
-    input: Annotated[PoissonInput | FileInput | RecordingInput, Field(discriminator="kind")]
+    input: Annotated[PoissonInput | FileInput | RecordingInput | ChannelsInput, Field(discriminator="kind")]
+    recurrent: RecurrentWeights | None = None
     record: Record = Record()
 
     @model_validator(mode="after")
@@ -335,6 +434,11 @@ def builtin_folder() -> Path:
 def builtins() -> dict[str, Path]:
     """The built-in configurations by name."""
     return {path.stem: path for path in sorted(builtin_folder().glob("*.toml"))}
+
+
+def describe(name: str) -> str:
+    """The description of a built-in configuration; that is all that is read of it."""
+    return str(tomllib.loads(builtins()[name].read_text(encoding="utf-8"))["description"])
 
 
 def load(name: str) -> tuple[str, Config]:
@@ -370,8 +474,8 @@ def load(name: str) -> tuple[str, Config]:
 def _sentence(error: ValidationError) -> str:
     """The first problem in one sentence, and how many more there are."""
     first, *others = error.errors()
-    *tables, key = first["loc"] or ("",)
-    where = ".".join(str(part) for part in (*(t for t in tables if t not in _UNION_TAGS), key))
+    loc = first["loc"]  # after the key of a table of several forms comes the form's name, which is not the user's
+    where = ".".join(str(part) for before, part in zip(("", *loc), loc, strict=False) if before not in _UNIONS)
     context = first.get("ctx", {})
     kind = context.get("discriminator", "").strip("'")
     match first["type"]:

@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from .config import Config
 from .inputs import Encoded
 from .job import Block
+from .weights import Recurrent
 
 SIZE, DPI = (11.0, 9.0), 120  # inches, dots per inch
 
 _BINS = 250  # at most so many bins over the run
 _EXCITATORY, _INHIBITORY, _NEUTRAL = "#c0392b", "#2c6fbb", "#222222"
+_COLORS = {"excitatory": _EXCITATORY, "inhibitory": _INHIBITORY}
 
 
-def draw(name: str, config: Config, finished: Block, encoded: Encoded | None) -> Figure:
+def draw(name: str, config: Config, finished: Block, encoded: Encoded | None, recurrent: Recurrent | None = None) -> Figure:
     """Draw what a run has finished.
 
     Args:
@@ -26,6 +28,7 @@ def draw(name: str, config: Config, finished: Block, encoded: Encoded | None) ->
         config: what was run.
         finished: what was kept of it.
         encoded: the recording that drove it, if one did.
+        recurrent: the synapses among the neurons, if there are any.
 
     Returns:
         A figure of :data:`SIZE` inches.
@@ -34,15 +37,15 @@ def draw(name: str, config: Config, finished: Block, encoded: Encoded | None) ->
     in_seconds = finished.steps * dt >= 1000
     step = dt / 1000 if in_seconds else dt  # of the time axis
     traced = "v" in finished.traces
-    heights = [2.2, 0.5] if encoded else [1.8]
-    heights += [3.4, 1.6, 2.2][: 3 if traced else 2]
+    heights = [2.2, 0.5] if encoded else [1.2 if recurrent else 1.8]
+    heights += [4.0 if recurrent else 3.4, 1.6, 2.2][: 3 if traced else 2]
 
     figure = Figure(SIZE, DPI, layout="constrained")
     axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
     panels: list[Axes] = list(axes[:, 0])
     title = f"{name}: {config.description}" if config.description else name
     if finished.steps < config.simulation.steps:
-        title += f" (stopped after {finished.steps:,} of {config.simulation.steps:,} steps)"
+        title += f"\n(stopped after {finished.steps:,} of {config.simulation.steps:,} steps)"
     figure.suptitle(title, fontsize=12)
     width = bin_steps(finished.steps, dt)
     rest = iter(panels)
@@ -51,8 +54,10 @@ def draw(name: str, config: Config, finished: Block, encoded: Encoded | None) ->
         _draw_events(next(rest), encoded, finished.steps, step)
     else:
         _draw_drive(next(rest), finished, width, dt, step)
-    _draw_raster(next(rest), finished, config.neuron.count, step)
-    _draw_rate(next(rest), finished, config.neuron.count, width, dt, step)
+    everyone = np.ones(config.neuron.count, dtype=bool)
+    populations = recurrent.populations() if recurrent else {"": everyone}
+    _draw_raster(next(rest), finished, populations, step)
+    _draw_rate(next(rest), finished, populations, width, dt, step)
     if traced:
         _draw_potential(next(rest), config, finished, step)
     panels[-1].set_xlabel("time (s)" if in_seconds else "time (ms)")
@@ -100,35 +105,51 @@ def _draw_drive(panel: Axes, finished: Block, width: int, dt: float, step: float
         (finished.input_e, 1, _EXCITATORY, "excitatory"),
         (finished.input_i, -1, _INHIBITORY, "inhibitory"),
     ):
+        if not values.any():
+            continue
         means, edges = _binned(values, width)
         panel.stairs(sign * means * 1000 / dt, edges * step, color=color, fill=True, alpha=0.8, label=label)
     panel.axhline(0, color=_NEUTRAL, linewidth=0.6)
     panel.set_ylabel("mean input\n(nS per ms)")
-    _legend(panel)
+    if panel.get_legend_handles_labels()[0]:
+        _legend(panel)
 
 
-def _draw_raster(panel: Axes, finished: Block, neurons: int, step: float) -> None:
-    size = float(np.clip(600 / neurons, 1, 5))
-    panel.plot(
-        (finished.spike_steps + 1) * step,
-        finished.spike_neurons,
-        linestyle="none",
-        marker=".",
-        markersize=size,
-        markeredgewidth=0,
-        color=_NEUTRAL,
-    )
+def _draw_raster(panel: Axes, finished: Block, populations: dict[str, NDArray[np.bool_]], step: float) -> None:
+    neurons = len(next(iter(populations.values())))
+    for name, members in populations.items():
+        spikes = members[finished.spike_neurons]
+        panel.plot(
+            (finished.spike_steps[spikes] + 1) * step,
+            finished.spike_neurons[spikes],
+            linestyle="none",
+            marker=".",
+            markersize=float(np.clip(600 / neurons, 1.4 if len(populations) > 1 else 1, 5)),
+            markeredgewidth=0,
+            color=_COLORS.get(name, _NEUTRAL),
+        )
     panel.set_ylim(-0.5, neurons - 0.5)
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_ylabel("neuron")
 
 
-def _draw_rate(panel: Axes, finished: Block, neurons: int, width: int, dt: float, step: float) -> None:
-    counts = np.bincount(finished.spike_steps, minlength=finished.steps)
-    means, edges = _binned(counts, width)
-    panel.stairs(means / neurons / dt * 1000, edges * step, color=_NEUTRAL, fill=True, alpha=0.75)
+def _draw_rate(
+    panel: Axes, finished: Block, populations: dict[str, NDArray[np.bool_]], width: int, dt: float, step: float
+) -> None:
+    for name, members in populations.items():
+        spikes = members[finished.spike_neurons]
+        counts = np.bincount(finished.spike_steps[spikes], minlength=finished.steps)
+        means, edges = _binned(counts, width)
+        rate = means / members.sum() / dt * 1000
+        color = _COLORS.get(name, _NEUTRAL)
+        if len(populations) == 1:
+            panel.stairs(rate, edges * step, color=color, label=name, fill=True, alpha=0.75)
+        else:
+            panel.stairs(rate, edges * step, color=color, label=name, baseline=None)
     panel.set_ylim(bottom=0)
     panel.set_ylabel(f"population rate\n(Hz, {width * dt:g} ms bins)")
+    if any(populations):
+        _legend(panel)
 
 
 def _draw_potential(panel: Axes, config: Config, finished: Block, step: float) -> None:

@@ -1,9 +1,10 @@
-"""Input sources: where the conductances that drive the population come from, in any block of steps."""
+"""Input sources: what drives the population, in any block of steps."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Config, FanOut, FileInput, FileSignal, PoissonInput, RecordingInput, Unit, UserError
+from .config import (
+    Config,
+    FanOut,
+    FileInput,
+    FileSignal,
+    FileSpikes,
+    FileWeights,
+    PoissonInput,
+    PoissonSpikes,
+    RecordingInput,
+    Unit,
+    UserError,
+)
+from .weights import input_weights, read_array
 
 POISSON_CHUNK = 256  # steps drawn from one stream; another number is another realisation
 
@@ -43,11 +57,54 @@ class Encoded:
 
 
 class Source(Protocol):
-    """What drives the population."""
+    """What drives the population: as net conductances, or as channels and the weights they have."""
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """Weights in uS from the channels to the neurons, ``[N, I]``."""
+        ...
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Input to the weights in steps ``start`` to ``stop``, not negative, ``[stop - start, I]``."""
+        ...
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Conductance in uS that steps ``start`` to ``stop`` add to every neuron, ``[stop - start, N]``."""
+        """Net conductance in uS that steps ``start`` to ``stop`` add to every neuron, ``[stop - start, N]``."""
         ...
+
+
+class _Own(ABC):
+    """Every neuron has its own input; as channels: one for what excites it, one for what inhibits it."""
+
+    neurons: int
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        one = np.eye(self.neurons, dtype=np.float32)
+        return np.concatenate([one, -one], axis=1)
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        net = self.read(start, stop)
+        return np.concatenate([np.maximum(net, 0), np.maximum(-net, 0)], axis=1)
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> NDArray[np.float32]: ...
+
+
+class _FannedOut(ABC):
+    """Channels that reach the neurons through weights."""
+
+    weights: NDArray[np.float32]
+
+    @abstractmethod
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]: ...
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        net = np.zeros((stop - start, len(self.weights)), dtype=np.float32)
+        # channel by channel, as a matrix product may round differently for another block length
+        for events, weights in zip(self.channels(start, stop).T, self.weights.T, strict=True):
+            net += events[:, None] * weights
+        return net
 
 
 def open_source(config: Config) -> Source:
@@ -56,20 +113,37 @@ def open_source(config: Config) -> Source:
     Raises:
         UserError: if a file cannot be read or does not fit, or a package is missing.
     """
-    if isinstance(config.input, PoissonInput):
-        return PoissonSource(config.input, config.simulation.dt, config.neuron.count)
-    if isinstance(config.input, FileInput):
-        return FileSource(config.input, config.simulation.steps, config.neuron.count)
-    return RecordingSource(config.input, config.simulation.dt, config.simulation.steps, config.neuron.count)
+    settings, dt, steps, neurons = config.input, config.simulation.dt, config.simulation.steps, config.neuron.count
+    if isinstance(settings, PoissonInput):
+        return PoissonSource(settings, dt, neurons)
+    if isinstance(settings, FileInput):
+        return FileSource(settings, steps, neurons)
+    if isinstance(settings, RecordingInput):
+        return RecordingSource(settings, dt, steps, neurons)
+    if isinstance(settings.spikes, PoissonSpikes):
+        return PoissonChannels(settings.spikes, settings.fan_out, dt, neurons)
+    return FileChannels(settings.spikes, settings.fan_out, steps, neurons)
+
+
+def _read_chunks(
+    seed: int, draw: Callable[[np.random.Generator, int], NDArray[np.float32]], start: int, stop: int
+) -> NDArray[np.float32]:
+    """Random steps ``start`` to ``stop``, the same whatever the blocks are.
+
+    ``draw`` makes chunk by chunk of :data:`POISSON_CHUNK` steps, given the chunk's first step and a counter-based
+    generator that is keyed by the seed and the chunk's number.
+    """
+    first = start // POISSON_CHUNK
+    chunks = []
+    for index in range(first, -(-stop // POISSON_CHUNK)):
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(index,))))
+        chunks.append(draw(rng, index * POISSON_CHUNK))
+    return np.concatenate(chunks)[start - first * POISSON_CHUNK : stop - first * POISSON_CHUNK]
 
 
 @dataclass(frozen=True)
-class PoissonSource:
-    """Independent Poisson spikes for every neuron, reproducible from the seed whatever the blocks are.
-
-    Steps are drawn in chunks of :data:`POISSON_CHUNK`, each from its own counter-based stream, keyed by the
-    seed and the chunk's number; several spikes in one step add up.
-    """
+class PoissonSource(_Own):
+    """Independent Poisson spikes for every neuron; several in one step add up."""
 
     settings: PoissonInput
     dt: float
@@ -77,14 +151,9 @@ class PoissonSource:
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Source`."""
-        first = start // POISSON_CHUNK
-        last = -(-stop // POISSON_CHUNK)
-        drawn = np.concatenate([self._chunk(index) for index in range(first, last)])
-        return drawn[start - first * POISSON_CHUNK : stop - first * POISSON_CHUNK]
+        return _read_chunks(self.settings.seed, self._draw, start, stop)
 
-    def _chunk(self, index: int) -> NDArray[np.float32]:
-        seed = np.random.SeedSequence(self.settings.seed, spawn_key=(index,))
-        rng = np.random.Generator(np.random.Philox(seed))
+    def _draw(self, rng: np.random.Generator, first: int) -> NDArray[np.float32]:
         net = np.zeros((POISSON_CHUNK, self.neurons))
         for sign, drive in ((1, self.settings.excitatory), (-1, self.settings.inhibitory)):
             if drive is not None:
@@ -93,46 +162,44 @@ class PoissonSource:
         return net.astype(np.float32)
 
 
-def read_array(path: Path, name: str | None) -> NDArray[np.generic]:
-    """Read an array from a ``.npy`` (memory-mapped) or ``.npz`` file.
+class PoissonChannels(_FannedOut):
+    """Independent Poisson spikes in channels; several in one step add up."""
 
-    Raises:
-        UserError: if the file cannot be read, or it is not clear which array of an ``.npz`` is meant.
-    """
-    try:
-        with path.open("rb") as file:
-            if file.read(6) == b"\x93NUMPY":
-                return np.asarray(np.load(path, mmap_mode="r"))
-            file.seek(0)
-            with np.load(file) as archive:
-                names = archive.files
-                if name is None and len(names) == 1:
-                    name = names[0]
-                if name in names:
-                    return np.asarray(archive[name])
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; give a .npy or .npz file") from None
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path} is no .npy or .npz file of numbers; write it with numpy.save or numpy.savez") from None
-    if name is None:
-        raise UserError(f"{path} holds several arrays; name one with the key array: {', '.join(names)}")
-    raise UserError(f"{path} has no array {name!r}; it has {', '.join(names)}")
+    def __init__(self, spikes: PoissonSpikes, fan_out: FanOut | FileWeights, dt: float, neurons: int) -> None:
+        self.spikes, self.dt = spikes, dt
+        self.weights = input_weights(fan_out, neurons, spikes.channels)
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        return _read_chunks(self.spikes.seed, self._draw, start, stop)
+
+    def _draw(self, rng: np.random.Generator, first: int) -> NDArray[np.float32]:
+        expected = self.spikes.rate * self.dt / 1000
+        counts = rng.poisson(expected, (POISSON_CHUNK, self.spikes.channels)).astype(np.float32)
+        if self.spikes.stop is not None:
+            counts[max(round(self.spikes.stop / self.dt) - first, 0) :] = 0
+        return counts
 
 
-class FileSource:
+def _check_sequence(path: Path, array: NDArray[np.generic], steps: int, width: int | None, key: str) -> None:
+    """Numbers of shape ``[steps, width]`` or longer; None: any width, which is called ``key``."""
+    shape, dtype = array.shape, array.dtype
+    if dtype.kind not in "biuf":
+        raise UserError(f"{path} must hold numbers or booleans, got {dtype}; convert it")
+    if len(shape) != 2 or shape[0] < steps or shape[1] != (width or shape[1]):
+        raise UserError(
+            f"{path} must have the shape [steps, {key}], at least [{steps}, {width or key}], got {list(shape)}; "
+            f"change the array{', neuron.count' if width else ''} or simulation.duration"
+        )
+
+
+class FileSource(_Own):
     """An array ``[steps, neurons]`` from a file, times the weight."""
 
     def __init__(self, settings: FileInput, steps: int, neurons: int) -> None:
-        self.settings = settings
+        self.settings, self.neurons = settings, neurons
         self.array = read_array(settings.path, settings.array)
-        shape, dtype = self.array.shape, self.array.dtype
-        if dtype.kind not in "biuf":
-            raise UserError(f"{settings.path} must hold numbers or booleans, got {dtype}; convert it")
-        if len(shape) != 2 or shape[1] != neurons or shape[0] < steps:
-            raise UserError(
-                f"{settings.path} must have the shape [steps, neurons], at least [{steps}, {neurons}], got "
-                f"{list(shape)}; change the array, neuron.count or simulation.duration"
-            )
+        _check_sequence(settings.path, self.array, steps, neurons, "neurons")
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Source`."""
@@ -140,6 +207,26 @@ class FileSource:
         if not np.isfinite(net).all():
             raise UserError(f"{self.settings.path} has NaN or infinity in steps {start} to {stop}; it must be finite")
         return net.astype(np.float32)
+
+
+class FileChannels(_FannedOut):
+    """An array ``[steps, channels]`` from a file."""
+
+    def __init__(self, spikes: FileSpikes, fan_out: FanOut | FileWeights, steps: int, neurons: int) -> None:
+        self.path = spikes.path
+        self.array = read_array(spikes.path, spikes.array)
+        _check_sequence(spikes.path, self.array, steps, None, "channels")
+        self.weights = input_weights(fan_out, neurons, self.array.shape[1])
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        x = self.array[start:stop].astype(np.float32)
+        if not (np.isfinite(x).all() and (x >= 0).all()):
+            raise UserError(
+                f"{self.path} has negative or infinite numbers or NaN in steps {start} to {stop}; channels hold spike "
+                "counts, and what inhibits has negative weights"
+            )
+        return x
 
 
 @dataclass(frozen=True)
@@ -232,24 +319,7 @@ def delta_encode(values: NDArray[np.float64], threshold: float) -> NDArray[np.in
     return events
 
 
-def draw_weights(settings: FanOut, neurons: int) -> NDArray[np.float32]:
-    """Random weights from the ON and the OFF channel to every neuron.
-
-    A connection exists with the given probability, is excitatory with the given fraction and else inhibitory
-    (negative), and has an exponentially distributed strength.
-
-    Returns:
-        Weights in uS, ``[2, N]``.
-    """
-    rng = np.random.default_rng(settings.seed)
-    shape = (2, neurons)
-    strength = rng.exponential(settings.weight, shape)
-    sign = np.where(rng.random(shape) < settings.excitatory_fraction, 1.0, -1.0)
-    connected = rng.random(shape) < settings.probability
-    return (strength * sign * connected).astype(np.float32)
-
-
-class RecordingSource:
+class RecordingSource(_FannedOut):
     """A recorded signal, delta-encoded, its ON and OFF events fanned out over the population."""
 
     def __init__(self, settings: RecordingInput, dt: float, steps: int, neurons: int) -> None:
@@ -260,14 +330,11 @@ class RecordingSource:
             raise UserError("the recording has NaN or infinity; correct it or choose another input.start")
         events = delta_encode(values, threshold)
         self.encoded = Encoded(values, signal.unit, threshold, events, signal.provenance)
-        self.weights = draw_weights(settings.fan_out, neurons)
+        self.weights = input_weights(settings.fan_out, neurons, 2)
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Source`."""
-        on, off = self.encoded.events[start:stop].astype(np.float32).T
-        # elementwise, as a matrix product may round differently for another block length
-        net: NDArray[np.float32] = on[:, None] * self.weights[0] + off[:, None] * self.weights[1]
-        return net
+        return self.encoded.events[start:stop].astype(np.float32)
 
 
 def _threshold(value: float | str, unit: str | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
+from coba_triton import CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
 from coba_triton._backends import choose_backend
 
 from .config import Config, Neuron, Simulation, UserError
 from .inputs import Source
+from .weights import Recurrent
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,17 @@ def choose_device(simulation: Simulation) -> torch.device:
             ) from error
     gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     wants_gpu = simulation.backend in ("auto", "triton")
-    return gpu if gpu and wants_gpu and choose_backend("auto", gpu) == "triton" else torch.device("cpu")
+    served = gpu and wants_gpu and choose_backend("auto", gpu) == "triton"
+    return gpu if gpu and served else torch.device("cpu")
 
 
-def simulate(config: Config, source: Source, on_progress: Callable[[int], None]) -> Run:
+def simulate(config: Config, source: Source, recurrent: Recurrent | None, on_progress: Callable[[int], None]) -> Run:
     """Run a configuration in blocks; Ctrl-C ends it after the last finished block.
 
     Args:
         config: what to run.
         source: input of every step.
+        recurrent: the synapses among the neurons, None if there are none.
         on_progress: called with the number of finished steps, first with 0.
 
     Returns:
@@ -131,10 +136,10 @@ def simulate(config: Config, source: Source, on_progress: Callable[[int], None])
     begin = time.perf_counter()
     try:
         on_progress(0)
-        state = None
+        population = _Population(config, source, recurrent, device)
         for start in range(0, simulation.steps, simulation.block_steps):
             stop = min(start + simulation.block_steps, simulation.steps)
-            block, state = _advance(config, source, state, start, stop, device)
+            block = population.advance(start, stop)
             run.blocks.append(block)  # one operation: an interrupt leaves the block out or leaves it whole
             on_progress(stop)
     except KeyboardInterrupt:
@@ -143,40 +148,76 @@ def simulate(config: Config, source: Source, on_progress: Callable[[int], None])
     return run
 
 
-def _advance(
-    config: Config, source: Source, state: Any, start: int, stop: int, device: torch.device
-) -> tuple[Block, Any]:
-    """Simulate steps ``start`` to ``stop`` from ``state`` (None: from rest)."""
-    simulation, record = config.simulation, config.record
-    x = torch.from_numpy(source.read(start, stop)).to(device)
-    traced = bool(record.neurons)
-    states: Any
-    try:
-        spikes, states = coba_lif_feed_forward_integral(
-            x,
-            state,
-            parameters(config.neuron),
-            simulation.dt,
-            order=simulation.order,
-            backend=simulation.backend,
-            record_states=traced,
-            spike_dtype=torch.bool,
+class _Population:
+    """The neurons, from rest on."""
+
+    def __init__(self, config: Config, source: Source, recurrent: Recurrent | None, device: torch.device) -> None:
+        self.config, self.source, self.device = config, source, device
+        self.weights: tuple[Tensor, Tensor] | None = None
+        if recurrent is not None:
+            self.weights = (
+                torch.from_numpy(source.weights).to(device),
+                torch.from_numpy(recurrent.weights).to(device),
+            )
+        self.state: Any = None
+        self.stable = True
+
+    def advance(self, start: int, stop: int) -> Block:
+        """Simulate steps ``start`` to ``stop``."""
+        record = self.config.record
+        read = self.source.read if self.weights is None else self.source.channels
+        x = torch.from_numpy(read(start, stop)).to(self.device)
+        traced = bool(record.neurons)
+        try:
+            spikes, states = self._integrate(x, traced)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"the simulation of steps {start} to {stop} failed: {error}") from error
+        self.state = type(states)(*(field[-1].clone() for field in states)) if traced else states
+        self._check(states, stop)
+        input_e, input_i = self._mean_input(x)
+        steps, neurons = spikes.nonzero(as_tuple=True)
+        return Block(
+            steps=stop - start,
+            spike_steps=steps.cpu().numpy() + start,
+            spike_neurons=neurons.cpu().numpy().astype(np.int32),
+            traces={name: getattr(states, name)[:, record.neurons].cpu().numpy() for name in record.variables if traced},
+            input_e=input_e.cpu().numpy(),
+            input_i=input_i.cpu().numpy(),
         )
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the simulation of steps {start} to {stop} failed: {error}") from error
-    final: Any = CobaLIFFeedForwardState(*(field[-1].clone() for field in states)) if traced else states
-    if not all(torch.isfinite(field).all() for field in final):
-        raise UserError(
-            f"the state is no longer finite after step {stop}, as the Euler step is unstable at these "
-            "conductances; make simulation.dt or the input's weights smaller"
-        )
-    steps, neurons = spikes.nonzero(as_tuple=True)
-    block = Block(
-        steps=stop - start,
-        spike_steps=steps.cpu().numpy() + start,
-        spike_neurons=neurons.cpu().numpy().astype(np.int32),
-        traces={name: getattr(states, name)[:, record.neurons].cpu().numpy() for name in record.variables if traced},
-        input_e=x.relu().mean(1).cpu().numpy(),
-        input_i=(-x).relu().mean(1).cpu().numpy(),
-    )
-    return block, final
+
+    def _integrate(self, x: Tensor, traced: bool) -> tuple[Tensor, Any]:
+        simulation, p = self.config.simulation, parameters(self.config.neuron)
+        options: dict[str, Any] = {
+            "order": simulation.order,
+            "backend": simulation.backend,
+            "record_states": traced,
+            "spike_dtype": torch.bool,
+        }
+        if self.weights is None:
+            return coba_lif_feed_forward_integral(x, self.state, p, simulation.dt, **options)
+        return coba_lif_integral(x, self.state, *self.weights, p, simulation.dt, **options)
+
+    def _mean_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Excitatory and inhibitory conductance that every step's input adds, mean over the neurons."""
+        if self.weights is None:
+            return x.relu().mean(1), (-x).relu().mean(1)
+        w = self.weights[0]
+        return x @ w.relu().mean(0), x @ (-w).relu().mean(0)
+
+    def _check(self, states: Any, stop: int) -> None:
+        """Refuse a state that is not finite, and warn once of conductances at which the Euler step diverges."""
+        if not all(torch.isfinite(field).all() for field in self.state):
+            raise UserError(
+                f"the state is no longer finite after step {stop}, as the Euler step is unstable at these "
+                "conductances; make simulation.dt or the weights smaller"
+            )
+        simulation, neuron = self.config.simulation, self.config.neuron
+        factor = simulation.dt / neuron.c_m * (neuron.g_l + float((states.g_e + states.g_i).max()))
+        at_rest = simulation.dt / neuron.c_m * neuron.g_l  # the core warns of this one
+        if self.stable and factor > 2 >= at_rest:
+            self.stable = False
+            warnings.warn(
+                f"the Euler step is unstable: dt * (g_l + g_e + g_i) / c_m has reached {factor:.3g} by step {stop}, "
+                "more than 2, and the spikes mean nothing; make simulation.dt or the weights smaller",
+                stacklevel=2,
+            )

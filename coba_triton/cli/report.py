@@ -11,8 +11,8 @@ Every file appears whole or not at all, ``summary.json`` last: a folder that has
 
 ``traces.npz`` has a row for the end of every step: ``v`` (mV), ``g_e``, ``g_i`` (uS) ``[T, K]``, as far as
 recorded, of the neurons ``neuron`` ``[K]``; ``input_e`` and ``input_i`` ``[T]``, the conductance in uS that
-the input added in the step, mean over the population; ``dt_ms``; and of a recording its ``signal`` ``[T]``,
-at the steps' beginnings, and the encoder's ``events`` ``[T, 2]`` (ON, OFF).
+the input, recurrent synapses apart, added in the step, mean over the population; ``dt_ms``; and of a recording
+its ``signal`` ``[T]``, at the steps' beginnings, and the encoder's ``events`` ``[T, 2]`` (ON, OFF).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import coba_triton
 
@@ -34,7 +35,9 @@ from .config import Config, UserError
 from .figure import draw
 from .inputs import RecordingSource, Source
 from .job import Block, Run
+from .weights import Recurrent
 
+MIN_INTERVALS = 4  # a CV of fewer says little
 FILES = ("spikes.npz", "traces.npz", "raster.png", "summary.json")
 
 
@@ -65,7 +68,7 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from None
 
 
-def write(folder: Path, name: str, config: Config, source: Source, run: Run) -> dict[str, Any]:
+def write(folder: Path, name: str, config: Config, source: Source, recurrent: Recurrent | None, run: Run) -> dict[str, Any]:
     """Write a run's files, which replace those of an earlier run.
 
     Returns:
@@ -75,7 +78,7 @@ def write(folder: Path, name: str, config: Config, source: Source, run: Run) -> 
         UserError: if a file cannot be written.
     """
     finished = run.joined()
-    summary = summarize(name, config, source, run, finished)
+    summary = summarize(name, config, source, recurrent, run, finished)
     dt = config.simulation.dt
     encoded = source.encoded if isinstance(source, RecordingSource) else None
     traces: dict[str, Any] = {
@@ -102,7 +105,7 @@ def write(folder: Path, name: str, config: Config, source: Source, run: Run) -> 
         with written_whole(trace_file) as part, part.open("wb") as file:
             np.savez_compressed(file, **traces)
         with written_whole(raster) as part:
-            draw(name, config, finished, encoded).savefig(part, format="png")
+            draw(name, config, finished, encoded, recurrent).savefig(part, format="png")
         with written_whole(summary_file) as part:
             part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
@@ -110,11 +113,38 @@ def write(folder: Path, name: str, config: Config, source: Source, run: Run) -> 
     return summary
 
 
-def summarize(name: str, config: Config, source: Source, run: Run, finished: Block) -> dict[str, Any]:
+def interval_variation(finished: Block, neurons: int) -> NDArray[np.float64]:
+    """Coefficient of variation of the intervals between a neuron's spikes: 0 if regular, 1 of a Poisson process.
+
+    Returns:
+        ``[N]``, NaN for a neuron with fewer than :data:`MIN_INTERVALS` intervals.
+    """
+    order = np.lexsort((finished.spike_steps, finished.spike_neurons))
+    neuron = finished.spike_neurons[order]
+    within = neuron[1:] == neuron[:-1]
+    intervals = np.diff(finished.spike_steps[order])[within].astype(np.float64)
+    owner = neuron[1:][within]
+    count = np.bincount(owner, minlength=neurons)
+    enough = np.where(count >= MIN_INTERVALS, count, np.nan)
+    mean = np.bincount(owner, intervals, minlength=neurons) / enough
+    variance = np.bincount(owner, (intervals - mean[owner]) ** 2, minlength=neurons) / enough
+    variation: NDArray[np.float64] = np.sqrt(variance) / mean
+    return variation
+
+
+def _mean_variation(variation: NDArray[np.float64]) -> dict[str, Any]:
+    known = variation[np.isfinite(variation)]
+    return {"mean": float(known.mean()) if known.size else None, "neurons": known.size}
+
+
+def summarize(
+    name: str, config: Config, source: Source, recurrent: Recurrent | None, run: Run, finished: Block
+) -> dict[str, Any]:
     """What ``summary.json`` says; rates are in Hz, times in s unless named otherwise."""
     neurons, dt = config.neuron.count, config.simulation.dt
     simulated = finished.steps * dt / 1000
     rates = np.bincount(finished.spike_neurons, minlength=neurons) / simulated
+    variation = interval_variation(finished, neurons)
     settings = config.model_dump(mode="json")
     return {
         "configuration": name,
@@ -131,10 +161,25 @@ def summarize(name: str, config: Config, source: Source, run: Run, finished: Blo
             "max": float(rates.max()),
             "fraction_silent": float((rates == 0).mean()),
         },
+        "interval_cv": _mean_variation(variation),
+        "recurrent": recurrent
+        and {
+            "synapses": recurrent.synapses,
+            "input_synapses": int(np.count_nonzero(source.weights)),
+            **recurrent.provenance,
+            "populations": {
+                population: {
+                    "neurons": int(members.sum()),
+                    "rate_hz": float(rates[members].mean()),
+                    "interval_cv": _mean_variation(variation[members]),
+                }
+                for population, members in recurrent.populations().items()
+            },
+        },
         "wall_time_s": run.wall_time,
         "steps_per_s": finished.steps / run.wall_time,
         "backend": {"asked": config.simulation.backend, "used": run.backend, "device": run.device},
-        "seed": _seed(settings["input"]),
+        "seeds": _seeds(settings),
         "recording": source.encoded.provenance if isinstance(source, RecordingSource) else None,
         "versions": {
             "coba_triton": coba_triton.__version__,
@@ -146,10 +191,15 @@ def summarize(name: str, config: Config, source: Source, run: Run, finished: Blo
     }
 
 
-def _seed(settings: dict[str, Any]) -> int | None:
-    """The seed of the input's random numbers; None if it has none."""
-    seed = settings.get("fan_out", settings).get("seed")
-    return None if seed is None else int(seed)
+def _seeds(settings: dict[str, Any], prefix: str = "") -> dict[str, int]:
+    """Every seed in a configuration, by its key."""
+    seeds = {}
+    for key, value in settings.items():
+        if key == "seed":
+            seeds[prefix + key] = value
+        elif isinstance(value, dict):
+            seeds |= _seeds(value, f"{prefix}{key}.")
+    return seeds
 
 
 def _version(package: str) -> str | None:

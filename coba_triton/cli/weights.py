@@ -1,0 +1,193 @@
+"""Weights, drawn or read from files: of the input's channels, and among the neurons."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import Config, FanOut, FileWeights, RandomSynapses, UserError
+
+_SYNAPSES = ("row", "col", "weight")
+_POPULATIONS = {1: "excitatory", -1: "inhibitory", 0: "other"}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; give a .npy or .npz file") from None
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{path} is no .npy or .npz file of numbers; write it with numpy.save or numpy.savez") from None
+
+
+def array_names(path: Path) -> list[str]:
+    """The arrays that an ``.npz`` file holds; of a ``.npy`` file, none.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    with _readable(path), path.open("rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            return []
+        file.seek(0)
+        with np.load(file) as archive:
+            return list(archive.files)
+
+
+def read_array(path: Path, name: str | None) -> NDArray[np.generic]:
+    """Read an array from a ``.npy`` (memory-mapped) or ``.npz`` file.
+
+    Raises:
+        UserError: if the file cannot be read, or it is not clear which array of an ``.npz`` is meant.
+    """
+    names = array_names(path)
+    if len(names) > 1 and name is None:
+        raise UserError(f"{path} holds several arrays; name one with the key array: {', '.join(names)}")
+    if names and name not in (None, *names):
+        raise UserError(f"{path} has no array {name!r}; it has {', '.join(names)}")
+    with _readable(path):
+        if not names:
+            return np.asarray(np.load(path, mmap_mode="r"))
+        with np.load(path) as archive:
+            return np.asarray(archive[name or names[0]])
+
+
+def read_weights(settings: FileWeights, shape: tuple[int, int], key: str) -> NDArray[np.float32]:
+    """Weights in uS from a file: a dense array, or the rows, columns and weights of the synapses, which add up.
+
+    Args:
+        settings: which file, and what its number 1 stands for.
+        shape: what the array must have.
+        key: which table of the configuration names it, for messages.
+
+    Returns:
+        Weights of ``shape``.
+
+    Raises:
+        UserError: if the file cannot be read or does not fit.
+    """
+    path = settings.path
+    if settings.array is None and set(_SYNAPSES) <= set(array_names(path)):
+        row, col, values = (read_array(path, name) for name in _SYNAPSES)
+        listed = row.ndim == 1 and row.shape == col.shape == values.shape
+        if not (listed and {row.dtype.kind, col.dtype.kind} <= {"i", "u"}):
+            raise UserError(
+                f"{key}: row, col and weight in {path} must be of one length, the first two integers, got {row.dtype} "
+                f"{list(row.shape)}, {col.dtype} {list(col.shape)} and {list(values.shape)}; give all three a number "
+                "for every synapse"
+            )
+        rows, cols = row.astype(np.int64), col.astype(np.int64)
+        for name, index, size in (("row", rows, shape[0]), ("col", cols, shape[1])):
+            if index.size and (index.min() < 0 or index.max() >= size):
+                raise UserError(
+                    f"{key}: {name} in {path} must be from 0 to {size - 1}, got {index.min()} to {index.max()}; change "
+                    "the file or neuron.count"
+                )
+        _check_numbers(values, path, key)
+        dense = np.bincount(rows * shape[1] + cols, values.astype(np.float64), shape[0] * shape[1]).reshape(shape)
+    else:
+        values = read_array(path, settings.array)
+        if values.shape != shape:
+            raise UserError(
+                f"{key}: {path} must have the shape {list(shape)}, rows post-synaptic, got {list(values.shape)}; "
+                "change the array or neuron.count"
+            )
+        _check_numbers(values, path, key)
+        dense = values.astype(np.float64)
+    return (dense * settings.weight).astype(np.float32)
+
+
+def _check_numbers(values: NDArray[Any], path: Path, key: str) -> None:
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"{key}: {path} must hold numbers, got {values.dtype}; convert it")
+    if not np.isfinite(values).all():
+        raise UserError(f"{key}: {path} has NaN or infinity; weights must be finite")
+
+
+def input_weights(settings: FanOut | FileWeights, neurons: int, channels: int) -> NDArray[np.float32]:
+    """Weights from the input's channels to the neurons.
+
+    At random, a connection exists with the given probability, is excitatory with the given fraction and else
+    inhibitory (negative), and has an exponentially distributed strength.
+
+    Returns:
+        Weights in uS, ``[N, I]``.
+
+    Raises:
+        UserError: if they are in a file that cannot be read or does not fit.
+    """
+    if isinstance(settings, FileWeights):
+        return read_weights(settings, (neurons, channels), "input.fan_out")
+    rng = np.random.default_rng(settings.seed)
+    shape = (channels, neurons)
+    strength = rng.exponential(settings.weight, shape)
+    sign = np.where(rng.random(shape) < settings.excitatory_fraction, 1.0, -1.0)
+    connected = rng.random(shape) < settings.probability
+    return np.ascontiguousarray((strength * sign * connected).astype(np.float32).T)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """The synapses among the neurons.
+
+    Attributes:
+        weights: in uS, rows post-synaptic, ``[N, N]``.
+        signs: 1 for an excitatory neuron, -1 for an inhibitory one, 0 for one that is both or has no synapses, ``[N]``.
+        provenance: where the weights come from: a seed, or a file and its checksum.
+    """
+
+    weights: NDArray[np.float32]
+    signs: NDArray[np.int8]
+    provenance: dict[str, Any]
+
+    @property
+    def synapses(self) -> int:
+        """Number of weights that are not zero."""
+        return int(np.count_nonzero(self.weights))
+
+    def populations(self) -> dict[str, NDArray[np.bool_]]:
+        """The neurons that are excitatory, inhibitory or neither, ``[N]`` each, as far as there are any."""
+        members = {name: self.signs == sign for sign, name in _POPULATIONS.items()}
+        return {name: mask for name, mask in members.items() if mask.any()}
+
+
+def open_recurrent(config: Config) -> Recurrent | None:
+    """The recurrent weights that a configuration names, None if it names none.
+
+    Raises:
+        UserError: if a file cannot be read or does not fit.
+    """
+    settings, neurons = config.recurrent, config.neuron.count
+    if settings is None:
+        return None
+    if isinstance(settings, RandomSynapses):
+        return draw_recurrent(settings, neurons)
+    weights = read_weights(settings, (neurons, neurons), "recurrent")
+    with settings.path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    signs = np.subtract((weights > 0).any(0), (weights < 0).any(0), dtype=np.int8)
+    return Recurrent(weights, signs, {"file": str(settings.path), "sha256": checksum})
+
+
+def draw_recurrent(settings: RandomSynapses, neurons: int) -> Recurrent:
+    """Random synapses: every neuron reaches every other one with the same probability.
+
+    The first neurons, in the given fraction, are excitatory, the others inhibitory: a neuron's synapses, a column
+    of the weights, all have its sign. No neuron reaches itself.
+    """
+    excitatory = round(settings.excitatory_fraction * neurons)
+    signs = np.where(np.arange(neurons) < excitatory, 1, -1).astype(np.int8)
+    strength = np.where(signs > 0, settings.excitatory_weight, -settings.inhibitory_weight).astype(np.float32)
+    rng = np.random.default_rng(settings.seed)
+    connected = rng.random((neurons, neurons), dtype=np.float32) < settings.probability
+    np.fill_diagonal(connected, False)
+    return Recurrent(np.where(connected, strength, np.float32(0)), signs, {"seed": settings.seed})

@@ -1,0 +1,383 @@
+"""Recurrent networks on the command line: their weights, how the input reaches them, and what is reported."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coba_triton import coba_lif_integral
+from coba_triton.cli import job, main
+from coba_triton.cli.config import Config, FileWeights, RandomSynapses, UserError, builtins, load
+from coba_triton.cli.inputs import open_source
+from coba_triton.cli.report import interval_variation
+from coba_triton.cli.weights import Recurrent, draw_recurrent, open_recurrent, read_weights
+
+N, CHANNELS, T = 20, 6, 600
+
+CONFIG = """
+description = "a test"
+notes = ["a note"]
+[simulation]
+dt = "0.1 ms"
+duration = "60 ms"
+block_steps = 100
+[neuron]
+count = 20
+tau_syn_exc = "5 ms"
+tau_syn_inh = "10 ms"
+c_m = "200 pF"
+g_l = "10 nS"
+e_rev_E = "0 mV"
+e_rev_I = "-80 mV"
+v_rest = "-60 mV"
+v_reset = "-60 mV"
+v_thresh = "-50 mV"
+[recurrent]
+seed = 1
+probability = 0.3
+excitatory_fraction = 0.75
+excitatory_weight = "0.001953125 uS"
+inhibitory_weight = "0.0078125 uS"
+[input]
+kind = "channels"
+spikes = { source = "poisson", seed = 2, channels = 6, rate = "400 Hz" }
+fan_out = { path = "w_in.npy", weight = "0.0009765625 uS" }
+[record]
+neurons = [3, 0]
+variables = ["v", "g_e", "g_i"]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """A network whose weights are whole numbers of 2**-10 uS: their sums are exact in any order."""
+    np.save(tmp_path / "w_in.npy", np.random.default_rng(0).integers(-2, 5, (N, CHANNELS)))
+    path = tmp_path / "test.toml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return str(path)
+
+
+def change(config: str, old: str, new: str) -> None:
+    text = Path(config).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    Path(config).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def from_file(config: str, path: str, extra: str = 'weight = "1 nS"') -> None:
+    random = CONFIG[CONFIG.index("[recurrent]") : CONFIG.index("[input]")]
+    change(config, random, f'[recurrent]\npath = "{path}"\n{extra}\n')
+
+
+def whole_run(settings: Config) -> tuple[torch.Tensor, Any]:
+    """What the core makes of the configuration in one call."""
+    source, recurrent = open_source(settings), open_recurrent(settings)
+    assert recurrent is not None
+    return coba_lif_integral(
+        torch.from_numpy(source.channels(0, T)),
+        None,
+        torch.from_numpy(source.weights),
+        torch.from_numpy(recurrent.weights),
+        job.parameters(settings.neuron),
+        0.1,
+        backend="reference",
+        record_states=True,
+    )
+
+
+def assert_equal_to_whole_run(config: str) -> None:
+    settings = load(config)[1]
+    finished = job.simulate(settings, open_source(settings), open_recurrent(settings), lambda done: None).joined()
+    spikes, states = whole_run(settings)
+    steps, neurons = spikes.nonzero(as_tuple=True)
+    assert 20 < len(steps) < 2000
+    np.testing.assert_array_equal(finished.spike_steps, steps.numpy())
+    np.testing.assert_array_equal(finished.spike_neurons, neurons.numpy())
+    for name in ("v", "g_e", "g_i"):
+        np.testing.assert_array_equal(finished.traces[name], getattr(states, name)[:, [3, 0]].numpy())
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 5000])
+def test_job_is_the_cores_whole_run_bit_for_bit(config: str, block: int) -> None:
+    change(config, "block_steps = 100", f"block_steps = {block}")
+    assert_equal_to_whole_run(config)
+
+
+def test_recurrence_changes_the_spikes(config: str) -> None:
+    settings = load(config)[1]
+    source = open_source(settings)
+    spikes = []
+    for recurrent in (open_recurrent(settings), Recurrent(np.zeros((N, N), np.float32), np.zeros(N, np.int8), {})):
+        spikes.append(job.simulate(settings, source, recurrent, lambda done: None).joined().spike_steps)
+    assert not np.array_equal(*spikes)
+
+
+OWN = """kind = "poisson"
+seed = 2
+excitatory = { rate = "2 kHz", weight = "2 nS" }
+inhibitory = { rate = "1 kHz", weight = "1 nS" }
+"""
+
+
+def test_own_input_is_the_feed_forward_one(config: str) -> None:
+    """Without synapses among the neurons, a network does what the same neurons do unconnected."""
+    text = CONFIG[CONFIG.index('kind = "channels"') : CONFIG.index("[record]")]
+    change(config, text, OWN)
+    settings = load(config)[1]
+    source = open_source(settings)
+    unconnected = Recurrent(np.zeros((N, N), np.float32), np.zeros(N, np.int8), {})
+    alone, connected = (job.simulate(settings, source, r, lambda done: None).joined() for r in (None, unconnected))
+    assert len(alone.spike_steps) > 20
+    np.testing.assert_array_equal(alone.spike_steps, connected.spike_steps)
+    np.testing.assert_array_equal(alone.traces["v"], connected.traces["v"])
+    np.testing.assert_allclose(alone.input_i, connected.input_i, rtol=1e-5)
+
+
+def test_the_split_is_per_synapse(config: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "w_in.npy", np.array([[1.0, -1.0]] * N))
+    np.save(tmp_path / "x.npy", np.ones((T, 2)))
+    change(config, 'source = "poisson", seed = 2, channels = 6, rate = "400 Hz"', 'source = "file", path = "x.npy"')
+    settings = load(config)[1]
+    finished = job.simulate(settings, open_source(settings), open_recurrent(settings), lambda done: None).joined()
+    assert finished.input_e == pytest.approx(2**-10)  # summed before the split, both would be 0
+    assert finished.input_i == pytest.approx(2**-10)
+
+
+def test_channels_drive_unconnected_neurons_too(config: str) -> None:
+    random = CONFIG[CONFIG.index("[recurrent]") : CONFIG.index("[input]")]
+    change(config, random, "")
+    settings = load(config)[1]
+    source = open_source(settings)
+    np.testing.assert_array_equal(source.read(0, T), source.channels(0, T) @ source.weights.T)  # exact weights
+    np.testing.assert_array_equal(source.read(130, 170), source.read(0, T)[130:170])
+
+
+def test_poisson_channels(config: str) -> None:
+    change(config, 'channels = 6, rate = "400 Hz"', 'channels = 6, rate = "2 kHz", stop = "30 ms"')
+    source = open_source(load(config)[1])
+    x = source.channels(0, T)
+    assert x.shape == (T, CHANNELS)
+    expected = 2000 * 1e-4 * 300 * CHANNELS
+    assert abs(float(x.sum()) - expected) < 5 * math.sqrt(expected)  # five standard deviations
+    assert x[299].any() or x[298].any()
+    assert not x[300:].any()
+    blocks = [source.channels(start, min(start + 70, T)) for start in range(0, T, 70)]
+    np.testing.assert_array_equal(np.concatenate(blocks), x)
+
+
+SYNAPSES = RandomSynapses(
+    seed=1,
+    probability=0.1,
+    excitatory_fraction=0.8,
+    excitatory_weight="2 nS",  # type: ignore[arg-type]
+    inhibitory_weight="10 nS",  # type: ignore[arg-type]
+)
+
+
+def test_random_synapses() -> None:
+    neurons = 1000
+    drawn = draw_recurrent(SYNAPSES, neurons)
+    w = drawn.weights
+    assert (w.shape, w.dtype) == ((neurons, neurons), np.float32)
+    assert set(np.unique(w[:, :800])) == {np.float32(0), np.float32(0.002)}  # columns are pre-synaptic
+    assert set(np.unique(w[:, 800:])) == {np.float32(0), np.float32(-0.01)}
+    assert not w.diagonal().any()
+    pairs = neurons * (neurons - 1)
+    assert abs(drawn.synapses - 0.1 * pairs) < 5 * math.sqrt(pairs * 0.1 * 0.9)
+    per_neuron = np.count_nonzero(w, axis=1)
+    assert per_neuron.std() == pytest.approx(math.sqrt(neurons * 0.1 * 0.9), rel=0.15)
+    assert {name: int(mask.sum()) for name, mask in drawn.populations().items()} == {
+        "excitatory": 800,
+        "inhibitory": 200,
+    }
+
+
+def test_random_synapses_depend_on_the_seed_only() -> None:
+    other = SYNAPSES.model_copy(update={"seed": 2})
+    np.testing.assert_array_equal(draw_recurrent(SYNAPSES, 50).weights, draw_recurrent(SYNAPSES, 50).weights)
+    assert (draw_recurrent(SYNAPSES, 50).weights != draw_recurrent(other, 50).weights).any()
+
+
+@pytest.mark.parametrize(("fraction", "names"), [(0.0, ["inhibitory"]), (1.0, ["excitatory"])])
+def test_one_population_only(fraction: float, names: list[str]) -> None:
+    drawn = draw_recurrent(SYNAPSES.model_copy(update={"excitatory_fraction": fraction}), 10)
+    assert list(drawn.populations()) == names
+
+
+DENSE = np.array([[0, -2, 1], [3, 0, -1], [0.5, -1, 0]])
+
+
+@pytest.mark.parametrize("form", ["npy", "npz", "synapses"])
+def test_weights_from_a_file(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"w.{'npy' if form == 'npy' else 'npz'}"
+    if form == "npy":
+        np.save(path, DENSE)
+    elif form == "npz":
+        np.savez(path, w=DENSE, other=0)
+    else:
+        row, col = DENSE.nonzero()
+        weight = DENSE[row, col]
+        half = weight / 2  # listed twice: they add up
+        np.savez(path, row=np.tile(row, 2), col=np.tile(col, 2), weight=np.concatenate([half, half]))
+    settings = {"path": str(path), "weight": "2 nS", "array": "w" if form == "npz" else None}
+    w = read_weights(FileWeights.model_validate(settings), (3, 3), "recurrent")
+    np.testing.assert_array_equal(w, (DENSE * 0.002).astype(np.float32))
+
+
+def test_populations_of_a_file_follow_the_signs(config: str, tmp_path: Path) -> None:
+    weights = np.zeros((N, N))
+    weights[:, 0] = 1
+    weights[:, 1] = -1
+    weights[:5, 2], weights[5:, 2] = 1, -1
+    np.save(tmp_path / "w.npy", weights)
+    from_file(config, "w.npy")
+    recurrent = open_recurrent(load(config)[1])
+    assert recurrent is not None
+    members = {name: np.flatnonzero(mask).tolist() for name, mask in recurrent.populations().items()}
+    assert members == {"excitatory": [0], "inhibitory": [1], "other": list(range(2, N))}
+    checksum = hashlib.sha256((tmp_path / "w.npy").read_bytes()).hexdigest()
+    assert recurrent.provenance == {"file": str(tmp_path / "w.npy"), "sha256": checksum}
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "raster.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"w": np.zeros((N, N - 1))}, "w.npz must have the shape [20, 20], rows post-synaptic, got [20, 19]; change"),
+        ({"w": np.full((N, N), "a")}, "w.npz must hold numbers, got <U1; convert it"),
+        ({"w": np.full((N, N), np.inf)}, "w.npz has NaN or infinity; weights must be finite"),
+        ({"a": np.zeros((N, N)), "b": 0}, "w.npz holds several arrays; name one with the key array: a, b"),
+        ({"row": [0, N], "col": [1, 1], "weight": [1, 1]}, "row in {} must be from 0 to 19, got 0 to 20; change"),
+        ({"row": [0, 1], "col": [1, -1], "weight": [1, 1]}, "col in {} must be from 0 to 19, got -1 to 1; change"),
+        ({"row": [0, 1], "col": [1], "weight": [1, 1]}, "must be of one length, the first two integers, got int64 [2]"),
+        ({"row": [0.0], "col": [1], "weight": [1]}, "must be of one length, the first two integers, got float64 [1]"),
+        ({"row": [0], "col": [1], "weight": [np.nan]}, "w.npz has NaN or infinity"),
+    ],
+)  # fmt: skip
+def test_file_that_does_not_fit(config: str, tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "w.npz", **{name: np.asarray(values) for name, values in arrays.items()})
+    from_file(config, "w.npz")
+    with pytest.raises(UserError, match=re.escape(message.format(tmp_path / "w.npz"))):
+        open_recurrent(load(config)[1])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (-np.ones((T, CHANNELS)), "has negative or infinite numbers or NaN in steps 0 to 600; channels hold spike counts"),
+        (np.ones((T - 1, CHANNELS)), "must have the shape [steps, channels], at least [600, channels], got [599, 6]"),
+        (np.ones((T, CHANNELS + 1)), "input.fan_out: {} must have the shape [20, 7], rows post-synaptic, got [20, 6]"),
+    ],
+    ids=["negative", "short", "channels"],
+)  # fmt: skip
+def test_channels_that_do_not_fit(config: str, tmp_path: Path, array: np.ndarray[Any, Any], message: str) -> None:
+    np.save(tmp_path / "x.npy", array)
+    change(config, 'source = "poisson", seed = 2, channels = 6, rate = "400 Hz"', 'source = "file", path = "x.npy"')
+    with pytest.raises(UserError, match=re.escape(message.format(tmp_path / "w_in.npy"))):
+        open_source(load(config)[1]).channels(0, T)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("inhibitory_weight", "inhibitory_wieght", "recurrent: unknown key 'inhibitory_wieght'; did you mean"),
+        ("[recurrent]\nseed = 1", "[recurrent]", "recurrent: seed is missing; add it"),
+        ("probability = 0.3", "probability = 1.5", "recurrent.probability: should be less than or equal to 1, got 1.5"),
+        ("probability = 0.3", 'probability = "30 %"', "recurrent.probability: should be a valid number, got '30 %'"),
+        ("fraction = 0.75", "fraction = -0.1", "recurrent.excitatory_fraction: should be greater than or equal to 0"),
+        ('"0.0078125 uS"', '"-7 nS"', "recurrent.inhibitory_weight: must not be negative, got '-7 nS'"),
+        ('"0.0078125 uS"', '"7 mV"', "recurrent.inhibitory_weight: 'mV' does not measure a conductance"),
+        ('"w_in.npy", weight = "0.0009765625 uS"', '"w_in.npy"', "input.fan_out: weight is missing; add it, such as"),
+        ('"w_in.npy", weight = "0.0009765625 uS"', '"w_in.npy", seed = 1', "input.fan_out: unknown key 'seed'; the keys"),
+        ('rate = "400 Hz"', 'rate = "-1 Hz"', "input.spikes.rate: must not be negative, got '-1 Hz'"),
+        ("channels = 6", "channels = 0", "input.spikes.channels: should be greater than 0, got 0"),
+        ('source = "poisson"', 'source = "poison"', "input.spikes: source must be one of 'poisson', 'file', got"),
+        ('notes = ["a note"]', 'notes = "a note"', "notes: should be a valid list, got 'a note'"),
+    ],
+)  # fmt: skip
+def test_message(config: str, old: str, new: str, message: str) -> None:
+    change(config, old, new)
+    with pytest.raises(UserError, match=re.escape(f"test.toml: {message}")):
+        load(config)
+
+
+def test_summary_and_table(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    with np.load(tmp_path / "out" / "spikes.npz") as file:
+        rates = np.bincount(file["neuron"], minlength=N) / 0.06
+    recurrent = summary["recurrent"]
+    settings = load(config)[1]
+    network = open_recurrent(settings)
+    assert network is not None
+    assert recurrent["synapses"] == np.count_nonzero(network.weights)
+    assert recurrent["input_synapses"] == np.count_nonzero(open_source(settings).weights)
+    assert recurrent["seed"] == 1
+    assert summary["seeds"] == {"recurrent.seed": 1, "input.spikes.seed": 2}
+    assert summary["config"]["notes"] == ["a note"]
+    assert Config.model_validate(summary["config"]) == settings
+    assert [p["neurons"] for p in recurrent["populations"].values()] == [15, 5]
+    assert recurrent["populations"]["excitatory"]["rate_hz"] == pytest.approx(rates[:15].mean())
+    assert recurrent["populations"]["inhibitory"]["rate_hz"] == pytest.approx(rates[15:].mean())
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for row in (f"{recurrent['synapses']} (random, seed 1)", "15 neurons, ", "5 neurons, "):
+        assert row in printed.out
+
+
+def spike_block(steps: list[int], neurons: list[int]) -> job.Block:
+    empty = np.zeros(0, np.float32)
+    return job.Block(100, np.array(steps, np.int64), np.array(neurons, np.int32), {}, empty, empty)
+
+
+def test_interval_variation() -> None:
+    regular, intervals = [0, 10, 20, 30, 40], [5, 15, 5, 25]
+    irregular = np.cumsum([3, *intervals]).tolist()
+    events = sorted([(t, 0) for t in regular] + [(t, 2) for t in irregular] + [(7, 1), (9, 1)])
+    variation = interval_variation(spike_block(*map(list, zip(*events, strict=True))), 4)
+    assert variation[0] == 0
+    assert variation[2] == pytest.approx(np.std(intervals) / np.mean(intervals))
+    assert np.isnan(variation[[1, 3]]).all()  # too few
+    assert np.isnan(interval_variation(spike_block([], []), 2)).all()
+
+
+@pytest.mark.filterwarnings("default")
+def test_runaway_is_warned_about_once(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(config, '"0.001953125 uS"', '"2 uS"')
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith("coba-triton: warning: the Euler step is unstable: dt * (g_l + g_e + g_i) / c_m has reached")
+
+
+def test_not_enough_memory(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr(job, "simulate", fail)
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
+    assert "not enough memory (Unable to allocate 1 TiB); make neuron.count" in capsys.readouterr().err
+
+
+def test_builtin_cobanet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = builtins()["cobanet"].read_text(encoding="utf-8")
+    short = tmp_path / "cobanet.toml"
+    short.write_text(text.replace('duration = "1 s"', 'duration = "20 ms"'), encoding="utf-8")
+    assert main(["simulate", str(short), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""  # no warning of an unstable step
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert {name: p["neurons"] for name, p in summary["recurrent"]["populations"].items()} == {
+        "excitatory": 3200,
+        "inhibitory": 800,
+    }
+    assert summary["recurrent"]["synapses"] == pytest.approx(0.02 * 4000 * 3999, rel=0.01)
+    assert 5 < summary["rates_hz"]["mean"] < 50
+    assert any("refractory" in note for note in summary["config"]["notes"])
