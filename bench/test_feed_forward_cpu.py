@@ -1,21 +1,15 @@
 """The CPU path against the eager loop of the reference: one process, interleaved, equal results first.
 
-    python -m pytest bench/test_feed_forward_cpu.py -s
-
-A row gives the median time of a call, the spread (half the range between the quartiles), the time of one neuron for one
-step, and how many times faster than the reference the call is.
+python -m pytest bench/test_feed_forward_cpu.py -s
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from interleaved import compare
 from torch import Tensor
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral, unpack_spikes
@@ -24,7 +18,6 @@ from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_fee
 NEURON = CobaLIFParameters(20.0, 12.5, 50.0, 0.25, -1.0, 0.6, -0.2, -0.7, -0.1, "super", 5.0)
 STATE = CobaLIFFeedForwardState(-0.2, 0.0, 0.0)
 DT = 0.01
-ROUNDS = int(os.environ.get("BENCH_ROUNDS", "7"))
 
 
 def infer(x: Tensor, backend: str, spike_dtype: torch.dtype | str | None = None) -> Tensor:
@@ -51,11 +44,6 @@ TRAINING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def machine() -> None:
-    print(f"\n{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-
-
 @pytest.mark.parametrize(("runs", "steps", "shape"), [
     pytest.param(INFERENCE, 1000, (1, 1000), id="inference-small"),
     pytest.param(INFERENCE, 1000, (32, 1024), id="inference-medium"),
@@ -71,17 +59,4 @@ def test_speed(runs: dict[str, Callable[[Tensor], Tensor]], steps: int, shape: t
         result = run(x)
         result = unpack_spikes(result, steps, expected.dtype) if result.dtype == torch.int32 else result
         assert torch.equal(result.to(expected.dtype), expected), name
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(x)
-            seconds[name].append(time.perf_counter() - start)
-    baseline = statistics.median(seconds["reference"])
-    print(f"\n{steps} steps of {list(shape)}")
-    for name, measured in seconds.items():
-        low, median, high = statistics.quantiles(measured, n=4)
-        print(
-            f"  {name:11} {median * 1e3:9.2f} ms ± {(high - low) / 2e-3:.2f}  {median / x.numel() * 1e9:7.2f} ns"
-            f"  x{baseline / median:.1f}"
-        )
+    compare(f"{steps} steps of {list(shape)}", {name: lambda run=run: run(x) for name, run in runs.items()}, x.numel())

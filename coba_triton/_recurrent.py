@@ -60,7 +60,7 @@ def split(weights: Tensor) -> Tensor:
     return torch.cat([torch.relu(weights), torch.relu(-weights)])
 
 
-def project(net: Network, weights: Tensor, sources: Tensor, events: bool) -> Tensor:
+def project(net: Network, weights: Tensor, transposed: Tensor, sources: Tensor, events: bool) -> Tensor:
     """``relu(W) x`` and ``relu(-W) x`` for sources ``[..., B, K]``: ``[2, ..., B, N]``.
 
     As events, the sum has one order, ascending by source; as a matrix product, that of the device's library.
@@ -68,7 +68,7 @@ def project(net: Network, weights: Tensor, sources: Tensor, events: bool) -> Ten
     rows = sources.reshape(-1, sources.shape[-1])
     neurons = weights.shape[0]
     if events:
-        drive = net.kernels.project_events(rows, weights.t().contiguous())
+        drive = net.kernels.project_events(rows, transposed)
     else:
         rows = rows.to(net.dtype)
         drive = torch.stack([rows @ torch.relu(weights).t(), rows @ torch.relu(-weights).t()])
@@ -108,14 +108,15 @@ def forward(
     """Fill ``spikes [T, B, N]``, ``words``, ``states [3, T, B, N]`` and ``checkpoints``; returns the last z and state."""
     events = is_sparse(x)
     dense = path == "dense"
-    transposed = net.recurrent_weights.t().contiguous()
+    input_transposed, transposed = (w.t().contiguous() for w in (net.input_weights, net.recurrent_weights))
     for number, start in enumerate(range(0, x.shape[0], block_steps)):
         here = slice(start, min(start + block_steps, x.shape[0]))
         steps = here.stop - start
         if checkpoints is not None:
             checkpoints[number] = state
-        drive = project(net, net.input_weights, x[here], events)
-        block_spikes = z.new_empty(steps, *z.shape) if spikes is None or dense else spikes[here]
+        drive = project(net, net.input_weights, input_transposed, x[here], events)
+        scratch = z.dtype if dense else torch.uint8
+        block_spikes = z.new_empty(steps, *z.shape, dtype=scratch) if spikes is None or dense else spikes[here]
         block_words = None if words is None else words[start // WORD_BITS : start // WORD_BITS + word_count(steps)]
         block_states = None if states is None else states[:, here]
         if dense:
@@ -125,7 +126,7 @@ def forward(
             if block_words is not None:
                 block_words.copy_(pack_spikes(block_spikes))
         else:
-            first = project(net, net.recurrent_weights, z, events=True)
+            first = project(net, net.recurrent_weights, transposed, z, events=True)
             state = net.kernels.recurrent_block(
                 net, transposed, drive, first, state, block_spikes, block_words, block_states, sliced=path == "sliced"
             )
@@ -172,6 +173,7 @@ def backward(
     grad_x = x.new_zeros(x.shape) if x_grad else None
     grad_constants = z.new_zeros(net.constants.shape[0], z.numel()) if constants_grad else None
     events = is_sparse(x)
+    input_transposed, transposed = (w.t().contiguous() for w in (net.input_weights, net.recurrent_weights))
     for number in reversed(range(checkpoints.shape[0] if z.numel() else 0)):
         start = number * block_steps
         here = slice(start, min(start + block_steps, steps))
@@ -181,8 +183,8 @@ def backward(
         before[1:] = unpack_spikes(block_words, here.stop - start, net.dtype)[:-1]
         trajectory = net.kernels.recurrent_replay(
             net,
-            project(net, net.input_weights, x[here], events),
-            project(net, net.recurrent_weights, before, is_sparse(before)),
+            project(net, net.input_weights, input_transposed, x[here], events),
+            project(net, net.recurrent_weights, transposed, before, is_sparse(before)),
             checkpoints[number],
             block_words,
         )

@@ -156,8 +156,8 @@ SWEEP_IN_ONE_LAUNCH = 256
 
 
 def _warps_for(block: int) -> int:
-    """Warps for a program with ``block`` neurons, of which a thread has 2, or 4 where there are more than 512."""
-    return max(1, block // (64 if block <= 512 else 128))
+    """Warps for a program with ``block`` neurons, of which a thread has 2, or 4 where there are more than 1024."""
+    return max(1, min(16, block // 64))
 
 
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+"""Time calls in one process, one after the other in every round, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "7"))
+
+
+def compare(title: str, runs: dict[str, Callable[[], Tensor]], neuron_steps: int) -> None:
+    """Print a row a run; the first run is the baseline.
+
+    A row has the median time of a call, the spread (half the range between the quartiles), the time of one neuron for one
+    step, and how many times faster than the baseline the call is.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    machine = platform.processor() or platform.machine()
+    print(f"\n{title} ({machine}, torch {torch.__version__}, {torch.get_num_threads()} threads)")
+    baseline = statistics.median(next(iter(seconds.values())))
+    for name, measured in seconds.items():
+        low, median, high = statistics.quantiles(measured, n=4)
+        print(
+            f"  {name:11} {median * 1e3:9.2f} ms ± {(high - low) / 2e-3:.2f}  {median / neuron_steps * 1e9:7.2f} ns"
+            f"  x{baseline / median:.1f}"
+        )
