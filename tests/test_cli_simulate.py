@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_table_and_list(config: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     assert "600 of 600 (0.06 s, dt 0.1 ms)" in printed.out
-    assert "cpu on cpu" in printed.out
+    assert re.search(r"backend *│ cpu *│", printed.out)
     assert "Wrote spikes.npz, traces.npz, raster.png, summary.json to" in printed.out
     assert printed.err == ""
     assert main(["simulate", "--list"]) == 0
