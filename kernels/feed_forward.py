@@ -192,7 +192,7 @@ def backward_steps(
         if grad_states_ptr is not None:
             before = t + i - 1
             # the initial state is not recorded; what is read in its stead is masked out
-            recorded = (before >= 0) & (neurons < M)
+            recorded = neurons < tl.where(before >= 0, M, 0)
             rows = grad_states_ptr + tl.maximum(before, 0) * M + neurons
             in_v = tl.load(rows, mask=recorded, other=0.0)
             in_e = tl.load(rows + T * M, mask=recorded, other=0.0)

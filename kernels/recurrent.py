@@ -49,7 +49,7 @@ def add_rows(
         for i in tl.static_range(UNROLL):
             listed = start + i < count
             source = tl.load(list_ptr + start + i, mask=listed, other=0, cache_modifier=CACHE).to(tl.int64)
-            rows = rows + (tl.load(weights_ptr + source * N + neurons, mask=mask & listed, other=0.0),)
+            rows = rows + (tl.load(weights_ptr + source * N + neurons, mask=tl.where(mask, start + i, count) < count, other=0.0),)
             if source_ptr is not None:
                 value = tl.load(source_ptr + source * source_stride, mask=listed, other=0)
                 values = values + (value.to(drive_e.dtype),)
@@ -98,7 +98,7 @@ def projection_kernel(
 @triton.jit
 def first_drive(first_ptr, t, cells, M, mask):
     """Where the sum over events starts: at what the spikes before the block send to its first step, else at 0."""
-    is_first = mask & (t == 0)
+    is_first = tl.where(mask, t, 1) == 0
     return tl.load(first_ptr + cells, mask=is_first, other=0.0), tl.load(first_ptr + M + cells, mask=is_first, other=0.0)
 
 
@@ -181,7 +181,7 @@ def forward_kernel(
                 cells = row * N + here
                 c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
                 v, g_e, g_i = load_state(final_ptr + cells, M, mask)
-                word = tl.load(words_scratch_ptr + cells, mask=mask & (t % 32 > 0), other=0)
+                word = tl.load(words_scratch_ptr + cells, mask=tl.where(mask, t % 32, 0) > 0, other=0)
                 recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
                 recurrent_e, recurrent_i = add_rows(
                     recurrent_e, recurrent_i, list_ptr + (t % 2) * M, count, None, 0, weights_ptr, N, here, mask, UNROLL
@@ -344,7 +344,7 @@ def backward_kernel(
         if grad_states_ptr is not None:
             before = start + t - 1
             # the initial state is not recorded; what is read in its stead is masked out
-            recorded = mask & (before >= 0)
+            recorded = tl.where(mask, before, -1) >= 0
             states = grad_states_ptr + tl.maximum(before, 0) * M + cells
             in_v = tl.load(states, mask=recorded, other=0.0)
             in_e = tl.load(states + steps * M, mask=recorded, other=0.0)
@@ -372,7 +372,7 @@ def backward_kernel(
                 products_i = ()
                 for i in tl.static_range(UNROLL):
                     n = first + i
-                    weight = tl.load(weights_ptr + n * N + neurons, mask=mask & (n < N), other=0.0)
+                    weight = tl.load(weights_ptr + n * N + neurons, mask=tl.where(mask, n, N) < N, other=0.0)
                     drive_e = tl.load(adjoints + n, mask=n < N, other=0.0)
                     drive_i = tl.load(adjoints + N + n, mask=n < N, other=0.0)
                     products_e = products_e + (drive_e * relu(weight),)
