@@ -49,7 +49,9 @@ def add_rows(
         for i in tl.static_range(UNROLL):
             listed = start + i < count
             source = tl.load(list_ptr + start + i, mask=listed, other=0, cache_modifier=CACHE).to(tl.int64)
-            rows = rows + (tl.load(weights_ptr + source * N + neurons, mask=tl.where(mask, start + i, count) < count, other=0.0),)
+            rows = rows + (
+                tl.load(weights_ptr + source * N + neurons, mask=tl.where(mask, start + i, count) < count, other=0.0),
+            )
             if source_ptr is not None:
                 value = tl.load(source_ptr + source * source_stride, mask=listed, other=0)
                 values = values + (value.to(drive_e.dtype),)

@@ -166,11 +166,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
             mean = population["interval_cv"]["mean"]
             irregularity = "" if mean is None else f", CV of intervals {mean:.2f}"
             rows.append((name, f"{population['neurons']:,} neurons, {population['rate_hz']:.1f} Hz mean{irregularity}"))
+    used, on = backend["used"], backend["device"]
     rows += [
-        (
-            "backend",
-            backend["used"] if backend["used"] == backend["device"] else f"{backend['used']} on {backend['device']}",
-        ),
+        ("backend", used if used == on else f"{used} on {on}"),
         ("wall time", f"{summary['wall_time_s']:.2f} s, {summary['steps_per_s']:,.0f} steps/s"),
     ]
     table = Table(show_header=False)
