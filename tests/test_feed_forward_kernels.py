@@ -303,7 +303,6 @@ def test_neurons_do_not_depend_on_their_company(backend, device) -> None:
             case.x[:, neurons],
             CobaLIFFeedForwardState(*(field[neurons] for field in case.state)),
             case.parameters,
-            case.generator,
         )
         assert torch.equal(part.run(backend)[0], whole[:, neurons])
 
