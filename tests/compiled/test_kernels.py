@@ -1,0 +1,268 @@
+"""Every kernel as it is compiled for a GPU, through the public functions: the bits of the reference, and no finding.
+
+Out-of-bounds accesses, races and deadlocks raise by themselves. Races are looked for under every schedule of ``SEEDS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sparse_memory import sparse_zeros
+from torch import Tensor
+
+import ptxsim
+from coba_triton import _recurrent, _triton
+from coba_triton.model import derive_constants
+from problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
+
+F32, F64 = torch.float32, torch.float64
+SEEDS = (1, 2, 3)
+STATES = ("x", "v", "g_e", "g_i")  # whose gradients have autograd's bits
+
+
+@pytest.fixture(autouse=True)
+def own_options() -> Iterator[None]:
+    """A test's changes to the options end with it."""
+    with ptxsim.install(**vars(ptxsim.current_options())):
+        yield
+
+
+def schedules() -> Iterator[int]:
+    for seed in SEEDS:
+        ptxsim.set_options(seed=seed)
+        yield seed
+
+
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
+
+
+def compare(case: Problem | RecurrentProblem, **options: Any) -> None:
+    """Spikes and final or recorded state under every schedule."""
+    path = {"path": options.pop("path")} if "path" in options else {}
+    expected, reference = case.run("reference", **options)
+    assert expected.any()
+    for _ in schedules():
+        spikes, state = case.run("triton", **path, **options)
+        assert_same_bits([spikes, *state], [expected, *reference])
+
+
+def launched() -> set[str]:
+    return {record.kernel for record in ptxsim.LOG}
+
+
+FORWARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one step of one neuron": ({"steps": 1, "shape": (1,)}, {}),
+    "ragged": ({"steps": 35, "shape": (63,)}, {"record_states": True}),
+    "whole programs": ({"steps": 33, "shape": (2, 32)}, {"spike_dtype": "bits"}),
+    "per neuron, jump first": ({"steps": 17, "shape": (45,), "per_neuron": True}, {"order": "jump_first"}),
+    "four warps": ({"steps": 3, "shape": (32801,)}, {"spike_dtype": torch.bool}),
+    "float64": ({"steps": 19, "shape": (40,), "dtype": F64, "per_neuron": True}, {"spike_dtype": "bits"}),
+    "float16": ({"steps": 19, "shape": (33,), "dtype": torch.float16}, {"spike_dtype": torch.float16}),
+    "bfloat16": ({"steps": 9, "shape": (16,), "dtype": torch.bfloat16}, {"spike_dtype": torch.bfloat16}),
+    "bool": ({"steps": 9, "shape": (20,), "dtype": torch.bool}, {"spike_dtype": torch.uint8}),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_feed_forward(name: str) -> None:
+    arguments, options = FORWARD[name]
+    case = problem(**arguments)
+    if name == "one step of one neuron":
+        case.x.fill_(40.0)
+    compare(case, **options)
+    assert launched() == {"forward_kernel"}
+
+
+BACKWARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ragged": ({"steps": 35, "shape": (2, 20)}, {"method": "super"}),
+    "whole programs": ({"steps": 16, "shape": (64,)}, {"method": "triangle", "order": "jump_first"}),
+    "recorded": ({"steps": 21, "shape": (33,), "per_neuron": True}, {"method": "super", "record_states": True}),
+    "float64": ({"steps": 37, "shape": (20,), "dtype": F64}, {"method": "super"}),
+    "bfloat16": ({"steps": 11, "shape": (33,), "dtype": torch.bfloat16}, {"method": "super", "spike_dtype": F32}),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_feed_forward_gradients(name: str) -> None:
+    """Bit for bit by input and initial state; by a parameter to the rounding of a sum over time and neurons."""
+    arguments, options = BACKWARD[name]
+    case = problem(**arguments)
+    expected, their_grads = case.gradients("reference", **options)
+    for _ in schedules():
+        outputs, our_grads = case.gradients("triton", **options)
+        assert_same_bits(outputs, expected)
+        assert_same_bits([our_grads[key] for key in STATES], [their_grads[key] for key in STATES])
+        for key in case.parameters:
+            torch.testing.assert_close(our_grads[key], their_grads[key], rtol=1e-3, atol=1e-5)
+    assert launched() == {"forward_kernel", "backward_kernel"}
+
+
+@pytest.mark.parametrize("method", ["tanh", "circ", "heavi_erfc"])
+def test_surrogates_with_an_exponential_or_a_root(method: str) -> None:
+    """In float64, so that the last bits of ``exp`` don't matter."""
+    case = problem(9, (5,), F64)
+    _, theirs = case.gradients("reference", method=method)
+    _, ours = case.gradients("triton", method=method)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-12)
+
+
+RECURRENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "events": ({"steps": 33, "batch": 2, "neurons": 33}, {"path": "events"}),
+    "events, one neuron": ({"steps": 33, "batch": 3, "neurons": 1}, {"path": "events"}),
+    "events, two warps": (
+        {"steps": 14, "batch": 3, "neurons": 128, "per_neuron": True},
+        {"path": "events", "spike_dtype": "bits"},
+    ),
+    "events, float64": ({"steps": 14, "batch": 2, "neurons": 63, "dtype": F64}, {"path": "events", "record_states": True}),
+    "dense": ({"steps": 9, "batch": 2, "neurons": 33}, {"path": "dense", "order": "jump_first"}),
+    "graded input": (
+        {"steps": 9, "batch": 1, "neurons": 20, "binary": False},
+        {"path": "events", "spike_dtype": torch.uint8},
+    ),
+    "sliced": ({"steps": 12, "batch": 2, "neurons": 75}, {"path": "sliced"}),
+    "sliced, whole slices": ({"steps": 40, "batch": 1, "neurons": 128}, {"path": "sliced", "spike_dtype": "bits"}),
+}
+RECURRENT_KERNELS = {
+    "events": {"compact_kernel", "projection_kernel", "forward_kernel"},
+    "dense": {"driven_kernel"},
+    "sliced": {"sliced_forward_kernel"},
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent(name: str) -> None:
+    arguments, options = RECURRENT[name]
+    compare(recurrent_problem(**arguments), **options)
+    assert launched() >= RECURRENT_KERNELS[options["path"]]
+
+
+def test_rows_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(_triton, "TILE", 32)
+    compare(recurrent_problem(35, 2, 75, per_neuron=True), path="events", spike_dtype="bits")
+
+
+def test_slices_under_every_interleaving_of_plain_accesses() -> None:
+    """Threads are also switched between ordinary loads and stores."""
+    case = recurrent_problem(6, 2, 75)
+    expected, reference = case.run("reference")
+    for seed in SEEDS:
+        ptxsim.set_options(seed=seed, interleave=True)
+        spikes, final = case.run("triton", path="sliced")
+        assert_same_bits([spikes, *final], [expected, *reference])
+    assert ptxsim.LOG[-1].grid == (2, 2, 1)
+
+
+def test_more_slices_than_the_device_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cooperative launch fails at once where its programs could wait for each other for ever."""
+    ptxsim.set_options(sm_count=1, resident=3)
+    monkeypatch.setattr(_triton, "resident_programs", lambda: 4)
+    with pytest.raises(RuntimeError, match="too many blocks"):
+        recurrent_problem(3, 2, 75).run("triton", path="sliced")
+
+
+@pytest.mark.parametrize("steps_per_launch", ["block", "step"])
+def test_recurrent_gradients(steps_per_launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks, the last a short one; sums over synapses and time in float64."""
+    if steps_per_launch == "step":
+        monkeypatch.setattr(_triton, "SWEEP_IN_ONE_LAUNCH", 0)
+    case = recurrent_problem(37, 2, 33, F64, exact=False, binary=False, per_neuron=True)
+    options = {"order": "jump_first", "record_states": True} if steps_per_launch == "block" else {}
+    expected, theirs = case.gradients("reference", **options)
+    for seed in SEEDS[:2]:
+        ptxsim.set_options(seed=seed)
+        outputs, ours = case.gradients("triton", block_steps=32, **options)
+        assert torch.equal(outputs[0], expected[0])
+        for name, grad in theirs.items():
+            assert grad.any()
+            assert (ours[name] - grad).abs().max() <= 1e-8 * grad.abs().max(), name
+    assert launched() >= {"driven_kernel", "backward_kernel"}
+
+
+class LastProgram:
+    """Launches run their last program only, on arrays of which only that part becomes memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launch = _triton._launch
+        monkeypatch.setattr(_triton, "_launch", self)
+        ptxsim.set_options(race=False)
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        first = [size - 1 for size in grid] + [0] * (3 - len(grid))
+        ptxsim.set_options(first_block=tuple(first), blocks=(1, 1, 1))
+        self.launch(kernel, grid, *args, **meta)
+
+    @staticmethod
+    def zeros(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+        return sparse_zeros(torch.Size(shape).numel(), dtype).view(shape)
+
+
+def constants_of(case: Problem | RecurrentProblem) -> Tensor:
+    """The constants' table ``[10, 1]`` as the public functions derive it."""
+    return torch.stack(derive_constants(case.record(), DT, F32, torch.device("cpu"))).view(10, 1)
+
+
+STEPS = 33
+
+
+def test_feed_forward_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Input, spikes, recorded states and gradients of more than 2^31 elements, forward and back."""
+    zeros = LastProgram(monkeypatch).zeros
+    case = problem(STEPS, (40,))
+    neurons = 2**26 + 40
+    x, spikes, grad_spikes, grad_x = (zeros(STEPS, neurons) for _ in range(4))
+    assert x.numel() > 2**31
+    state, final, grad_state = (zeros(3, neurons) for _ in range(3))
+    states, words = zeros(3, STEPS, neurons), zeros(2, neurons, dtype=torch.int32)
+    checkpoints = zeros(STEPS // 8 + STEPS % 8, 3, neurons)
+    loss = torch.linspace(-1, 1, 40)
+    x[:, -40:] = case.x
+    state[:, -40:] = torch.stack(tuple(case.state))
+    grad_spikes[:, -40:] = loss
+    constants = constants_of(case)
+    _triton.feed_forward_forward(x, constants, False, 8, state, final, spikes, words, states, checkpoints)
+    _triton.feed_forward_backward(
+        x, constants, False, "super", 8, words, checkpoints, grad_spikes, None, None, grad_x, grad_state, torch.empty(0)
+    )
+    case.x.requires_grad_()
+    expected, trace = case.run("reference", record_states=True)
+    assert_same_bits([spikes[:, -40:], *states[:, :, -40:]], [expected, *trace])
+    (grad,) = torch.autograd.grad((expected * loss).sum(), case.x)
+    assert torch.equal(grad_x[:, -40:], grad)
+
+
+def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of 2^21 batch rows has the bits of that row alone; its drive lies past 2^31 elements."""
+    neurons = 32
+    case = recurrent_problem(STEPS, 1, neurons)
+    weights = case.recurrent_weights
+    net = _recurrent.Network(case.input_weights, weights, constants_of(case), False, _triton)
+
+    def run(batch: int, zeros: Callable[..., Tensor]) -> list[Tensor]:
+        drive, recurrent_drive = (zeros(2, STEPS, batch, neurons) for _ in range(2))
+        drive[:, :, -1:] = torch.stack([case.x @ torch.relu(sign * case.input_weights).t() for sign in (1, -1)])
+        state, first, lam = zeros(3, batch, neurons), zeros(2, batch, neurons), zeros(3, batch, neurons)
+        state[:, -1:] = torch.stack(tuple(case.state)[1:])
+        spikes, words = zeros(STEPS, batch, neurons), zeros(2, batch, neurons, dtype=torch.int32)
+        trajectory, adjoints = zeros(6, STEPS, batch, neurons), zeros(STEPS, batch, 2 * neurons)
+        _triton.recurrent_block(net, weights.t().contiguous(), drive, first, state, spikes, words, None, sliced=False)
+        _triton._launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, STEPS)
+        grad_spikes = spikes.flatten(1)  # any numbers serve
+        _triton.recurrent_sweep(
+            net, weights, trajectory, words, 0, "super", grad_spikes, None, lam, zeros(batch, neurons), adjoints, None
+        )  # fmt: skip
+        return [spikes[:, -1], words[:, -1], trajectory[:, :, -1], adjoints[:, -1], lam[:, -1]]
+
+    alone = run(1, torch.zeros)
+    assert alone[0].any() and alone[3].any()
+    large = LastProgram(monkeypatch)
+    batch = 2**21
+    assert STEPS * batch * neurons > 2**31
+    assert_same_bits(run(batch, large.zeros), alone)
