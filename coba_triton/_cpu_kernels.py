@@ -382,6 +382,22 @@ class Strided(NamedTuple):
 
 
 @intrinsic
+def borrow(context: Any, array: Any) -> Any:
+    """An argument without its count of references, which the caller holds.
+
+    A slice counts up and down, and threads that count on one array wait for each other's cache line.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return array(array), generate
+
+
+@intrinsic
 def prefetch_line(context: Any, data: Any, index: Any) -> Any:
     """Ask for the cache line of ``data[index]``, an array of bytes."""
 
@@ -389,7 +405,7 @@ def prefetch_line(context: Any, data: Any, index: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         signature = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")  # type: ignore[no-untyped-call]
+        prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
         # to be read, kept in all caches, data
         builder.call(prefetch, [builder.gep(array.data, [arguments[1]]), number(0), number(3), number(1)])
         return context.get_dummy_value()
@@ -398,12 +414,17 @@ def prefetch_line(context: Any, data: Any, index: Any) -> Any:
 
 
 @compiled
+def borrow_strided(x: Strided) -> Strided:
+    return Strided(borrow(x.data), x.code, x.itemsize, x.stride_t, x.stride_m)
+
+
+@compiled
 def prefetch(x: Strided, t: int, first: int, neurons: int) -> None:
     """Ask for a row ahead of its use: the processor's own prefetching stops at the end of a row."""
     if x.stride_m == 1 and t >= 0:
         begin = (t * x.stride_t + first) * x.itemsize
         for index in range(begin, min(begin + neurons * x.itemsize, x.data.size), LINE):
-            prefetch_line(x.data, index)  # type: ignore[call-arg]
+            prefetch_line(x.data, index)
 
 
 @compiled
@@ -481,8 +502,8 @@ def _entry_point(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def _sources() -> str:
-    """Digest of what the kernels take from other files, whose changes Numba's disk cache does not see."""
-    files = (Path(str(module.__file__)).read_bytes() for module in (model, reference, surrogates))
+    """Digest of what kernels take from other files, whose changes Numba's disk cache does not see."""
+    files = (Path(str(name)).read_bytes() for name in (__file__, model.__file__, reference.__file__, surrogates.__file__))
     return hashlib.sha256(b"".join(files)).hexdigest()
 
 
@@ -501,6 +522,8 @@ def forward_kernel() -> Any:
         ``one``. ``every``: steps between two checkpoints, or 0.
         """
         _ = sources  # part of the key of the disk cache
+        x, spikes = borrow_strided(x), borrow_strided(spikes)
+        words, states, checkpoints = borrow(words), borrow(states), borrow(checkpoints)
         tile = np.empty(CONSTANTS + 10 * ROW, state.dtype)
         buffer = np.empty(TILE, state.dtype)
         bits = np.empty(TILE, np.uint32)
@@ -547,6 +570,8 @@ def backward_kernel(method: str) -> Any:
         ``grad_constants`` [10, M] takes sums over time for each neuron, or is None.
         """
         _ = sources  # part of the key of the disk cache
+        x, grad_spikes, grad_x = borrow_strided(x), borrow_strided(grad_spikes), borrow_strided(grad_x)
+        words, checkpoints, grad_states = borrow(words), borrow(checkpoints), borrow(grad_states)
         tile = np.empty(SUMS + 10 * ROW, grad_state.dtype)
         tape = np.empty((every + 2) * FRAME, grad_state.dtype)
         x_buffer = np.empty(TILE, grad_state.dtype)

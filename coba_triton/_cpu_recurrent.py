@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import _cpu_recurrent_kernels as kernels
-from ._cpu import MIN_STEPS_PER_THREAD, _constants, _pool
+from ._cpu import MIN_STEPS_PER_THREAD, _constants, _one, _pool, _rows, _strided
 from ._recurrent import Network
-from .spikes import pack_spikes, unpack_spikes
 
 
 def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int) -> None:
@@ -33,19 +33,70 @@ def _array(x: Tensor) -> Any:
 
 
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
-    """``relu(W) x`` and ``relu(-W) x`` for ``sources [R, K]`` and ``weights [K, N]``: ``[2, R, N]``, summed ascending."""
-    rows, neurons = sources.shape[0], weights.shape[1]
-    drive = weights.new_empty(2, rows, neurons)
-    values = _array(sources.to(weights.dtype))
-    _launch(kernels.projection_kernel(), values, _array(weights), _array(drive), rows=rows, work=rows * neurons)
+    """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
+    drive = weights.new_empty(2, *sources.shape[:-1], weights.shape[1])
+    values = sources.to(weights.dtype).reshape(-1, weights.shape[0])
+    rows = values.shape[0]
+    _launch(
+        kernels.projection_kernel(), _array(values), _array(weights), _array(drive.view(2, rows, -1)),
+        rows=rows, work=drive.numel(),
+    )  # fmt: skip
     return drive
+
+
+def _block(
+    net: Network,
+    x: Tensor | None,
+    drive: Tensor | None,
+    z: Tensor | None,
+    recurrent_drive: Tensor | None,
+    state: Tensor,
+    spikes: Tensor | None,
+    words: Tensor | None,
+    forced: bool,
+    states: Tensor | None,
+    trajectory: Tensor | None,
+    steps: int,
+) -> Tensor:
+    """Steps whose drives are known, or else come from the events in ``x`` and those that ``z`` begins."""
+    _, batch, neurons = state.shape
+    cells = batch * neurons
+    final = state.clone()
+    none = state.new_empty(0)
+    no_drive = none.view(2, 0, batch, neurons)
+    trace = state.new_empty(3, steps if states is not None else 0, cells)
+    no_words = torch.empty(0, cells, dtype=torch.int32)
+    _launch(
+        kernels.block_kernel(),
+        _strided(None if x is None else x.reshape(steps, -1)),
+        _array(no_drive if drive is None else drive),
+        _array(net.input_rows),
+        _array(none.view(0, neurons) if z is None else z),
+        _array(no_drive if recurrent_drive is None else recurrent_drive),
+        _array(net.recurrent_rows),
+        *_constants(net.constants),
+        _rows(final.view(3, cells)),
+        _strided(None if spikes is None else spikes.view(steps, cells)),
+        _one(torch.uint8 if spikes is None else spikes.dtype),
+        _array(no_words if words is None else words.view(-1, cells)),
+        forced,
+        _rows(trace),
+        _array(none.view(0, 0, cells) if trajectory is None else trajectory.view(-1, steps, cells)),
+        net.jump_first,
+        steps,
+        rows=batch,
+        work=steps * cells,
+    )
+    if states is not None:
+        states.copy_(trace.view(states.shape))
+    return final
 
 
 def recurrent_block(
     net: Network,
-    weights: Tensor,
-    drive: Tensor,
-    first: Tensor,
+    x: Tensor,
+    drive: Tensor | None,
+    z: Tensor,
     state: Tensor,
     spikes: Tensor | None,
     words: Tensor | None,
@@ -55,62 +106,31 @@ def recurrent_block(
     """One event-driven block; shapes as in :mod:`coba_triton._triton`. Returns the state."""
     if sliced:
         raise RuntimeError("path 'sliced' is for GPUs with many processors, got backend 'cpu'; pass path='events'")
-    _, steps, batch, neurons = drive.shape
-    fired = torch.empty(steps, batch, neurons, dtype=torch.uint8)
-    trace = state.new_empty(3, steps if states is not None else 0, batch, neurons)
-    final = state.clone()
-    _launch(
-        kernels.block_kernel(), _array(drive), _array(first), _array(weights), *_constants(net.constants), _array(final),
-        _array(fired), _array(trace), net.jump_first, rows=batch, work=fired.numel(),
-    )  # fmt: skip
-    if spikes is not None:
-        spikes.copy_(fired)
-    if words is not None:
-        words.copy_(pack_spikes(fired))
-    if states is not None:
-        states.copy_(trace)
-    return final
-
-
-def _driven(
-    net: Network,
-    drive: Tensor,
-    recurrent_drive: Tensor,
-    state: Tensor,
-    fired: Tensor,
-    forced: bool,
-    trace: Tensor,
-    trajectory: Tensor,
-) -> Tensor:
-    steps, cells = fired.shape[0], state[0].numel()
-    final = state.clone()
-    flat = [tensor.reshape(*tensor.shape[:2], cells) for tensor in (drive, recurrent_drive)]
-    _launch(
-        kernels.driven_kernel(), *map(_array, flat), *_constants(net.constants), _array(final.view(3, cells)),
-        _array(fired.view(steps, cells)), forced, _array(trace.view(3, -1, cells)), _array(trajectory.view(6, -1, cells)),
-        net.jump_first, rows=cells, work=steps * cells,
-    )  # fmt: skip
-    return final
+    return _block(net, x, drive, z, None, state, spikes, words, False, states, None, x.shape[0])
 
 
 def recurrent_step(
     net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None
 ) -> Tensor:
     """One step with both drives ``[2, B, N]`` known; fills ``spikes [B, N]`` and returns the state."""
-    fired = torch.empty(1, *spikes.shape, dtype=torch.uint8)
-    none = state.new_empty(6, 0, *spikes.shape)
-    state = _driven(net, drive[:, None], recurrent_drive[:, None], state, fired, False, none[:3], none)
-    spikes.copy_(fired[0])
-    if states is not None:
-        states.copy_(state)
-    return state
+    trace = None if states is None else states.unsqueeze(1)
+    return _block(net, None, drive[:, None], None, recurrent_drive[:, None], state, spikes, None, False, trace, None, 1)
 
 
-def recurrent_replay(net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, words: Tensor) -> Tensor:
-    """The trajectory ``[6, T, B, N]`` of a block whose spikes are known."""
-    trajectory = state.new_empty(6, *drive.shape[1:])
-    fired = unpack_spikes(words, drive.shape[1], torch.uint8)
-    _driven(net, drive, recurrent_drive, state, fired, True, trajectory[:3, :0], trajectory)
+def recurrent_replay(
+    net: Network,
+    x: Tensor,
+    drive: Tensor | None,
+    before: Tensor,
+    recurrent_drive: Tensor | None,
+    state: Tensor,
+    words: Tensor,
+    constants_grad: bool,
+) -> Tensor:
+    """The trajectory of a block whose spikes are known: ``[6, T, B, N]``, or 4 where no constant needs a gradient."""
+    trajectory = state.new_empty(6 if constants_grad else 4, *before.shape)
+    z = before[0].to(net.dtype)
+    _block(net, x, drive, z, recurrent_drive, state, None, words, True, None, trajectory, x.shape[0])
     return trajectory
 
 
@@ -129,23 +149,41 @@ def recurrent_sweep(
     grad_constants: Tensor | None,
 ) -> Tensor:
     """Sweep back through a block: fills ``adjoints [T, B, 2 N]``, carries ``lam`` on, returns the new ``lam_z``."""
-    steps, batch, neurons = trajectory.shape[1:]
-    none = lam.new_empty(0, batch, neurons)
-    gradients = none if grad_spikes is None else grad_spikes[start : start + steps].view(steps, batch, neurons)
+    planes, steps, batch, neurons = trajectory.shape
+    cells = batch * neurons
+    none = lam.new_empty(0, cells)
+    gradients = none if grad_spikes is None else grad_spikes[start : start + steps].to(lam.dtype)
     arrays = [
-        _array(trajectory),
-        _array(unpack_spikes(words, steps, torch.uint8)),
+        _array(trajectory.view(planes, steps, cells)),
+        _array(words.view(-1, cells)),
         *_constants(net.constants),
-        _array(gradients.to(lam.dtype)),
+        _array(gradients),
     ]
-    sums = _array(lam.new_empty(net.constants.shape[0], 0) if grad_constants is None else grad_constants)
-    before = torch.zeros_like(lam)
+    carried = [
+        _rows(lam.view(3, cells)),
+        _array(lam_z.view(cells)),
+        _array(adjoints),
+        None if grad_constants is None else _array(grad_constants),
+    ]
+    before = _array(none)
     for t in reversed(range(steps)):
         if grad_states is not None:
-            before = grad_states[:, start + t - 1] if start + t > 0 else torch.zeros_like(lam)
-        _launch(
-            kernels.sweep_kernel(method), t, *arrays, _array(before), _array(lam), _array(lam_z), _array(adjoints), sums,
-            net.jump_first, rows=batch, work=batch * neurons,
-        )  # fmt: skip
+            initial = start + t == 0  # the initial state is not recorded
+            before = _array((torch.zeros_like(lam) if initial else grad_states[:, start + t - 1]).reshape(3, cells))
+        _launch(kernels.sweep_kernel(method), t, *arrays, before, *carried, net.jump_first, rows=batch, work=8 * cells)
         torch.mm(adjoints[t], split_weights, out=lam_z)
     return lam_z
+
+
+def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
+    """Add ``sources^T rows``, of ``[R, K]`` and ``[R, M]``, to ``sums [K, M]``."""
+    if not events:
+        sums.addmm_(sources.t().to(rows.dtype), rows)
+        return
+    values = _array(sources.to(rows.dtype)).reshape(-1)
+    flat = np.flatnonzero(values)
+    row, source = np.divmod(flat, max(1, sources.shape[1]))
+    _launch(
+        kernels.products_kernel(), _array(sums), _array(rows), row, source, values[flat],
+        rows=sums.shape[1], work=len(flat) * sums.shape[1] // 8,
+    )  # fmt: skip

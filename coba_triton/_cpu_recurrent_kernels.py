@@ -1,7 +1,8 @@
 """The CPU kernels of recurrent populations, event driven; arrays are those of ``kernels/recurrent.py``.
 
-A thread owns whole batch rows, so that none waits for another. Sums over synapses have the one order of all event-driven
-kernels: ascending by source.
+A thread owns whole batch rows, so that none waits for another. A row's neurons are tiles as in
+:mod:`coba_triton._cpu_kernels`, and a tile's drive is summed where its state is: in the first-level cache. Sums over
+synapses have the one order of all event-driven kernels: ascending by source.
 """
 
 from __future__ import annotations
@@ -11,28 +12,75 @@ from typing import Any
 
 import numpy as np
 
-from ._cpu_kernels import _entry_point, _sources, compiled, load_shared, relu, vjp, vjp_constants
-from .model import Constants
+from ._cpu_kernels import (
+    G_E,
+    G_I,
+    IN_E,
+    IN_I,
+    IN_V,
+    ROW,
+    SUMS,
+    TILE,
+    Strided,
+    V,
+    _entry_point,
+    _sources,
+    borrow,
+    borrow_strided,
+    compiled,
+    constants_of,
+    copy,
+    expand,
+    load_constants,
+    load_per_neuron,
+    load_shared,
+    load_state,
+    pack,
+    relu,
+    row_of,
+    store_constants,
+    store_state,
+    vjp,
+    vjp_constants,
+)
 from .reference import add_drive, integrate, reset
+
+# More rows of a tile. Forward: the drives, each excitatory and then inhibitory, the potential before the reset and the
+# conductances that decay. Backward, after SUMS: what the forward left of the step, the gradient by its spikes, and the
+# adjoints of the drives.
+INPUT, RECURRENT = 13 * ROW, 15 * ROW
+U, DECAYED_E, DECAYED_I = 17 * ROW, 18 * ROW, 19 * ROW
+FORWARD_SIZE = 20 * ROW
+STEP_V, STEP_U, STEP_E, STEP_I = 26 * ROW, 27 * ROW, 28 * ROW, 29 * ROW
+STEP_DECAYED_E, STEP_DECAYED_I = 30 * ROW, 31 * ROW
+GRAD_Z, ADJOINT_E, ADJOINT_I = 32 * ROW, 33 * ROW, 34 * ROW
+BACKWARD_SIZE = 35 * ROW
+
+# Elements of a source's sums that a thread adds to at a time: so many of all sources together fit a second-level cache.
+COLUMNS = 256
 
 
 @compiled
-def constants_at(shared: Any, per_neuron: Any, cell: int) -> Any:
-    """The constants of a neuron: ``shared``, or those in column ``cell`` of ``per_neuron`` [10, B N]."""
-    if per_neuron is None:
-        return shared
-    return Constants(
-        per_neuron[0, cell],
-        per_neuron[1, cell],
-        per_neuron[2, cell],
-        per_neuron[3, cell],
-        per_neuron[4, cell],
-        per_neuron[5, cell],
-        per_neuron[6, cell],
-        per_neuron[7, cell],
-        per_neuron[8, cell],
-        per_neuron[9, cell],
-    )
+def compact(events: Any, values: Any) -> int:
+    """The indices of what is not 0, ascending; returns how many. ``events`` has room for one more than ``values``."""
+    count = 0
+    for n in range(len(values)):
+        events[count] = n
+        count += values[n] != 0
+    return count
+
+
+@compiled
+def compact_spikes(events: Any, fired: Any) -> int:
+    """:func:`compact` of bytes whose number is a multiple of 8, most of them 0."""
+    count = 0
+    eights = fired.view(np.uint64)
+    for k in range(len(eights)):
+        if eights[k] != 0:
+            for n in range(8 * k, 8 * k + 8):
+                events[count] = n
+                count += fired[n]
+    return count
 
 
 @compiled
@@ -44,38 +92,62 @@ def add_row(drive_e: Any, drive_i: Any, weights: Any, value: Any) -> None:
 
 
 @compiled
-def add_spikes(drive_e: Any, drive_i: Any, weights: Any, fired: Any, count: int) -> None:
-    """Add the synapses of the neurons that fired, one after the other, four of them in a pass over the drive."""
+def add_events(tile: Any, at: int, weights: Any, events: Any, count: int, begin: int, n: int) -> None:
+    """Set the two rows from ``at`` on to the sum of the synapses of the neurons that fired, one after the other.
+
+    Four of them in a pass over the sums.
+    """
+    tile[at : at + n] = 0
+    tile[at + ROW : at + ROW + n] = 0
+    end = begin + n
     whole = count // 4 * 4
     for k in range(0, whole, 4):
-        a, b, c, d = weights[fired[k]], weights[fired[k + 1]], weights[fired[k + 2]], weights[fired[k + 3]]
-        for n in range(len(drive_e)):
-            drive_e[n] = (((drive_e[n] + relu(a[n])) + relu(b[n])) + relu(c[n])) + relu(d[n])
-            drive_i[n] = (((drive_i[n] + relu(-a[n])) + relu(-b[n])) + relu(-c[n])) + relu(-d[n])
+        a, b = weights[events[k], begin:end], weights[events[k + 1], begin:end]
+        c, d = weights[events[k + 2], begin:end], weights[events[k + 3], begin:end]
+        for j in range(n):
+            tile[at + j] = (((tile[at + j] + relu(a[j])) + relu(b[j])) + relu(c[j])) + relu(d[j])
+            tile[at + ROW + j] = (((tile[at + ROW + j] + relu(-a[j])) + relu(-b[j])) + relu(-c[j])) + relu(-d[j])
     for k in range(whole, count):
-        a = weights[fired[k]]
-        for n in range(len(drive_e)):
-            drive_e[n] += relu(a[n])
-            drive_i[n] += relu(-a[n])
+        a = weights[events[k], begin:end]
+        for j in range(n):
+            tile[at + j] += relu(a[j])
+            tile[at + ROW + j] += relu(-a[j])
 
 
 @compiled
-def step_row(
-    v: Any, g_e: Any, g_i: Any, input_e: Any, input_i: Any, recurrent_e: Any, recurrent_i: Any, spikes: Any,
-    shared: Any, per_neuron: Any, cell: int, jump_first: bool,
-) -> None:  # fmt: skip
-    """One step of a row of neurons; ``spikes`` takes 0 or 1."""
-    for n in range(len(v)):
-        c = constants_at(shared, per_neuron, cell + n)
-        u, new_e, new_i = integrate(
-            v[n], g_e[n], g_i[n], input_e[n], input_i[n], recurrent_e[n], recurrent_i[n], c, jump_first
-        )
-        spike = (u - c.v_thresh) > 0.0
+def add_values(tile: Any, at: int, weights: Any, values: Any, events: Any, count: int, begin: int, n: int) -> None:
+    """:func:`add_events` of sources that send other numbers than 1."""
+    tile[at : at + n] = 0
+    tile[at + ROW : at + ROW + n] = 0
+    for k in range(count):
+        value = values[events[k]]
+        add_row(tile[at : at + n], tile[at + ROW : at + ROW + n], weights[events[k], begin : begin + n], value)
+
+
+@compiled
+def step_row(tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any) -> None:
+    """One step of a tile; ``fired`` takes 0 or 1, or gives it where it is ``forced``."""
+    for j in range(neurons):
+        c = constants_of(tile, j, shared)
+        v, g_e, g_i = tile[V + j], tile[G_E + j], tile[G_I + j]
+        input_e, input_i = tile[INPUT + j], tile[INPUT + ROW + j]
+        recurrent_e, recurrent_i = tile[RECURRENT + j], tile[RECURRENT + ROW + j]
+        tile[DECAYED_E + j] = add_drive(g_e, input_e, recurrent_e) if jump_first else g_e
+        tile[DECAYED_I + j] = add_drive(g_i, input_i, recurrent_i) if jump_first else g_i
+        u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, jump_first)
+        spike = fired[j] != 0 if forced else (u - c.v_thresh) > 0.0
         z: Any = 1.0 if spike else 0.0
-        v[n] = reset(u, z, c)
-        g_e[n] = new_e
-        g_i[n] = new_i
-        spikes[n] = spike
+        tile[U + j] = u
+        tile[V + j] = reset(u, z, c)
+        tile[G_E + j] = g_e
+        tile[G_I + j] = g_i
+        fired[j] = spike
+
+
+@compiled
+def unpack(fired: Any, words: Any, bit: int) -> None:
+    for j in range(len(words)):
+        fired[j] = (words[j] >> bit) & 1
 
 
 @functools.cache
@@ -97,83 +169,117 @@ def projection_kernel() -> Any:
 
 @functools.cache
 def block_kernel() -> Any:
-    """A block of the event-driven forward for the batch rows from ``first`` to ``last``."""
+    """A block of steps of the batch rows from ``first`` to ``last``: simulated, or replayed with the spikes known."""
     sources = _sources()
 
     def block(
-        drive: Any, initial: Any, weights: Any, shared: Any, per_neuron: Any, state: Any, spikes: Any, states: Any,
-        jump_first: bool, first: int, last: int,
+        x: Strided, input_drive: Any, input_rows: Any, initial: Any, recurrent_drive: Any, recurrent_rows: Any,
+        shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool, states: Any,
+        trajectory: Any, jump_first: bool, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
-        """``state`` is carried on; ``spikes [T, B, N]`` are bytes; ``states`` without elements is not written."""
+        """Arrays without elements are not read or written; a drive without elements is summed from events.
+
+        ``x`` [T, B I] and ``initial`` [B, N] are the sources of the input and of the first step's recurrent drive;
+        ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row. ``state`` is carried
+        on; ``forced``: the spikes are those of ``words``.
+        """
         _ = sources  # part of the key of the disk cache
-        steps, neurons = spikes.shape[0], spikes.shape[2]
-        fired = np.empty(neurons, np.int32)
+        x, spikes = borrow_strided(x), borrow_strided(spikes)
+        input_rows, recurrent_rows, initial = borrow(input_rows), borrow(recurrent_rows), borrow(initial)
+        input_drive, recurrent_drive = borrow(input_drive), borrow(recurrent_drive)
+        state, words, states, trajectory = borrow(state), borrow(words), borrow(states), borrow(trajectory)
+        inputs, neurons = input_rows.shape
+        tiles = np.empty(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
+        buffer = np.empty(max(inputs, neurons, 1), state.dtype)
+        bits = np.empty(max(inputs, 1), np.uint32)
+        fired = np.zeros((neurons + 7) // 8 * 8, np.uint8)
+        events = np.empty(len(fired) + 1, np.int32)
+        input_events = np.empty(inputs + 1, np.int32)
         c = None if shared is None else load_shared(shared)
         for row in range(first, last):
-            recurrent_e = initial[0, row].copy()
-            recurrent_i = initial[1, row].copy()
-            count = 0
+            cells = row * neurons
+            for k in range(len(tiles)):
+                begin = k * TILE
+                n = min(TILE, neurons - begin)
+                load_per_neuron(tiles[k], per_neuron, cells + begin, n)
+                load_state(tiles[k], V, state, 0, 1, cells + begin, n)
             for t in range(steps):
-                add_spikes(recurrent_e, recurrent_i, weights, fired, count)
-                step_row(
-                    state[0, row], state[1, row], state[2, row], drive[0, t, row], drive[1, t, row],
-                    recurrent_e, recurrent_i, spikes[t, row], c, per_neuron, row * neurons, jump_first,
-                )  # fmt: skip
-                if states.size > 0:
-                    for k in range(3):
-                        states[k, t, row] = state[k, row]
-                count = 0
-                for n in range(neurons):
-                    if spikes[t, row, n]:
-                        fired[count] = n
-                        count += 1
-                recurrent_e[:] = 0
-                recurrent_i[:] = 0
+                values = buffer[:inputs]
+                if input_drive.size == 0:
+                    values = row_of(buffer, bits, x, t, row * inputs, inputs)
+                    input_count = compact(input_events, values[:inputs])
+                if recurrent_drive.size == 0:
+                    count = compact(events, initial[row]) if t == 0 else compact_spikes(events, fired)
+                for k in range(len(tiles)):
+                    tile = tiles[k]
+                    begin = k * TILE
+                    n = min(TILE, neurons - begin)
+                    here = slice(begin, begin + n)
+                    cell = cells + begin
+                    if input_drive.size == 0:
+                        add_values(tile, INPUT, input_rows, values, input_events, input_count, begin, n)
+                    else:
+                        tile[INPUT : INPUT + n] = input_drive[0, t, row, here]
+                        tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, row, here]
+                    if recurrent_drive.size > 0:
+                        tile[RECURRENT : RECURRENT + n] = recurrent_drive[0, t, row, here]
+                        tile[RECURRENT + ROW : RECURRENT + ROW + n] = recurrent_drive[1, t, row, here]
+                    elif t == 0:
+                        add_values(tile, RECURRENT, recurrent_rows, initial[row], events, count, begin, n)
+                    else:
+                        add_events(tile, RECURRENT, recurrent_rows, events, count, begin, n)
+                    if forced:
+                        unpack(fired[here], words[t // 32, cell : cell + n], t % 32)
+                    if trajectory.size > 0:
+                        copy(trajectory[0, t, cell : cell + n], tile, V, 1, n)
+                    step_row(tile, fired[here], n, jump_first, forced, c)
+                    if trajectory.size > 0:
+                        copy(trajectory[1, t, cell : cell + n], tile, U, 1, n)
+                        copy(trajectory[2, t, cell : cell + n], tile, G_E, 1, n)
+                        copy(trajectory[3, t, cell : cell + n], tile, G_I, 1, n)
+                        if len(trajectory) > 4:
+                            copy(trajectory[4, t, cell : cell + n], tile, DECAYED_E, 1, n)
+                            copy(trajectory[5, t, cell : cell + n], tile, DECAYED_I, 1, n)
+                    if spikes.data.size > 0:
+                        at = t * spikes.stride_t + cell
+                        if spikes.itemsize == 1:
+                            spikes.data[at : at + n] = fired[here]
+                        else:
+                            expand(spikes.data, spikes.itemsize, one, at, fired[here], n)
+                    if words.size > 0 and not forced:
+                        pack(words[t // 32, cell : cell + n], fired[here], t % 32, n)
+                    if states.size > 0:
+                        store_state(tile, states, t, steps, cell, n)
+            for k in range(len(tiles)):
+                begin = k * TILE
+                store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin))
 
     return _entry_point(block)
 
 
-@functools.cache
-def driven_kernel() -> Any:
-    """Steps whose recurrent drive is known, for the cells from ``first`` to ``last``."""
-    sources = _sources()
-
-    def driven(
-        drive: Any, recurrent: Any, shared: Any, per_neuron: Any, state: Any, spikes: Any, forced: bool, states: Any,
-        trajectory: Any, jump_first: bool, first: int, last: int,
-    ) -> None:  # fmt: skip
-        """``state [3, M]`` is carried on; with ``forced`` the spikes are given: the path that was simulated, always."""
-        _ = sources  # part of the key of the disk cache
-        shared_constants = None if shared is None else load_shared(shared)
-        for t in range(spikes.shape[0]):
-            for m in range(first, last):
-                c = constants_at(shared_constants, per_neuron, m)
-                v, g_e, g_i = state[0, m], state[1, m], state[2, m]
-                decayed_e, decayed_i = g_e, g_i
-                if jump_first:
-                    decayed_e = add_drive(g_e, drive[0, t, m], recurrent[0, t, m])
-                    decayed_i = add_drive(g_i, drive[1, t, m], recurrent[1, t, m])
-                u, g_e, g_i = integrate(
-                    v, g_e, g_i, drive[0, t, m], drive[1, t, m], recurrent[0, t, m], recurrent[1, t, m], c, jump_first
-                )
-                if not forced:
-                    spikes[t, m] = (u - c.v_thresh) > 0.0
-                z: Any = 1.0 if spikes[t, m] else 0.0
-                if trajectory.size > 0:
-                    trajectory[0, t, m] = v
-                    trajectory[1, t, m] = u
-                    trajectory[2, t, m] = g_e
-                    trajectory[3, t, m] = g_i
-                    trajectory[4, t, m] = decayed_e
-                    trajectory[5, t, m] = decayed_i
-                state[0, m] = reset(u, z, c)
-                state[1, m] = g_e
-                state[2, m] = g_i
-                if states.size > 0:
-                    for k in range(3):
-                        states[k, t, m] = state[k, m]
-
-    return _entry_point(driven)
+@compiled
+def sweep_row(
+    tile: Any, words: Any, bit: int, neurons: int, jump_first: bool, shared: Any, sums: bool | None, METHOD: str
+) -> None:  # fmt: skip
+    """The adjoint of one step; ``sums``: None, or True to add to the gradients by the constants."""
+    for j in range(neurons):
+        c = constants_of(tile, j, shared)
+        z = 1.0 if (words[j] >> bit) & 1 else 0.0
+        v, g_e, g_i = tile[STEP_V + j], tile[STEP_E + j], tile[STEP_I + j]
+        lam_v = tile[V + j]
+        a = vjp(
+            z, tile[STEP_U + j], v, g_e, g_i, tile[GRAD_Z + j], lam_v, tile[G_E + j], tile[G_I + j],
+            tile[IN_V + j], tile[IN_E + j], tile[IN_I + j], c, jump_first, METHOD,
+        )  # fmt: skip
+        if sums is not None:
+            acc = load_constants(tile, SUMS, j)
+            acc = vjp_constants(acc, z, v, g_e, g_i, tile[STEP_DECAYED_E + j], tile[STEP_DECAYED_I + j], lam_v, a, c)
+            store_constants(tile, SUMS, j, acc)
+        tile[V + j] = a.lam_v
+        tile[G_E + j] = a.lam_e
+        tile[G_I + j] = a.lam_i
+        tile[ADJOINT_E + j] = a.drive_e
+        tile[ADJOINT_I + j] = a.drive_i
 
 
 @functools.cache
@@ -182,43 +288,67 @@ def sweep_kernel(method: str) -> Any:
     sources = _sources()
 
     def sweep(
-        t: int, trajectory: Any, spikes: Any, shared: Any, per_neuron: Any, grad_spikes: Any, grad_before: Any, lam: Any,
+        t: int, trajectory: Any, words: Any, shared: Any, per_neuron: Any, grad_spikes: Any, grad_before: Any, lam: Any,
         lam_z: Any, adjoints: Any, grad_constants: Any, jump_first: bool, first: int, last: int,
     ) -> None:  # fmt: skip
-        """``grad_before [3, B, N]``: incoming gradient by the recorded state before the step."""
+        """``grad_before [3, M]``: incoming gradient by the recorded state before the step, or without elements.
+
+        ``grad_constants`` [10, M] is carried on, or is None.
+        """
         _ = sources  # part of the key of the disk cache
-        neurons = lam_z.shape[1]
-        shared_constants = None if shared is None else load_shared(shared)
+        trajectory, words, grad_spikes, grad_before = (
+            borrow(trajectory),
+            borrow(words),
+            borrow(grad_spikes),
+            borrow(grad_before),
+        )
+        neurons = adjoints.shape[2] // 2
+        lam, lam_z, adjoints = borrow(lam), borrow(lam_z), borrow(adjoints)
+        tile = np.zeros(BACKWARD_SIZE, lam.dtype)
+        c = None if shared is None else load_shared(shared)
+        sums = None if grad_constants is None else True
         for row in range(first, last):
-            for n in range(neurons):
-                m = row * neurons + n
-                c = constants_at(shared_constants, per_neuron, m)
-                z = 1.0 if spikes[t, row, n] else 0.0
-                grad_z = lam_z[row, n]
+            for begin in range(0, neurons, TILE):
+                n = min(TILE, neurons - begin)
+                cell = row * neurons + begin
+                load_per_neuron(tile, per_neuron, cell, n)
+                load_state(tile, V, lam, 0, 1, cell, n)
+                if grad_before.size > 0:
+                    load_state(tile, IN_V, grad_before, 0, 1, cell, n)
+                for k in range(len(trajectory)):
+                    copy(tile[STEP_V + k * ROW : STEP_V + k * ROW + n], trajectory[k, t], cell, 1, n)
+                copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
                 if grad_spikes.size > 0:
-                    grad_z = grad_spikes[t, row, n] + grad_z
-                v, g_e, g_i = trajectory[0, t, row, n], trajectory[2, t, row, n], trajectory[3, t, row, n]
-                lam_v = lam[0, row, n]
-                a = vjp(
-                    z, trajectory[1, t, row, n], v, g_e, g_i, grad_z, lam_v, lam[1, row, n], lam[2, row, n],
-                    grad_before[0, row, n], grad_before[1, row, n], grad_before[2, row, n], c, jump_first, method,
-                )  # fmt: skip
-                if grad_constants.size > 0:
-                    acc = constants_at(None, grad_constants, m)
-                    acc = vjp_constants(acc, z, v, g_e, g_i, trajectory[4, t, row, n], trajectory[5, t, row, n], lam_v, a, c)
-                    grad_constants[0, m] = acc.decay_e
-                    grad_constants[1, m] = acc.decay_i
-                    grad_constants[2, m] = acc.k
-                    grad_constants[3, m] = acc.g_l
-                    grad_constants[4, m] = acc.e_rev_I
-                    grad_constants[5, m] = acc.e_rev_E
-                    grad_constants[6, m] = acc.v_rest
-                    grad_constants[7, m] = acc.v_reset
-                    grad_constants[8, m] = acc.v_thresh
-                lam[0, row, n] = a.lam_v
-                lam[1, row, n] = a.lam_e
-                lam[2, row, n] = a.lam_i
-                adjoints[t, row, n] = a.drive_e
-                adjoints[t, row, neurons + n] = a.drive_i
+                    tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
+                if sums is not None:
+                    for k in range(len(grad_constants)):
+                        copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
+                sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, sums, method)
+                copy(adjoints[t, row, begin : begin + n], tile, ADJOINT_E, 1, n)
+                copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT_I, 1, n)
+                store_state(tile, lam, 0, 1, cell, n)
+                if sums is not None:
+                    for k in range(len(grad_constants)):
+                        copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
 
     return _entry_point(sweep)
+
+
+@functools.cache
+def products_kernel() -> Any:
+    """``sums += sources^T rows`` from the sources that are not 0, for the columns from ``first`` to ``last``."""
+    sources = _sources()
+
+    def products(sums: Any, rows: Any, row_of_event: Any, source: Any, values: Any, first: int, last: int) -> None:
+        _ = sources  # part of the key of the disk cache
+        sums, rows = borrow(sums), borrow(rows)
+        for begin in range(first, last, COLUMNS):
+            end = min(begin + COLUMNS, last)
+            for k in range(len(source)):
+                target = sums[source[k], begin:end]
+                row = rows[row_of_event[k], begin:end]
+                value = values[k]
+                for n in range(end - begin):
+                    target[n] += value * row[n]
+
+    return _entry_point(products)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +29,24 @@ DRIVE_BYTES = 2**26
 
 
 class Network(NamedTuple):
-    """What is the same in all blocks: weights ``[N, I]`` and ``[N, N]``, constants, order of the step, kernels."""
+    """What is the same in all blocks: weights, constants, order of the step, kernels.
+
+    The weights are ``[N, I]`` and ``[N, N]``; ``input_rows`` and ``recurrent_rows`` are their transposes, with the
+    synapses of a source side by side.
+    """
 
     input_weights: Tensor
     recurrent_weights: Tensor
+    input_rows: Tensor
+    recurrent_rows: Tensor
     constants: Tensor
     jump_first: bool
     kernels: ModuleType
+
+    @classmethod
+    def of(cls, input_weights: Tensor, recurrent_weights: Tensor, *others: Any) -> Network:
+        input_rows, recurrent_rows = input_weights.t().contiguous(), recurrent_weights.t().contiguous()
+        return cls(input_weights, recurrent_weights, input_rows, recurrent_rows, *others)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,19 +71,18 @@ def split(weights: Tensor) -> Tensor:
     return torch.cat([torch.relu(weights), torch.relu(-weights)])
 
 
-def project(net: Network, weights: Tensor, transposed: Tensor, sources: Tensor, events: bool) -> Tensor:
-    """``relu(W) x`` and ``relu(-W) x`` for sources ``[..., B, K]``: ``[2, ..., B, N]``.
+def project(weights: Tensor, sources: Tensor) -> Tensor:
+    """``relu(W) x`` and ``relu(-W) x`` for sources ``[..., B, K]``, as matrix products: ``[2, ..., B, N]``."""
+    rows = sources.reshape(-1, sources.shape[-1]).to(weights.dtype)
+    drive = torch.stack([rows @ torch.relu(weights).t(), rows @ torch.relu(-weights).t()])
+    return torch.reshape(drive, (2, *sources.shape[:-1], weights.shape[0]))
 
-    As events, the sum has one order, ascending by source; as a matrix product, that of the device's library.
-    """
-    rows = sources.reshape(-1, sources.shape[-1])
-    neurons = weights.shape[0]
-    if events:
-        drive = net.kernels.project_events(rows, transposed)
-    else:
-        rows = rows.to(net.dtype)
-        drive = torch.stack([rows @ torch.relu(weights).t(), rows @ torch.relu(-weights).t()])
-    return torch.reshape(drive, (2, *sources.shape[:-1], neurons))
+
+def spikes_before(words: Tensor, last: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """What each step of a block saw of the one before it, ``[T, B, N]``; ``last``: the z or word before the block."""
+    before = unpack_spikes(words, steps, dtype).roll(1, 0)
+    before[0] = (last >> (WORD_BITS - 1)) & 1 if last.dtype == torch.int32 else last
+    return before
 
 
 def spike_rate(spikes: Tensor) -> float:
@@ -108,27 +118,27 @@ def forward(
     """Fill ``spikes [T, B, N]``, ``words``, ``states [3, T, B, N]`` and ``checkpoints``; returns the last z and state."""
     events = is_sparse(x)
     dense = path == "dense"
-    input_transposed, transposed = (w.t().contiguous() for w in (net.input_weights, net.recurrent_weights))
     for number, start in enumerate(range(0, x.shape[0], block_steps)):
         here = slice(start, min(start + block_steps, x.shape[0]))
         steps = here.stop - start
         if checkpoints is not None:
             checkpoints[number] = state
-        drive = project(net, net.input_weights, input_transposed, x[here], events)
+        drive = None if events else project(net.input_weights, x[here])
         scratch = z.dtype if dense else torch.uint8
         block_spikes = z.new_empty(steps, *z.shape, dtype=scratch) if spikes is None or dense else spikes[here]
         block_words = None if words is None else words[start // WORD_BITS : start // WORD_BITS + word_count(steps)]
         block_states = None if states is None else states[:, here]
         if dense:
+            if drive is None:
+                drive = net.kernels.project_events(x[here], net.input_rows)
             state = dense_block(net, drive, z, state, block_spikes, block_states)
             if spikes is not None:
                 spikes[here] = block_spikes
             if block_words is not None:
                 block_words.copy_(pack_spikes(block_spikes))
         else:
-            first = project(net, net.recurrent_weights, transposed, z, events=True)
             state = net.kernels.recurrent_block(
-                net, transposed, drive, first, state, block_spikes, block_words, block_states, sliced=path == "sliced"
+                net, x[here], drive, z, state, block_spikes, block_words, block_states, sliced=path == "sliced"
             )
         z = block_spikes[-1].to(net.dtype, copy=True)
         if path == "auto" and here.stop < x.shape[0]:
@@ -169,24 +179,25 @@ def backward(
         lam += grad_states[:, -1]
     lam_z = torch.zeros_like(z) if grad_z is None else grad_z.clone()
     split_input, split_recurrent = split(net.input_weights), split(net.recurrent_weights)
-    input_sums, recurrent_sums = torch.zeros_like(split_input), torch.zeros_like(split_recurrent)
+    input_sums, recurrent_sums = (sums.t().contiguous() for sums in map(torch.zeros_like, (split_input, split_recurrent)))
     grad_x = x.new_zeros(x.shape) if x_grad else None
     grad_constants = z.new_zeros(net.constants.shape[0], z.numel()) if constants_grad else None
-    events = is_sparse(x)
-    input_transposed, transposed = (w.t().contiguous() for w in (net.input_weights, net.recurrent_weights))
+    input_events = is_sparse(x)
     for number in reversed(range(checkpoints.shape[0] if z.numel() else 0)):
         start = number * block_steps
         here = slice(start, min(start + block_steps, steps))
         block_words = words[start // WORD_BITS : start // WORD_BITS + word_count(here.stop - start)]
-        before = z.new_empty(here.stop - start, batch, neurons)
-        before[0] = z if start == 0 else (words[start // WORD_BITS - 1] >> (WORD_BITS - 1)) & 1
-        before[1:] = unpack_spikes(block_words, here.stop - start, net.dtype)[:-1]
+        before = spikes_before(block_words, words[start // WORD_BITS - 1] if start else z, here.stop - start, net.dtype)
+        events = is_sparse(before)
         trajectory = net.kernels.recurrent_replay(
             net,
-            project(net, net.input_weights, input_transposed, x[here], events),
-            project(net, net.recurrent_weights, transposed, before, is_sparse(before)),
+            x[here],
+            None if input_events else project(net.input_weights, x[here]),
+            before,
+            None if events else project(net.recurrent_weights, before),
             checkpoints[number],
             block_words,
+            constants_grad,
         )
         adjoints = z.new_empty(here.stop - start, batch, 2 * neurons)
         lam_z = net.kernels.recurrent_sweep(
@@ -194,13 +205,13 @@ def backward(
             grad_constants,
         )  # fmt: skip
         rows = adjoints.flatten(0, 1)
-        recurrent_sums.addmm_(rows.t(), before.flatten(0, 1))
-        input_sums.addmm_(rows.t(), x[here].flatten(0, 1).to(net.dtype))
+        net.kernels.add_products(recurrent_sums, before.flatten(0, 1), rows, events)
+        net.kernels.add_products(input_sums, x[here].flatten(0, 1), rows, input_events)
         if grad_x is not None:
             grad_x[here] = (rows @ split_input).view(grad_x[here].shape)
 
     def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
-        excitatory, inhibitory = sums.chunk(2)
+        excitatory, inhibitory = sums.t().chunk(2)
         return (weights > 0) * excitatory - (weights < 0) * inhibitory
 
     return Gradients(

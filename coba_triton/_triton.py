@@ -161,11 +161,13 @@ def _warps_for(block: int) -> int:
 
 
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
-    """``relu(W) x`` and ``relu(-W) x`` for ``sources [R, K]`` and ``weights [K, N]``: ``[2, R, N]``, summed ascending."""
-    (rows, inputs), neurons = sources.shape, weights.shape[1]
-    drive = weights.new_empty(2, rows, neurons)
+    """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
+    inputs, neurons = weights.shape
+    drive = weights.new_empty(2, *sources.shape[:-1], neurons)
     if drive.numel() == 0:
         return drive
+    sources = sources.reshape(-1, inputs)
+    rows = sources.shape[0]
     values = _kernel_view(sources)
     lists = torch.empty(rows, max(1, inputs), dtype=torch.int32, device=weights.device)
     counts = torch.empty(rows, dtype=torch.int32, device=weights.device)
@@ -185,27 +187,32 @@ def project_events(sources: Tensor, weights: Tensor) -> Tensor:
 
 def recurrent_block(
     net: Network,
-    weights: Tensor,
-    drive: Tensor,
-    first: Tensor,
+    x: Tensor,
+    drive: Tensor | None,
+    z: Tensor,
     state: Tensor,
     spikes: Tensor | None,
     words: Tensor | None,
     states: Tensor | None,
     sliced: bool,
 ) -> Tensor:
-    """One event-driven launch for a block; shapes as in :mod:`coba_triton.kernels.recurrent`. Returns the state."""
+    """One event-driven launch for a block; shapes as in :mod:`coba_triton.kernels.recurrent`. Returns the state.
+
+    ``drive``: the input's, or None where it is to be summed from the events in ``x [T, B, I]``.
+    """
+    drive = project_events(x, net.input_rows) if drive is None else drive
+    first = project_events(z, net.recurrent_rows)
     _, steps, batch, neurons = drive.shape
     slices = slices_per_row(neurons, batch) if sliced else 1
     if slices > 1:
-        return _sliced_block(net, weights, drive, first, state, spikes, words, states, slices)
+        return _sliced_block(net, drive, first, state, spikes, words, states, slices)
     final = torch.empty_like(state)
     one_tile = neurons <= ROW_IN_REGISTERS
     block = triton.next_power_of_2(neurons) if one_tile else TILE
     scratch = torch.empty(3, batch, neurons, dtype=torch.int32, device=state.device)
     _launch(
         recurrent.forward_kernel, (batch,), state.device, _warps_for(block),
-        drive, first, weights, state, net.constants, final, scratch[:2], scratch[2],
+        drive, first, net.recurrent_rows, state, net.constants, final, scratch[:2], scratch[2],
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0),
         BLOCK=block, ONE_TILE=one_tile, UNROLL=EVENTS_AHEAD,
@@ -230,7 +237,6 @@ def slices_per_row(neurons: int, batch: int) -> int:
 
 def _sliced_block(
     net: Network,
-    weights: Tensor,
     drive: Tensor,
     first: Tensor,
     state: Tensor,
@@ -247,7 +253,7 @@ def _sliced_block(
     arrived, failed = (torch.zeros(size, dtype=torch.int32, device=state.device) for size in (batch, 1))
     _launch(
         recurrent.sliced_forward_kernel, (slices, batch), state.device, _warps_for(block),
-        drive, first, weights, state, net.constants, final,
+        drive, first, net.recurrent_rows, state, net.constants, final,
         integers((2, batch, slices, block)), integers((2, batch, slices)), arrived, failed,
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT,
@@ -293,10 +299,25 @@ def recurrent_step(
     return _launch_driven(net, drive, recurrent_drive, state, None, spikes, states, None, 1)
 
 
-def recurrent_replay(net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, words: Tensor) -> Tensor:
-    """The trajectory ``[6, T, B, N]`` of a block whose spikes are known."""
-    trajectory = state.new_empty(6, *drive.shape[1:])
-    _launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, drive.shape[1])
+def recurrent_replay(
+    net: Network,
+    x: Tensor,
+    drive: Tensor | None,
+    before: Tensor,
+    recurrent_drive: Tensor | None,
+    state: Tensor,
+    words: Tensor,
+    constants_grad: bool,
+) -> Tensor:
+    """The trajectory ``[6, T, B, N]`` of a block whose spikes are known, as those ``before`` each step and as ``words``.
+
+    A drive that is None is summed from the events.
+    """
+    drive = project_events(x, net.input_rows) if drive is None else drive
+    if recurrent_drive is None:
+        recurrent_drive = project_events(before, net.recurrent_rows)
+    trajectory = state.new_empty(6, *before.shape)
+    _launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, before.shape[0])
     return trajectory
 
 
@@ -343,3 +364,8 @@ def recurrent_sweep(
         launch(t, t + 1)
         torch.mm(adjoints[t], split_weights, out=lam_z)
     return lam_z
+
+
+def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
+    """Add ``sources^T rows``, of ``[R, K]`` and ``[R, M]``, to ``sums [K, M]``: a matrix product, events or not."""
+    sums.addmm_(sources.t().to(rows.dtype), rows)

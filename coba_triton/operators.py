@@ -318,7 +318,7 @@ def _recurrent(
         return spikes, z.clone(), state.clone(), states, words, checkpoints
     packed = spikes if spike_dtype is None else words if train else None
     z, state = _recurrent_blocks.forward(
-        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
+        _recurrent_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
         x,
         z,
         state,
@@ -381,7 +381,7 @@ def _recurrent_backward(
     constants_grad: bool,
 ) -> tuple[Tensor, ...]:
     grads = _recurrent_blocks.backward(
-        _recurrent_blocks.Network(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
+        _recurrent_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
         x,
         z,
         words,
