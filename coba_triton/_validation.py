@@ -182,6 +182,26 @@ def check_spike_dtype(spike_dtype: Any, block_steps: int | None) -> None:
         )
 
 
+def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[Tensor]) -> None:
+    """``out`` is a buffer for spikes of this shape and dtype, and nothing that it would overwrite or cut off."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}; use torch.empty")
+    x, *others = inputs
+    if (out.shape, out.dtype, out.device) != (shape, dtype, x.device) or not out.is_contiguous():
+        layout = "contiguous" if out.is_contiguous() else "strided"
+        raise ValueError(
+            f"out must be contiguous {dtype} {list(shape)} on {str(x.device)!r} for this input and spike_dtype, got "
+            f"{layout} {out.dtype} {list(out.shape)} on {str(out.device)!r}; make it with torch.empty"
+        )
+    if out.numel() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        raise ValueError("out must not share memory with input_tensor, got a view of it; use a buffer of its own")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, x, *others)):
+        raise ValueError(
+            "out takes spikes that no gradient flows through, got arguments that require one; call under "
+            "torch.no_grad(), or leave out= away"
+        )
+
+
 def check_no_tangents(tensors: Iterable[Tensor], backend: str) -> None:
     """The operators have no forward-mode rule, and PyTorch would drop the tangents in silence."""
     if not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from .model import (
     Constants,
     derive_constants,
 )
-from .spikes import pack_spikes
+from .spikes import WORD_BITS, pack_spikes, word_count
 
 FEED_FORWARD_FIELDS = CobaLIFFeedForwardState._fields
 RECURRENT_FIELDS = CobaLIFState._fields
@@ -212,6 +212,19 @@ def _format_spikes(rows: list[Tensor], like: Tensor, spike_dtype: SpikeDtype, de
     return spikes.to(spike_dtype or default)
 
 
+def _spikes_format(
+    steps: int, neurons: torch.Size, spike_dtype: SpikeDtype, default: torch.dtype
+) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of the spikes of a sequence."""
+    if spike_dtype == "bits":
+        return torch.Size([word_count(steps), *neurons]), torch.int32
+    return torch.Size([steps, *neurons]), spike_dtype or default
+
+
+def _into(out: Tensor | None, spikes: Tensor) -> Tensor:
+    return spikes if out is None else out.copy_(spikes)
+
+
 def coba_lif_feed_forward_integral(
     input_tensor: Tensor,
     state: Any = None,
@@ -223,6 +236,7 @@ def coba_lif_feed_forward_integral(
     block_steps: int | None = None,
     record_states: bool = False,
     spike_dtype: SpikeDtype = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, CobaLIFFeedForwardState]:
     """Unconnected conductance-based LIF neurons over a whole sequence.
 
@@ -253,6 +267,8 @@ def coba_lif_feed_forward_integral(
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
             (:func:`coba_triton.unpack_spikes`), or None for the input's dtype.
+        out: contiguous buffer that takes the spikes and is returned; not for training. Reusing one in a loop saves the
+            first touch of new memory, which costs a CPU more than the neurons do.
 
     Returns:
         Spikes ``[T, *shape]`` and the state; float32 unless an array among the arguments is float64.
@@ -273,6 +289,8 @@ def coba_lif_feed_forward_integral(
     x = input_tensor.reshape(steps, *(1,) * (len(neurons) - len(step_shape)), *step_shape).expand(steps, *neurons)
     default = _spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
+    if out is not None:
+        check.check_out(out, *_spikes_format(steps, neurons, spike_dtype, default), [input_tensor, *tensors, *c])
 
     backend = choose_backend(backend, input_tensor.device)
     if backend == "reference":
@@ -283,9 +301,9 @@ def coba_lif_feed_forward_integral(
             initial,
             record_states,
         )
-        return _format_spikes(rows, tensors[0], spike_dtype, default), final
+        return _into(out, _format_spikes(rows, tensors[0], spike_dtype, default)), final
     return _run_operator(
-        x, tensors, c, neurons, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default
+        x, tensors, c, neurons, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default, out
     )
 
 
@@ -313,6 +331,7 @@ def _run_operator(
     record_states: bool,
     spike_dtype: SpikeDtype,
     default: torch.dtype,
+    out: Tensor | None,
 ) -> tuple[Tensor, CobaLIFFeedForwardState]:
     """Flatten the neurons, call the operator once a time block, and put the blocks together."""
     steps, dtype = x.shape[0], state[0].dtype
@@ -322,27 +341,40 @@ def _run_operator(
     x = x.reshape(steps, -1) if x.numel() else x.new_empty(steps, flat.shape[1])
     check.check_no_tangents((x, flat, constants), backend)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad or constants.requires_grad)
-    outputs = []
     # a split of one block would still copy the gradient
-    for block in x.split(block_steps) if block_steps and block_steps < steps else (x,):
-        spikes, flat, states, *_ = torch.ops.coba_triton.feed_forward(
-            block,
-            flat,
-            constants,
-            backend,
-            jump_first,
-            method,
-            None if spike_dtype == "bits" else spike_dtype or default,
-            record_states,
-            operators.checkpoint_interval(dtype, backend) if differentiates else 0,
-        )
+    split = block_steps if block_steps and block_steps < steps else None
+    blocks = x.split(split) if split else (x,)
+    parts: Sequence[Tensor | None] = (None,) * len(blocks)
+    if out is not None:
+        rows = out.view(out.shape[0], flat.shape[1])
+        parts = rows.split(split // WORD_BITS if spike_dtype == "bits" else split) if split else (rows,)
+    outputs = []
+    for block, part in zip(blocks, parts, strict=True):
+        if part is None:
+            spikes, flat, states, *_ = torch.ops.coba_triton.feed_forward(
+                block,
+                flat,
+                constants,
+                backend,
+                jump_first,
+                method,
+                None if spike_dtype == "bits" else spike_dtype or default,
+                record_states,
+                operators.checkpoint_interval(dtype, backend) if differentiates else 0,
+            )
+        else:
+            spikes = part
+            flat, states = torch.ops.coba_triton.feed_forward_out(
+                block, flat, constants, backend, jump_first, record_states, part
+            )
         outputs.append((spikes, states))
-    spikes = outputs[0][0] if len(outputs) == 1 else torch.cat([s for s, _ in outputs])
-    spikes = spikes.reshape(spikes.shape[0], *neurons)
+    if out is None:
+        out = outputs[0][0] if len(outputs) == 1 else torch.cat([s for s, _ in outputs])
+        out = out.reshape(out.shape[0], *neurons)
     if record_states:
         states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
-        return spikes, CobaLIFFeedForwardState(*states.reshape(3, steps, *neurons).unbind(0))
-    return spikes, CobaLIFFeedForwardState(*flat.reshape(3, *neurons).unbind(0))
+        return out, CobaLIFFeedForwardState(*states.reshape(3, steps, *neurons).unbind(0))
+    return out, CobaLIFFeedForwardState(*flat.reshape(3, *neurons).unbind(0))
 
 
 def coba_lif_integral(
@@ -359,6 +391,7 @@ def coba_lif_integral(
     record_states: bool = False,
     spike_dtype: SpikeDtype = None,
     path: str = "auto",
+    out: Tensor | None = None,
 ) -> tuple[Tensor, CobaLIFState]:
     """A recurrent population of conductance-based LIF neurons over a whole sequence.
 
@@ -390,6 +423,7 @@ def coba_lif_integral(
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
             (events, several programs a batch row; GPUs only), or ``auto``: events, and dense for a block that follows
             one with more than 0.2 spikes per neuron and step.
+        out: as in :func:`coba_lif_feed_forward_integral`.
 
     Returns:
         Spikes ``[T, *batch, N]`` and the state.
@@ -413,6 +447,9 @@ def coba_lif_integral(
     initial = CobaLIFState(*tensors)
     default = _spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
+    if out is not None:
+        wanted = _spikes_format(input_tensor.shape[0], tensors[0].shape, spike_dtype, default)
+        check.check_out(out, *wanted, [input_tensor, *tensors, *weights, *c])
     backend = choose_backend(backend, input_tensor.device)
     if backend == "reference":
         w = reference.SplitWeights.of(*weights)
@@ -422,7 +459,7 @@ def coba_lif_integral(
             initial,
             record_states,
         )
-        return _format_spikes(rows, tensors[0], spike_dtype, default), final
+        return _into(out, _format_spikes(rows, tensors[0], spike_dtype, default)), final
     return _run_recurrent_operator(
         input_tensor,
         initial,
@@ -436,6 +473,7 @@ def coba_lif_integral(
         spike_dtype,
         default,
         path,
+        out,
     )
 
 
@@ -452,6 +490,7 @@ def _run_recurrent_operator(
     spike_dtype: SpikeDtype,
     default: torch.dtype,
     path: str,
+    out: Tensor | None,
 ) -> tuple[Tensor, CobaLIFState]:
     """Flatten the batch to one axis, call the operator, and give the result its shape."""
     z, *others = (torch.as_tensor(field) for field in state)
@@ -464,25 +503,19 @@ def _run_recurrent_operator(
     differentiable = (x, z, flat, *weights, constants)
     check.check_no_tangents(differentiable, backend)
     train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    block = _recurrent.choose_block_steps(block_steps, steps, z.numel(), z.element_size(), train)
+    if out is not None and not record_states:
+        z, flat = torch.ops.coba_triton.recurrent_out(
+            x, z, flat, *weights, constants, backend, jump_first, block, path, out.view(out.shape[0], *z.shape)
+        )
+        return out, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     spikes, z, flat, states, *_ = torch.ops.coba_triton.recurrent(
-        x,
-        z,
-        flat,
-        *weights,
-        constants,
-        backend,
-        jump_first,
-        method,
-        wanted,
-        record_states,
-        _recurrent.choose_block_steps(block_steps, steps, z.numel(), z.element_size(), train),
-        train,
-        path,
+        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block, train, path
     )
     spikes = spikes.reshape(spikes.shape[0], *neurons)
     if record_states:
         trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
-        return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
+        return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
     return spikes, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))

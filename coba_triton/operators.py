@@ -28,6 +28,10 @@ _library.define(
     "-> (Tensor spikes, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
 )
 _library.define(
+    "feed_forward_out(Tensor x, Tensor state, Tensor constants, str backend, bool jump_first, bool record_states, "
+    "Tensor(a!) spikes) -> (Tensor final, Tensor states)"
+)
+_library.define(
     "feed_forward_backward(Tensor x, Tensor constants, Tensor words, Tensor checkpoints, Tensor? grad_spikes, "
     "Tensor? grad_final, Tensor? grad_states, str backend, bool jump_first, str method, int checkpoint_every, "
     "bool x_grad, bool constants_grad) -> (Tensor grad_x, Tensor grad_state, Tensor grad_constants)"
@@ -109,6 +113,36 @@ def _feed_forward_fake(
     checkpoint_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _allocate_forward(x, state, spike_dtype, record_states, checkpoint_every)
+
+
+def _feed_forward_out(
+    x: Tensor, state: Tensor, constants: Tensor, backend: str, jump_first: bool, record_states: bool, spikes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The forward into a given buffer ``[T, M]`` or, for packed spikes, int32 ``[ceil(T / 32), M]``; saves nothing."""
+    final, states = _feed_forward_out_fake(x, state, constants, backend, jump_first, record_states, spikes)
+    if x.numel() == 0:
+        return state.clone(), states
+    none = spikes.new_empty(0, x.shape[1])
+    packed = spikes.dtype == torch.int32
+    _kernels(_FEED_FORWARD, backend).feed_forward_forward(
+        x,
+        constants,
+        jump_first,
+        0,
+        state,
+        final,
+        none if packed else spikes,
+        spikes if packed else none.int(),
+        states,
+        state.new_empty(0, *state.shape),
+    )
+    return final, states
+
+
+def _feed_forward_out_fake(
+    x: Tensor, state: Tensor, constants: Tensor, backend: str, jump_first: bool, record_states: bool, spikes: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(state), state.new_empty(3, x.shape[0] if record_states else 0, x.shape[1])
 
 
 def _allocate_backward(x: Tensor, constants: Tensor, x_grad: bool, constants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,8 +265,10 @@ def _double_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 _library.impl("feed_forward", _feed_forward, "CompositeExplicitAutograd")
+_library.impl("feed_forward_out", _feed_forward_out, "CompositeExplicitAutograd")
 _library.impl("feed_forward_backward", _feed_forward_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("coba_triton::feed_forward", _feed_forward_fake, lib=_library)
+torch.library.register_fake("coba_triton::feed_forward_out", _feed_forward_out_fake, lib=_library)
 torch.library.register_fake("coba_triton::feed_forward_backward", _feed_forward_backward_fake, lib=_library)
 torch.library.register_autograd("coba_triton::feed_forward", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd(
@@ -243,6 +279,10 @@ _library.define(
     "recurrent(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
     "str backend, bool jump_first, str method, ScalarType? spike_dtype, bool record_states, int block_steps, bool train, "
     "str path) -> (Tensor spikes, Tensor z_final, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
+)
+_library.define(
+    "recurrent_out(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
+    "str backend, bool jump_first, int block_steps, str path, Tensor(a!) spikes) -> (Tensor z_final, Tensor final)"
 )
 _library.define(
     "recurrent_backward(Tensor x, Tensor z, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
@@ -330,6 +370,36 @@ def _recurrent(
         path,
     )
     return spikes, z_final.copy_(z), final.copy_(state), states, words, checkpoints
+
+
+def _recurrent_out(
+    x: Tensor,
+    z: Tensor,
+    state: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    backend: str,
+    jump_first: bool,
+    block_steps: int,
+    path: str,
+    spikes: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
+    if x.shape[0] == 0 or z.numel() == 0:
+        return z.clone(), state.clone()
+    net = _recurrent_blocks.Network.of(
+        input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)
+    )
+    packed = spikes.dtype == torch.int32
+    last, final = _recurrent_blocks.forward(
+        net, x, z, state, None if packed else spikes, spikes if packed else None, None, None, block_steps, path
+    )
+    return last.clone(), final.clone()
+
+
+def _recurrent_out_fake(x: Tensor, z: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(state)
 
 
 def _recurrent_backward_fake(
@@ -450,8 +520,10 @@ def _recurrent_double_setup_context(ctx: Any, inputs: tuple[Any, ...], output: t
 
 
 _library.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
+_library.impl("recurrent_out", _recurrent_out, "CompositeExplicitAutograd")
 _library.impl("recurrent_backward", _recurrent_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("coba_triton::recurrent", _recurrent_fake, lib=_library)
+torch.library.register_fake("coba_triton::recurrent_out", _recurrent_out_fake, lib=_library)
 torch.library.register_fake("coba_triton::recurrent_backward", _recurrent_backward_fake, lib=_library)
 torch.library.register_autograd(
     "coba_triton::recurrent", _recurrent_autograd, setup_context=_recurrent_setup_context, lib=_library

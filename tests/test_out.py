@@ -1,0 +1,63 @@
+"""`out=`: the spikes of a run in a buffer that the caller gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from coba_triton import coba_lif_feed_forward_integral
+from coba_triton.problems import problem, recurrent_problem
+
+FORMATS = [None, torch.float16, torch.uint8, "bits"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("spike_dtype", FORMATS)
+@pytest.mark.parametrize(("block_steps", "record_states"), [(None, False), (32, False), (32, True)])
+@pytest.mark.parametrize("kind", ["feed_forward", "recurrent"])
+def test_out_takes_what_is_returned_without_it(
+    kind: str, backend: str, spike_dtype: torch.dtype | str | None, block_steps: int | None, record_states: bool
+) -> None:
+    case = problem(70, (2, 5)) if kind == "feed_forward" else recurrent_problem(70, 2, 5)
+    options = dict(spike_dtype=spike_dtype, block_steps=block_steps, record_states=record_states)
+    want, want_state = case.run(backend, **options)
+    out = torch.full_like(want, 7)
+    got, state = case.run(backend, out=out, **options)
+    assert got is out
+    assert torch.equal(out, want) and want.any()
+    assert all(torch.equal(a, b) for a, b in zip(state, want_state, strict=True))
+
+
+def buffer(shape: tuple[int, ...] = (8, 3), dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(("out", "message"), [
+    pytest.param(buffer((8, 4)), r"out must be contiguous torch.float32 \[8, 3\] on 'cpu' .* got .*\[8, 4\]", id="shape"),
+    pytest.param(buffer(dtype=torch.uint8), "torch.float32 .* got contiguous torch.uint8", id="dtype"),
+    pytest.param(buffer((3, 8)).t(), "got strided", id="strides"),
+])  # fmt: skip
+def test_a_buffer_that_does_not_fit(out: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        coba_lif_feed_forward_integral(torch.zeros(8, 3), out=out)
+
+
+def test_a_buffer_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"out must be a torch.Tensor or None, got list; use torch.empty"):
+        coba_lif_feed_forward_integral(torch.zeros(8, 3), out=[])
+
+
+def test_out_over_the_input() -> None:
+    x = torch.zeros(8, 3)
+    with pytest.raises(ValueError, match="out must not share memory with input_tensor"):
+        coba_lif_feed_forward_integral(x, out=x)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_and_gradients(backend: str) -> None:
+    x = torch.zeros(8, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient flows through, got arguments that require one; call under"):
+        coba_lif_feed_forward_integral(x, out=buffer(), backend=backend)
+    with torch.no_grad():
+        assert not coba_lif_feed_forward_integral(x, out=buffer(), backend=backend)[0].any()
