@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ._check import check
 from .functional import (
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
@@ -37,6 +38,7 @@ __all__ = [
     "CobaLIFRecurrent",
     "CobaLIFState",
     "__version__",
+    "check",
     "coba_lif_feed_forward_integral",
     "coba_lif_feed_forward_step",
     "coba_lif_integral",

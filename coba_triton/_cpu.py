@@ -6,7 +6,7 @@ import ctypes
 import functools
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _cpu_kernels as kernels
+from .operators import CPU_CHECKPOINT_EVERY
+from .tuning import Parameters, launch_parameters
 
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
 HUGE_PAGES_FROM = 8 << 20
@@ -38,9 +40,33 @@ def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="coba_triton")
 
 
-def _launch(kernel: Callable[..., None], *args: Any, steps: int, neurons: int) -> None:
-    """Run ``kernel`` over all neurons, with as many threads as PyTorch uses; the result does not depend on them."""
-    threads = max(1, min(torch.get_num_threads(), steps * neurons // MIN_STEPS_PER_THREAD))
+def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Parameters:
+    """The launch parameters where no tuning table has any; see :data:`coba_triton.tuning.SPACE`."""
+    parameters = {"threads": torch.get_num_threads()}
+    if kernel.startswith("feed_forward"):
+        parameters = {"tile": kernels.TILE} | parameters
+    if kernel == "feed_forward_backward":
+        parameters["checkpoint_every"] = CPU_CHECKPOINT_EVERY
+    return parameters
+
+
+def parameters_of(kernel: str, dtype: torch.dtype, neurons: int, batch: int = 1) -> Mapping[str, int]:
+    """The launch parameters of a call, tuned or not."""
+    rule = heuristic(kernel, dtype, neurons, batch)
+    return launch_parameters("cpu", kernel, rule, dtype, torch.device("cpu"), neurons, batch)
+
+
+def count_threads(most: int | None, work: int) -> int:
+    """Threads for so many neuron-steps: ``most``, or as many as PyTorch uses, which is never exceeded."""
+    every = torch.get_num_threads()
+    return max(1, min(most or every, every, work // MIN_STEPS_PER_THREAD))
+
+
+def _launch(name: str, kernel: Callable[..., None], *args: Any, dtype: torch.dtype, steps: int, neurons: int) -> None:
+    """Run ``kernel`` over all neurons; the result does not depend on the launch parameters."""
+    parameters = parameters_of(name, dtype, neurons)
+    threads = count_threads(parameters["threads"], steps * neurons)
+    args = *args, parameters["tile"]
     share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
     first, *rest = ((begin, min(begin + share, neurons)) for begin in range(0, neurons, share))
     jobs = [_pool(os.getpid(), len(rest)).submit(kernel, *args, steps, *part) for part in rest]
@@ -112,6 +138,7 @@ def feed_forward_forward(
     steps, neurons = x.shape
     _ask_for_huge_pages(spikes, words, states, checkpoints)
     _launch(
+        "feed_forward_forward",
         kernels.forward_kernel(),
         _strided(x),
         _rows(state),
@@ -124,6 +151,7 @@ def feed_forward_forward(
         _rows(checkpoints),
         checkpoint_every,
         jump_first,
+        dtype=constants.dtype,
         steps=steps,
         neurons=neurons,
     )
@@ -149,6 +177,7 @@ def feed_forward_backward(
     none = constants.new_empty(0, 1)
     _ask_for_huge_pages(grad_x)
     _launch(
+        "feed_forward_backward",
         kernels.backward_kernel(method),
         _strided(x),
         *_constants(constants),
@@ -162,6 +191,7 @@ def feed_forward_backward(
         _rows(grad_constants) if grad_constants.numel() else None,
         checkpoint_every,
         jump_first,
+        dtype=constants.dtype,
         steps=steps,
         neurons=neurons,
     )

@@ -32,7 +32,7 @@ from .surrogate import SURROGATES
 
 OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
 
-# Neurons of a tile: a row of float32 is 4 KiB.
+# Neurons of a tile at the most: a row of float32 is 4 KiB.
 TILE = 1024
 # Elements from one row to the next: with a power of two, all rows would compete for the same few cache lines.
 ROW = TILE + 48
@@ -514,12 +514,12 @@ def forward_kernel() -> Any:
 
     def forward(
         x: Strided, state: Any, shared: Any, per_neuron: Any, final: Any, spikes: Strided, one: int, words: Any,
-        states: Any, checkpoints: Any, every: int, jump_first: bool, steps: int, first: int, last: int,
+        states: Any, checkpoints: Any, every: int, jump_first: bool, wide: int, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
         """Simulate the neurons from ``first`` to ``last``; arrays without elements are not written.
 
         Of the constants, ``shared`` [10] and ``per_neuron`` [10, M], one is None. A spike is written with the bits
-        ``one``. ``every``: steps between two checkpoints, or 0.
+        ``one``. ``every``: steps between two checkpoints, or 0. ``wide``: neurons of a tile, at most ``TILE``.
         """
         _ = sources  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
@@ -530,8 +530,8 @@ def forward_kernel() -> Any:
         fired = np.empty(TILE, np.uint8)
         c = None if shared is None else load_shared(shared)
         whole = steps // every * every if every > 0 else steps
-        for begin in range(first, last, TILE):
-            n = min(TILE, last - begin)
+        for begin in range(first, last, wide):
+            n = min(wide, last - begin)
             load_per_neuron(tile, per_neuron, begin, n)
             load_state(tile, V, state, 0, 1, begin, n)
             for t in range(steps):
@@ -563,7 +563,7 @@ def backward_kernel(method: str) -> Any:
     def backward(
         x: Strided, shared: Any, per_neuron: Any, words: Any, checkpoints: Any, grad_spikes: Strided, grad_final: Any,
         grad_states: Any, grad_x: Strided, grad_state: Any, grad_constants: Any, every: int, jump_first: bool,
-        steps: int, first: int, last: int,
+        wide: int, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
         """Differentiate the neurons from ``first`` to ``last``; arrays without elements are not read or written.
 
@@ -580,8 +580,8 @@ def backward_kernel(method: str) -> Any:
         bits = np.empty(TILE, np.uint32)
         c = None if shared is None else load_shared(shared)
         sums = None if grad_constants is None else True
-        for begin in range(first, last, TILE):
-            n = min(TILE, last - begin)
+        for begin in range(first, last, wide):
+            n = min(wide, last - begin)
             load_per_neuron(tile, per_neuron, begin, n)
             tile[:CONSTANTS] = 0
             tile[IN_V:] = 0

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import _cpu_recurrent_kernels as kernels
-from ._cpu import MIN_STEPS_PER_THREAD, _constants, _one, _pool, _rows, _strided
+from ._cpu import _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
 from ._recurrent import Network
 
 
-def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int) -> None:
-    """Run ``kernel`` over all rows, as many threads as PyTorch uses; ``work``: operations of all rows together."""
-    threads = max(1, min(torch.get_num_threads(), rows, work // MIN_STEPS_PER_THREAD))
+def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int, most: int | None = None) -> None:
+    """Run ``kernel`` over all rows, by ``most`` threads or all; ``work``: operations of all rows together."""
+    threads = min(rows, count_threads(most, work)) or 1
     bounds = [rows * thread // threads for thread in range(threads + 1)]
     jobs = [
         _pool(os.getpid(), threads - 1).submit(kernel, *args, begin, end) for begin, end in itertools.pairwise(bounds[1:])
@@ -86,6 +86,7 @@ def _block(
         steps,
         rows=batch,
         work=steps * cells,
+        most=parameters_of(f"recurrent_{'backward' if forced else 'forward'}", state.dtype, neurons, batch)["threads"],
     )
     if states is not None:
         states.copy_(trace.view(states.shape))
@@ -166,11 +167,14 @@ def recurrent_sweep(
         None if grad_constants is None else _array(grad_constants),
     ]
     before = _array(none)
+    most = parameters_of("recurrent_backward", lam.dtype, neurons, batch)["threads"]
     for t in reversed(range(steps)):
         if grad_states is not None:
             initial = start + t == 0  # the initial state is not recorded
             before = _array((torch.zeros_like(lam) if initial else grad_states[:, start + t - 1]).reshape(3, cells))
-        _launch(kernels.sweep_kernel(method), t, *arrays, before, *carried, net.jump_first, rows=batch, work=8 * cells)
+        _launch(
+            kernels.sweep_kernel(method), t, *arrays, before, *carried, net.jump_first, rows=batch, work=8 * cells, most=most
+        )
         torch.mm(adjoints[t], split_weights, out=lam_z)
     return lam_z
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ._recurrent import Network
 from .kernels import feed_forward, recurrent
+from .tuning import Parameters, launch_parameters
 
 # Steps whose inputs are on their way while as many are computed.
 PREFETCH_STEPS = 8
@@ -42,9 +44,28 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps:
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
 
 
-def _launch_feed_forward(kernel: Any, x: Tensor, constants: Tensor, jump_first: bool, *args: Any, **meta: Any) -> None:
+def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Parameters:
+    """The launch parameters where no tuning table has any; see :data:`coba_triton.tuning.SPACE`."""
+    if kernel == "feed_forward_forward":
+        return {"num_warps": warps_per_program(neurons), "steps": PREFETCH_STEPS}
+    if kernel == "feed_forward_backward":
+        return {"num_warps": warps_per_program(neurons), "steps": replay_steps(dtype)}
+    if kernel == "recurrent_forward":
+        block = triton.next_power_of_2(neurons) if neurons <= ROW_IN_REGISTERS else TILE
+        return {"num_warps": _warps_for(block), "events_ahead": EVENTS_AHEAD, "tile": TILE}
+    return {"num_warps": 4, "replay_warps": warps_per_program(neurons * batch)}
+
+
+def parameters_of(kernel: str, state: Tensor, neurons: int, batch: int = 1) -> Mapping[str, int]:
+    """The launch parameters of a call, tuned or not; ``state`` has the compute dtype and the device."""
+    rule = heuristic(kernel, state.dtype, neurons, batch)
+    return launch_parameters("triton", kernel, rule, state.dtype, state.device, neurons, batch)
+
+
+def _launch_feed_forward(
+    kernel: Any, num_warps: int, x: Tensor, constants: Tensor, jump_first: bool, *args: Any, **meta: Any
+) -> None:
     neurons = x.shape[1]
-    num_warps = warps_per_program(neurons)
     block = threads_per_warp() * num_warps
     _launch(
         kernel,
@@ -86,8 +107,10 @@ def feed_forward_forward(
     checkpoints: Tensor,
 ) -> None:
     """Fill ``final`` and every non-empty output; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
+    parameters = parameters_of("feed_forward_forward", state, x.shape[1])
     _launch_feed_forward(
         feed_forward.forward_kernel,
+        parameters["num_warps"],
         x,
         constants,
         jump_first,
@@ -99,7 +122,7 @@ def feed_forward_forward(
         *x.shape,
         *x.stride(),
         constants.stride(0),
-        STEPS=checkpoint_every or PREFETCH_STEPS,
+        STEPS=checkpoint_every or parameters["steps"],
     )
 
 
@@ -119,8 +142,10 @@ def feed_forward_backward(
     grad_constants: Tensor,
 ) -> None:
     """Fill ``grad_state`` and every non-empty gradient; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
+    parameters = parameters_of("feed_forward_backward", constants, x.shape[1])
     _launch_feed_forward(
         feed_forward.backward_kernel,
+        parameters["num_warps"],
         x,
         constants,
         jump_first,
@@ -139,7 +164,7 @@ def feed_forward_backward(
         *(grad_spikes.stride() if grad_spikes is not None else (0, 0)),
         constants.stride(0),
         EVERY=checkpoint_every,
-        STEPS=replay_steps(constants.dtype),
+        STEPS=parameters["steps"],
         METHOD=method,
     )
 
@@ -207,15 +232,16 @@ def recurrent_block(
     if slices > 1:
         return _sliced_block(net, drive, first, state, spikes, words, states, slices)
     final = torch.empty_like(state)
+    parameters = parameters_of("recurrent_forward", state, neurons, batch)
     one_tile = neurons <= ROW_IN_REGISTERS
-    block = triton.next_power_of_2(neurons) if one_tile else TILE
+    block = triton.next_power_of_2(neurons) if one_tile else parameters["tile"]
     scratch = torch.empty(3, batch, neurons, dtype=torch.int32, device=state.device)
     _launch(
-        recurrent.forward_kernel, (batch,), state.device, _warps_for(block),
+        recurrent.forward_kernel, (batch,), state.device, parameters["num_warps"],
         drive, first, net.recurrent_rows, state, net.constants, final, scratch[:2], scratch[2],
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0),
-        BLOCK=block, ONE_TILE=one_tile, UNROLL=EVENTS_AHEAD,
+        BLOCK=block, ONE_TILE=one_tile, UNROLL=parameters["events_ahead"],
         PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
     )  # fmt: skip
     return final
@@ -281,7 +307,7 @@ def _launch_driven(
 ) -> Tensor:
     final = torch.empty_like(state)
     cells = state[0].numel()
-    num_warps = warps_per_program(cells)
+    num_warps = parameters_of("recurrent_backward", state, state.shape[2], state.shape[1])["replay_warps"]
     block = threads_per_warp() * num_warps
     _launch(
         recurrent.driven_kernel, (triton.cdiv(cells, block),), state.device, num_warps,
@@ -342,7 +368,10 @@ def recurrent_sweep(
     steps, batch, neurons = trajectory.shape[1:]
     in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH
     # one neuron a thread: no layout conversions between the loads
-    num_warps = max(1, triton.next_power_of_2(neurons) // threads_per_warp()) if in_one_launch else 4
+    if in_one_launch:
+        num_warps = max(1, triton.next_power_of_2(neurons) // threads_per_warp())
+    else:
+        num_warps = parameters_of("recurrent_backward", lam, neurons, batch)["num_warps"]
     block = num_warps * threads_per_warp()
     grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
 

@@ -360,7 +360,7 @@ def _run_operator(
                 method,
                 None if spike_dtype == "bits" else spike_dtype or default,
                 record_states,
-                operators.checkpoint_interval(dtype, backend) if differentiates else 0,
+                operators.checkpoint_interval(dtype, backend, flat.shape[1]) if differentiates else 0,
             )
         else:
             spikes = part

@@ -17,8 +17,11 @@ from torch import Tensor
 from . import _recurrent as _recurrent_blocks
 from .model import Constants
 from .spikes import word_count
+from .tuning import launch_parameters
 
 NUM_CONSTANTS = len(Constants._fields)
+# Steps between two saved states of the CPU path: 0.75 bytes per neuron-step of float32, 1.5 of float64.
+CPU_CHECKPOINT_EVERY = 16
 
 _library = torch.library.Library("coba_triton", "DEF")
 
@@ -47,9 +50,15 @@ def _kernels(modules: dict[str, str], backend: str) -> ModuleType:
     return importlib.import_module(modules[backend], __package__)
 
 
-def checkpoint_interval(dtype: torch.dtype, backend: str) -> int:
+def checkpoint_interval(dtype: torch.dtype, backend: str, neurons: int) -> int:
     """Steps between two saved states: at most 1.5 bytes per neuron-step, and no more than a replay can hold."""
-    return 16 if dtype == torch.float64 or backend == "cpu" else 8
+    if backend != "cpu":
+        return 16 if dtype == torch.float64 else 8
+    rule = {"checkpoint_every": CPU_CHECKPOINT_EVERY}
+    if torch.compiler.is_compiling():  # a trace cannot look into files
+        return rule["checkpoint_every"]
+    device = torch.device("cpu")
+    return launch_parameters("cpu", "feed_forward_backward", rule, dtype, device, neurons)["checkpoint_every"]
 
 
 def checkpoint_count(steps: int, every: int) -> int:

@@ -7,6 +7,7 @@ tests on the device of Triton's active driver instead: a GPU, or an emulating dr
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+os.environ["COBA_TRITON_TUNING"] = "off"  # no table of the machine's user
 
 import pytest
 import torch

@@ -23,11 +23,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from . import tools
 from .config import UserError, builtin_folder, builtins, describe, load
 
 INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+for _command in tools.COMMANDS:
+    app.command()(_command)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +52,7 @@ def _say(message: str) -> None:
 
 @app.callback()
 def commands() -> None:
-    """Simulate conductance-based leaky integrate-and-fire neurons over long sequences."""
+    """Conductance-based leaky integrate-and-fire neurons over long sequences: simulate, check, tune, bench."""
 
 
 @app.command()

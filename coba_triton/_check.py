@@ -1,0 +1,756 @@
+"""Compare a backend with the reference over generated cases or the user's own input; shrink what fails to a snippet."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import _validation, functional, reference
+from ._backends import choose_backend, triton_device_type
+from .model import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
+from .problems import VALUES, Problem, RecurrentProblem, problem, recurrent_problem
+from .surrogate import SURROGATES
+
+AnyProblem = Problem | RecurrentProblem
+Builder = Callable[[torch.device], AnyProblem]
+ORDERS = ("decay_first", "jump_first")
+LEVELS = ("quick", "full")
+# Surrogates without an exponential or a square root, whose last bits differ between devices.
+EXACT_SURROGATES = ("super", "triangle", "heaviside")
+# A snippet spells out so many numbers at the most.
+SNIPPET_NUMBERS = 400
+# A failing case is run again so often at the most to make it smaller.
+SHRINK_RUNS = 150
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of the two runs that are compared."""
+
+    backend: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Two runs of one problem, and what must be equal.
+
+    Attributes:
+        group: what is checked, a few words.
+        name: what is particular about this one.
+        build: makes the problem on a device.
+        ours: the run that is checked.
+        theirs: the run that it must agree with.
+        gradients: whether gradients by everything are compared as well.
+        bits: False where sums over synapses are rounded: each step is compared on its own, within their rounding.
+        gib: memory that the case needs.
+    """
+
+    group: str
+    name: str
+    build: Builder
+    ours: Run
+    theirs: Run
+    gradients: bool = False
+    bits: bool = True
+    gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first tensor that differs.
+
+    Attributes:
+        tensor: its name.
+        differing: number of elements that do.
+        elements: number of elements there are.
+        index: of the first one.
+        ours: its value in the run that is checked.
+        theirs: its value in the other.
+        allowed: difference that rounding explains; 0 where the bits must be equal.
+    """
+
+    tensor: str
+    differing: int
+    elements: int
+    index: tuple[int, ...]
+    ours: float
+    theirs: float
+    allowed: float = 0.0
+
+    def __str__(self) -> str:
+        bound = f", allowed are {self.allowed:.3g}" if self.allowed else ""
+        return (
+            f"{self.tensor}{list(self.index)} is {self.ours!r}, expected {self.theirs!r}{bound}; "
+            f"{self.differing:,} of {self.elements:,} elements differ"
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a check.
+
+    Attributes:
+        group: of the check.
+        name: of the check.
+        status: ``passed``, ``failed`` or ``skipped``.
+        seconds: that it took.
+        detail: why it failed or was skipped.
+        snippet: of a failure, a program that shows the smallest case found.
+    """
+
+    group: str
+    name: str
+    status: Literal["passed", "failed", "skipped"]
+    seconds: float
+    detail: str = ""
+    snippet: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of :func:`check`.
+
+    Attributes:
+        backend: that was checked.
+        device: where.
+        results: one for each case.
+    """
+
+    backend: str
+    device: str
+    results: tuple[Result, ...]
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        """Those that failed."""
+        return tuple(result for result in self.results if result.status == "failed")
+
+    @property
+    def ok(self) -> bool:
+        """Whether none failed and some passed."""
+        return not self.failures and any(result.status == "passed" for result in self.results)
+
+    def __str__(self) -> str:
+        counts = {
+            status: sum(result.status == status for result in self.results) for status in ("passed", "failed", "skipped")
+        }
+        summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+        lines = [f"{self.backend} on {self.device} against the reference: {summary}"]
+        for failure in self.failures:
+            lines += [f"{failure.group}, {failure.name}: {failure.detail}", failure.snippet]
+        return "\n".join(lines)
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor, allowed: Tensor | float = 0.0) -> Mismatch | None:
+    """The mismatch of two tensors, None if there is none: same bits (any NaN equals any other), or within ``allowed``."""
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return Mismatch(
+            f"{name}: {ours.dtype} {list(ours.shape)} instead of {theirs.dtype} {list(theirs.shape)}",
+            max(1, ours.numel()), max(1, theirs.numel()), (), math.nan, math.nan,
+        )  # fmt: skip
+    wrong = (ours != theirs) & ~((ours != ours) & (theirs != theirs))
+    bound = torch.as_tensor(allowed, device=ours.device)
+    if bool((bound > 0).any()):
+        wrong &= ~((ours.double() - theirs.double()).abs() <= bound)
+    differing = int(wrong.sum())
+    if not differing:
+        return None
+    index = tuple(wrong.nonzero()[0].tolist())
+    return Mismatch(
+        name, differing, wrong.numel(), index, ours[index].item(), theirs[index].item(),
+        float(bound.expand(wrong.shape)[index]),
+    )  # fmt: skip
+
+
+def _named(case: AnyProblem, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(["spikes", *(f"state.{name}" for name in case.state._fields)], outputs, strict=True))
+
+
+def _gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
+    """What rounding may change: nothing where the operations are autograd's own, else a rounding for every term summed.
+
+    A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's.
+    """
+    own = {"x", *case.state._fields}
+    if isinstance(case, Problem) and name in own and method in EXACT_SURROGATES:
+        return 0.0
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    terms = max(64, case.x.shape[0] * case.state.v.numel())  # type: ignore[union-attr]
+    return scale * (1e-8 if case.state.v.dtype == torch.float64 else terms * 2**-24)  # type: ignore[union-attr]
+
+
+def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
+    """Run both sides of a check on a problem and compare them."""
+    if not check.bits:
+        return _mismatch_of_a_step(case, check)
+    if not check.gradients:
+        runs = [
+            _named(case, [spikes, *state])
+            for spikes, state in (case.run(run.backend, **run.options) for run in (check.ours, check.theirs))
+        ]
+        pairs = [(name, tensor, runs[1][name], 0.0) for name, tensor in runs[0].items()]
+    else:
+        (ours, our_grads), (theirs, their_grads) = (
+            case.gradients(run.backend, **run.options) for run in (check.ours, check.theirs)
+        )
+        method = check.ours.options.get("method", "super")
+        same_run = check.ours.backend == check.theirs.backend and check.ours.options == check.theirs.options
+        outputs, expected = _named(case, ours), _named(case, theirs)
+        pairs = [(name, tensor, expected[name], 0.0) for name, tensor in outputs.items()]
+        for name, grad in our_grads.items():
+            allowed = 0.0 if same_run else _gradient_bound(case, name, method, their_grads[name])
+            pairs.append((f"gradient by {name}", grad, their_grads[name], allowed))
+    return next(filter(None, (compare(*pair) for pair in pairs)), None)
+
+
+def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
+    """Compare each step with the reference's, from our own state before it, within the rounding of its sums.
+
+    A sum of n terms is exact to ``n 2^-24`` of the sum of their magnitudes; a spike may differ where the potential is
+    that close to the threshold.
+    """
+    assert isinstance(case, RecurrentProblem)
+    options = check.ours.options | {"record_states": True}
+    order, method = options.get("order", ORDERS[0]), options.get("method", "super")
+    _, trace = case.run(check.ours.backend, **options)
+    z, v, g_e, g_i = (
+        torch.cat([torch.as_tensor(initial)[None], after[:-1]]) for initial, after in zip(case.state, trace, strict=True)
+    )
+    dtype = trace.v.dtype
+    c = derive_constants(case.record(method), case.dt, dtype, case.x.device)
+    weights = reference.SplitWeights.of(case.input_weights, case.recurrent_weights)
+    x = case.x.to(dtype)
+    step = reference.recurrent_step(x, z, v, g_e, g_i, weights, c, order == "jump_first", method)
+    unreset = reference.recurrent_step(
+        x, z, v, g_e, g_i, weights, c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf)), order == "jump_first", method
+    )
+    ulp = torch.finfo(dtype).eps / 2
+    terms = x.shape[-1] + trace.v.shape[-1] + 4
+    magnitude = x.abs() @ case.input_weights.abs().t() + z.abs() @ case.recurrent_weights.abs().t()
+    bounds = {
+        name: terms * ulp * magnitude + 4 * ulp * (magnitude + old.abs()) for name, old in (("g_e", g_e), ("g_i", g_i))
+    }
+    reach = c.k.abs() * ((c.e_rev_E - v).abs() * bounds["g_e"] + (c.e_rev_I - v).abs() * bounds["g_i"])
+    reach = reach + 16 * ulp * (unreset.v.abs() + v.abs() + c.v_thresh.abs())
+    for name, bound in bounds.items():
+        if found := compare(f"state.{name}", getattr(trace, name), getattr(step, name), bound):
+            return found
+    certain = (unreset.v - c.v_thresh).abs() > reach
+    ours = torch.where(certain, trace.z, step.z)
+    if found := compare("spikes", ours, step.z):
+        return found
+    same = trace.z == step.z
+    return compare("state.v", torch.where(same, trace.v, step.v), step.v, reach)
+
+
+def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slice) -> AnyProblem:
+    """The first steps of some batch rows (recurrent problems), neurons and inputs (recurrent problems)."""
+    if isinstance(case, Problem):
+        pick = (slice(None), neurons)
+        return replace(
+            case,
+            x=case.x[:steps][pick],
+            state=CobaLIFFeedForwardState(*(torch.as_tensor(field)[neurons] for field in case.state)),
+            parameters={name: value[neurons] if value.dim() else value for name, value in case.parameters.items()},
+        )
+
+    def few(value: Tensor) -> Tensor:
+        if value.dim() == 2 and value.shape[0] > 1:
+            value = value[rows]
+        return value[..., neurons] if value.dim() else value
+
+    return replace(
+        case,
+        x=case.x[:steps, rows, inputs],
+        state=CobaLIFState(*(torch.as_tensor(field)[rows][:, neurons] for field in case.state)),
+        input_weights=case.input_weights[neurons, inputs].contiguous(),
+        recurrent_weights=case.recurrent_weights[neurons, neurons].contiguous(),
+        parameters={name: few(value) for name, value in case.parameters.items()},
+    )
+
+
+def flatten(case: AnyProblem) -> AnyProblem:
+    """The same problem with one axis of neurons (and one of batch rows where it is recurrent)."""
+    fields = [torch.as_tensor(field) for field in case.state]
+    axes = 1 if isinstance(case, Problem) else 2
+    shape = fields[0].shape
+    rows = (-1,) if axes == 1 else (-1, shape[-1])
+    parameters = {
+        name: value if value.dim() == 0 else value.expand(shape).reshape(rows) for name, value in case.parameters.items()
+    }
+    state = type(case.state)(*(field.reshape(rows) for field in fields))
+    x = case.x.reshape(len(case.x), *((-1,) if axes == 1 else (-1, case.x.shape[-1])))
+    return replace(case, x=x, state=state, parameters=parameters)  # type: ignore[arg-type]
+
+
+def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
+    """The smallest part of a failing problem that was found to fail: fewer steps, neurons, rows, inputs, in turns."""
+    case = flatten(case)
+    everything = slice(None)
+    left = SHRINK_RUNS
+
+    def sizes(of: AnyProblem) -> dict[str, int]:
+        found = {"steps": of.x.shape[0], "neurons": of.state.v.shape[-1]}  # type: ignore[union-attr]
+        return found if isinstance(of, Problem) else found | {"rows": of.x.shape[1], "inputs": of.x.shape[2]}
+
+    def candidates(axis: str, size: int) -> Iterator[slice | int]:
+        for share in (1, size // 8, size // 2, size - 1):
+            if 0 < share < size:
+                yield share if axis == "steps" else slice(0, share)
+                if axis != "steps":
+                    yield slice(size - share, size)
+        if axis != "steps" and size > 4:
+            yield slice(size // 4, size - size // 4)
+
+    def smaller(of: AnyProblem) -> AnyProblem | None:
+        nonlocal left
+        for axis, size in sizes(of).items():
+            for candidate in candidates(axis, size):
+                if left == 0:
+                    return None
+                left -= 1
+                arguments: dict[str, Any] = {
+                    "steps": of.x.shape[0], "rows": everything, "neurons": everything, "inputs": everything,
+                } | {axis: candidate}  # fmt: skip
+                try:
+                    tried = part(of, **arguments)
+                    if fails(tried):
+                        return tried
+                except (RuntimeError, ValueError):
+                    continue
+        return None
+
+    if not fails(case):
+        return case
+    while (found := smaller(case)) is not None:
+        case = found
+    return case
+
+
+def _literal(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    device = "" if value.device.type == "cpu" else f", device={str(value.device)!r}"
+    numbers = repr(value.tolist())
+    for special in ("nan", "inf"):
+        numbers = numbers.replace(special, f'float("{special}")')
+    return f"torch.tensor({numbers}, dtype={value.dtype}{device})"
+
+
+def snippet(case: AnyProblem, check: Check) -> str:
+    """A program that runs both sides on a small problem and fails where they differ."""
+    tensors = [case.x, *case.state, *case.parameters.values()]
+    weights = {}
+    if isinstance(case, RecurrentProblem):
+        weights = {name: getattr(case, name) for name in ("input_weights", "recurrent_weights")}
+        tensors += weights.values()
+    if sum(torch.as_tensor(tensor).numel() for tensor in tensors) > SNIPPET_NUMBERS:
+        return (
+            f"import coba_triton\nprint(coba_triton.check(backend={check.ours.backend!r}, "
+            f"device={str(case.x.device)!r}, level='full', only={f'{check.group}, {check.name}'!r}))"
+        )
+    state = type(case.state).__name__
+    lines = [
+        "import torch",
+        f"from coba_triton import {state}",
+        f"from coba_triton.problems import {type(case).__name__}",
+        "",
+        f"case = {type(case).__name__}(",
+        f"    x={_literal(case.x)},",
+        f"    state={state}(",
+        *(f"        {name}={_literal(value)}," for name, value in case.state._asdict().items()),
+        "    ),",
+        *(f"    {name}={_literal(value)}," for name, value in weights.items()),
+        "    parameters={",
+        *(f"        {name!r}: {_literal(value)}," for name, value in case.parameters.items()),
+        "    },",
+        f"    alpha={case.alpha!r},",
+        f"    dt={case.dt!r},",
+        ")",
+    ]
+    for variable, run in (("ours", check.ours), ("theirs", check.theirs)):
+        options = "".join(f", {name}={value!r}" for name, value in run.options.items())
+        lines.append(f"{variable} = case.{'gradients' if check.gradients else 'run'}({run.backend!r}{options})")
+    if check.gradients:
+        lines.append("ours, theirs = ({'spikes': r[0][0], **dict(enumerate(r[0][1:])), **r[1]} for r in (ours, theirs))")
+    else:
+        lines.append("ours, theirs = ({'spikes': spikes, **state._asdict()} for spikes, state in (ours, theirs))")
+    lines += [
+        "for name in ours:",
+        "    same = torch.equal(ours[name], theirs[name])",
+        "    print(name, 'same' if same else f'differs: {ours[name].tolist()} instead of {theirs[name].tolist()}')",
+    ]
+    return "\n".join(lines)
+
+
+def _layout(kind: str, device: torch.device) -> Problem:
+    case = problem(21, (40,), device=device)
+    if kind == "transposed":
+        case.x = case.x.t().contiguous().t()
+    elif kind == "every second":
+        case.x = torch.stack([case.x, case.x + 1], -1)[..., 0]
+    elif kind == "expanded over neurons":
+        case.x = case.x[:, :1].expand(21, 40)
+    else:
+        case.x = case.x[:1].expand(21, 40)
+    return case
+
+
+def _threshold(dtype: torch.dtype, device: torch.device) -> Problem:
+    """Potentials one ulp below, on, and one ulp above the threshold, where no current moves them."""
+    case = problem(1, (3,), dtype, device)
+    thresh = torch.tensor(VALUES["v_thresh"], dtype=dtype)
+    near = [torch.nextafter(thresh, torch.tensor(to, dtype=dtype)) for to in (-9.0, 9.0)]
+    case.x = torch.zeros_like(case.x)
+    case.parameters["g_l"] = torch.zeros_like(case.parameters["g_l"])
+    zero = torch.zeros(3, dtype=dtype, device=device)
+    case.state = CobaLIFFeedForwardState(torch.stack([near[0], thresh, near[1]]).to(device), zero, zero)
+    return case
+
+
+def _generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
+    """The cases of a level."""
+    full = level == "full"
+    interpreted = backend == "triton" and device.type == "cpu"
+    f32, f64, f16, bf16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+    def against_reference(group: str, name: str, build: Any, gradients: bool = False, **options: Any) -> Check:
+        theirs = {key: value for key, value in options.items() if key != "path"}
+        return Check(group, name, build, Run(backend, options), Run("reference", theirs), gradients)
+
+    sizes = [(1, (1,)), (5, (63,)), (16, (32,)), (35, (2, 20)), (33, (500,))]
+    large = [] if interpreted else [(257, (4097,)), (1000, (8, 256)), (5000, (3,))]
+    for steps, shape in sizes + large:
+        every = itertools.product(ORDERS, (f32, f64), (False, True), (False, True))
+        some = zip(ORDERS * 2, (f32, f32, f64, f64), (False, True, True, False), (True, False, False, True), strict=True)
+        for order, dtype, per_neuron, record in every if full else some:
+            extra = f"{'own' if per_neuron else 'shared'} parameters{', recorded' if record else ''}"
+            yield against_reference(
+                "forward", f"{[steps, *shape]} {dtype} {order}, {extra}",
+                lambda d, s=steps, n=shape, t=dtype, p=per_neuron: problem(s, n, t, d, per_neuron=p),
+                order=order, record_states=record,
+            )  # fmt: skip
+    for dtype in (f16, bf16, torch.bool, torch.uint8, torch.int64):
+        yield against_reference("input dtypes", str(dtype), lambda d, t=dtype: problem(19, (40,), t, d))
+    for steps, kind in itertools.product((7, 32, 45) if full else (45,), (f16, bf16, f64, torch.bool, torch.uint8, "bits")):
+        yield against_reference(
+            "spike formats", f"{kind}, {steps} steps", lambda d, s=steps: problem(s, (40,), device=d), spike_dtype=kind
+        )
+    for dtype in (f32, f64):
+        yield against_reference("on the threshold", str(dtype), lambda d, t=dtype: _threshold(t, d))
+    for kind in ("transposed", "every second", "expanded over neurons", "expanded over time"):
+        yield against_reference("strided input", kind, lambda d, k=kind: _layout(k, d), gradients=True)
+
+    for method, order in itertools.product(SURROGATES, ORDERS if full else ORDERS[:1]):
+        for dtype, record in itertools.product((f32, f64), (False, True)) if full else ((f32, True), (f64, False)):
+            yield against_reference(
+                "gradients", f"{method} {dtype} {order}{', recorded' if record else ''}",
+                lambda d, t=dtype, p=record: problem(35, (2, 20), t, d, per_neuron=p),
+                gradients=True, method=method, order=order, record_states=record,
+            )  # fmt: skip
+    for steps in (3, 8, 17, 64, *(() if interpreted else (1000,))):
+        yield against_reference(
+            "gradients of every length", f"{steps} steps", lambda d, s=steps: problem(s, (33,), device=d), gradients=True
+        )
+    for steps, block in itertools.product((45, *(() if interpreted else (1000,))), (1, 7, 32)):
+        whole: Builder = lambda d, s=steps: problem(s, (33,), device=d)  # type: ignore[misc]  # noqa: E731 - own default
+        yield Check("chunking", f"{steps} steps by {block}", whole, Run(backend, {"block_steps": block}), Run(backend))
+    twice: dict[str, Builder] = {
+        "feed-forward": lambda d: problem(20, (70,), device=d),
+        "recurrent": lambda d: recurrent_problem(20, 2, 40, device=d, exact=False),
+    }
+    for name, build in twice.items():
+        yield Check("determinism", name, build, Run(backend), Run(backend), gradients=True)
+
+    paths = ("events", "dense") + (("sliced",) if backend == "triton" and not interpreted else ())
+    recurrent = [(33, 3, 1), (1, 1, 63), (33, 1, 63), (14, 3, 129), (4, 1, 500)]
+    recurrent += [] if interpreted else [(100, 2, 1024), (20, 1, 2500), *([(20, 1, 4096), (64, 64, 256)] if full else [])]
+    for (steps, batch, neurons), path in itertools.product(recurrent, paths):
+        all_three = itertools.product(ORDERS, (f32, f64), (False, True))
+        few = zip(ORDERS, (f32, f64), (False, True), strict=True)
+        for order, dtype, own in all_three if full else few:
+            yield against_reference(
+                "recurrent forward",
+                f"{[steps, batch, neurons]} {dtype} {order} {path}, {'own' if own else 'shared'} parameters",
+                lambda d, s=steps, b=batch, n=neurons, t=dtype, p=own: recurrent_problem(s, b, n, t, d, per_neuron=p),
+                order=order, path=path, record_states=own,
+            )  # fmt: skip
+    for spike_dtype, path in itertools.product((f16, torch.bool, "bits"), paths):
+        yield against_reference(
+            "recurrent spike formats", f"{spike_dtype} {path}", lambda d: recurrent_problem(40, 2, 20, device=d),
+            spike_dtype=spike_dtype, path=path,
+        )  # fmt: skip
+    for path, size in itertools.product(paths, ((40, 2, 60), *(() if interpreted else ((200, 2, 700),)))):
+        yield replace(
+            against_reference(
+                "recurrent on any weights", f"{list(size)} {path}",
+                lambda d, s=size: recurrent_problem(s[0], s[1], s[2], device=d, exact=False), path=path,
+            ),
+            bits=False,
+        )  # fmt: skip
+    for block in (1, 32, 64):
+        ours, theirs = ({"path": "events", "block_steps": steps} for steps in (block, 96))
+        any_weights: Builder = lambda d: recurrent_problem(70, 2, 33, device=d, exact=False)  # noqa: E731
+        yield Check("recurrent chunking", f"70 steps by {block}", any_weights, Run(backend, ours), Run(backend, theirs))
+    for method, path in itertools.product(SURROGATES if full else ("super", "circ"), paths[:2]):
+        for order in ORDERS:
+            yield against_reference(
+                "recurrent gradients", f"{method} float64 {order} {path}",
+                lambda d: recurrent_problem(37, 2, 9, f64, d, binary=False, per_neuron=True),
+                gradients=True, method=method, order=order, path=path,
+            )  # fmt: skip
+    for neurons, path in itertools.product((10, *(() if interpreted else (300,))), paths[:2]):
+        yield against_reference(
+            "recurrent gradients", f"super float32 {neurons} neurons {path}",
+            lambda d, n=neurons: recurrent_problem(34, 2, n, device=d), gradients=True, path=path,
+        )  # fmt: skip
+    if full:
+        yield from _far(backend, interpreted)
+
+
+def _far(backend: str, interpreted: bool) -> Iterator[Check]:
+    """Offsets past 2^31: neurons at both ends of an array of more elements than that, against a run of those alone."""
+    size, steps, ends = 2**20 + 32, 2049, 32
+
+    def build(device: torch.device) -> Problem:
+        small = problem(steps, (2 * ends,), torch.uint8, device)
+        x = torch.zeros(steps, size, dtype=torch.uint8, device=device)
+        x[:, :ends], x[:, -ends:] = small.x[:, :ends], small.x[:, ends:]
+        state = [torch.zeros(size, device=device) for _ in small.state]
+        for wide, few in zip(state, map(torch.as_tensor, small.state), strict=True):
+            wide[:ends], wide[-ends:] = few[:ends], few[ends:]
+        return _Far(x, CobaLIFFeedForwardState(*state), small.parameters, small.alpha, small.dt, small, ends)
+
+    for kind in (torch.uint8, "bits"):
+        run = {"spike_dtype": kind}
+        gib = math.inf if interpreted else steps * size * (2 if kind == torch.uint8 else 1) / 2**30 * 1.4
+        yield Check("past 2^31", f"spikes as {kind}", build, Run(backend, run), Run("reference", run), gib=gib)
+
+
+@dataclass
+class _Far(Problem):
+    """A problem too large for the reference, which runs the neurons at both ends alone."""
+
+    small: Problem = None  # type: ignore[assignment]
+    ends: int = 0
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
+        if backend == "reference":
+            return self.small.run(backend, **options)
+        spikes, state = super().run(backend, **options)
+        both = [torch.cat([x[..., : self.ends], x[..., -self.ends :]], -1) for x in (spikes, *state)]
+        return both[0], CobaLIFFeedForwardState(*both[1:])
+
+
+def _free_gib(device: torch.device) -> float:
+    if device.type == "cpu":
+        try:
+            with open("/proc/meminfo", encoding="ascii") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
+        except (OSError, StopIteration):
+            return 0.0
+    return float(torch.get_device_module(device).mem_get_info(device)[0]) / 2**30
+
+
+def run_check(check: Check, device: torch.device) -> Result:
+    """Run one check; a failure is shrunk and gets its snippet."""
+    started = time.perf_counter()
+
+    def result(status: Literal["passed", "failed", "skipped"], detail: str = "", snippet: str = "") -> Result:
+        return Result(check.group, check.name, status, time.perf_counter() - started, detail, snippet)
+
+    if check.gib:
+        free = _free_gib(device)
+        if check.gib > free:
+            needs = "no interpreter" if check.gib == math.inf else f"{check.gib:.1f} GiB, {free:.1f} are free"
+            return result("skipped", f"needs {needs}")
+    case = check.build(device)
+
+    def failure(of: AnyProblem) -> str:
+        try:
+            found = find_mismatch(of, check)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return "" if found is None else str(found)
+
+    detail = failure(case)
+    if not detail:
+        return result("passed")
+    if check.gib:
+        return result("failed", detail, snippet(case, check))
+    small = shrink(case, lambda of: bool(failure(of)))
+    return result("failed", failure(small) or detail, snippet(small, check))
+
+
+def default_device() -> torch.device:
+    """The GPU that Triton can drive, else the CPU."""
+    try:
+        return torch.device(triton_device_type())
+    except RuntimeError:
+        return torch.device("cpu")
+
+
+def select(backend: str, device: torch.device, level: str, only: str | None) -> list[Check]:
+    """The checks of a level, or those among them whose group and name contain ``only``.
+
+    Raises:
+        ValueError: if the level is unknown or no check is left.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
+    checks = list(_generate(backend, device, level))
+    chosen = [check for check in checks if only is None or only in f"{check.group}, {check.name}"]
+    if not chosen:
+        groups = ", ".join(dict.fromkeys(check.group for check in checks))
+        raise ValueError(f"no check contains {only!r} in its name; the groups are {groups}")
+    return chosen
+
+
+def resolve(backend: str, device: torch.device | str | None) -> tuple[str, torch.device]:
+    """The backend and device to check.
+
+    Raises:
+        ValueError: if the backend is unknown, or is the reference.
+        RuntimeError: if the device is not there, or the backend cannot serve it.
+    """
+    device = default_device() if device is None else torch.device(device)
+    if device.type != "cpu" and not torch.get_device_module(device).is_available():
+        raise RuntimeError(
+            f"device {str(device)!r} is not here: PyTorch {torch.__version__} sees none; run on a machine with one, or "
+            "pass device='cpu'"
+        )
+    used = choose_backend(backend, device)
+    if used == "reference":
+        raise ValueError(
+            f"nothing to check on {str(device)!r}: the reference would serve it, which is what backends are compared with; "
+            "pass another device, or a backend that serves it"
+        )
+    return used, device
+
+
+def _grid(x: Tensor) -> int:
+    """The exponent of the coarsest power of two of which all elements are multiples."""
+    mantissa, exponent = torch.frexp(x.double()[x != 0])
+    if not mantissa.numel():
+        return 1000
+    whole = (mantissa * 2.0**53).long()
+    return int((exponent - 53 + torch.log2((whole & -whole).double()).int()).min())
+
+
+def sums_are_exact(case: RecurrentProblem) -> bool:
+    """Whether no order of the sums over synapses is rounded: all terms are multiples of one number, and not too many."""
+    digits = 53 if case.state.v.dtype == torch.float64 else 24  # type: ignore[union-attr]
+    sources = ((case.input_weights, case.x), (case.recurrent_weights, torch.as_tensor(case.state.z)))
+    for weights, x in sources:
+        reach = (x.double().abs() @ weights.double().abs().t()).max() if x.numel() and weights.numel() else torch.zeros(())
+        if x is not case.x:
+            reach = torch.maximum(reach, weights.double().abs().sum(1).max()) if weights.numel() else reach
+        if not reach.isfinite() or float(reach) >= 2.0 ** (digits + _grid(weights) + min(0, _grid(x))):
+            return False
+    return True
+
+
+def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, p: Any, dt: float) -> AnyProblem:
+    """The user's arguments as a problem; checks them as the public functions do."""
+    if isinstance(p.alpha, Tensor) and p.alpha.dim():
+        raise ValueError(f"alpha must be one number to be checked, got a tensor of {list(p.alpha.shape)}; pass one number")
+    numbers = {name: torch.as_tensor(getattr(p, name), dtype=None if isinstance(getattr(p, name), Tensor) else torch.float64)
+               for name in VALUES}  # fmt: skip
+    parameters = {name: value.detach().to(x.device) for name, value in numbers.items()}
+    alpha = float(p.alpha)
+    if weights is None:
+        _validation.check_input(x, "[T, ...]", 1)
+        neurons, tensors, _, _ = functional._feed_forward_request(x, state, p, dt, x.shape[1:])
+        given = x.detach().reshape(len(x), *(1,) * (len(neurons) - x.dim() + 1), *x.shape[1:]).expand(len(x), *neurons)
+        initial = CobaLIFFeedForwardState(*(tensor.detach().clone() for tensor in tensors))
+        return flatten(Problem(given, initial, parameters, alpha, dt))
+    _validation.check_input(x, "[T, *batch, I]", 2)
+    tensors, (w_in, w_rec), _, _ = functional._recurrent_request(x, state, *weights, p, dt, x.shape[1:])
+    before = CobaLIFState(*(tensor.detach().clone() for tensor in tensors))
+    return flatten(RecurrentProblem(x.detach(), before, w_in.detach(), w_rec.detach(), parameters, alpha, dt))
+
+
+def _user_checks(case: AnyProblem, backend: str, options: dict[str, Any]) -> list[Check]:
+    theirs = {name: value for name, value in options.items() if name not in ("path", "block_steps")}
+    exact = not isinstance(case, RecurrentProblem) or sums_are_exact(case)
+    ours, theirs_run = Run(backend, options), Run("reference", theirs)
+    forward = Check("your input", "forward", lambda _: case, ours, theirs_run, bits=exact)
+    repeat = Check("your input", "two runs", lambda _: case, ours, ours, gradients=True)
+    return [forward, repeat, *([replace(forward, name="gradients", gradients=True)] if exact else [])]
+
+
+def check(
+    input_tensor: Tensor | None = None,
+    state: Any = None,
+    input_weights: Tensor | None = None,
+    recurrent_weights: Tensor | None = None,
+    p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+    dt: float = 0.001,
+    *,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    level: str = "quick",
+    only: str | None = None,
+    show: Callable[[Result, int], None] = lambda result, total: None,
+    **options: Any,
+) -> Report:
+    """Compare a backend with the reference, over generated cases or on your own input.
+
+    Feed-forward runs must have the reference's bits, and so must recurrent ones where the sums of weights are exact; on
+    other weights every step is compared on its own, from the backend's state before it, within the rounding of its sums.
+    Two runs must have the same bits. Gradients must have autograd's bits where the operations are the same, and agree to
+    the rounding of their sums elsewhere.
+
+    Args:
+        input_tensor: your input, as :func:`coba_triton.coba_lif_feed_forward_integral` takes it, or with weights as
+            :func:`coba_triton.coba_lif_integral` does; None for the generated cases.
+        state: with an input, the initial state.
+        input_weights: with an input, ``[N, I]`` in uS.
+        recurrent_weights: with an input, ``[N, N]`` in uS.
+        p: with an input, the parameters; ``alpha`` one number.
+        dt: with an input, the step in ms.
+        backend: what to check: ``auto``, ``triton`` or ``cpu``.
+        device: where; None for that of the input, or the GPU that Triton can drive, else the CPU.
+        level: ``quick`` or ``full``, of the generated cases.
+        only: run those of the generated cases that have this in their names.
+        show: called after every case with its result and the number of all cases.
+        **options: with an input, keywords of the function, such as ``order`` or ``path``.
+
+    Returns:
+        A report; ``report.ok`` says whether all agreed, and ``print(report)`` shows what did not, with programs that
+        show the smallest cases found.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if a value is unknown or shapes do not fit, or there is nothing to check.
+        RuntimeError: if the backend cannot serve the device.
+
+    Example:
+        >>> check(torch.randn(20, 3), dt=0.1, backend="cpu").ok
+        True
+    """
+    if input_tensor is None:
+        if options:
+            raise TypeError(f"{', '.join(options)}: options of your own input, but there is none; pass input_tensor")
+        backend, device = resolve(backend, device)
+        checks = select(backend, device, level, only)
+    else:
+        if (input_weights is None) != (recurrent_weights is None):
+            raise ValueError("input_weights and recurrent_weights must be given together; pass both, or none")
+        weights = None if input_weights is None or recurrent_weights is None else (input_weights, recurrent_weights)
+        case = _user_problem(input_tensor, state, weights, p, dt)
+        backend, device = resolve(backend, input_tensor.device)
+        checks = _user_checks(case, backend, {"method": p.method} | options)
+    results = []
+    for each in checks:
+        results.append(run_check(each, device))
+        show(results[-1], len(checks))
+    return Report(backend, str(device), tuple(results))

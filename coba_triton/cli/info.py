@@ -1,0 +1,182 @@
+"""``coba-triton info``: what is installed, which devices there are, and which backend serves each of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import coba_triton
+from coba_triton import tuning
+from coba_triton._backends import BACKENDS, choose_backend
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "norse")
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Of this package, Python, and what it works with; None for what is not installed."""
+    return {
+        "coba_triton": coba_triton.__version__,
+        "python": platform.python_version(),
+        **{name: package_version(name) for name in PACKAGES},
+        "torch's CUDA": torch.version.cuda,
+        "torch's HIP": torch.version.hip,
+        "GPU driver": driver_version(),
+    }
+
+
+def driver_version() -> str | None:
+    """Of the GPU, as NVIDIA's or AMD's driver reports it."""
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return (done.stdout.splitlines() or [""])[0].strip() or None if done.returncode == 0 else None
+    amd = Path("/sys/module/amdgpu/version")
+    return amd.read_text(encoding="utf-8").strip() if amd.exists() else None
+
+
+def devices() -> list[dict[str, Any]]:
+    """The processor and every accelerator that PyTorch sees."""
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": tuning.cpu_name(),
+            "arch": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+    ]
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind)
+        for index in range(module.device_count() if module.is_available() else 0):
+            properties = module.get_device_properties(index)
+            if torch.version.hip:
+                arch = str(properties.gcnArchName).split(":")[0]
+            else:
+                arch = "sm_{}{}".format(*module.get_device_capability(index)) if kind == "cuda" else kind
+            found.append(
+                {
+                    "device": f"{kind}:{index}",
+                    "name": properties.name,
+                    "arch": arch,
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                    "multiprocessors": getattr(properties, "multi_processor_count", None),
+                }
+            )
+    return found
+
+
+def serving(device: str) -> list[dict[str, Any]]:
+    """For every backend: whether it serves a device, with what, and why not."""
+    rows: list[dict[str, Any]] = []
+    for backend in BACKENDS:
+        try:
+            used = choose_backend(backend, torch.device(device))
+        except RuntimeError as error:
+            rows.append({"backend": backend, "serves": False, "reason": str(error)})
+        else:
+            rows.append({"backend": backend, "serves": True, "uses": used})
+    return rows
+
+
+def caches() -> dict[str, str]:
+    """Where compiled kernels are kept."""
+    found = {"numba": os.environ.get("NUMBA_CACHE_DIR") or f"{Path(coba_triton.__file__).parent / '__pycache__'}"}
+    if package_version("triton"):
+        import triton
+
+        found["triton"] = str(triton.knobs.cache.dir)
+    return found
+
+
+def tuning_tables(device: str) -> list[dict[str, Any]]:
+    """For every fused backend that serves a device: the tables that are looked into, first ones first."""
+    tables = []
+    for row in serving(device):
+        if row["backend"] in ("auto", "reference") or not row["serves"]:
+            continue
+        target = tuning.machine(row["uses"], torch.device(device))
+        for path in tuning.sources(target.arch):
+            entry = {"backend": target.backend, "arch": target.arch, "path": str(path), "state": "not there", "entries": 0}
+            if path.exists():
+                try:
+                    entry |= {"state": "used", "entries": len(tuning.entries_for(tuning.read_table(path), target))}
+                except tuning.TableError as error:
+                    entry["state"] = f"ignored: it {error}"
+            tables.append(entry)
+    return tables
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``coba-triton info`` says, ready for JSON."""
+    present = devices()
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "devices": present,
+        "backends": {device["device"]: serving(device["device"]) for device in present},
+        "interpreter": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
+        "caches": caches(),
+        "tuning": {device["device"]: tuning_tables(device["device"]) for device in present},
+    }
+
+
+def run(as_json: bool) -> None:
+    """Print what :func:`collect` found."""
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = Console(highlight=False)
+    for title, rows in _sections(found):
+        table = Table(
+            title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+
+
+def _sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    sections: list[tuple[str, list[tuple[str, ...]]]] = [
+        ("Versions", [(name, value or "-") for name, value in found["versions"].items()] + [("platform", found["platform"])])
+    ]
+    for device in found["devices"]:
+        name = device["device"]
+        details = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        rows: list[tuple[str, ...]] = [("", details)]
+        for row in found["backends"][name]:
+            uses = "" if row.get("uses") == row["backend"] else f", uses {row.get('uses')}"
+            rows.append((row["backend"], f"yes{uses}" if row["serves"] else f"no: {row['reason']}"))
+        for table in found["tuning"][name]:
+            entries = f", {table['entries']} entries" if table["entries"] else ""
+            rows.append((f"tuning, {table['backend']}", f"{table['path']} ({table['state']}{entries})"))
+        if not found["tuning"][name]:
+            rows.append(("tuning", f"no table is looked into ({tuning.VARIABLE}=off)"))
+        sections.append((f"{name}: {device['name']}", rows))
+    if not any(device["device"] != "cpu" for device in found["devices"]):
+        sections.append(("GPU", [("", "none that PyTorch sees; the CPU path serves every function")]))
+    sections.append(("Caches of compiled kernels", list(found["caches"].items())))
+    return sections

@@ -1,0 +1,219 @@
+"""``coba_triton.check`` and ``coba-triton check``: what agrees passes, and a planted bug is found, shrunk and shown."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import coba_triton
+from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _check, _cpu, _cpu_recurrent
+from coba_triton._check import Check, Run, find_mismatch, shrink, sums_are_exact
+from coba_triton.cli import main
+from coba_triton.problems import problem, recurrent_problem
+
+CPU = torch.device("cpu")
+
+
+def test_every_quick_case_has_a_name_of_its_own_and_builds() -> None:
+    for backend, level in (("cpu", "quick"), ("triton", "full")):
+        checks = _check.select(backend, CPU, level, None)
+        names = [f"{check.group}, {check.name}" for check in checks]
+        assert len(set(names)) == len(names)
+        assert {check.ours.backend for check in checks} == {backend}
+    assert {"forward", "gradients", "chunking", "determinism", "recurrent forward", "recurrent gradients"} <= {
+        check.group for check in checks
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_quick_level_passes(backend) -> None:
+    report = coba_triton.check(backend=backend, device="cpu")
+    assert report.ok, str(report)
+    assert not any(result.status == "skipped" for result in report.results)
+
+
+def plant(monkeypatch, module, name, spoil) -> None:
+    function = getattr(module, name)
+
+    def spoiled(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return spoil(result, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, spoiled)
+
+
+def plant_wrong_voltage(monkeypatch) -> None:
+    """After at least four steps the last neuron's potential is one ulp off."""
+
+    def spoil(result, x, constants, jump_first, every, state, final, *outputs):
+        if x.shape[0] >= 4:
+            final[0, -1] = torch.nextafter(final[0, -1], torch.full((), math.inf, dtype=final.dtype))
+
+    plant(monkeypatch, _cpu, "feed_forward_forward", spoil)
+
+
+def shown_by(snippet: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        exec(snippet, {})
+    return text.getvalue()
+
+
+def test_a_planted_bug_ends_in_exit_status_1_and_a_snippet_that_shows_it(monkeypatch, capsys, tmp_path) -> None:
+    path = tmp_path / "report.json"
+    arguments = ["check", "--device", "cpu", "--only", "forward, [33, 500] torch.float32 jump_first", "--report", str(path)]
+    assert main(arguments) == 0
+    assert json.loads(path.read_text())["ok"]
+    plant_wrong_voltage(monkeypatch)
+    assert main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "MISMATCH: forward, [33, 500] torch.float32 jump_first" in printed and "does not agree" in printed
+    report = json.loads(path.read_text())
+    (failed, *_) = [result for result in report["results"] if result["status"] == "failed"]
+    assert not report["ok"] and report["backend"] == "cpu" and report["versions"]["torch"]
+    assert failed["snippet"] in printed
+    # four steps of one neuron: what the planted bug needs, and no more
+    assert "state.v[0]" in failed["detail"] and "1 of 1 elements differ" in failed["detail"]
+    assert failed["snippet"].count("], [") == 3
+    assert "v differs" in shown_by(failed["snippet"])
+    monkeypatch.undo()
+    assert "differs" not in shown_by(failed["snippet"])
+
+
+def test_a_planted_wrong_gradient_is_found_and_shown(monkeypatch) -> None:
+    def spoil(result, x, constants, jump_first, method, every, words, checkpoints, gz, gf, gs, grad_x, grad_state, gc):
+        grad_x[-1] *= 1 + 2**-20
+
+    plant(monkeypatch, _cpu, "feed_forward_backward", spoil)
+    report = coba_triton.check(backend="cpu", device="cpu", only="gradients, super torch.float32")
+    (failed,) = report.failures
+    assert failed.detail.startswith("gradient by x[") and not report.ok
+    assert "x differs" in shown_by(failed.snippet)
+    assert failed.snippet in str(report)
+
+
+def test_a_planted_recurrent_bug_is_found_on_any_weights(monkeypatch) -> None:
+    """A wrong synapse is no rounding."""
+
+    def spoil(result, net, x, drive, z, state, spikes, words, states, sliced):
+        states[1] += 2e-5
+        return result
+
+    plant(monkeypatch, _cpu_recurrent, "recurrent_block", spoil)
+    report = coba_triton.check(backend="cpu", device="cpu", only="recurrent on any weights, [40, 2, 60] events")
+    assert not report.ok
+
+
+def test_your_own_input() -> None:
+    x = torch.randn(20, 3, 5)
+    p = CobaLIFParameters(v_thresh=torch.linspace(-15.0, -10.0, 5), c_m_inv=torch.tensor(4.0, requires_grad=True))
+    report = coba_triton.check(x, None, p=p, dt=0.1, backend="cpu", order="jump_first")
+    assert report.ok and [result.name for result in report.results] == ["forward", "two runs", "gradients"]
+    weights = 0.01 * torch.randn(4, 5), 0.01 * torch.randn(4, 4)
+    report = coba_triton.check(x, None, *weights, dt=0.1, backend="cpu")
+    # arbitrary weights: rounding may decide a spike, and with it every gradient
+    assert report.ok and [result.name for result in report.results] == ["forward", "two runs"]
+    exact = [torch.round(w * 1024) / 1024 for w in weights]
+    report = coba_triton.check((x > 1).float(), None, *exact, dt=0.1, backend="cpu")
+    assert report.ok and len(report.results) == 3
+
+
+def test_your_own_input_that_fails(monkeypatch) -> None:
+    plant_wrong_voltage(monkeypatch)
+    report = coba_triton.check(torch.randn(12, 2, 3), CobaLIFFeedForwardState(-20.0, 0.0, 0.0), dt=0.1, backend="cpu")
+    assert not report.ok and report.failures[0].group == "your input"
+    assert "v differs" in shown_by(report.failures[0].snippet)
+
+
+def test_sums_are_exact() -> None:
+    assert sums_are_exact(recurrent_problem(5, 2, 30))
+    assert not sums_are_exact(recurrent_problem(5, 2, 30, exact=False))
+    wide = recurrent_problem(5, 2, 30)
+    wide.recurrent_weights[0, 0] = 2.0**15  # 2^15 and multiples of 2^-10 take 25 bits
+    assert not sums_are_exact(wide)
+
+
+def test_shrinking_keeps_what_fails() -> None:
+    def fails(case) -> bool:
+        return case.x.shape[0] >= 3 and bool((case.state.v == 7).any())
+
+    case = problem(50, (4, 30))
+    case.state.v[2, 20] = 7.0
+    small = shrink(case, fails)
+    assert small.x.shape == (3, 1) and small.state.v.tolist() == [7.0]
+    recurrent = recurrent_problem(50, 3, 20, per_neuron=True)
+    recurrent.state.v[1, 11] = 7.0
+    small = shrink(recurrent, fails)
+    assert small.x.shape == (3, 1, 1) and small.input_weights.shape == (1, 1) and small.recurrent_weights.shape == (1, 1)
+
+
+def test_mismatches_say_where() -> None:
+    case = problem(6, (4,))
+    check = Check("", "", lambda device: case, Run("reference", {"order": "jump_first"}), Run("reference"))
+    assert "elements differ" in str(find_mismatch(case, check))
+    nan = torch.tensor([1.0, math.nan])
+    assert _check.compare("x", nan, nan.clone()) is None
+    assert "x[0] is 2.0, expected 1.0; 1 of 2" in str(_check.compare("x", torch.tensor([2.0, math.nan]), nan))
+    assert "torch.float32 [2] instead of torch.float64 [2]" in str(_check.compare("x", nan, nan.double()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "device 'cuda' is not here"),
+        (["--device", "gpu"], "gpu"),
+        (["--backend", "tpu"], "backend must be one of"),
+        (["--backend", "reference"], "nothing to check"),
+        (["--only", "nonsense"], "no check contains 'nonsense' in its name; the groups are forward"),
+        (["--report", "/proc/no/report.json"], "cannot write /proc/no/report.json"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["check", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("coba-triton: ") and message in error and "Traceback" not in error
+
+
+def test_bad_arguments_from_python() -> None:
+    with pytest.raises(TypeError, match="order: options of your own input, but there is none"):
+        coba_triton.check(order="jump_first")
+    with pytest.raises(ValueError, match="must be given together"):
+        coba_triton.check(torch.ones(2, 3), None, torch.ones(3, 3))
+    with pytest.raises(ValueError, match="level must be one of 'quick', 'full', got 'slow'"):
+        coba_triton.check(level="slow", device="cpu")
+
+
+def test_ctrl_c_ends_with_what_was_found(monkeypatch, capsys, tmp_path) -> None:
+    run_check, done = _check.run_check, []
+
+    def interrupt(check, device):
+        if done:
+            raise KeyboardInterrupt
+        done.append(check)
+        return run_check(check, device)
+
+    monkeypatch.setattr(_check, "run_check", interrupt)
+    report = tmp_path / "report.json"
+    assert main(["check", "--device", "cpu", "--only", "threshold", "--report", str(report)]) == 130
+    assert "Interrupted after 1 of 2 checks." in capsys.readouterr().out
+    assert json.loads(report.read_text())["interrupted"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_in_a_process_of_its_own(tmp_path) -> None:
+    command = [sys.executable, "-m", "coba_triton.cli", "check", "--device", "cpu", "--full"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in out + error

@@ -1,0 +1,72 @@
+"""``coba-triton info``: with and without a GPU, Triton and tables."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from coba_triton import tuning
+from coba_triton.cli import info, main
+
+
+def test_info_says_what_serves_and_why_not(capsys) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in ("torch", "numba", "cpu: ", "reference", "Caches of compiled kernels", torch.__version__):
+        assert part in text
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["devices"][0]["device"] == "cpu" and found["devices"][0]["threads"] == torch.get_num_threads()
+    serves = {row["backend"]: row["serves"] for row in found["backends"]["cpu"]}
+    assert serves["auto"] and serves["reference"] and serves["cpu"]
+
+
+def test_info_without_triton_and_without_a_gpu() -> None:
+    """In a process in which triton cannot be imported or found."""
+    code = """
+import importlib.abc, importlib.metadata, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+import importlib.util
+find_spec, version = importlib.util.find_spec, importlib.metadata.version
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "triton" else find_spec(name, *rest)
+def hidden(name):
+    if name == "triton":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hidden
+sys.meta_path.insert(0, Absent())
+from coba_triton.cli import main
+sys.exit(main(["info", "--json"]))
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["triton"] is None and [device["device"] for device in found["devices"]] == ["cpu"]
+    (row,) = [row for row in found["backends"]["cpu"] if row["backend"] == "triton"]
+    assert not row["serves"] and "not installed" in row["reason"]
+
+
+def test_info_names_the_tables(monkeypatch, tmp_path, capsys) -> None:
+    path = tmp_path / "table.json"
+    path.write_text("{")
+    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    tables = info.tuning_tables("cpu")
+    assert next(table["state"] for table in tables if table["path"] == str(path)).startswith("ignored: it is no JSON")
+    assert main(["info"]) == 0
+    assert "ignored" in capsys.readouterr().out
+    monkeypatch.setenv(tuning.VARIABLE, "off")
+    assert info.tuning_tables("cpu") == []
+
+
+@pytest.mark.parametrize("arguments", [["info", "--yaml"], ["inform"], []])
+def test_bad_arguments(arguments, capsys) -> None:
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
