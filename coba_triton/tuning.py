@@ -144,7 +144,8 @@ def machine(backend: str, device: torch.device) -> Machine:
         return Machine("triton", "interpreter", f"Triton's interpreter on {cpu_name()}")
     target = triton.runtime.driver.active.get_current_target()
     arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
-    return Machine("triton", arch, str(torch.get_device_module(device).get_device_name(device)))
+    name = cpu_name() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return Machine("triton", arch, str(name))
 
 
 @functools.cache
@@ -263,9 +264,13 @@ def forget() -> None:
     _find.cache_clear()
 
 
+def _named() -> str | None:
+    return _explicit or os.environ.get(VARIABLE)
+
+
 def sources(arch: str) -> list[Path]:
     """The files that are looked into for an architecture, first ones first, whether they are there or not."""
-    explicit = _explicit or os.environ.get(VARIABLE)
+    explicit = _named()
     if explicit == "off":
         return []
     return [*([Path(explicit)] if explicit else []), user_table(arch), shipped_table(arch)]
@@ -311,8 +316,21 @@ def launch_parameters(
     """
     if forced := _forced.get(kernel):
         return heuristic | forced
+    if _named() == "off":
+        return heuristic
     found = _find(machine(backend, device), kernel, str(dtype).removeprefix("torch."), max(1, neurons), max(1, batch))
     return heuristic if found is None else heuristic | found[1].parameters
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Within the block, no table is looked into."""
+    global _explicit
+    before, _explicit = _explicit, "off"
+    try:
+        yield
+    finally:
+        _explicit = before
 
 
 @contextmanager

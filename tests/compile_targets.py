@@ -7,75 +7,17 @@ It needs a process with ``TRITON_INTERPRET`` unset; it imports nothing but coba_
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from coba_triton import (
-    CobaLIFFeedForwardState,
-    CobaLIFParameters,
-    _backends,
-    _triton,
-    coba_lif_feed_forward_integral,
-    coba_lif_integral,
-)
-from coba_triton.kernels import feed_forward, recurrent
+from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
+from coba_triton._compile import KERNELS, POINTERS, TARGETS, Recorder, cuobjdump, figures, recorded
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx1100": GPUTarget("hip", "gfx1100", 32),
-}
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-}
-
-
-class Recorder:
-    """Stands for a kernel and keeps what it is launched with instead of launching it."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.launches: list[tuple[ASTSource, dict[str, Any]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(
-            *args: Any, num_warps: int, enable_fp_fusion: bool, launch_cooperative_grid: bool = False, **meta: Any
-        ) -> None:
-            values = dict(zip(self.kernel.arg_names, args, strict=False)) | meta
-            signature, constants, attributes = {}, {}, {}
-            for position, name in enumerate(self.kernel.arg_names):
-                value = values[name]
-                if isinstance(value, torch.Tensor):
-                    signature[name] = POINTERS[value.dtype]
-                    attributes[(position,)] = [["tt.divisibility", 16]]
-                elif value is None or name in meta:
-                    signature[name] = "constexpr"
-                    constants[name] = value
-                else:
-                    signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            source = ASTSource(self.kernel, signature, constants, attributes)
-            options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-            if launch_cooperative_grid:
-                options["launch_cooperative_grid"] = True
-            self.launches.append((source, options))
-
-        return launch
+__all__ = ["KERNELS", "POINTERS", "TARGETS", "Recorder", "cuobjdump", "figures"]
 
 
 def run(
@@ -189,35 +131,15 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
     "recurrent 1024 sliced": {"neurons": 1024, "path": "sliced"},
     "recurrent 256 dense": {"neurons": 256, "path": "dense"},
 }
-KERNELS = {
-    **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
-    "recurrent_forward_kernel": (recurrent, "forward_kernel"),
-    "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
-    "recurrent_backward_kernel": (recurrent, "backward_kernel"),
-    **{name: (recurrent, name) for name in ("compact_kernel", "projection_kernel", "driven_kernel")},
-}
 
 
 def launches(name: str, target: str) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     """Kernel name to what one specimen launches it with on a target."""
-    kernels = {kernel: getattr(module, function) for kernel, (module, function) in KERNELS.items()}
-    recorders = {kernel: Recorder(function) for kernel, function in kernels.items()}
-    device_type, threads_per_warp = _backends.triton_device_type, _triton.threads_per_warp
-    _backends.triton_device_type = lambda: "cpu"
-    _triton.threads_per_warp = lambda: TARGETS[target].warp_size  # type: ignore[assignment]
-    programs, _triton.resident_programs = _triton.resident_programs, lambda: 132
-    for kernel, (module, function) in KERNELS.items():
-        setattr(module, function, recorders[kernel])
-    try:
+    with recorded(target) as recorders:
         if name in SPECIMENS:
             run(**SPECIMENS[name])
         else:
             run_recurrent(**RECURRENT_SPECIMENS[name])
-    finally:
-        _backends.triton_device_type, _triton.threads_per_warp = device_type, threads_per_warp
-        _triton.resident_programs = programs
-        for kernel, (module, function) in KERNELS.items():
-            setattr(module, function, kernels[kernel])
     return {kernel: recorder.launches[0] for kernel, recorder in recorders.items() if recorder.launches}
 
 
@@ -225,43 +147,6 @@ def compile_specimen() -> CompiledKernel:
     """One kernel for one GPU."""
     source, options = launches("inference", "sm_80")["forward_kernel"]
     return triton.compile(source, target=TARGETS["sm_80"], options=options)
-
-
-def cuobjdump(kernel: CompiledKernel, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def figures(kernel: CompiledKernel) -> dict[str, int]:
-    """Registers, spills, and what must not be in a time loop: shared memory, barriers, fused multiply-adds."""
-    if "cubin" in kernel.asm:
-        usage = cuobjdump(kernel, "-res-usage")
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", cuobjdump(kernel, "-sass"), re.M)
-        return {
-            "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-            "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
-            "spills": sum(opcode in ("LDL", "STL") for opcode in opcodes),
-            "shared": kernel.metadata.shared,
-            "barriers": sum(opcode in ("BAR", "LDS", "STS", "LDSM", "STSM") for opcode in opcodes),
-            "instructions": len(opcodes),
-            "fused": len(re.findall(r"^\s*fma\.rn\.f", kernel.asm["ptx"], re.M)),
-        }
-    text = kernel.asm["amdgcn"]
-
-    def figure(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
-
-    return {
-        "registers": figure("vgpr_count"),
-        "stack": figure("private_segment_fixed_size"),
-        "spills": figure("vgpr_spill_count"),
-        "shared": kernel.metadata.shared,
-        "barriers": len(re.findall(r"^\s+(?:s_barrier|ds_)", text, re.M)),
-        "instructions": len(re.findall(r"^\s+[sv]_", text, re.M)),
-    }
 
 
 def main(targets: list[str]) -> None:
