@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ._check import check
+from ._warmup import warmup
 from .functional import (
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
@@ -47,4 +48,5 @@ __all__ = [
     "default_bio_state",
     "pack_spikes",
     "unpack_spikes",
+    "warmup",
 ]

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic, overload
 
 from . import model, reference
 from . import surrogate as surrogates
+from ._backends import logger
 from .model import Constants
 from .reference import add_drive, integrate, reset
 from .surrogate import SURROGATES
@@ -495,9 +496,29 @@ def store_state(tile: Any, states: Any, first: int, every: int, begin: int, neur
 def _entry_point(function: Callable[..., Any]) -> Any:
     """Compile lazily, once for each compute dtype and choice of optional arguments, and cache on disk if possible."""
     try:
-        return numba.njit(cache=True, **OPTIONS)(function)
+        kernel = numba.njit(cache=True, **OPTIONS)(function)
+        kept = "kept on disk"
     except RuntimeError:  # no folder that Numba tries can be written to
-        return numba.njit(**OPTIONS)(function)
+        kernel = numba.njit(**OPTIONS)(function)
+        kept = "kept for this process: no cache folder can be written to, NUMBA_CACHE_DIR names one"
+    _reported[kernel] = f"compiling the CPU kernel {function.__name__!r}, which takes seconds; the code is {kept}"
+    return kernel
+
+
+# What is said when an entry point is compiled and not loaded from the cache.
+_reported: dict[Any, str] = {}
+
+
+class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
+    def on_start(self, event: Any) -> None:
+        if event.data["dispatcher"] in _reported:
+            logger.info(_reported[event.data["dispatcher"]])
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Report())
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import torch
 
 import coba_triton
 from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
-from problems import Problem, problem
+from problems import Problem, problem, recurrent_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -202,9 +202,16 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
     import numba
 
     from coba_triton import _cpu_kernels as kernels
+    from coba_triton import _cpu_recurrent_kernels as recurrent
 
     everything(problem(20, (70,)))
-    for kernel, products in ((kernels.forward_kernel(), 8), (kernels.backward_kernel("super"), 20)):
+    everything(recurrent_problem(20, 2, 70))
+    for kernel, products in (
+        (kernels.forward_kernel(), 8),
+        (kernels.backward_kernel("super"), 20),
+        (recurrent.block_kernel(), 8),
+        (recurrent.sweep_kernel("super"), 20),
+    ):
         signature = next(s for s in kernel.signatures if "float32" in str(s))
         anew = numba.njit(**kernels.OPTIONS)(kernel.py_func)  # the disk cache keeps no assembly
         anew.compile(signature)
@@ -216,10 +223,12 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
 # what a fresh process prints: where its kernels were cached, and how often a compiled one was found there
 FRESH = """
 import sys, coba_triton, torch
+from coba_triton._warmup import messages_on_stderr
 assert "numba" not in sys.modules, "importing the package imports numba"
 torch.set_num_threads(1)
 x = torch.linspace(-1, 1, 40).expand(50, 40) * 30
-z, s = coba_triton.coba_lif_feed_forward_integral(x, None, backend="cpu")
+with messages_on_stderr():
+    z, s = coba_triton.coba_lif_feed_forward_integral(x, None, backend="cpu")
 r, q = coba_triton.coba_lif_feed_forward_integral(x, None, backend="reference")
 assert torch.equal(z, r) and all(map(torch.equal, s, q))
 kernel = __import__("coba_triton._cpu_kernels")._cpu_kernels.forward_kernel()
@@ -233,7 +242,10 @@ def fresh(package: Path, **environment: str) -> list[str]:
     env = clean | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"} | environment
     done = subprocess.run([sys.executable, "-c", FRESH], cwd=package, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    path, hits = done.stdout.split()
+    compiles = re.findall("compiling the CPU kernel 'forward'.* the code is kept (on disk|for this process)", done.stderr)
+    assert compiles == ([] if hits == "1" else ["for this process" if path == "None" else "on disk"])
+    return [path, hits]
 
 
 @pytest.fixture
@@ -244,6 +256,22 @@ def package(tmp_path) -> Path:
     (tmp_path / "coba_triton" / "kernels").mkdir()
     (tmp_path / "coba_triton" / "__pycache__").touch()
     return tmp_path
+
+
+@pytest.mark.parametrize("per_neuron", [False, True])
+def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog) -> None:
+    coba_triton.warmup(per_neuron=per_neuron)
+    caplog.clear()
+    with caplog.at_level("INFO", "coba_triton"):
+        for case in (problem(40, (5,), per_neuron=per_neuron), recurrent_problem(40, 2, 5, per_neuron=per_neuron)):
+            case.x.requires_grad_()
+            case.run("cpu")[0].sum().backward()
+    assert not caplog.records
+
+
+def test_a_warmup_of_another_dtype() -> None:
+    with pytest.raises(ValueError, match=r"dtypes must be torch.float32 or torch.float64, got torch.float16; .*half"):
+        coba_triton.warmup([torch.float16])
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .._warmup import messages_on_stderr
 from . import tools
 from .config import UserError, builtin_folder, builtins, describe, load
 
@@ -36,7 +37,8 @@ for _command in tools.COMMANDS:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; see :func:`coba_triton.cli.main`."""
     try:
-        app(arguments, prog_name="coba-triton")
+        with messages_on_stderr():
+            app(arguments, prog_name="coba-triton")
     except UserError as error:
         _say(f"coba-triton: {error}")
         return 2
