@@ -19,6 +19,10 @@ from .model import (
     default_bio_state,
 )
 from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
+from .results import Result, open_result
+from .simulation import Record, simulate
+from .sinks import MemorySink, NpzSink, ZarrSink
+from .sources import PoissonSource, stream_blocks
 from .spikes import pack_spikes, unpack_spikes
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
@@ -38,6 +42,12 @@ __all__ = [
     "CobaLIFParameters",
     "CobaLIFRecurrent",
     "CobaLIFState",
+    "MemorySink",
+    "NpzSink",
+    "PoissonSource",
+    "Record",
+    "Result",
+    "ZarrSink",
     "__version__",
     "check",
     "coba_lif_feed_forward_integral",
@@ -46,7 +56,10 @@ __all__ = [
     "coba_lif_step",
     "default_bio_parameters",
     "default_bio_state",
+    "open_result",
     "pack_spikes",
+    "simulate",
+    "stream_blocks",
     "unpack_spikes",
     "warmup",
 ]

@@ -1,0 +1,418 @@
+"""What a long run has left: spikes, rates and traces, read when they are asked for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sinks import FORMAT, VERSION, open_group, read
+from .spikes import WORD_BITS, word_count
+
+Array = NDArray[Any]
+
+READ_BYTES = 2**24  # of packed spikes that are unpacked at a time
+MIN_INTERVALS = 4  # a coefficient of variation of fewer says little
+
+
+class Intervals(NamedTuple):
+    """Intervals between the spikes of every neuron, ``[N]`` each.
+
+    Attributes:
+        number: of intervals.
+        mean: in ms, NaN without intervals.
+        cv: standard deviation over mean: 0 if regular, 1 of a Poisson process; NaN with fewer than
+            :data:`MIN_INTERVALS` intervals.
+    """
+
+    number: Array
+    mean: Array
+    cv: Array
+
+
+class Stored:
+    """An array of a result; indexing reads what is asked for.
+
+    Attributes:
+        shape: of the array, time first.
+    """
+
+    def __init__(self, array: Any, path: Path | None, steps: int) -> None:
+        self._array, self._path = array, path
+        self.shape = (steps, *array.shape[1:])
+
+    def __getitem__(self, key: Any) -> Array:
+        time, *rest = key if isinstance(key, tuple) else (key,)
+        time, scalar = _slice(time, self.shape[0])
+        rows = self._read(time)
+        return np.asarray(rows[(0 if scalar else slice(None, None, time.step), *rest)])
+
+    def _read(self, time: slice) -> Array:
+        """The rows from ``time.start`` to ``time.stop``."""
+        key = slice(time.start, time.stop)
+        return read(self._path, self._array, key) if self._path else np.asarray(self._array[key])
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self[:], dtype=dtype)
+
+
+class StoredSpikes(Stored):
+    """Packed spikes; indexing gives booleans."""
+
+    def __init__(self, array: Any, path: Path | None, steps: int) -> None:
+        super().__init__(array, path, steps)
+        self.dtype = np.dtype(bool)
+
+    def words(self, start: int, stop: int) -> Array:
+        """The words that hold the steps from ``start`` to ``stop``; those of other steps in them are cleared."""
+        first = start // WORD_BITS
+        words = super()._read(slice(first, word_count(stop)))
+        if (words.size and start % WORD_BITS) or stop % WORD_BITS:
+            words = words.copy()
+            if stop % WORD_BITS:
+                words[-1] &= np.int32((1 << stop % WORD_BITS) - 1)
+            words[0] &= np.int32(-1 << start % WORD_BITS)
+        return words
+
+    def _read(self, time: slice) -> Array:
+        if time.stop <= time.start:
+            return np.zeros((0, *self.shape[1:]), bool)
+        words = self.words(time.start, time.stop)
+        bits = np.arange(WORD_BITS, dtype=np.int32).reshape(-1, *[1] * (words.ndim - 1))
+        dense = ((words[:, None] >> bits) & 1).astype(bool).reshape(-1, *self.shape[1:])
+        first = time.start // WORD_BITS * WORD_BITS
+        return dense[time.start - first : time.stop - first]
+
+
+def _slice(key: Any, length: int) -> tuple[slice, bool]:
+    """A slice of consecutive steps, with a positive stride, and whether it stands for a single step."""
+    if isinstance(key, int | np.integer):
+        step = int(key) + (length if key < 0 else 0)
+        if not 0 <= step < length:
+            raise IndexError(f"step must be from {-length} to {length - 1}, got {key}")
+        return slice(step, step + 1, 1), True
+    if not isinstance(key, slice):
+        raise TypeError(f"time is indexed by an int or a slice, got {type(key).__name__}")
+    start, stop, stride = key.indices(length)
+    if stride < 1:
+        raise ValueError(f"time is sliced forward, got a stride of {stride}")
+    return slice(start, max(start, stop), stride), False
+
+
+class Result:
+    """A run's result; what it has is read from the sink when it is asked for, in blocks where it may be large.
+
+    Attributes:
+        attributes: all attributes: ``config``, ``versions`` and more.
+        steps: finished steps.
+        finished: whether that is the whole run.
+        shape: of the neurons.
+        dt: time step in ms.
+        traces: name to an array ``[T, K]`` of the recorded neurons, read by slices: ``v`` in mV, ``g_e`` and ``g_i``
+            in uS, at the end of every step.
+        recorded: the neurons of the traces, ``[K]``.
+        populations: name to the neurons whose spikes were counted.
+    """
+
+    def __init__(self, attributes: dict[str, Any], arrays: Mapping[str, Any], path: Path | None = None) -> None:
+        config = attributes["config"]
+        self.attributes, self._arrays, self.path = attributes, arrays, path
+        self.steps: int = attributes["steps_done"]
+        self.finished: bool = attributes["finished"]
+        self.shape: tuple[int, ...] = tuple(config["neurons"])
+        self.dt: float = config["dt_ms"]
+        self.traces = {name: Stored(arrays[name], path, self.steps) for name in ("v", "g_e", "g_i") if name in arrays}
+        self.recorded = self.array("recorded") if "recorded" in arrays else np.empty(0, np.int64)
+        names = config["record"]["populations"]
+        self.populations = {name: self.array(f"population_{name}") for name in names}
+
+    def __repr__(self) -> str:
+        where = f" in {self.path}" if self.path else ""
+        return f"<Result of {self.steps:,} steps of {self.dt:g} ms, neurons {list(self.shape)}{where}>"
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons N, all axes together."""
+        return math.prod(self.shape)
+
+    @property
+    def duration(self) -> float:
+        """Of the finished steps, in ms."""
+        return self.steps * self.dt
+
+    @property
+    def spikes(self) -> StoredSpikes:
+        """All spikes, ``[T, *neurons]``: ``result.spikes[1000:2000]`` and ``result.spikes[:, 3]`` give booleans."""
+        if "spikes" not in self._arrays:
+            raise ValueError("the spikes were not recorded; run again with Record(spikes=True)")
+        return StoredSpikes(self._arrays["spikes"], self.path, self.steps)
+
+    def array(self, name: str) -> Array:
+        """A whole array by its name: one of the caller's, a parameter of every neuron, ``input_e``, ...
+
+        Raises:
+            KeyError: if there is none of this name.
+        """
+        if name not in self._arrays:
+            raise KeyError(f"the result has no array {name!r}; it has {', '.join(sorted(self._arrays))}")
+        array = self._arrays[name]
+        return read(self.path, array, ...) if self.path else np.asarray(array)
+
+    def parameter(self, name: str) -> Array:
+        """A parameter of the neurons by its name in :class:`CobaLIFParameters`, broadcast to all of them, ``[N]``."""
+        value = self.array(name) if name in self._arrays else self.attributes["config"]["parameters"][name]
+        return np.broadcast_to(value, self.shape).ravel()
+
+    def event_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Array, Array]]:
+        """Spikes as ``(steps, neurons)``, block by block, in the order of time and then of neurons.
+
+        Args:
+            start: first step.
+            stop: step after the last, None for all.
+        """
+        steps, _ = _slice(slice(start, stop), self.steps)
+        spikes = self.spikes
+        width = max(READ_BYTES // (4 * max(self.neurons, 1)), 1) * WORD_BITS
+        for begin in range(steps.start // width * width, steps.stop, width):
+            first, last = max(begin, steps.start), min(begin + width, steps.stop)
+            words = spikes.words(first, last).reshape(-1, self.neurons)
+            word, neuron = words.nonzero()
+            bits = (words[word, neuron][:, None] >> np.arange(WORD_BITS, dtype=np.int32)) & 1
+            event, bit = bits.nonzero()
+            step = (first // WORD_BITS + word[event]) * WORD_BITS + bit
+            order = np.lexsort((neuron[event], step))
+            yield step[order], neuron[event][order]
+
+    def events(self, start: int = 0, stop: int | None = None, neurons: Any = None) -> tuple[Array, Array]:
+        """Spikes as a list.
+
+        Args:
+            start: first step.
+            stop: step after the last, None for all.
+            neurons: indices of the neurons to list, None for all.
+
+        Returns:
+            Times in ms, a spike of step k coming at its end ``(k + 1) dt``, and neurons (indices into the flattened ones
+            where they have several axes), both ``[S]``, in the order of time and then of neurons.
+        """
+        wanted = np.ones(self.neurons, bool)
+        if neurons is not None:
+            wanted[:] = False
+            wanted[np.asarray(neurons)] = True
+        parts = [(s[wanted[n]], n[wanted[n]]) for s, n in self.event_blocks(start, stop)] or [(np.empty(0, np.int64),) * 2]
+        steps, found = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return (steps + 1) * self.dt, found
+
+    def spike_counts(self) -> Array:
+        """Number of spikes of every neuron, ``[N]``."""
+        counts = np.zeros(self.neurons, np.int64)
+        for _, neurons in self.event_blocks():
+            counts += np.bincount(neurons, minlength=self.neurons)
+        return counts
+
+    def firing_rates(self) -> Array:
+        """Mean rate of every neuron in Hz, ``[N]``; NaN before the first step."""
+        return self.spike_counts() / (self.duration / 1000) if self.steps else np.full(self.neurons, np.nan)
+
+    def counts(self, bin_steps: int = 1, neurons: Any = None) -> Array:
+        """Number of spikes in time bins.
+
+        Args:
+            bin_steps: steps in a bin; the last one may be shorter.
+            neurons: the name of a recorded population, indices of neurons, or None for all of them.
+
+        Returns:
+            ``[ceil(T / bin_steps)]``.
+        """
+        bins = -(-self.steps // bin_steps)
+        if isinstance(neurons, str):
+            if neurons not in self.populations:
+                raise KeyError(f"the result has no population {neurons!r}; it has {', '.join(self.populations) or 'none'}")
+            column = Stored(self._arrays["counts"], self.path, self.steps)[:, list(self.populations).index(neurons)]
+            return np.add.reduceat(column, np.arange(0, self.steps, bin_steps)) if bins else np.zeros(0, np.int64)
+        wanted = np.zeros(self.neurons, bool)
+        wanted[slice(None) if neurons is None else np.asarray(neurons)] = True
+        counts = np.zeros(bins, np.int64)
+        for steps, found in self.event_blocks():
+            counts += np.bincount(steps[wanted[found]] // bin_steps, minlength=bins)
+        return counts
+
+    def rates(self, bin_ms: float, neurons: Any = None) -> tuple[Array, Array]:
+        """Population rate over time.
+
+        Args:
+            bin_ms: width of the bins in ms, rounded to steps, at least one.
+            neurons: see :meth:`counts`.
+
+        Returns:
+            The edges of the bins in ms ``[bins + 1]`` and the mean rate of a neuron in Hz ``[bins]``.
+        """
+        width = max(round(bin_ms / self.dt), 1)
+        counts = self.counts(width, neurons)
+        size = len(self.populations[neurons]) if isinstance(neurons, str) else None
+        size = size or (self.neurons if neurons is None else len(np.unique(neurons)))
+        edges = np.append(np.arange(0, self.steps, width), self.steps) * self.dt
+        return edges, counts / np.diff(edges) * 1000 / size
+
+    def intervals(self) -> Intervals:
+        """Count, mean and coefficient of variation of the intervals between the spikes of every neuron."""
+        last = np.full(self.neurons, -1, np.int64)
+        count, total, squares = np.zeros((3, self.neurons), np.int64)  # whole steps: the sums are exact
+        for steps, neurons in self.event_blocks():
+            for owner, lengths in self._lengths(steps, neurons, last):
+                count += np.bincount(owner, minlength=self.neurons)
+                np.add.at(total, owner, lengths)
+                np.add.at(squares, owner, lengths**2)
+        n = np.where(count > 0, count, np.nan)
+        mean = total / n
+        variance = np.maximum(count * squares.astype(np.float64) - total.astype(np.float64) ** 2, 0) / n**2
+        cv = np.where(count >= MIN_INTERVALS, np.sqrt(variance) / mean, np.nan)
+        return Intervals(count, mean * self.dt, cv)
+
+    def interval_counts(self, edges: Array, neurons: Any = None) -> Array:
+        """A histogram of all intervals between the spikes of a neuron.
+
+        Args:
+            edges: of the bins, in ms.
+            neurons: see :meth:`counts`; not a name.
+
+        Returns:
+            ``[len(edges) - 1]``.
+        """
+        wanted = np.zeros(self.neurons, bool)
+        wanted[slice(None) if neurons is None else np.asarray(neurons)] = True
+        last, histogram = np.full(self.neurons, -1, np.int64), np.zeros(len(edges) - 1, np.int64)
+        for steps, found in self.event_blocks():
+            for owner, lengths in self._lengths(steps, found, last):
+                histogram += np.histogram(lengths[wanted[owner]] * self.dt, edges)[0]
+        return histogram
+
+    @staticmethod
+    def _lengths(steps: Array, neurons: Array, last: Array) -> Iterator[tuple[Array, Array]]:
+        """``(neurons, intervals in steps)`` that end in a block; ``last`` holds every neuron's last spike, -1 for none."""
+        order = np.argsort(neurons, kind="stable")
+        owner, at = neurons[order], steps[order]
+        before = np.empty_like(at)
+        before[1:] = at[:-1]
+        first = np.ones(len(at), bool)
+        first[1:] = owner[1:] != owner[:-1]
+        before[first] = last[owner[first]]
+        last[owner] = at  # the last one of each neuron stays
+        known = before >= 0
+        yield owner[known], (at - before)[known]
+
+    def synchrony(self, bin_ms: float = 3.0, neurons: Any = None) -> float:
+        """Variance over mean of the population's spike count in time bins: 1 for independent Poisson spikes.
+
+        Source: Potjans and Diesmann 2014, doi:10.1093/cercor/bhs358, with their bins of 3 ms.
+
+        Returns:
+            NaN without spikes or with fewer than two whole bins.
+        """
+        width = max(round(bin_ms / self.dt), 1)
+        counts = self.counts(width, neurons)[: self.steps // width]
+        return float(counts.var() / counts.mean()) if len(counts) > 1 and counts.any() else math.nan
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write every spike as a line ``time_ms,neuron``, in the order of time; whole or not at all.
+
+        Args:
+            path: of the file, replaced if it is there.
+        """
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["time_ms", "neuron"])
+                for steps, neurons in self.event_blocks():
+                    times = np.round((steps + 1) * self.dt, 9)
+                    writer.writerows(zip(times.tolist(), neurons.tolist(), strict=True))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def to_neo(self) -> Any:
+        """The result as a ``neo.Block`` of one segment: a spike train a neuron, and the traces as analog signals.
+
+        It holds all spikes in memory. Elephant takes it as it is.
+
+        Raises:
+            ImportError: if neo is not installed.
+        """
+        try:
+            import neo
+        except ImportError:
+            raise ImportError(
+                'to_neo() needs the package neo, which is not installed; run: pip install "coba-triton[neo]"'
+            ) from None
+        from quantities import ms  # neo's units
+
+        block = neo.Block(name="coba_triton", coba_triton_attributes=json.dumps(self.attributes))
+        segment = neo.Segment(name="run")
+        times, neurons = self.events() if "spikes" in self._arrays else (np.empty(0), np.empty(0, np.int64))
+        order = np.argsort(neurons, kind="stable")
+        bounds = np.searchsorted(neurons[order], np.arange(self.neurons + 1))
+        if "spikes" in self._arrays:
+            for neuron in range(self.neurons):
+                train = times[order[bounds[neuron] : bounds[neuron + 1]]]
+                segment.spiketrains.append(neo.SpikeTrain(train, t_stop=self.duration, units="ms", neuron=neuron))
+        for name, trace in self.traces.items():
+            signal = neo.AnalogSignal(
+                trace[:],
+                units="mV" if name == "v" else "uS",
+                t_start=self.dt * ms,
+                sampling_period=self.dt * ms,
+                name=name,
+                array_annotations={"neuron": self.recorded},
+            )
+            segment.analogsignals.append(signal)
+        block.segments.append(segment)
+        return block
+
+
+def open_result(path: str | Path) -> Result:
+    """Open what a run has left, a zarr group or an ``.npz`` file; a run that goes on or was killed may be read as well.
+
+    Args:
+        path: of the result.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if it is no result or damaged.
+
+    Example:
+        >>> result = open_result("run.zarr")  # doctest: +SKIP
+        >>> times, neurons = result.events(0, 10_000)  # doctest: +SKIP
+        >>> result.spikes[10_000:10_100].shape  # doctest: +SKIP
+        (100, 1000)
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no result at {path}; give the path of a .zarr folder or an .npz file")
+    if path.is_dir():
+        group = open_group(path)
+        attributes = dict(group.attrs)
+        steps = int(read(path, group["progress"], 0))
+        attributes |= {"steps_done": steps, "finished": bool(attributes.get("finished"))}
+        return Result(attributes, dict(group.arrays()), path)
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        attributes = json.loads(str(arrays.pop("attributes")))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no result of coba_triton, or damaged ({error}); give the path of one") from None
+    if attributes.get("format") != FORMAT or attributes.get("format_version") != VERSION:
+        raise ValueError(f"{path} is no result of coba_triton of format version {VERSION}; give the path of one")
+    return Result(attributes, arrays)

@@ -1,0 +1,380 @@
+"""Long runs: a network over a source in time blocks, streamed to a sink."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _validation as check
+from ._backends import choose_backend
+from .functional import coba_lif_feed_forward_integral, coba_lif_integral
+from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from .modules import CobaLIF, CobaLIFRecurrent
+from .results import Result
+from .sinks import Column, Header, Sink, open_sink
+from .sources import Blocks, digest
+from .spikes import WORD_BITS, word_count
+
+BLOCK_BYTES = 2**26  # of everything that a block of the default length holds
+MAX_BLOCK_STEPS = 2**16
+
+Variable = Literal["v", "g_e", "g_i"]
+Members = slice | range | Sequence[int] | np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What to keep of a run.
+
+    Attributes:
+        spikes: every spike, one bit for a neuron and step.
+        variables: which traces to keep of ``neurons``: ``v`` (mV), ``g_e``, ``g_i`` (uS).
+        neurons: whose traces to keep; with several axes of neurons, indices into the flattened ones.
+        populations: name to neurons (a slice, a range, indices) whose spikes are counted in every step.
+        inputs: the excitatory and the inhibitory conductance in uS that the input, recurrent synapses apart, adds in
+            every step, mean over the neurons.
+    """
+
+    spikes: bool = True
+    variables: Sequence[Variable] = ("v",)
+    neurons: Sequence[int] = ()
+    populations: Mapping[str, Members] = field(default_factory=dict)
+    inputs: bool = False
+
+
+def simulate(
+    network: CobaLIF | CobaLIFRecurrent,
+    source: Any,
+    *,
+    sink: Sink | str | Path | None = None,
+    state: Any = None,
+    block_steps: int | None = None,
+    record: Record | None = None,
+    progress: bool | Callable[[int], None] = True,
+    resume: bool = False,
+) -> Result:
+    """Run a network over a source of any length, in memory for a few blocks.
+
+    The network advances block by block, with its state carried from one to the next; a thread reads the next block
+    meanwhile, and another one writes the block before. The spikes are those of one call over the whole input.
+
+    A run into a zarr group that is killed loses at most the blocks in flight: called again with the same arguments and
+    ``resume=True``, it goes on from the last finished block to a result that is equal bit for bit. A run that was
+    not begun yet is begun, and one that is finished is returned, so that a script may always pass ``resume=True``.
+
+    Args:
+        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`; its
+            ``record_states`` and ``spike_dtype`` do not matter here. It runs on the device of its parameters.
+        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]``: an array, a
+            :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. An iterable is read from its
+            beginning when a run is resumed.
+        sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
+        state: initial state, None to start at rest.
+        block_steps: steps in a block, rounded up to a multiple of 32; None for as many as hold about 64 MiB.
+        record: what to keep; None for the spikes alone.
+        progress: show a bar with steps per second and the time left on a terminal, where the package rich is
+            installed; or a function that takes the number of finished steps.
+        resume: continue a run that was interrupted.
+
+    Returns:
+        The result, as :func:`coba_triton.open_result` gives it.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes do not fit, a file is damaged or something else, or the run to be resumed was begun with
+            another configuration.
+        FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
+        FloatingPointError: if the state stops being finite; what was finished is kept.
+        OSError: if the sink cannot be written to; what was finished is kept.
+
+    Example:
+        >>> source = PoissonSource(300.0, steps=10_000, shape=(100,), dt=0.1, weight=0.05)
+        >>> result = simulate(CobaLIF(dt=0.1), source)
+        >>> times, neurons = result.events()
+    """
+    run = _Run(network, source, state, record or Record(), block_steps)
+    sink = open_sink(sink)
+    begun = sink.begin(run.header, resume)
+    if begun.finished:
+        return Result(*sink.end(begun.steps, finished=True))
+    if begun.state is not None:
+        run.load(begun.state)
+    with _progress(progress, run.header.steps, begun.steps) as show, ThreadPoolExecutor(1, "coba_triton sink") as thread:
+        commits = _Commits(sink, thread, begun.steps, show)
+        start = begun.steps
+        try:
+            for x in run.blocks.read(start, run.header.block_steps, reuse=True):
+                block = run.advance(x, start)
+                commits.put(start, start + len(x), block, run.checkpoint())
+                start += len(x)
+            commits.wait()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                commits.wait()
+            sink.end(commits.steps, finished=False)
+            raise
+    return Result(*sink.end(commits.steps, finished=True))
+
+
+class _Commits:
+    """Hands blocks to the sink's thread, one at a time, and knows how many steps it has kept."""
+
+    def __init__(self, sink: Sink, thread: ThreadPoolExecutor, steps: int, show: Callable[[int], None]) -> None:
+        self.sink, self.thread, self.steps, self.show = sink, thread, steps, show
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def put(self, start: int, stop: int, block: dict[str, Any], state: Any) -> None:
+        """Begin to write a block, when the one before it is written."""
+        self.wait()
+        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state)
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        if self._pending is None:
+            return
+        stop, writing = self._pending
+        try:
+            writing.result()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write steps {self.steps:,} to {stop:,} ({error.strerror or error}); {self.steps:,} steps are kept: "
+                "make room and continue with resume=True",
+                str(self.sink.path),
+            ) from error
+        self.steps, self._pending = stop, None
+        self.show(stop)
+
+
+class _Run:
+    """A network that advances block by block, and what is to be known of it beforehand."""
+
+    def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:
+        if not isinstance(network, CobaLIF | CobaLIFRecurrent):
+            raise TypeError(
+                f"network must be a CobaLIF or a CobaLIFRecurrent, got {type(network).__name__}; give a cell's parameters "
+                "and weights to one of them"
+            )
+        check.check_block_steps(block_steps)
+        self.network = cast(Any, network)  # of two kinds, as `recurrent` says
+        self.record = record
+        self.device: torch.device = self.network.v_thresh.device
+        self.recurrent = isinstance(network, CobaLIFRecurrent)
+        self.blocks = Blocks(source, self.device)
+        first = self.blocks.first.to(self.device)
+        with torch.no_grad():
+            # the kernels gather rows of the transposed weights: laid out for that here, not anew in every block
+            weights = self.network._weights() if self.recurrent else ()
+            self.weights: Any = tuple(w.t().contiguous().t() for w in weights)
+            p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
+            detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
+            self.p: Any = CobaLIFParameters(*detached)
+            self.state = self._integrate(first[:0], state, False)[1]
+        self.shape = self.state.v.shape
+        self.neurons = torch.as_tensor(self._indices("record.neurons", record.neurons), device=self.device)
+        self.populations = {
+            name: self._indices(f"record.populations[{name!r}]", members) for name, members in record.populations.items()
+        }
+        unknown = set(record.variables) - set(CobaLIFFeedForwardState._fields)
+        if unknown:
+            raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {sorted(unknown)}")
+        if len(self.neurons) and not self.recurrent:
+            self.chosen = self._chosen_parameters()
+        if record.inputs and self.recurrent:
+            self.mean_weights = [w.mean(0) for w in (self.weights[0].relu(), (-self.weights[0]).relu())]
+        self.stable = True
+        self.header = self._header(state, block_steps)
+
+    def _indices(self, name: str, members: Members) -> Any:
+        """Indices into the flattened neurons."""
+        try:
+            chosen: Any = members if isinstance(members, slice) else np.asarray(members)
+            if not isinstance(chosen, slice) and not chosen.size:
+                chosen = chosen.astype(np.int64)
+            return np.arange(self.shape.numel())[chosen]
+        except (IndexError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{name} must be indices from 0 to {self.shape.numel() - 1} of neurons {list(self.shape)}, got {members!r} "
+                f"({error})"
+            ) from None
+
+    def _chosen_parameters(self) -> CobaLIFParameters:
+        """The parameters of the recorded neurons."""
+
+        def choose(value: Any) -> Any:
+            each = isinstance(value, Tensor) and value.dim() > 0
+            return value.expand(self.shape).reshape(-1)[self.neurons] if each else value
+
+        return CobaLIFParameters(*map(choose, self.p))
+
+    def _header(self, state: Any, block_steps: int | None) -> Header:
+        dtype = str(self.state.v.dtype).removeprefix("torch.")
+        cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
+        columns = {"spikes": Column(WORD_BITS, tuple(self.shape), "int32")} if record.spikes else {}
+        columns |= {name: Column(1, (traced,), dtype) for name in record.variables if traced}
+        columns |= {"counts": Column(1, (len(self.populations),), "int32")} if self.populations else {}
+        columns |= {name: Column(1, (), dtype) for name in ("input_e", "input_i") if record.inputs}
+        if block_steps is None:
+            first, itemsize = self.blocks.first, self.state.v.element_size()
+            whole_states = 5 * itemsize * cells if self.recurrent and traced else 0
+            step = first[:1].numel() * first.element_size() + cells // 8 + whole_states
+            block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
+        numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
+        arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
+        config: dict[str, Any] = {
+            "network": type(self.network).__name__,
+            "neurons": list(self.shape),
+            "dt_ms": self.network.dt,
+            "order": self.network.order,
+            "backend": choose_backend(self.network.backend, self.device),
+            "device": self.device.type,
+            "state_dtype": dtype,
+            "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
+            "weights": {name: digest(w) for name, w in zip(("input", "recurrent"), self.weights, strict=False)},
+            "source": self.blocks.describe() | {"steps": self.blocks.steps},
+            "initial_state": None if state is None else digest(torch.stack(list(self.state))),
+            "record": {
+                "spikes": record.spikes,
+                "variables": list(record.variables),
+                "neurons": self.neurons.tolist(),
+                "populations": {name: digest(torch.from_numpy(members)) for name, members in self.populations.items()},
+                "inputs": record.inputs,
+            },
+            "block_steps": max(word_count(block_steps), 1) * WORD_BITS,
+        }
+        arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
+        arrays |= {f"population_{name}": members for name, members in self.populations.items()}
+        return Header(
+            config,
+            columns,
+            arrays,
+            self.blocks.steps,
+            config["block_steps"],
+            (len(self.state), *self.shape),
+            dtype,
+            versions(),
+        )
+
+    def load(self, state: Any) -> None:
+        """Go on from a checkpoint."""
+        self.state = type(self.state)(*torch.from_numpy(state).to(self.device))
+
+    def checkpoint(self) -> Any:
+        """The state as an array, fields first."""
+        return torch.stack(list(self.state)).cpu().numpy()
+
+    def _integrate(self, x: Tensor, state: Any, record_states: bool, p: Any = None) -> tuple[Tensor, Any]:
+        options: dict[str, Any] = {
+            "order": self.network.order,
+            "backend": self.network.backend,
+            "record_states": record_states,
+            "spike_dtype": "bits",
+        }
+        if self.recurrent:
+            options["block_steps"] = self.network.block_steps
+            input_weights, recurrent_weights = self.weights
+            return coba_lif_integral(x, state, input_weights, recurrent_weights, self.p, self.network.dt, **options)
+        return coba_lif_feed_forward_integral(x, state, p or self.p, self.network.dt, **options)
+
+    @torch.no_grad()
+    def advance(self, x: Tensor, start: int) -> dict[str, Any]:
+        """Simulate the steps that ``x`` drives, from step ``start`` on; returns the rows of every column."""
+        before, traced = self.state, len(self.neurons) > 0
+        if not (traced and self.recurrent):
+            words, self.state = self._integrate(x, before, False)
+            traces: Any = self._chosen_traces(x, before) if traced else None
+        else:
+            words, states = self._integrate(x, before, True)
+            self.state = CobaLIFState(*(field[-1].clone() for field in states))
+            traces = CobaLIFState(*(field.flatten(1)[:, self.neurons] for field in states))
+        self._check(start + len(x))
+        on_cpu = words.cpu().numpy()
+        block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
+        if traces is not None:
+            block |= {name: getattr(traces, name).cpu().numpy() for name in self.record.variables}
+        if self.populations:
+            block["counts"] = self._count(on_cpu, len(x))
+        if self.record.inputs:
+            block["input_e"], block["input_i"] = self._mean_inputs(x)
+        return block
+
+    def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
+        """Unconnected neurons do not need the others: those that are recorded run again, alone."""
+        chosen = x.expand(len(x), *self.shape).flatten(1)[:, self.neurons]
+        state = CobaLIFFeedForwardState(*(field.reshape(-1)[self.neurons] for field in before))
+        return self._integrate(chosen, state, True, self.chosen)[1]  # type: ignore[no-any-return]  # states by record_states
+
+    def _count(self, words: Any, steps: int) -> Any:
+        from ._stream_kernels import count_kernel
+
+        counts = np.empty((len(self.populations), WORD_BITS * len(words)), np.int32)
+        for row, members in zip(counts, self.populations.values(), strict=True):
+            count_kernel(words.reshape(len(words), -1), members, row)
+        return counts[:, :steps].T
+
+    def _mean_inputs(self, x: Tensor) -> tuple[Any, Any]:
+        rows = x.reshape(len(x), -1) if not self.recurrent else x.reshape(len(x), -1, x.shape[-1]).to(self.weights[0].dtype)
+        if self.recurrent:
+            means = [(rows @ weights).mean(1) for weights in self.mean_weights]
+        else:
+            rows = rows.to(self.state.v.dtype)
+            means = [rows.relu().mean(1), (-rows).relu().mean(1)]
+        return means[0].cpu().numpy(), means[1].cpu().numpy()
+
+    def _check(self, stop: int) -> None:
+        """Refuse a state that is not finite, and warn once of conductances at which the Euler step diverges."""
+        if not all(bool(torch.isfinite(field).all()) for field in self.state):
+            raise FloatingPointError(
+                f"the state is no longer finite after step {stop}, as the Euler step is unstable at these conductances; "
+                "make dt or the weights smaller"
+            )
+        if not self.stable:
+            return
+        rate = self.network.dt * self.p.c_m_inv
+        conductances = (0.0, self.state.g_e + self.state.g_i)
+        at_rest, factor = (float(torch.as_tensor(rate * (self.p.g_l + g)).max()) for g in conductances)
+        if factor > 2 >= at_rest:  # a call of the network has warned of the one at rest
+            self.stable = False
+            warnings.warn(
+                f"the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) has reached {factor:.3g} by step {stop}, "
+                "more than 2, and the spikes mean nothing; make dt or the weights smaller",
+                stacklevel=3,
+            )
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on, by name."""
+    found = {"python": platform.python_version()}
+    for package in ("coba-triton", "torch", "numpy", "triton", "zarr"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package.replace("-", "_")] = version(package)
+    return found
+
+
+@contextmanager
+def _progress(progress: bool | Callable[[int], None], steps: int | None, done: int) -> Iterator[Callable[[int], None]]:
+    """Yields the function that takes the number of finished steps."""
+    if callable(progress):
+        progress(done)
+        yield progress
+        return
+    if not progress or importlib.util.find_spec("rich") is None:
+        yield lambda done: None
+        return
+    from ._progress import bar
+
+    with bar(steps, done) as show:
+        yield show

@@ -1,0 +1,242 @@
+"""What drives a long run: arrays, iterators of chunks, and Poisson spikes, read in time blocks ahead of their use."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _validation as check
+
+FIRST = 32  # steps that tell one source from another
+
+
+class PoissonSource:
+    """Independent Poisson spikes in every channel, the same ones whatever blocks they are read in.
+
+    A step's spikes are a function of the seed, the stream and the number of the step alone (Philox4x32-10, a
+    counter-based generator; Salmon et al. 2011, doi:10.1145/2063384.2063405), and the same on every machine. Several
+    spikes of a channel in one step add up. Making them costs as much as there are spikes.
+
+    Args:
+        rate: in Hz, a number or a tensor that broadcasts to the channels.
+        steps: T.
+        shape: of the channels, ``(I,)`` or ``(B, I)``.
+        dt: time step in ms.
+        weight: what one spike adds to the input: uS for unconnected neurons, 1 where input weights follow.
+        seed: from 0 to 2**64 - 1.
+        stream: from 0 to 2**32 - 1; sources of one seed and different streams are independent.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if a value is out of range or ``rate`` does not broadcast.
+
+    Example:
+        >>> source = PoissonSource(20.0, steps=1000, shape=(1, 100), dt=0.1)
+        >>> bool((source[300:310] == source[:1000][300:310]).all())
+        True
+    """
+
+    def __init__(
+        self,
+        rate: float | Tensor,
+        steps: int,
+        shape: tuple[int, ...],
+        dt: float = 0.001,
+        *,
+        weight: float = 1.0,
+        seed: int = 0,
+        stream: int = 0,
+    ) -> None:
+        check.check_number(rate, "rate")
+        check.check_dt(dt)
+        check.check_size(steps, "steps")
+        for size in shape:
+            check.check_size(size, "every size in shape")
+        check.check_number(weight, "weight")
+        for name, value, bits in (("seed", seed, 64), ("stream", stream, 32)):
+            if not isinstance(value, int) or not 0 <= value < 2**bits:
+                raise ValueError(f"{name} must be an int from 0 to 2**{bits} - 1, got {value!r}")
+        rates = torch.as_tensor(rate, dtype=torch.float64).detach().cpu()
+        if not bool((torch.isfinite(rates) & (rates >= 0)).all()):
+            raise ValueError(f"rate must be finite and not negative, in Hz, got {rate!r}")
+        check.broadcast_neurons(shape, {"rate": rates}, grows=False)
+        self.shape = (steps, *shape)
+        self.dtype = torch.float32
+        self.rate, self.dt, self.weight, self.seed, self.stream = rates, float(dt), float(weight), seed, stream
+        expected = rates.numpy() * (self.dt / 1000)
+        self._expected = float(expected) if expected.ndim == 0 else 0.0
+        each = np.broadcast_to(expected, shape).ravel() if expected.ndim else np.empty(0)
+        self._cumulative = np.concatenate([np.zeros(1), np.cumsum(each)]) if each.size else each
+
+    def fill(self, start: int, out: Tensor, add: bool = False) -> None:
+        """Write steps ``start``, ``start + 1``, ... to ``out [t, *shape]``, contiguous float32, or add them to it."""
+        from ._stream_kernels import poisson_kernel
+
+        rows = out.view(out.shape[0], math.prod(self.shape[1:])).numpy()
+        key, stream = np.uint64(self.seed), np.uint32(self.stream)
+        poisson_kernel(rows, start, key, stream, self._expected, self._cumulative, self.weight, add)
+
+    def __getitem__(self, steps: slice) -> Tensor:
+        start, stop, stride = steps.indices(self.shape[0])
+        if stride != 1:
+            raise ValueError(f"a PoissonSource is read in slices of consecutive steps, got a stride of {stride}")
+        out = torch.empty(max(stop - start, 0), *self.shape[1:])
+        self.fill(start, out)
+        return out
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its source."""
+        rate = self.rate.item() if self.rate.dim() == 0 else digest(self.rate)
+        numbers = {name: getattr(self, name) for name in ("dt", "weight", "seed", "stream")}
+        return {"kind": "poisson", "rate_hz": rate, **numbers}
+
+
+class Blocks:
+    """A source that is read in time blocks, the next one in a thread while one is used.
+
+    Args:
+        source: see :func:`stream_blocks`.
+        device: where the blocks go; to a GPU from pinned memory on a stream of their own.
+
+    Attributes:
+        steps: T, None for an iterable of chunks.
+        first: the first steps on the CPU, at most :data:`FIRST`.
+    """
+
+    def __init__(self, source: Any, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.steps: int | None = None
+        if hasattr(source, "shape") and hasattr(source, "__getitem__"):
+            if len(source.shape) < 1:
+                raise ValueError("source must have a leading time axis [T, ...], got a 0-dim array; reshape it")
+            self.steps = int(source.shape[0])
+            self.first = _tensor(source[: min(self.steps, FIRST)]).cpu()
+        elif isinstance(source, Iterable):
+            chunks = map(_tensor, source)
+            chunk = next(chunks, None)
+            if chunk is None:
+                raise ValueError("source must have at least one chunk [t, ...], got an empty iterator")
+            self._chunks = itertools.chain([chunk], chunks)
+            self.first = chunk[:FIRST].cpu()
+        else:
+            raise TypeError(
+                "source must be a tensor, an array that gives its steps as slices, a PoissonSource, or an iterable of "
+                f"chunks [t, ...], got {type(source).__name__}"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What the source is, and a checksum of how it begins."""
+        described = {"kind": "chunks" if self.steps is None else "array"}
+        described |= self.source.describe() if isinstance(self.source, PoissonSource) else {}
+        dtype = str(self.first.dtype).removeprefix("torch.")
+        return {**described, "channels": list(self.first.shape[1:]), "dtype": dtype, "begins_with": digest(self.first)}
+
+    def read(self, start: int, block_steps: int, reuse: bool = False) -> Iterator[Tensor]:
+        """Blocks from step ``start`` on, of ``block_steps`` each, the last one shorter.
+
+        With ``reuse``, a block's memory is that of the block after the next: it must not be kept.
+        """
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        blocks = self._from_chunks(start, block_steps) if self.steps is None else self._from_array(start, block_steps, reuse)
+
+        def advance() -> tuple[Tensor, Any] | None:
+            x = next(blocks, None)
+            if x is None or stream is None:
+                return x if x is None else (x.to(self.device), None)
+            with torch.cuda.stream(stream):
+                return x.pin_memory().to(self.device, non_blocking=True), stream.record_event()
+
+        with ThreadPoolExecutor(1, thread_name_prefix="coba_triton source") as reader:
+            coming = reader.submit(advance)
+            while (block := coming.result()) is not None:
+                x, copied = block
+                if copied is not None:
+                    torch.cuda.current_stream(self.device).wait_event(copied)
+                    x.record_stream(torch.cuda.current_stream(self.device))
+                coming = reader.submit(advance)
+                yield x
+
+    def _from_array(self, start: int, block_steps: int, reuse: bool) -> Iterator[Tensor]:
+        steps = self.steps or 0
+        buffers: list[Tensor] = []
+        for number, begin in enumerate(range(start, steps, block_steps)):
+            end = min(begin + block_steps, steps)
+            if reuse and isinstance(self.source, PoissonSource):
+                if len(buffers) < 2:
+                    buffers.append(torch.empty(block_steps, *self.source.shape[1:]))
+                block = buffers[number % 2][: end - begin]
+                self.source.fill(begin, block)
+            else:
+                block = _tensor(self.source[begin:end])
+            yield block
+
+    def _from_chunks(self, start: int, block_steps: int) -> Iterator[Tensor]:
+        waiting: list[Tensor] = []
+        skip = start
+        for chunk in self._chunks:
+            if chunk.shape[1:] != self.first.shape[1:] or chunk.dtype != self.first.dtype:
+                raise ValueError(
+                    f"every chunk must be [t, ...] = [t, {', '.join(map(str, self.first.shape[1:]))}] of "
+                    f"{self.first.dtype} like the first, got {list(chunk.shape)} of {chunk.dtype}"
+                )
+            skipped = min(skip, len(chunk))
+            skip -= skipped
+            waiting.append(chunk[skipped:])
+            while sum(map(len, waiting)) >= block_steps:
+                joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+                yield joined[:block_steps]
+                waiting = [joined[block_steps:]]
+        if skip:
+            raise ValueError(f"source must have the {start} steps that are finished already, it ended {skip} steps before")
+        if sum(map(len, waiting)):
+            yield torch.cat(waiting)
+
+
+def _tensor(x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    array = np.asarray(x)
+    # torch shares memory with arrays that it may write to; a memory-mapped file is read here and not in the kernels
+    return torch.from_numpy(array if array.flags.writeable and array.base is None else array.copy())
+
+
+def digest(x: Tensor) -> str:
+    """A checksum of a tensor's numbers."""
+    return hashlib.sha256(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """A long input in time blocks, each of which a thread reads while the one before it is used.
+
+    For truncated backpropagation through time: carry the state from block to block with ``state.detach()``.
+
+    Args:
+        source: an array ``[T, ...]`` (tensor, numpy array or memmap, zarr or HDF5 array, :class:`PoissonSource`:
+            anything with ``shape`` that gives its steps as slices), or an iterable of chunks ``[t, ...]``, which may
+            have different lengths.
+        block_steps: steps in a block.
+        device: where the blocks go. To a GPU they are copied from pinned memory on a stream of their own.
+
+    Returns:
+        An iterator of tensors ``[block_steps, ...]``; the last one may be shorter.
+
+    Raises:
+        TypeError: if ``source`` is none of these.
+        ValueError: if an array has no time axis, or chunks differ in their shape.
+
+    Example:
+        >>> network, state = CobaLIF(dt=0.1), None
+        >>> for x in stream_blocks(PoissonSource(20.0, 1000, (8,), dt=0.1), 250):
+        ...     spikes, state = network(x, state)
+        ...     state = state.detach()
+    """
+    check.check_size(block_steps, "block_steps")
+    return Blocks(source, torch.device(device)).read(0, block_steps)

@@ -1,0 +1,355 @@
+"""Long runs against one call over the whole input, whatever keeps them, and what their results say."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from coba_triton import (
+    CobaLIF,
+    CobaLIFCell,
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFRecurrent,
+    MemorySink,
+    NpzSink,
+    PoissonSource,
+    Record,
+    Result,
+    ZarrSink,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+    open_result,
+    simulate,
+)
+
+T, N, INPUTS = 1000, 20, 6
+NEURON = CobaLIFParameters(
+    tau_syn_exc_inv=1 / 5,
+    tau_syn_inh_inv=1 / 10,
+    c_m_inv=1 / 0.2,
+    g_l=0.01,
+    e_rev_E=0.0,
+    e_rev_I=-80.0,
+    v_rest=-65.0,
+    v_reset=-65.0,
+    v_thresh=-50.0,
+)
+RECORD = Record(
+    variables=("v", "g_e", "g_i"),
+    neurons=[7, 0],
+    populations={"first": slice(0, 5), "odd": range(1, N, 2)},
+    inputs=True,
+)
+PER_NEURON = NEURON._replace(v_thresh=torch.linspace(-55.0, -48.0, N), method="triangle")
+
+
+def drive(shape: tuple[int, ...] = (N,), steps: int = T) -> PoissonSource:
+    rate, weight = (600.0, 1.0) if shape[-1] == INPUTS else (1500.0, 2**-9)
+    return PoissonSource(rate, steps, shape, 0.1, weight=weight, seed=2)
+
+
+def recurrent(p: CobaLIFParameters = NEURON, **options: Any) -> CobaLIFRecurrent:
+    """A network whose weights are whole numbers of 2**-10 uS: their sums are exact in any order."""
+    network = CobaLIFRecurrent(INPUTS, N, p, 0.1, **options)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        network.input_weights.copy_(torch.randint(0, 3, (N, INPUTS), generator=g) / 1024)
+        network.recurrent_weights.copy_(torch.randint(-3, 3, (N, N), generator=g) / 1024)
+    return network
+
+
+def whole(network: CobaLIF | CobaLIFRecurrent, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """What the reference makes of the input in one call."""
+    options: Any = {"backend": "reference", "record_states": True}
+    with torch.no_grad():
+        if isinstance(network, CobaLIFRecurrent):
+            weights = network.input_weights, network.recurrent_weights.clone().fill_diagonal_(0)
+            return coba_lif_integral(x, state, *weights, network.p, 0.1, **options)
+        return coba_lif_feed_forward_integral(x, state, network.p, 0.1, **options)
+
+
+NETWORKS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "feed-forward": (lambda: CobaLIF(NEURON, 0.1), (N,)),
+    "per-neuron": (lambda: CobaLIF(PER_NEURON, 0.1), (N,)),
+    "broadcast": (lambda: CobaLIF(PER_NEURON, 0.1), (1,)),
+    "recurrent": (recurrent, (INPUTS,)),
+    "batch": (recurrent, (1, INPUTS)),
+}
+
+
+def assert_equal(result: Result, spikes: Tensor, states: Any, shape: tuple[int, ...]) -> None:
+    assert (result.steps, result.finished, result.shape) == (T, True, shape)
+    assert 50 < spikes.sum() < T * N / 10
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
+    for name in ("v", "g_e", "g_i"):
+        np.testing.assert_array_equal(result.traces[name][:], getattr(states, name).flatten(1)[:, [7, 0]].numpy())
+    flat = spikes.flatten(1).numpy()
+    np.testing.assert_array_equal(result.counts(1, "first"), flat[:, :5].sum(1))
+    np.testing.assert_array_equal(result.counts(30, "odd"), [flat[k : k + 30, 1::2].sum() for k in range(0, T, 30)])
+    np.testing.assert_array_equal(result.counts(7), [flat[k : k + 7].sum() for k in range(0, T, 7)])
+
+
+@pytest.mark.parametrize("sink", [None, "run.npz", "run.zarr"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_result_is_that_of_one_call(network: str, sink: str | None, tmp_path: Path) -> None:
+    make, shape = NETWORKS[network]
+    source, net = drive(shape), make()
+    spikes, states = whole(net, source[:])
+    path = None if sink is None else tmp_path / sink
+    result = simulate(net, source, sink=path, record=RECORD, block_steps=96, progress=False)
+    assert_equal(result, spikes, states, tuple(spikes.shape[1:]))
+    if path is not None:
+        assert_equal(open_result(path), spikes, states, tuple(spikes.shape[1:]))
+
+
+@pytest.mark.parametrize("block_steps", [1, 33, 512, None])
+def test_block_length_changes_nothing(block_steps: int | None) -> None:
+    network, source = recurrent(), drive((INPUTS,))
+    spikes, states = whole(network, source[:])
+    assert_equal(simulate(network, source, record=RECORD, block_steps=block_steps), spikes, states, (N,))
+
+
+def test_initial_state() -> None:
+    network, source = CobaLIF(NEURON, 0.1), drive()
+    start = CobaLIFFeedForwardState(torch.linspace(-65.0, -51.0, N), 0.01, 0.0)
+    spikes, states = whole(network, source[:], start)
+    assert_equal(simulate(network, source, state=start, record=RECORD, block_steps=64), spikes, states, (N,))
+
+
+def test_float64_and_learned_parameters() -> None:
+    network = CobaLIF(NEURON, 0.1, learn=("v_thresh", "c_m_inv")).double()
+    x = drive()[:].double()
+    spikes, states = whole(network, x)
+    result = simulate(network, x, record=RECORD, block_steps=64)
+    assert_equal(result, spikes, states, (N,))
+    assert result.traces["v"][:].dtype == np.float64
+
+
+@pytest.mark.parametrize("sink", ["run.npz", "run.zarr"])
+def test_length_of_an_iterable_need_not_be_known(sink: str, tmp_path: Path) -> None:
+    network, x = CobaLIF(NEURON, 0.1), drive()[:]
+    spikes, states = whole(network, x)
+    simulate(network, iter(x.split(130)), sink=tmp_path / sink, record=RECORD, block_steps=64, progress=False)
+    result = open_result(tmp_path / sink)
+    assert_equal(result, spikes, states, (N,))
+    assert result.array("input_e").shape == (T,)
+
+
+def test_events_and_rates() -> None:
+    network, source = CobaLIF(NEURON, 0.1), drive()
+    spikes = whole(network, source[:])[0].bool()
+    result = simulate(network, source, block_steps=64)
+    steps, neurons = (index.numpy() for index in spikes.nonzero(as_tuple=True))
+    times, found = result.events()
+    np.testing.assert_allclose(times, (steps + 1) * 0.1)
+    np.testing.assert_array_equal(found, neurons)
+    times, found = result.events(130, 777, neurons=[3, 11])
+    chosen = (steps >= 130) & (steps < 777) & np.isin(neurons, [3, 11])
+    np.testing.assert_allclose(times, (steps[chosen] + 1) * 0.1)
+    np.testing.assert_array_equal(found, neurons[chosen])
+    np.testing.assert_allclose(result.firing_rates(), spikes.sum(0).numpy() / 0.1)
+    edges, rates = result.rates(3.0, neurons=[3, 11])
+    np.testing.assert_allclose(edges, [*np.arange(0, 100, 3.0), 100])
+    np.testing.assert_allclose(rates[5], spikes[150:180, [3, 11]].sum() / 0.003 / 2, rtol=1e-6)
+    np.testing.assert_allclose(rates[-1], spikes[990:, [3, 11]].sum() / 0.001 / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "key", [5, -1, slice(3, 700, 7), slice(None, 40), (slice(31, 65), 3), (slice(64, 64),), (slice(0, 9), [2, 0])]
+)
+def test_dense_slices(key: Any) -> None:
+    network, source = CobaLIF(NEURON, 0.1), drive()
+    spikes = whole(network, source[:])[0].bool().numpy()
+    result = simulate(network, source, block_steps=64)
+    np.testing.assert_array_equal(result.spikes[key], spikes[key])
+
+
+def in_memory(events: list[tuple[int, int]], steps: int = 200, neurons: int = 4) -> Result:
+    """A result that has these spikes (step, neuron)."""
+    dense = np.zeros((-(-steps // 32) * 32, neurons), np.int64)
+    dense[tuple(zip(*events, strict=True))] = 1
+    words = (dense.reshape(-1, 32, neurons) << np.arange(32)[:, None]).sum(1).astype(np.uint32).view(np.int32)
+    config = {"neurons": [neurons], "dt_ms": 0.1, "record": {"populations": {}}}
+    return Result({"config": config, "steps_done": steps, "finished": True}, {"spikes": words})
+
+
+@pytest.mark.parametrize("read_bytes", [1, 2**24], ids=["block-by-block", "at-once"])
+def test_intervals(read_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coba_triton.results.READ_BYTES", read_bytes)
+    lengths = np.array([5, 15, 5, 125])
+    irregular = np.cumsum([3, *lengths])
+    result = in_memory([*((t, 0) for t in (0, 40, 80, 120, 160)), *((t, 2) for t in irregular.tolist()), (7, 1), (9, 1)])
+    found = result.intervals()
+    assert found.number.tolist() == [4, 1, 4, 0]
+    np.testing.assert_allclose(found.mean[:3], [4.0, 0.2, lengths.mean() * 0.1])
+    assert found.cv[0] == 0
+    assert found.cv[2] == pytest.approx(lengths.std() / lengths.mean())
+    assert np.isnan(found.cv[[1, 3]]).all()  # too few
+    edges = np.array([0, 0.4, 1.0, 5.0, 20.0])
+    assert result.interval_counts(edges).tolist() == [1, 2, 5, 1]
+    assert result.interval_counts(edges, [2]).tolist() == [0, 2, 1, 1]
+
+
+def test_synchrony() -> None:
+    together = in_memory([(t, n) for t in (10, 90, 150) for n in range(4)])
+    counts = np.zeros(6)
+    counts[[0, 3, 5]] = 4  # whole bins of 30 steps
+    counts = counts[:6]
+    assert together.synchrony(3.0) == pytest.approx(np.var(counts) / np.mean(counts))
+    assert np.isnan(in_memory([(0, 0)], steps=40).synchrony(3.0))
+    noise = np.random.default_rng(0).random((30_000, 50)) < 0.01
+    events = list(zip(*(index.tolist() for index in noise.nonzero()), strict=True))
+    assert in_memory(events, 30_000, 50).synchrony(3.0) == pytest.approx(1, abs=0.2)  # sd 0.045
+
+
+def test_plain_zarr_reads_it(tmp_path: Path) -> None:
+    """What the README shows."""
+    zarr = pytest.importorskip("zarr")
+    network, source = CobaLIF(NEURON, 0.1), drive()
+    simulate(network, source, sink=tmp_path / "run.zarr", record=RECORD, block_steps=96, progress=False)
+    run = zarr.open_group(tmp_path / "run.zarr", mode="r")
+    steps = int(run["progress"][0])
+    words = run["spikes"][: -(-steps // 32)]
+    spikes = ((words[:, None] >> np.arange(32)[:, None]) & 1).reshape(-1, words.shape[1])[:steps]
+    step, neuron = spikes.nonzero()
+    expected = whole(network, source[:])[0].nonzero()
+    np.testing.assert_array_equal(np.stack([step, neuron], 1), expected.numpy())
+    assert run["v"].shape == (T, 2)
+    assert run["recorded"][:].tolist() == [7, 0]
+    config = run.attrs["config"]
+    assert config["parameters"]["v_thresh"] == -50.0
+    assert config["source"]["seed"] == 2
+    assert run.attrs["versions"]["torch"] == torch.__version__
+    assert run.metadata.zarr_format == 3
+
+
+def test_parameters_of_every_neuron_are_kept(tmp_path: Path) -> None:
+    simulate(CobaLIF(PER_NEURON, 0.1), drive(), sink=tmp_path / "run.zarr", progress=False)
+    result = open_result(tmp_path / "run.zarr")
+    np.testing.assert_array_equal(result.parameter("v_thresh"), PER_NEURON.v_thresh.numpy())
+    np.testing.assert_array_equal(result.parameter("v_reset"), np.full(N, -65.0))
+
+
+def test_attributes_and_arrays_of_the_caller(tmp_path: Path) -> None:
+    for sink in (ZarrSink, NpzSink):
+        path = tmp_path / f"run.{sink.__name__[:-4].lower()}"
+        keep = sink(path, attributes={"animal": "a mouse"}, arrays={"signal": np.arange(5.0)})
+        simulate(CobaLIF(NEURON, 0.1), drive(), sink=keep, progress=False)
+        result = open_result(path)
+        assert result.attributes["config"]["attributes"] == {"animal": "a mouse"}
+        np.testing.assert_array_equal(result.array("signal"), np.arange(5.0))
+        with pytest.raises(KeyError, match="the result has no array 'noise'; it has"):
+            result.array("noise")
+
+
+def test_csv(tmp_path: Path) -> None:
+    result = simulate(CobaLIF(NEURON, 0.1), drive(), block_steps=64)
+    result.to_csv(tmp_path / "events.csv")
+    with (tmp_path / "events.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    times, neurons = result.events()
+    assert header == ["time_ms", "neuron"]
+    np.testing.assert_allclose([float(time) for time, _ in rows], times)
+    assert [int(neuron) for _, neuron in rows] == neurons.tolist()
+    assert [path.name for path in tmp_path.iterdir()] == ["events.csv"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_neo_and_elephant() -> None:
+    pytest.importorskip("neo", reason="the extra neo is not installed")
+    result = simulate(CobaLIF(NEURON, 0.1), drive(), record=RECORD, block_steps=64)
+    (segment,) = result.to_neo().segments
+    times, neurons = result.events()
+    assert len(segment.spiketrains) == N
+    for neuron, train in enumerate(segment.spiketrains):
+        np.testing.assert_allclose(train.rescale("ms").magnitude, times[neurons == neuron])
+        assert float(train.t_stop.rescale("ms")) == pytest.approx(100)
+    signal = next(s for s in segment.analogsignals if s.name == "v")
+    np.testing.assert_array_equal(signal.magnitude, result.traces["v"][:])
+    assert str(signal.units.dimensionality) == "mV"
+    assert float(signal.times[0].rescale("ms")) == pytest.approx(0.1)
+    statistics = pytest.importorskip("elephant.statistics", reason="elephant is not installed")
+    busiest = int(result.spike_counts().argmax())
+    cv = statistics.cv(statistics.isi(segment.spiketrains[busiest]))
+    assert result.intervals().cv[busiest] == pytest.approx(float(cv), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("package", "call", "message"),
+    [
+        ("zarr", lambda r: simulate(CobaLIF(NEURON, 0.1), drive(), sink="x.zarr"), 'pip install "coba-triton[stream]"'),
+        ("neo", lambda r: r.to_neo(), 'pip install "coba-triton[neo]"'),
+    ],
+)
+def test_missing_extra(
+    package: str, call: Callable[[Result], Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = simulate(CobaLIF(NEURON, 0.1), drive())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=re.escape(message)):
+        call(result)
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[int] = []
+    simulate(CobaLIF(NEURON, 0.1), drive(), block_steps=320, progress=told.append)
+    assert told == [0, 320, 640, 960, 1000]
+
+
+def test_state_that_is_not_finite_ends_the_run() -> None:
+    x = torch.zeros(T, N)
+    x[500] = 1e38
+    with pytest.raises(FloatingPointError, match="the state is no longer finite after step 512, as the Euler step"):
+        simulate(CobaLIF(NEURON, 0.1), x, block_steps=64)
+
+
+def test_unstable_conductances_are_warned_of_once() -> None:
+    x = torch.full((T, N), 2.0)
+    with pytest.warns(UserWarning, match="dt \\* c_m_inv \\* \\(g_l \\+ g_e \\+ g_i\\) has reached") as caught:
+        simulate(CobaLIF(NEURON, 0.1), x, block_steps=64)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"network": CobaLIFCell(3, 2)}, TypeError, "network must be a CobaLIF or a CobaLIFRecurrent, got CobaLIFCell"),
+        ({"sink": 3}, TypeError, "sink must be None, a path, or a sink such as ZarrSink, got int"),
+        ({"sink": "run.h5"}, ValueError, "sink must be a path that ends in .zarr or .npz, got 'run.h5'"),
+        ({"block_steps": 0}, ValueError, "block_steps must be a positive int or None"),
+        (
+            {"record": Record(neurons=[N])},
+            ValueError,
+            "record.neurons must be indices from 0 to 19 of neurons [20], got",
+        ),
+        ({"record": Record(variables=("w",))}, ValueError, "record.variables must be among 'v', 'g_e' and 'g_i'"),
+        ({"record": Record(populations={"a": [0.5]})}, ValueError, "record.populations['a'] must be indices from 0 to 19"),
+        ({"resume": True}, ValueError, "MemorySink cannot resume: it keeps nothing until the end; pass a ZarrSink"),
+    ],
+)
+def test_message(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"network": CobaLIF(NEURON, 0.1), "source": drive(), "sink": MemorySink()} | change
+    with pytest.raises(error, match=re.escape(message)):
+        simulate(**arguments)
+
+
+def test_spikes_that_were_not_recorded(tmp_path: Path) -> None:
+    record = Record(spikes=False, neurons=[7, 0], populations={"first": range(5)})
+    network, source = CobaLIF(NEURON, 0.1), drive()
+    result = simulate(network, source, sink=tmp_path / "run.zarr", record=record, block_steps=96, progress=False)
+    spikes, states = whole(network, source[:])
+    np.testing.assert_array_equal(result.traces["v"][:], states.v[:, [7, 0]].numpy())
+    np.testing.assert_array_equal(result.counts(10, "first"), spikes[:, :5].reshape(100, 50).sum(1).numpy())
+    with pytest.raises(ValueError, match="the spikes were not recorded; run again with Record"):
+        result.events()

@@ -1,0 +1,156 @@
+"""Poisson spikes and the reading of sources in blocks."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from coba_triton import PoissonSource, stream_blocks
+from coba_triton._stream_kernels import philox
+
+STEPS = 700
+
+
+def poisson(rate: Any = 2000.0, steps: int = STEPS, shape: tuple[int, ...] = (7,), **options: Any) -> PoissonSource:
+    return PoissonSource(rate, steps, shape, 0.1, **options)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0], "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_generator_against_its_published_vectors(counter: list[int], key: list[int], expected: str) -> None:
+    words = philox(*map(np.uint32, (*counter, *key)))
+    assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+@pytest.mark.parametrize("rate", [2000.0, torch.tensor([0.0, 100.0, 9e3, 50.0, 0.0, 4e4, 0.0])], ids=["one", "each"])
+@pytest.mark.parametrize("block", [1, 33, 64, 699, 5000])
+def test_blocks_change_no_spike(rate: Any, block: int) -> None:
+    source = poisson(rate, seed=5)
+    whole = source[:]
+    assert whole.shape == (STEPS, 7)
+    assert whole.sum() > 0
+    blocks = list(stream_blocks(source, block))
+    assert [len(b) for b in blocks[:-1]] == [block] * (len(blocks) - 1)
+    torch.testing.assert_close(torch.cat(blocks), whole, rtol=0, atol=0)
+
+
+def test_equal_rates_are_one_rate() -> None:
+    assert torch.equal(poisson(250.0)[:], poisson(torch.full((7,), 250.0))[:])
+
+
+def test_spikes_depend_on_seed_stream_and_step_only() -> None:
+    one = poisson(seed=2**63, stream=3)[:]
+    assert torch.equal(one, poisson(seed=2**63, stream=3, steps=900)[:STEPS])
+    for other in (poisson(seed=2**63 + 1, stream=3), poisson(seed=2**63, stream=4), poisson(seed=2**31, stream=3)):
+        assert (one != other[:]).any()
+    assert (one[1:] != one[:-1]).any(1).sum() > STEPS / 2
+
+
+@pytest.mark.parametrize("rate", [30.0, 3000.0, 30_000.0])
+def test_counts_are_poisson(rate: float) -> None:
+    x = PoissonSource(rate, 4000, (250,), 0.1, seed=1)[:].double()
+    expected = rate * 1e-4
+    cells = x.numel()
+    assert abs(float(x.mean()) - expected) < 5 * math.sqrt(expected / cells)  # five standard deviations
+    assert float(x.var() / x.mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / cells + 1 / (cells * expected)))
+    for count in range(4):  # the distribution itself
+        share = math.exp(-expected) * expected**count / math.factorial(count)
+        assert abs(float((x == count).double().mean()) - share) < 5 * math.sqrt(share / cells) + 1e-12
+    neighbours = torch.stack([x[:, 1:].flatten(), x[:, :-1].flatten()])
+    later = torch.stack([x[1:].flatten(), x[:-1].flatten()])
+    for pairs in (neighbours, later):
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 5 / math.sqrt(cells)
+
+
+def test_rates_of_channels() -> None:
+    rates = torch.tensor([[0.0, 500.0], [5000.0, 50.0]])
+    x = PoissonSource(rates, 20_000, (2, 2), 0.1, weight=0.5)[:].double()
+    expected = rates.double() * 1e-4 * 20_000
+    assert ((x.sum(0) / 0.5 - expected).abs() <= 5 * expected.sqrt()).all()
+
+
+def test_add_adds() -> None:
+    source, other = poisson(weight=1.0), poisson(weight=-2.0, stream=1)
+    x = source[:]
+    other.fill(0, x, add=True)
+    assert torch.equal(x, source[:] + other[:])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rate": -1.0}, ValueError, "rate must be finite and not negative, in Hz, got -1.0"),
+        ({"rate": math.inf}, ValueError, "rate must be finite"),
+        ({"rate": "1"}, TypeError, "rate must be a real number or a torch.Tensor, got str"),
+        ({"rate": torch.ones(3)}, ValueError, "rate must broadcast to the neurons [7], got [3]"),
+        ({"seed": -1}, ValueError, "seed must be an int from 0 to 2**64 - 1, got -1"),
+        ({"stream": 2**32}, ValueError, "stream must be an int from 0 to 2**32 - 1"),
+        ({"steps": 0}, ValueError, "steps must be a positive int, got 0"),
+    ],
+)
+def test_message(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        poisson(**change)
+
+
+def chunks(x: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+    yield from x.split(lengths)
+
+
+@pytest.mark.parametrize("form", ["tensor", "numpy", "memmap", "read-only", "zarr", "chunks", "arrays"])
+def test_forms_of_a_source(form: str, tmp_path: Path) -> None:
+    x = torch.randn(130, 3, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x.numpy())
+    if form == "zarr":
+        zarr = pytest.importorskip("zarr")
+        source: Any = zarr.create_array(tmp_path / "x.zarr", data=x.numpy(), chunks=(50, 3))
+    else:
+        source = {
+            "tensor": x,
+            "numpy": x.numpy(),
+            "memmap": np.load(tmp_path / "x.npy", mmap_mode="r+"),
+            "read-only": np.load(tmp_path / "x.npy", mmap_mode="r"),
+            "chunks": chunks(x, [1, 0, 50, 3, 76]),
+            "arrays": [x[:64].numpy(), x[64:].numpy()],
+        }[form]
+    blocks = list(stream_blocks(source, 40))
+    assert [len(block) for block in blocks] == [40, 40, 40, 10]
+    assert torch.equal(torch.cat(blocks), x)
+
+
+def test_error_of_a_source_is_passed_on() -> None:
+    def broken() -> Iterator[Tensor]:
+        yield torch.zeros(10, 2)
+        raise RuntimeError("the microphone is off")
+
+    blocks = stream_blocks(broken(), 10)
+    assert next(blocks).shape == (10, 2)
+    with pytest.raises(RuntimeError, match="the microphone is off"):
+        next(blocks)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (3, TypeError, "source must be a tensor, an array that gives its steps as slices"),
+        (torch.tensor(1.0), ValueError, "source must have a leading time axis [T, ...], got a 0-dim array"),
+        ([], ValueError, "source must have at least one chunk [t, ...], got an empty iterator"),
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], ValueError, "every chunk must be [t, ...] = [t, 3] of torch.float32"),
+    ],
+)
+def test_message_for_a_source(source: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        list(stream_blocks(source, 10))
