@@ -4,7 +4,9 @@ On a machine without a GPU they run in Triton's interpreter, on CPU tensors. Set
 tests on the device of Triton's active driver instead: a GPU, or an emulating driver.
 """
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 os.environ["COBA_TRITON_TUNING"] = "off"  # no table of the machine's user
@@ -26,3 +28,16 @@ def device() -> torch.device:
 def forget_stability_checks() -> None:
     """Every test sees the warnings that a new process would see."""
     _validation._stability_checked.clear()
+
+
+@pytest.fixture
+def compiles_in_silence() -> Iterator[None]:
+    """For tests of what a command prints: that a kernel is compiled depends on what ran before."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("compiling")
+
+    logger = logging.getLogger("coba_triton")
+    logger.addFilter(keep)
+    yield
+    logger.removeFilter(keep)

@@ -53,6 +53,8 @@ neurons = [3, 0]
 variables = ["v", "g_e", "g_i"]
 """
 
+pytestmark = pytest.mark.usefixtures("compiles_in_silence")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:

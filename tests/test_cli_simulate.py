@@ -47,6 +47,8 @@ variables = ["v", "g_e", "g_i"]
 """
 T, N = 600, 12
 
+pytestmark = pytest.mark.usefixtures("compiles_in_silence")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
