@@ -174,7 +174,7 @@ def _named(case: AnyProblem, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(["spikes", *(f"state.{name}" for name in case.state._fields)], outputs, strict=True))
 
 
-def _gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
+def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
     """What rounding may change: nothing where the operations are autograd's own, else a rounding for every term summed.
 
     A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's.
@@ -206,7 +206,7 @@ def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
         outputs, expected = _named(case, ours), _named(case, theirs)
         pairs = [(name, tensor, expected[name], 0.0) for name, tensor in outputs.items()]
         for name, grad in our_grads.items():
-            allowed = 0.0 if same_run else _gradient_bound(case, name, method, their_grads[name])
+            allowed = 0.0 if same_run else gradient_bound(case, name, method, their_grads[name])
             pairs.append((f"gradient by {name}", grad, their_grads[name], allowed))
     return next(filter(None, (compare(*pair) for pair in pairs)), None)
 

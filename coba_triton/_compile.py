@@ -146,8 +146,8 @@ def figures(kernel: CompiledKernel) -> dict[str, int]:
 
 
 # Registers of a multiprocessor (AMD: of a lane of a SIMD), granule of their allocation to a warp, resident warps at the
-# most (AMD: waves of a SIMD), shared memory in bytes. Sources: CUDA C++ Programming Guide, table of technical
-# specifications per compute capability; AMD Instinct MI300 and RDNA3 instruction set guides.
+# most (AMD: waves of a SIMD), shared memory in bytes. An NVIDIA multiprocessor holds 32 programs at the most. Sources:
+# CUDA C++ Programming Guide, technical specifications per compute capability; AMD's MI300 and RDNA3 instruction set guides.
 LIMITS = {
     "sm_80": (65536, 256, 64, 167936),
     "sm_90": (65536, 256, 64, 233472),
@@ -166,7 +166,7 @@ def occupancy(target: str, registers: int, num_warps: int, shared: int) -> float
     a_warp = -(-a_warp // granule) * granule
     warps = min(most, available // a_warp)
     if target.startswith("sm_"):
-        programs = warps // num_warps
+        programs = min(32, warps // num_warps)
         if shared:
             programs = min(programs, memory // shared)
         warps = min(most, programs * num_warps)

@@ -241,7 +241,7 @@ def sparse_problem(
         input_weights.to(device, dtype),
         recurrent_weights.to(device, dtype),
         {name: torch.tensor(value, dtype=dtype, device=device) for name, value in SPARSE_VALUES.items()},
-        alpha=0.1,
+        alpha=100.0,
         dt=0.1,
     )
 

@@ -60,4 +60,35 @@ def check(
     return check.run(device, backend, "full" if full else "quick", only, report)
 
 
-COMMANDS = (info, check)
+@_for_users
+def tune(
+    neurons: Annotated[int, typer.Option(help="N of one batch row.")],
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="What to tune, may be repeated: a kernel's name, or all (the default).")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="B.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where; the GPU if Triton has one.")] = None,
+    effort: Annotated[str, typer.Option(help="quick: one parameter at a time; full: every combination.")] = "quick",
+    budget: Annotated[float, typer.Option(metavar="SECONDS", help="No measurement begins after so long.")] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="The table; else the user's, where launches look.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile for --arch; needs no GPU.")] = False,
+    arch: Annotated[str | None, typer.Option(help="With --compile-only: sm_80, sm_90, sm_100, gfx942 or gfx1100.")] = None,
+) -> int:
+    """Measure launch parameters that change no bit, and write a table that launches look into.
+
+    Every set of parameters is verified against the reference before it is timed.
+    """
+    from . import tune
+
+    kernels = kernel or ["all"]
+    if compile_only:
+        return tune.compile_only(kernels, neurons, batch, dtype, arch, effort, out)
+    if arch is not None:
+        raise UserError("--arch goes with --compile-only: a run that measures does so for the device it runs on")
+    return tune.run(kernels, neurons, batch, dtype, backend, device, effort, budget, out, resume)
+
+
+COMMANDS = (info, check, tune)

@@ -1,0 +1,280 @@
+"""``coba-triton tune``: measure launch parameters and write a table, or compile them for a GPU that is not here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from coba_triton import _check, _tuner, tuning
+from coba_triton._tuner import Journal, Outcome, Task, Trial
+from coba_triton.tuning import KERNELS, TableError
+
+from . import info
+from .check import writable, write_json
+from .config import UserError, nearest
+from .report import written_whole
+
+COMPILE_REPORT = "coba_triton compile report"
+
+
+def _choose(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+    return value
+
+
+def tasks_for(kernels: list[str], neurons: int, batch: int, dtype: str, backend: str, device: torch.device) -> list[Task]:
+    """One task for each kernel that was asked for.
+
+    Raises:
+        UserError: if a name is unknown or a size is not positive.
+    """
+    if "all" in kernels:
+        kernels = list(KERNELS)
+    for kernel in kernels:
+        _choose("--kernel", kernel, (*KERNELS, "all"))
+    _choose("--dtype", dtype, tuple(tuning.DTYPES))
+    if neurons < 1 or batch < 1:
+        raise UserError(f"--neurons and --batch must be positive, got {neurons} and {batch}")
+    return [Task(backend, kernel, dtype, neurons, batch, str(device)) for kernel in dict.fromkeys(kernels)]
+
+
+def run(
+    kernels: list[str],
+    neurons: int,
+    batch: int,
+    dtype: str,
+    backend: str,
+    device: str | None,
+    effort: str,
+    budget: float,
+    out: Path | None,
+    resume: bool,
+) -> int:
+    """Tune; returns the exit status."""
+    _choose("--effort", effort, ("quick", "full"))
+    if not budget > 0:
+        raise UserError(f"--budget must be a positive number of seconds, got {budget:g}")
+    try:
+        used, where = _check.resolve(backend, device)
+        target = tuning.machine(used, where)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    tasks = tasks_for(kernels, neurons, batch, dtype, used, where)
+    path = tuning.user_table(target.arch) if out is None else out
+    writable(path)
+    header = {
+        "machine": list(target),
+        "sources": tuning.source_hash(used),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        _tuner.open_table(path, target)
+        journal = Journal(path.with_suffix(".journal.jsonl"), header, resume)
+    except TableError as error:
+        raise UserError(str(error)) from None
+    outcomes: list[Outcome] = []
+    interrupted = failed = False
+    started = time.perf_counter()
+    try:
+        print(f"Tuning for {target.backend} on {target.arch} ({target.name}), up to {budget:g} s; every set of parameters")
+        print("must give the reference's numbers, bit for bit where that is the contract, before it is timed.")
+        bandwidth = _tuner.copy_bandwidth(where)
+        print(f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
+        for number, task in enumerate(tasks):
+            now = time.perf_counter()
+            deadline = now + max(0.0, budget - (now - started)) / (len(tasks) - number)
+            try:
+                with _progress(task) as show:
+                    workload = _tuner.Timed(task, bandwidth)
+                    outcomes.append(_tuner.tune(task, workload, journal, effort, deadline, show=show))  # type: ignore[arg-type]  # checked above
+            except ValueError as error:
+                failed = True
+                print(f"{error}")
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        journal.close(finished=not interrupted and all(outcome.complete for outcome in outcomes))
+    if outcomes:
+        _report(outcomes, bandwidth, path, target)
+    if interrupted:
+        print(f"Interrupted; what was measured is in {journal.path}: continue with --resume.")
+        return 130
+    if not all(outcome.complete for outcome in outcomes):
+        print(f"The budget of {budget:g} s ended it; what was measured is in {journal.path}: continue with --resume.")
+    return 1 if failed else 0
+
+
+@contextmanager
+def _progress(task: Task) -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.fields[title]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        line = bar.add_task("", total=None, title=task.kernel, note="preparing")
+
+        def show(progress: _tuner.Progress) -> None:
+            best = progress.best
+            speed = f"best {best.p50 * 1e3:.3g} ms: {_words(best.parameters)}" if best and best.p50 else "nothing timed"
+            bar.update(line, completed=progress.done, total=progress.total, note=f"{speed}; ETA {progress.eta:.0f} s")
+
+        yield show
+
+
+def _words(parameters: dict[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in parameters.items())
+
+
+def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tuning.Machine) -> None:
+    console = Console(highlight=False)
+    print("rule: what the launcher takes where no table has an entry")
+    for outcome in outcomes:
+        console.print(_table(outcome, bandwidth))
+        best, rule = outcome.best, outcome.trials[0]
+        if best is rule:
+            print("Nothing is faster than the launcher's own rule by more than the spread of its times.")
+        elif best.p50 and rule.p50:
+            print(f"Best: {_words(best.parameters)}, {rule.p50 / best.p50:.2f} times as fast as the launcher's own rule.")
+    versions = info.versions()
+    picture = path.with_suffix(".png")
+    try:
+        _tuner.write_table(path, target, [_tuner.entry_of(outcome, bandwidth, versions) for outcome in outcomes])
+        with written_whole(picture) as part:
+            draw(outcomes, bandwidth, target).savefig(part, format="png")
+    except TableError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room or name another --out") from None
+    print(f"Wrote {path} and {picture}")
+    if path == tuning.user_table(target.arch):
+        print("Launches look there from now on.")
+    else:
+        print(f"To use it: {tuning.VARIABLE}={path}, or coba_triton.tuning.use({str(path)!r})")
+
+
+def _table(outcome: Outcome, bandwidth: float) -> Table:
+    table = Table(title=str(outcome.task), title_justify="left")
+    table.add_column("parameters")
+    for name in ("p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"):
+        if not (outcome.task.recurrent and name in ("GB/s", "% of copy")):
+            table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("note")
+    rule, best = outcome.trials[0], outcome.best
+    # the fastest first, then what was not timed
+    for trial in sorted(outcome.trials, key=lambda trial: trial.p50 or float("inf")):
+        names_of = [name for name, which in (("best", best), ("rule", rule)) if trial is which]
+        note = trial.reason or ", ".join(names_of)
+        cells = [""] * (3 if outcome.task.recurrent else 5)
+        if trial.p20 and trial.p50 and trial.p80:
+            rate = outcome.bytes_moved / trial.p50
+            cells = [f"{value * 1e3:.3f}" for value in (trial.p20, trial.p50, trial.p80)]
+            cells += [] if outcome.task.recurrent else [f"{rate / 1e9:.1f}", f"{rate / bandwidth:.0%}"]
+        table.add_row(_words(trial.parameters), *cells, note, style="bold" if trial is best else "")
+    return table
+
+
+def draw(outcomes: list[Outcome], bandwidth: float, target: tuning.Machine) -> Figure:
+    """Median and p20 to p80 of every set of parameters, the fastest first, beside what memory needs at the least."""
+    figure = Figure((10, 1.2 + sum(0.9 + 0.24 * len(outcome.trials) for outcome in outcomes)), 110, layout="constrained")
+    heights = [2 + len(outcome.trials) for outcome in outcomes]
+    axes = figure.subplots(len(outcomes), squeeze=False, height_ratios=heights)
+    for panel, outcome in zip(axes[:, 0], outcomes, strict=True):
+        timed = sorted((trial for trial in outcome.trials if trial.p50), key=lambda trial: trial.p50 or 0.0)
+        others = [trial for trial in outcome.trials if not trial.p50]
+        labels = []
+        for row, trial in enumerate([*timed, *others]):
+            rule = trial is outcome.trials[0]
+            labels.append(_words(trial.parameters) + (" (rule)" if rule else ""))
+            if trial.p50 and trial.p20 and trial.p80:
+                color = "#c0392b" if trial is outcome.best else "#222222" if rule else "#2c6fbb"
+                panel.plot([trial.p20 * 1e3, trial.p80 * 1e3], [row, row], color=color, linewidth=2)
+                panel.plot(trial.p50 * 1e3, row, "o", color=color, markersize=5)
+            else:
+                panel.text(0.01, row, f"{trial.status}: {trial.reason}"[:90], fontsize=7, va="center",
+                           transform=panel.get_yaxis_transform())  # fmt: skip
+        if not outcome.task.recurrent:
+            panel.axvline(
+                outcome.bytes_moved / bandwidth * 1e3, color="#7f8c8d", linestyle="--", label="copy of as many bytes"
+            )
+            panel.legend(frameon=False, fontsize=8, loc="upper right")
+        panel.set_yticks(range(len(labels)), labels, fontsize=7)
+        panel.invert_yaxis()
+        panel.set_xlim(left=0)
+        panel.set_xlabel("ms for one call: median, p20 to p80")
+        panel.set_title(str(outcome.task), fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Launch parameters on {target.name} ({target.arch}); red: chosen, black: the launcher's rule", fontsize=11
+    )
+    return figure
+
+
+def compile_only(
+    kernels: list[str], neurons: int, batch: int, dtype: str, arch: str | None, effort: str, out: Path | None
+) -> int:
+    """Compile launches for a target; returns the exit status: 1 if a kernel does not compile."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UserError("--compile-only needs Triton's compiler, and TRITON_INTERPRET is set; unset it")
+    try:
+        from coba_triton import _compile
+    except ModuleNotFoundError as error:
+        raise UserError(f"--compile-only needs the package {error.name}; pip install coba-triton[interp]") from None
+    known = tuple(_compile.TARGETS)
+    if arch is None:
+        raise UserError(f"--compile-only needs a target; add --arch, one of {', '.join(known)}")
+    _choose("--arch", arch, known)
+    _choose("--effort", effort, ("quick", "full"))
+    if out is not None:
+        writable(out)
+    rows: list[dict[str, Any]] = []
+    interrupted = False
+    console = Console(highlight=False)
+    for task in tasks_for(kernels, neurons, batch, dtype, "triton", torch.device("cpu")):
+        trials: list[Trial] = []
+        table = Table(title=f"{task.kernel} of {batch} x {neurons} neurons, {dtype}, for {arch}", title_justify="left")
+        with _compile.recorded(arch):
+            space, rule = task.space(), task.rule()
+        table.add_column("parameters")
+        for name in ("registers", "spills", "shared", "occupancy"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("note")
+        proposals = _tuner.proposals(space, rule, effort)  # type: ignore[arg-type]  # checked above
+        try:
+            with _progress(task) as show:
+                for parameters, total in proposals:
+                    try:
+                        trial = Trial(parameters, "timed", compiled=_tuner.compile_for(task, parameters, arch))
+                    except ValueError as error:
+                        trial = Trial(parameters, "failed", str(error))
+                    trials.append(trial)
+                    show(_tuner.Progress(task, len(trials), total, None, trial, 0.0))
+        except KeyboardInterrupt:
+            interrupted = True
+        for trial in trials:
+            found = trial.compiled
+            figures = [str(found.get(name, "")) for name in ("registers", "spills", "shared")]
+            share = f"{found['occupancy']:.0%}" if found else ""
+            note = trial.reason or ("rule" if trial.parameters == rule else "")
+            table.add_row(_words(trial.parameters), *figures, share, note)
+            said = {"parameters": trial.parameters, "compiled": found, "error": trial.reason}
+            rows.append({**task.key, **said})
+        console.print(table)
+        if interrupted:
+            break
+    if out is not None:
+        content = {"format": COMPILE_REPORT, "arch": arch, "versions": info.versions(), "compiled": rows}
+        write_json(out, content | {"sources": tuning.source_hash("triton"), "interrupted": interrupted})
+        print(f"Wrote {out}")
+    if interrupted:
+        return 130
+    return 1 if any(row["error"] for row in rows) else 0
