@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test budgets lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 	$(BIN)/coba-triton simulate ecg --out out/ecg
@@ -18,6 +18,9 @@ demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 
 test: $(STAMP) ## run the tests; options for pytest: make test ARGS="-m 'not slow'"
 	$(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark $(ARGS)
+
+budgets: $(STAMP) ## rewrite tests/budgets.json with what the compiled kernels need now, and print what changed
+	TRITON_INTERPRET=0 $(BIN)/python tests/budgets.py --write
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check

@@ -1,13 +1,10 @@
 """Compile the kernels ahead of time, exactly as the package launches them, for GPUs that are not there.
 
-``python compile_targets.py TARGET...`` compiles every specimen for each target and prints one line of JSON for each.
-It needs a process with ``TRITON_INTERPRET`` unset; it imports nothing but coba_triton, torch and triton.
+Compiling needs a process with ``TRITON_INTERPRET`` unset; this module imports nothing but coba_triton, torch and triton.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import torch
@@ -15,9 +12,7 @@ import triton
 from triton.compiler import ASTSource, CompiledKernel
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
-from coba_triton._compile import KERNELS, POINTERS, TARGETS, Recorder, cuobjdump, figures, recorded
-
-__all__ = ["KERNELS", "POINTERS", "TARGETS", "Recorder", "cuobjdump", "figures"]
+from coba_triton._compile import TARGETS, recorded
 
 
 def run(
@@ -102,6 +97,7 @@ def run_recurrent(
     **options: Any,
 ) -> None:
     """Call the public function, and autograd when training."""
+    options.setdefault("path", "events")  # "auto" would go by what unwritten memory holds
     w_in = torch.ones(neurons, inputs, dtype=dtype, requires_grad=train)
     w_rec = torch.zeros(1, 1, dtype=dtype).expand(neurons, neurons).requires_grad_(train)
     v_thresh = torch.full((neurons,) if per_neuron else (), -10.0, dtype=dtype, requires_grad=train)
@@ -147,16 +143,3 @@ def compile_specimen() -> CompiledKernel:
     """One kernel for one GPU."""
     source, options = launches("inference", "sm_80")["forward_kernel"]
     return triton.compile(source, target=TARGETS["sm_80"], options=options)
-
-
-def main(targets: list[str]) -> None:
-    for target in targets:
-        for specimen in [*SPECIMENS, *RECURRENT_SPECIMENS]:
-            for kernel, (source, options) in launches(specimen, target).items():
-                compiled = triton.compile(source, target=TARGETS[target], options=options)
-                line = {"target": target, "specimen": specimen, "kernel": kernel, **figures(compiled)}
-                print(json.dumps(line), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,46 +1,42 @@
 """The compile matrix: every launch that the package makes compiles for every GPU, without a spill or a barrier.
 
-What each compiled kernel needs is measured by ``compile_targets.py`` in processes of its own, as Triton's interpreter
-is on in this one.
+What each compiled kernel needs is measured by ``budgets.py`` in processes of its own, as Triton's interpreter is on in this
+one.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compile_targets import RECURRENT_SPECIMENS, SPECIMENS, TARGETS
+pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not installed")
+import triton
+
+import budgets
+from coba_triton._compile import TARGETS
+from compile_targets import RECURRENT_SPECIMENS, SPECIMENS
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is packaged for Linux"),
 ]
-SCRIPT = Path(__file__).with_name("compile_targets.py")
-
-
-def compile_all(target: str) -> list[dict[str, Any]]:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, SCRIPT, target], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"compiling for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def matrix() -> dict[tuple[str, str], list[dict[str, Any]]]:
+def rows() -> dict[str, list[dict[str, Any]]]:
+    """Target to the figures of every kernel of every specimen."""
+    return budgets.measure_all(tuple(TARGETS))
+
+
+@pytest.fixture(scope="module")
+def matrix(rows) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(target, specimen) to the figures of its kernels."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for rows in pool.map(compile_all, TARGETS) for row in rows]
     table: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        table.setdefault((row["target"], row["specimen"]), []).append(row)
+    for target, kernels in rows.items():
+        for row in kernels:
+            table.setdefault((target, row["specimen"]), []).append(row)
     return table
 
 
@@ -68,3 +64,25 @@ def test_recurrent_kernels_compile_without_spills(target: str, specimen: str, ma
     assert forward in kernels and ("recurrent_backward_kernel" in kernels) == options.get("train", False)
     for row in rows:
         assert (row["stack"], row["spills"], row.get("fused", 0)) == (0, 0, 0), row
+
+
+@pytest.mark.parametrize("target", budgets.BUDGETED)
+def test_no_figure_is_worse_than_its_budget(target: str, rows) -> None:
+    """Registers, occupancy, and the instructions and bytes of the time loops are those of ``budgets.json``, or better."""
+    version, committed = budgets.read()
+    if version != triton.__version__:
+        pytest.skip(f"the budgets hold for Triton {version}, installed is {triton.__version__}")
+    here = {key: row for key, row in committed.items() if key.startswith(f"{target},")}
+    worse, _ = budgets.differences(here, budgets.keyed({target: rows[target]}))
+    assert not worse, "\n".join(["`make budgets` accepts these figures, and shows them:", *worse])
+
+
+def test_a_worse_figure_is_told_from_a_better_one() -> None:
+    budget = {"kernel": {"registers": 40, "occupancy": 0.5, "loop": {"instructions": 90, "barrier": 0}}}
+    better = {"kernel": {"registers": 32, "occupancy": 0.75, "loop": {"instructions": 80}}}
+    assert budgets.differences(budget, budget) == ([], [])
+    assert budgets.differences(budget, better)[0] == [] and len(budgets.differences(budget, better)[1]) == 3
+    assert budgets.differences(better, budget)[0] == ["kernel: occupancy 0.75 -> 0.5", "kernel: registers 32 -> 40"]
+    barrier = {"kernel": {"registers": 40, "occupancy": 0.5, "loop": {"instructions": 90, "barrier": 1}}}
+    assert budgets.differences(budget, barrier)[0] == ["kernel: barrier in the loop 0 -> 1"]
+    assert budgets.differences(budget, {})[0] == ["kernel: compiled no more"]

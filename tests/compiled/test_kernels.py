@@ -243,16 +243,16 @@ def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
     neurons = 32
     case = recurrent_problem(STEPS, 1, neurons)
     weights = case.recurrent_weights
-    net = _recurrent.Network(case.input_weights, weights, constants_of(case), False, _triton)
+    net = _recurrent.Network.of(case.input_weights, weights, constants_of(case), False, _triton)
 
     def run(batch: int, zeros: Callable[..., Tensor]) -> list[Tensor]:
         drive, recurrent_drive = (zeros(2, STEPS, batch, neurons) for _ in range(2))
         drive[:, :, -1:] = torch.stack([case.x @ torch.relu(sign * case.input_weights).t() for sign in (1, -1)])
-        state, first, lam = zeros(3, batch, neurons), zeros(2, batch, neurons), zeros(3, batch, neurons)
-        state[:, -1:] = torch.stack(tuple(case.state)[1:])
+        x, z, state, lam = zeros(STEPS, batch, 1), zeros(batch, neurons), zeros(3, batch, neurons), zeros(3, batch, neurons)
+        z[-1:], state[:, -1:] = case.state.z, torch.stack(tuple(case.state)[1:])
         spikes, words = zeros(STEPS, batch, neurons), zeros(2, batch, neurons, dtype=torch.int32)
         trajectory, adjoints = zeros(6, STEPS, batch, neurons), zeros(STEPS, batch, 2 * neurons)
-        _triton.recurrent_block(net, weights.t().contiguous(), drive, first, state, spikes, words, None, sliced=False)
+        _triton.recurrent_block(net, x, drive, z, state, spikes, words, None, sliced=False)
         _triton._launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, STEPS)
         grad_spikes = spikes.flatten(1)  # any numbers serve
         _triton.recurrent_sweep(
