@@ -141,6 +141,10 @@ class Result:
         where = f" in {self.path}" if self.path else ""
         return f"<Result of {self.steps:,} steps of {self.dt:g} ms, neurons {list(self.shape)}{where}>"
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the result has an array of this name."""
+        return name in self._arrays
+
     @property
     def neurons(self) -> int:
         """Number of neurons N, all axes together."""
@@ -154,7 +158,7 @@ class Result:
     @property
     def spikes(self) -> StoredSpikes:
         """All spikes, ``[T, *neurons]``: ``result.spikes[1000:2000]`` and ``result.spikes[:, 3]`` give booleans."""
-        if "spikes" not in self._arrays:
+        if "spikes" not in self:
             raise ValueError("the spikes were not recorded; run again with Record(spikes=True)")
         return StoredSpikes(self._arrays["spikes"], self.path, self.steps)
 
@@ -361,10 +365,10 @@ class Result:
 
         block = neo.Block(name="coba_triton", coba_triton_attributes=json.dumps(self.attributes))
         segment = neo.Segment(name="run")
-        times, neurons = self.events() if "spikes" in self._arrays else (np.empty(0), np.empty(0, np.int64))
+        times, neurons = self.events() if "spikes" in self else (np.empty(0), np.empty(0, np.int64))
         order = np.argsort(neurons, kind="stable")
         bounds = np.searchsorted(neurons[order], np.arange(self.neurons + 1))
-        if "spikes" in self._arrays:
+        if "spikes" in self:
             for neuron in range(self.neurons):
                 train = times[order[bounds[neuron] : bounds[neuron + 1]]]
                 segment.spiketrains.append(neo.SpikeTrain(train, t_stop=self.duration, units="ms", neuron=neuron))

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import coba_lif_integral
+from coba_triton import MemorySink, Result, coba_lif_integral, open_result
 from coba_triton.cli import job, main
 from coba_triton.cli.config import Config, FileWeights, RandomSynapses, UserError, builtins, load
 from coba_triton.cli.inputs import open_source
-from coba_triton.cli.report import interval_variation
 from coba_triton.cli.weights import Recurrent, draw_recurrent, open_recurrent, read_weights
 
 N, CHANNELS, T = 20, 6, 600
@@ -92,16 +91,20 @@ def whole_run(settings: Config) -> tuple[torch.Tensor, Any]:
     )
 
 
+def run(settings: Config, source: Any = None, recurrent: Any = None) -> Result:
+    return job.run(settings, source or open_source(settings), recurrent or open_recurrent(settings), MemorySink()).result
+
+
 def assert_equal_to_whole_run(config: str) -> None:
     settings = load(config)[1]
-    finished = job.simulate(settings, open_source(settings), open_recurrent(settings), lambda done: None).joined()
+    result = run(settings)
     spikes, states = whole_run(settings)
-    steps, neurons = spikes.nonzero(as_tuple=True)
-    assert 20 < len(steps) < 2000
-    np.testing.assert_array_equal(finished.spike_steps, steps.numpy())
-    np.testing.assert_array_equal(finished.spike_neurons, neurons.numpy())
+    assert 20 < spikes.sum() < 2000
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
     for name in ("v", "g_e", "g_i"):
-        np.testing.assert_array_equal(finished.traces[name], getattr(states, name)[:, [3, 0]].numpy())
+        np.testing.assert_array_equal(result.traces[name][:], getattr(states, name)[:, [3, 0]].numpy())
+    for name, members in (("excitatory", slice(0, 15)), ("inhibitory", slice(15, 20))):
+        np.testing.assert_array_equal(result.counts(1, name), spikes[:, members].sum(1).numpy())
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 5000])
@@ -115,7 +118,7 @@ def test_recurrence_changes_the_spikes(config: str) -> None:
     source = open_source(settings)
     spikes = []
     for recurrent in (open_recurrent(settings), Recurrent(np.zeros((N, N), np.float32), np.zeros(N, np.int8), {})):
-        spikes.append(job.simulate(settings, source, recurrent, lambda done: None).joined().spike_steps)
+        spikes.append(run(settings, source, recurrent).spikes[:])
     assert not np.array_equal(*spikes)
 
 
@@ -133,11 +136,11 @@ def test_own_input_is_the_feed_forward_one(config: str) -> None:
     settings = load(config)[1]
     source = open_source(settings)
     unconnected = Recurrent(np.zeros((N, N), np.float32), np.zeros(N, np.int8), {})
-    alone, connected = (job.simulate(settings, source, r, lambda done: None).joined() for r in (None, unconnected))
-    assert len(alone.spike_steps) > 20
-    np.testing.assert_array_equal(alone.spike_steps, connected.spike_steps)
-    np.testing.assert_array_equal(alone.traces["v"], connected.traces["v"])
-    np.testing.assert_allclose(alone.input_i, connected.input_i, rtol=1e-5)
+    alone, connected = (job.run(settings, source, r, MemorySink()).result for r in (None, unconnected))
+    assert alone.spikes[:].sum() > 20
+    np.testing.assert_array_equal(alone.spikes[:], connected.spikes[:])
+    np.testing.assert_array_equal(alone.traces["v"][:], connected.traces["v"][:])
+    np.testing.assert_allclose(alone.array("input_i"), connected.array("input_i"), rtol=1e-5)
 
 
 def test_the_split_is_per_synapse(config: str, tmp_path: Path) -> None:
@@ -145,9 +148,9 @@ def test_the_split_is_per_synapse(config: str, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((T, 2)))
     change(config, 'source = "poisson", seed = 2, channels = 6, rate = "400 Hz"', 'source = "file", path = "x.npy"')
     settings = load(config)[1]
-    finished = job.simulate(settings, open_source(settings), open_recurrent(settings), lambda done: None).joined()
-    assert finished.input_e == pytest.approx(2**-10)  # summed before the split, both would be 0
-    assert finished.input_i == pytest.approx(2**-10)
+    result = run(settings)
+    assert result.array("input_e") == pytest.approx(2**-10)  # summed before the split, both would be 0
+    assert result.array("input_i") == pytest.approx(2**-10)
 
 
 def test_channels_drive_unconnected_neurons_too(config: str) -> None:
@@ -312,8 +315,7 @@ def test_message(config: str, old: str, new: str, message: str) -> None:
 def test_summary_and_table(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    with np.load(tmp_path / "out" / "spikes.npz") as file:
-        rates = np.bincount(file["neuron"], minlength=N) / 0.06
+    rates = open_result(tmp_path / "out" / "result.zarr").spikes[:].sum(0) / 0.06
     recurrent = summary["recurrent"]
     settings = load(config)[1]
     network = open_recurrent(settings)
@@ -333,29 +335,13 @@ def test_summary_and_table(config: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert row in printed.out
 
 
-def spike_block(steps: list[int], neurons: list[int]) -> job.Block:
-    empty = np.zeros(0, np.float32)
-    return job.Block(100, np.array(steps, np.int64), np.array(neurons, np.int32), {}, empty, empty)
-
-
-def test_interval_variation() -> None:
-    regular, intervals = [0, 10, 20, 30, 40], [5, 15, 5, 25]
-    irregular = np.cumsum([3, *intervals]).tolist()
-    events = sorted([(t, 0) for t in regular] + [(t, 2) for t in irregular] + [(7, 1), (9, 1)])
-    variation = interval_variation(spike_block(*map(list, zip(*events, strict=True))), 4)
-    assert variation[0] == 0
-    assert variation[2] == pytest.approx(np.std(intervals) / np.mean(intervals))
-    assert np.isnan(variation[[1, 3]]).all()  # too few
-    assert np.isnan(interval_variation(spike_block([], []), 2)).all()
-
-
 @pytest.mark.filterwarnings("default")
 def test_runaway_is_warned_about_once(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(config, '"0.001953125 uS"', '"2 uS"')
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    assert printed.startswith("coba-triton: warning: the Euler step is unstable: dt * (g_l + g_e + g_i) / c_m has reached")
+    assert printed.startswith("coba-triton: warning: the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) has reached")
 
 
 def test_not_enough_memory(
@@ -364,7 +350,7 @@ def test_not_enough_memory(
     def fail(*_: Any) -> None:
         raise MemoryError("Unable to allocate 1 TiB")
 
-    monkeypatch.setattr(job, "simulate", fail)
+    monkeypatch.setattr(job, "run", fail)
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
     assert "not enough memory (Unable to allocate 1 TiB); make neuron.count" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-_EXTRA = ("matplotlib", "pint", "pydantic", "rich", "typer")
+_EXTRA = ("matplotlib", "pint", "pydantic", "rich", "typer", "zarr")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

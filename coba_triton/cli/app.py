@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from .._warmup import messages_on_stderr
 from . import tools
 from .config import UserError, builtin_folder, builtins, describe, load
 
 INTERRUPTED = 130
+
+
+class Form(StrEnum):
+    """How a result is kept."""
+
+    zarr = "zarr"
+    npz = "npz"
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for _command in tools.COMMANDS:
@@ -61,11 +60,13 @@ def commands() -> None:
 def simulate(
     config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a built-in configuration.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; an earlier run's are replaced.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted in this folder.")] = False,
+    form: Annotated[Form, typer.Option("--format", help="How to keep the result; only zarr can be resumed.")] = Form.zarr,
     list_: Annotated[bool, typer.Option("--list", help="List the built-in configurations.")] = False,
 ) -> None:
-    """Run a configuration: writes spikes.npz, traces.npz, raster.png and summary.json to a folder.
+    """Run a configuration: writes result.zarr, raster.png and summary.json to a folder.
 
-    Ctrl-C ends the run; what was finished by then is written.
+    Ctrl-C ends the run, and so does whatever kills it; with --resume it goes on from the last finished block.
     """
     if list_:
         _list_builtins()
@@ -74,8 +75,10 @@ def simulate(
         raise UserError("no configuration given; name a TOML file or a built-in one (see simulate --list)")
     if out is None:
         raise UserError("no folder for the results given; add --out DIR")
+    if resume and form is Form.npz:
+        raise UserError("a run into .npz cannot be resumed, as it is written at its end; leave out --format npz")
     try:
-        interrupted = _simulate(config, out)
+        interrupted = _simulate(config, out, resume, form)
     except KeyboardInterrupt:
         _say("Interrupted; nothing more was written.")
         raise typer.Exit(INTERRUPTED) from None
@@ -87,6 +90,19 @@ def simulate(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command()
+def plot(
+    result: Annotated[Path, typer.Argument(help="A result: the folder of a run, a .zarr group or an .npz file.")],
+    out: Annotated[Path | None, typer.Option(help="PNG, PDF or SVG file; plot.png beside the result by default.")] = None,
+    start: Annotated[float | None, typer.Option(help="Begin of the panels over time, in ms.")] = None,
+    stop: Annotated[float | None, typer.Option(help="Their end, in ms.")] = None,
+) -> None:
+    """Draw a result: raster, rates, membrane potential, intervals between spikes, and a table of the populations."""
+    from . import report
+
+    print(f"Wrote {report.plot(result, out, start, stop)}")
+
+
 def _list_builtins() -> None:
     table = Table.grid(padding=(0, 2))
     for name in builtins():
@@ -95,7 +111,7 @@ def _list_builtins() -> None:
     print(f"To make your own, copy one from {builtin_folder()}")
 
 
-def _simulate(name: str, out: Path) -> bool:
+def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
     """Run a configuration and write the results; returns whether Ctrl-C ended it."""
     name, config = load(name)
     from . import job, report
@@ -104,43 +120,19 @@ def _simulate(name: str, out: Path) -> bool:
 
     report.prepare_folder(out)
     source, recurrent = open_source(config), open_recurrent(config)
-    with _warnings_in_one_line(), _progress(config.simulation.steps) as show:
-        run = job.simulate(config, source, recurrent, show)
-    if not run.blocks:
-        _say("Interrupted before the first block of steps was finished; nothing was written.")
+    sink = report.open_sink(out / f"result.{form.value}", name, config, source)
+    with _warnings_in_one_line():
+        run = job.run(config, source, recurrent, sink, resume)
+    if not run.result.steps:
+        _say("Interrupted before the first block of steps was finished.")
         return True
     summary = report.write(out, name, config, source, recurrent, run)
     _print_summary(summary)
-    print(f"Wrote {', '.join(report.FILES)} to {out}")
-    if run.interrupted:
-        _say(f"Interrupted after {run.steps:,} of {summary['T']:,} steps; what was finished is written.")
-    return run.interrupted
-
-
-class _StepsPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} steps/s" if speed else "- steps/s")
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; yields the function that takes the finished steps."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done: None
-        return
-    columns = (
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        BarColumn(),
-        _StepsPerSecond(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps)
-        yield lambda done: progress.update(task, completed=done)
+    print(f"Wrote {sink.path.name if sink.path else ''}, {' and '.join(report.FILES)} to {out}")
+    if not run.result.finished:
+        hint = "; continue with --resume" if form is Form.zarr else ""
+        _say(f"Interrupted after {run.result.steps:,} of {summary['T']:,} steps; what was finished is written{hint}.")
+    return not run.result.finished
 
 
 @contextmanager

@@ -9,7 +9,7 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     [simulation]
     dt = "0.1 ms"
     duration = "1 s"                      # a whole number of steps
-    block_steps = 1024                    # optional; steps held in memory at a time, changes no result
+    block_steps = 1024                    # optional; steps in a block, rounded up to a multiple of 32; default: 64 MiB
     order = "decay_first"                 # optional; or "jump_first"
     backend = "auto"                      # optional; or "reference", "triton", "cpu"
     device = "auto"                       # optional; or a torch device; "auto": the GPU if Triton has one
@@ -242,7 +242,7 @@ class Simulation(_Table):
 
     dt: PositiveTime
     duration: PositiveTime
-    block_steps: PositiveInt = 1024
+    block_steps: PositiveInt | None = None
     order: Literal["decay_first", "jump_first"] = "decay_first"
     backend: str = "auto"
     device: str = "auto"

