@@ -16,7 +16,7 @@ demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 	$(BIN)/coba-triton simulate ecg --out out/ecg
 	@echo "Open the picture: out/ecg/raster.png"
 
-test: $(STAMP) ## run the tests; options for pytest: make test ARGS="-m 'not slow'"
+test: $(STAMP) ## run the tests; ARGS="-m 'not slow'" leaves out what takes long, and takes a minute
 	$(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark $(ARGS)
 
 budgets: $(STAMP) ## rewrite tests/budgets.json with what the compiled kernels need now, and print what changed

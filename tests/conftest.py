@@ -17,6 +17,9 @@ import torch
 from coba_triton import _validation
 from coba_triton._backends import triton_device_type
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a worker for every core
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

@@ -208,6 +208,7 @@ def test_ctrl_c_ends_with_what_was_found(monkeypatch, capsys, tmp_path) -> None:
     assert json.loads(report.read_text())["interrupted"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_in_a_process_of_its_own(tmp_path) -> None:
     command = [sys.executable, "-m", "coba_triton.cli", "check", "--device", "cpu", "--full"]

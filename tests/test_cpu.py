@@ -17,7 +17,7 @@ import torch
 
 import coba_triton
 from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
-from problems import Problem, problem, recurrent_problem
+from coba_triton.problems import Problem, problem, recurrent_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -196,6 +196,7 @@ def test_operators_pass_opcheck(spike_dtype) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86 assembly")
 def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
     """No fused multiply-add; every product of the equations is there as a vector instruction."""

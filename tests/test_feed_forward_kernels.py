@@ -17,13 +17,14 @@ from coba_triton import (
     unpack_spikes,
 )
 from coba_triton._backends import triton_device_type
+from coba_triton.problems import DT, Problem, problem
 from coba_triton.surrogate import SURROGATES
-from problems import DT, Problem, problem
+from marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
 FLOATS = [torch.float32, torch.float64]
 # one step, less than a chunk, whole chunks, chunks and a tail; one neuron, ragged, a whole program, two programs
-SIZES = [(1, (1,)), (5, (63,)), (16, (32,)), (35, (2, 20)), (33, (500,))]
+SIZES = [(1, (1,)), (5, (63,)), *slow((16, (32,)), (35, (2, 20)), (33, (500,)))]
 
 
 @pytest.fixture(params=["triton", "cpu"])
@@ -122,7 +123,7 @@ def strided(kind: str, device: torch.device) -> Problem:
 
 
 @pytest.mark.parametrize(
-    "kind", ["transposed", "every second", "expanded over neurons", "expanded over time", "reversed state"]
+    "kind", ["transposed", *slow("every second", "expanded over neurons", "expanded over time", "reversed state")]
 )
 def test_strided_inputs(kind, backend, device) -> None:
     case = strided(kind, device)
@@ -160,8 +161,8 @@ EXACT_SURROGATES = ["super", "triangle", "heaviside"]
 
 @pytest.mark.parametrize("record", [False, True], ids=["final", "recorded"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("method", SURROGATES)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("method", ["super", *slow(*list(SURROGATES)[1:])])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float64)], ids=str)
 def test_gradients(dtype, method, order, record, backend, device) -> None:
     """Float64 gradients agree to 1e-9; those of input and state have autograd's bits where s' needs no `exp`.
 
@@ -186,7 +187,7 @@ def test_gradients(dtype, method, order, record, backend, device) -> None:
             assert (grad - expected).abs().max() <= 1400 * 2**-24 * scale, name
 
 
-@pytest.mark.parametrize("steps", [3, 8, 17, 64])
+@pytest.mark.parametrize("steps", [3, 17, *slow(8, 64)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_gradients_of_every_length(steps, dtype, backend, device) -> None:
     """Whole checkpoint intervals, and every kind of rest."""
@@ -221,7 +222,10 @@ def test_gradients_through_the_state_when_spikes_are_no_floats(spike_dtype, back
     assert grads[backend] == pytest.approx(grads["reference"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("block_steps", "spike_dtype"), [(1, None), (7, None), (16, torch.uint8), (32, "bits")])
+BLOCKS = [(16, torch.uint8), (32, "bits"), *(pytest.param(steps, None, marks=pytest.mark.slow) for steps in (1, 7))]
+
+
+@pytest.mark.parametrize(("block_steps", "spike_dtype"), BLOCKS)
 @pytest.mark.parametrize("record", [False, True], ids=["final", "recorded"])
 def test_blocks_equal_the_whole(block_steps, spike_dtype, record, backend, device) -> None:
     case = problem(45, (33,), device=device)
@@ -307,6 +311,7 @@ def test_neurons_do_not_depend_on_their_company(backend, device) -> None:
         assert torch.equal(part.run(backend)[0], whole[:, neurons])
 
 
+@pytest.mark.slow
 def test_saved_memory_is_below_two_bytes_per_neuron_step(backend, device) -> None:
     """Beyond the input, which is the user's own."""
     for dtype, steps in itertools.product(FLOATS, (64, 256)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
-from problems import problem
+from coba_triton.problems import problem
 
 
 def arguments(device, *, spike_dtype=torch.float32, record=False, every=8, steps=19, grad=True):

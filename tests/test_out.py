@@ -8,11 +8,12 @@ from torch import Tensor
 
 from coba_triton import coba_lif_feed_forward_integral
 from coba_triton.problems import problem, recurrent_problem
+from marks import slow
 
 FORMATS = [None, torch.float16, torch.uint8, "bits"]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", *slow("triton"), "reference"])
 @pytest.mark.parametrize("spike_dtype", FORMATS)
 @pytest.mark.parametrize(("block_steps", "record_states"), [(None, False), (32, False), (32, True)])
 @pytest.mark.parametrize("kind", ["feed_forward", "recurrent"])

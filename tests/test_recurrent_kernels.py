@@ -13,13 +13,14 @@ import triton
 from coba_triton import CobaLIFParameters, CobaLIFState, _recurrent, _triton, coba_lif_integral, coba_lif_step
 from coba_triton import kernels as kernels_package
 from coba_triton.kernels import recurrent as recurrent_kernels
+from coba_triton.problems import DT, VALUES, recurrent_problem
 from coba_triton.surrogate import SURROGATES
 from concurrent_interpreter import all_programs_at_once
-from problems import DT, VALUES, recurrent_problem
+from marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
 FLOATS = [torch.float32, torch.float64]
-SIZES = [(33, 3, 1), (1, 1, 63), (33, 1, 63), (14, 3, 129), (4, 1, 500)]
+SIZES = [(1, 1, 63), *slow((33, 3, 1), (33, 1, 63), (14, 3, 129), (4, 1, 500))]
 
 
 def assert_same_bits(ours, theirs) -> None:
@@ -43,9 +44,9 @@ def test_forward_has_the_bits_of_the_reference(size, order, path, device) -> Non
         assert size[0] < 5 or size[2] == 1 or expected.sum() > 10
 
 
-@pytest.mark.parametrize("spike_dtype", [torch.float16, torch.bool, torch.uint8, "bits"], ids=str)
+@pytest.mark.parametrize("spike_dtype", ["bits", *slow(torch.float16, torch.bool, torch.uint8)], ids=str)
 @pytest.mark.parametrize("path", ["events", "dense"])
-@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("record", [False, *slow(True)])
 def test_spike_dtypes(spike_dtype, path, record, device) -> None:
     case = recurrent_problem(40, 2, 20, device=device)
     ours = case.run("triton", spike_dtype=spike_dtype, path=path, record_states=record)
@@ -107,6 +108,7 @@ def test_empty_shapes(shape, device) -> None:
     assert x.grad.shape == x.shape and not w_in.grad.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_steps", [1, 32, 64])
 def test_blocks_equal_the_whole(block_steps, device) -> None:
     """On arbitrary weights: the order of the sums does not depend on the blocks."""
@@ -116,6 +118,7 @@ def test_blocks_equal_the_whole(block_steps, device) -> None:
     assert_same_bits([split[0], *split[1]], [whole[0], *whole[1]])
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_batch_and_tiles(device, monkeypatch) -> None:
     case = recurrent_problem(20, 3, 70, device=device, exact=False)
     spikes, final = case.run("triton", path="events")
@@ -132,6 +135,7 @@ def test_bits_do_not_depend_on_batch_and_tiles(device, monkeypatch) -> None:
         assert_same_bits([tiled[0], *tiled[1]], [alone[0], *alone[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spike_dtype", [None, "bits"])
 def test_rows_larger_than_a_tile(spike_dtype, device, monkeypatch) -> None:
     monkeypatch.setattr(_triton, "ROW_IN_REGISTERS", 0)
@@ -164,6 +168,7 @@ def test_busy_blocks_take_the_dense_path(device, monkeypatch) -> None:
     assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["events", "dense"])
 def test_arbitrary_weights_stay_within_the_rounding_of_their_sums(path, device) -> None:
     """Teacher forced: each step starts from the reference's state; a spike may differ only where the potential is
@@ -209,12 +214,14 @@ def test_free_run_on_arbitrary_weights_diverges_at_the_threshold_only(path, devi
 
 GRADIENT_CASES = [
     {"method": "super", "order": "decay_first", "record_states": False},
-    {"method": "super", "order": "jump_first", "record_states": True},
-    *({"method": m, "order": o, "record_states": False} for m, o in zip(list(SURROGATES)[1:], ORDERS * 3, strict=False)),
+    *slow(
+        {"method": "super", "order": "jump_first", "record_states": True},
+        *({"method": m, "order": o, "record_states": False} for m, o in zip(list(SURROGATES)[1:], ORDERS * 3, strict=False)),
+    ),
 ]
 
 
-@pytest.mark.parametrize("one_launch", [True, False], ids=["one launch", "a launch a step"])
+@pytest.mark.parametrize("one_launch", [True, *slow(False)], ids=["one launch", "a launch a step"])
 @pytest.mark.parametrize("options", GRADIENT_CASES, ids=lambda o: "-".join(map(str, o.values())))
 def test_gradients(options, one_launch, device, monkeypatch) -> None:
     """Everything by everything in float64, to 1e-8; two blocks, the last a short one."""
@@ -231,6 +238,7 @@ def test_gradients(options, one_launch, device, monkeypatch) -> None:
         assert all(grad.abs().max() > 0 for grad in their_grads.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["events", "dense"])
 def test_float32_gradients(path, device) -> None:
     case = recurrent_problem(34, 2, 10, device=device)
@@ -242,6 +250,7 @@ def test_float32_gradients(path, device) -> None:
         assert (our_grads[name] - expected).abs().max() <= 680 * 2**-24 * expected.abs().max(), name
 
 
+@pytest.mark.slow
 def test_gradients_where_spikes_are_packed(device) -> None:
     case = recurrent_problem(34, 1, 9, torch.float64, device)
     case.recurrent_weights.requires_grad_()
@@ -252,11 +261,13 @@ def test_gradients_where_spikes_are_packed(device) -> None:
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_two_runs_have_equal_bits(device) -> None:
     first, second = (recurrent_problem(20, 2, 40, device=device, exact=False).gradients("triton") for _ in range(2))
     assert_same_bits([*first[0], *first[1].values()], [*second[0], *second[1].values()])
 
 
+@pytest.mark.slow
 def test_saved_memory(device) -> None:
     """One bit a spike and the state before each of about sqrt(T) blocks."""
     case = recurrent_problem(1000, 1, 32, device=device, inputs=2)
@@ -322,7 +333,7 @@ def run_sliced(seed: int = 0, spin_limit: int = 300) -> list[torch.Tensor]:
 
 
 @interpreted
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_slices_agree_with_the_reference(seed) -> None:
     assert _triton.slices_per_row(75, 2) > 1
     expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")
@@ -355,6 +366,7 @@ PLANTED = {
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_barrier_bugs_are_caught(bug, tmp_path, monkeypatch) -> None:
     """Each bug changes the result, or ends in the exception, under one of a few schedules."""

@@ -136,6 +136,7 @@ def test_error_is_one_sentence(
         raise ValueError(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
 def test_missing_package_is_one_sentence(module: str, package: str) -> None:
     code = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"

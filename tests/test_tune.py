@@ -318,6 +318,7 @@ def test_compile_only_needs_no_gpu(arch, tmp_path) -> None:
         assert any(row["compiled"]["spills"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is packaged for Linux")
 @pytest.mark.parametrize(
     ("arguments", "message"), [([], "add --arch, one of sm_80"), (["--arch", "sm_91"], "--arch must be one of")]
@@ -338,6 +339,7 @@ def test_occupancy() -> None:
     assert occupancy("gfx942", 64, 4, 0) == 1.0 and occupancy("gfx942", 256, 4, 0) == 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_kill_leaves_a_journal_to_resume(tmp_path) -> None:
     out = tmp_path / "t.json"

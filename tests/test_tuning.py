@@ -169,6 +169,7 @@ def test_rules_are_within_the_space(kernel) -> None:
             assert tuning.check_parameters(backend, kernel, rule) == rule and rule.keys() == space[kernel].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 def test_triton_launch_parameters_change_no_bit(kernel, device) -> None:
     """Every parameter at a value that is not the rule's, in the interpreter or on the device."""

@@ -16,7 +16,7 @@ from torch import Tensor
 import ptxsim
 from coba_triton import _recurrent, _triton
 from coba_triton.model import derive_constants
-from problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
+from coba_triton.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
 
 F32, F64 = torch.float32, torch.float64
 SEEDS = (1, 2, 3)
