@@ -20,7 +20,7 @@ from .tuning import Parameters, launch_parameters
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
 HUGE_PAGES_FROM = 8 << 20
 # Below so many neuron-steps a thread, handing the work over costs more than it saves.
-MIN_STEPS_PER_THREAD = 1 << 17
+MIN_STEPS_PER_THREAD = 1 << 19
 # A thread's neurons are a multiple of this, so that no two threads write to one cache line.
 SHARE_OF = 64
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from . import _cpu_recurrent_kernels as kernels
-from ._cpu import _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
+from ._cpu import _ask_for_huge_pages, _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
 from ._recurrent import Network
 
 
 def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int, most: int | None = None) -> None:
-    """Run ``kernel`` over all rows, by ``most`` threads or all; ``work``: operations of all rows together."""
+    """Run ``kernel`` over all rows, by ``most`` threads or all; ``work``: its cost in steps of a feed-forward neuron."""
     threads = min(rows, count_threads(most, work)) or 1
     bounds = [rows * thread // threads for thread in range(threads + 1)]
     jobs = [
@@ -66,6 +66,7 @@ def _block(
     no_drive = none.view(2, 0, batch, neurons)
     trace = state.new_empty(3, steps if states is not None else 0, cells)
     no_words = torch.empty(0, cells, dtype=torch.int32)
+    _ask_for_huge_pages(*(output for output in (spikes, trajectory) if output is not None))
     _launch(
         kernels.block_kernel(),
         _strided(None if x is None else x.reshape(steps, -1)),
@@ -85,7 +86,7 @@ def _block(
         net.jump_first,
         steps,
         rows=batch,
-        work=steps * cells,
+        work=2 * steps * cells,
         most=parameters_of(f"recurrent_{'backward' if forced else 'forward'}", state.dtype, neurons, batch)["threads"],
     )
     if states is not None:
@@ -173,7 +174,15 @@ def recurrent_sweep(
             initial = start + t == 0  # the initial state is not recorded
             before = _array((torch.zeros_like(lam) if initial else grad_states[:, start + t - 1]).reshape(3, cells))
         _launch(
-            kernels.sweep_kernel(method), t, *arrays, before, *carried, net.jump_first, rows=batch, work=8 * cells, most=most
+            kernels.sweep_kernel(method),
+            t,
+            *arrays,
+            before,
+            *carried,
+            net.jump_first,
+            rows=batch,
+            work=32 * cells,
+            most=most,
         )
         torch.mm(adjoints[t], split_weights, out=lam_z)
     return lam_z

@@ -36,6 +36,7 @@ from ._cpu_kernels import (
     load_shared,
     load_state,
     pack,
+    prefetch,
     relu,
     row_of,
     store_constants,
@@ -232,6 +233,7 @@ def block_kernel() -> Any:
                         unpack(fired[here], words[t // 32, cell : cell + n], t % 32)
                     if trajectory.size > 0:
                         copy(trajectory[0, t, cell : cell + n], tile, V, 1, n)
+                    prefetch(spikes, t + 1, cell, n)
                     step_row(tile, fired[here], n, jump_first, forced, c)
                     if trajectory.size > 0:
                         copy(trajectory[1, t, cell : cell + n], tile, U, 1, n)

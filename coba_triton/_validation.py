@@ -155,8 +155,8 @@ def broadcast_neurons(base: Iterable[int], named: dict[str, Any], grows: bool = 
     """The neurons' shape: ``base`` broadcast with every named tensor; ``grows`` allows it to become larger."""
     shape = torch.Size(base)
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            continue
+        if not isinstance(value, Tensor) or value.shape in ((), shape):
+            continue  # the rule below takes PyTorch 20 us a tensor
         try:
             together = torch.broadcast_shapes(shape, value.shape)
         except RuntimeError:

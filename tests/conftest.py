@@ -6,7 +6,7 @@ tests on the device of Triton's active driver instead: a GPU, or an emulating dr
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 os.environ["COBA_TRITON_TUNING"] = "off"  # no table of the machine's user
@@ -31,6 +31,15 @@ def device() -> torch.device:
 def forget_stability_checks() -> None:
     """Every test sees the warnings that a new process would see."""
     _validation._stability_checked.clear()
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Set the number of threads, which small problems use, too; put it back afterwards."""
+    monkeypatch.setattr("coba_triton._cpu.MIN_STEPS_PER_THREAD", 100)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -341,7 +341,9 @@ def test_runaway_is_warned_about_once(config: str, tmp_path: Path, capsys: pytes
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    assert printed.startswith("coba-triton: warning: the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) has reached")
+    assert printed.startswith(
+        "coba-triton: warning: the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) has reached"
+    )
 
 
 def test_not_enough_memory(

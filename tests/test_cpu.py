@@ -37,14 +37,6 @@ def assert_same_bits(ours, theirs) -> None:
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads; put it back afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_number_of_threads_changes_no_bit(threads) -> None:
     results = []
     for count in (1, 2, 3, 7):

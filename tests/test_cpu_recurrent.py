@@ -64,22 +64,30 @@ def test_arbitrary_weights_have_the_bits_of_the_triton_kernel(device) -> None:
     assert_same_bits([ours[0], *ours[1]], [field.cpu() for field in (theirs[0], *theirs[1])])
 
 
-def test_bits_do_not_depend_on_blocks_batch_and_threads() -> None:
-    case = recurrent_problem(3000, 3, 129, exact=False)
+def test_bits_do_not_depend_on_blocks_batch_and_threads(threads) -> None:
+    case = recurrent_problem(300, 3, 129, exact=False)
     options = {"path": "events", "record_states": True}
-    whole = case.run("cpu", block_steps=3008, **options)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            split = case.run("cpu", block_steps=64 * count, **options)
-            assert torch.get_num_threads() == count
-            assert_same_bits([split[0], *split[1]], [whole[0], *whole[1]])
-    finally:
-        torch.set_num_threads(threads)
+    threads(1)
+    whole = case.run("cpu", block_steps=320, **options)
+    for count in (1, 2, 3):
+        threads(count)
+        split = case.run("cpu", block_steps=64 * count, **options)
+        assert torch.get_num_threads() == count
+        assert_same_bits([split[0], *split[1]], [whole[0], *whole[1]])
     case.x, case.state = case.x[:, 1:2], CobaLIFState(*(field[1:2] for field in case.state))
     alone = case.run("cpu", **options)
     assert_same_bits([alone[0], *alone[1]], [field[:, 1:2] for field in (whole[0], *whole[1])])
+
+
+def test_gradients_do_not_depend_on_threads(threads) -> None:
+    case = recurrent_problem(70, 3, 300, exact=False)
+    everything = []
+    for count in (1, 2, 3):
+        threads(count)
+        outputs, grads = case.gradients("cpu", path="events")
+        everything.append([*outputs, *grads.values()])
+    for result in everything[1:]:
+        assert_same_bits(result, everything[0])
 
 
 @pytest.mark.parametrize("path", ["events", "dense"])

@@ -1,0 +1,211 @@
+"""What is timed side by side on one problem: this package, its reference, a compiled step, and other packages.
+
+A contender is a call that runs the whole sequence. Before anything is timed its result is compared with the reference's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .model import NUMERIC_PARAMETERS, derive_constants
+from .problems import Case, Problem, RecurrentProblem
+from .spikes import unpack_spikes
+
+# The order in which norse's feed-forward step adds and decays, so that all contenders have the same spikes.
+ORDER = {"feed_forward": "jump_first", "recurrent": "decay_first"}
+OTHER_PACKAGES = {"norse": "norse==1.1.0", "snntorch": "snntorch", "spikingjelly": "spikingjelly"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a case.
+
+    Attributes:
+        name: what it is called.
+        run: the whole sequence; returns spikes ``[T, B, N]`` (bits: ``[ceil(T / 32), B, N]``), or the gradient in training.
+        same: whether the result is the reference's; what has another model or order is timed for scale only.
+        note: what else differs.
+    """
+
+    name: str
+    run: Callable[[], Tensor]
+    same: bool = True
+    note: str = ""
+
+
+def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) -> Iterator[Contender]:
+    """Everything that can run the case here; the first is the reference.
+
+    Args:
+        case: what to run; training takes the gradient by the input, or by the recurrent weights of a recurrent case.
+        backend: of this package, ``cpu`` or ``triton``.
+        problem: the tensors, from ``case.build()``.
+    """
+    order = ORDER[case.kind]
+    leaf = problem.recurrent_weights if isinstance(problem, RecurrentProblem) else problem.x
+
+    def of(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """In training, the gradient of all spikes together; in inference, the spikes."""
+
+        def differentiated() -> Tensor:
+            leaf.requires_grad_(case.train)
+            with torch.set_grad_enabled(case.train):
+                spikes = run()
+                (result,) = torch.autograd.grad(spikes.sum(), leaf) if case.train else (spikes,)
+            leaf.requires_grad_(False)
+            return result
+
+        return differentiated
+
+    def ours(name: str, **options: Any) -> Callable[[], Tensor]:
+        return of(lambda: problem.run(name, order=order, **options)[0])
+
+    yield Contender("reference", ours("reference"))
+    yield Contender(backend, ours(backend))
+    if not case.train:
+        shape = case.steps, case.batch, case.neurons
+        buffer = torch.empty(shape, dtype=case.dtype, device=problem.x.device)
+        yield Contender(f"{backend}, out=", ours(backend, out=buffer))
+        yield Contender(f"{backend}, uint8", ours(backend, spike_dtype=torch.uint8))
+        yield Contender(f"{backend}, bits", ours(backend, spike_dtype="bits"))
+    yield Contender("compiled step", of(lambda: _compiled_loop(problem, order)))
+    if importlib.util.find_spec("norse"):
+        note = "" if case.kind == "feed_forward" else "its step drops the input, so it fires less"
+        for name, rows in (("norse, unbind", lambda x: x.unbind(0)), ("norse, indexed", _indexed)):
+            loop = of(lambda rows=rows: _norse_loop(problem, rows))  # type: ignore[misc]  # mypy does not type defaults
+            # norse's surrogate has no alpha
+            yield Contender(name, loop, same=case.kind == "feed_forward" and not case.train, note=note)
+    if case.kind == "feed_forward":
+        leaky = "LIF without conductances"
+        if importlib.util.find_spec("snntorch"):
+            yield Contender("snnTorch Leaky", of(lambda: _snntorch_loop(problem.x)), same=False, note=leaky)
+        if importlib.util.find_spec("spikingjelly"):
+            yield Contender("SpikingJelly LIF", of(lambda: _spikingjelly(problem.x)), same=False, note=leaky)
+
+
+def _indexed(x: Tensor) -> Iterator[Tensor]:
+    return (x[t] for t in range(x.shape[0]))
+
+
+@functools.cache
+def _compiled(step: Callable[..., reference.Step]) -> Any:
+    return torch.compile(step, dynamic=False)
+
+
+def _compiled_loop(problem: Problem | RecurrentProblem, order: str) -> Tensor:
+    """The reference's step, compiled, in a loop over time."""
+    state: Any = problem.state
+    c = derive_constants(problem.record(), problem.dt, state.v.dtype, problem.x.device)
+    options: tuple[Any, ...] = (c, order == "jump_first", "super")
+    step = _compiled(reference.feed_forward_step)
+    if isinstance(problem, RecurrentProblem):
+        step = _compiled(reference.recurrent_step)
+        options = (reference.SplitWeights.of(problem.input_weights, problem.recurrent_weights), *options)
+    spikes = []
+    for x in problem.x.unbind(0):
+        new = step(x, *state, *options)
+        state = type(state)(*(getattr(new, field) for field in state._fields))
+        spikes.append(new.z)
+    return torch.stack(spikes)
+
+
+def _norse_loop(problem: Problem | RecurrentProblem, rows: Callable[[Tensor], Any]) -> Tensor:
+    import norse.torch as norse
+
+    numbers = {name: torch.as_tensor(getattr(problem.record(), name)) for name in NUMERIC_PARAMETERS}
+    p = norse.CobaLIFParameters(**numbers, method="super")
+    recurrent = isinstance(problem, RecurrentProblem)
+    state = (norse.CobaLIFState if recurrent else norse.CobaLIFFeedForwardState)(*problem.state)
+    spikes = []
+    for x in rows(problem.x):
+        if isinstance(problem, RecurrentProblem):
+            z, state = norse.coba_lif_step(x, state, problem.input_weights, problem.recurrent_weights, p, problem.dt)
+        else:
+            z, state = norse.coba_lif_feed_forward_step(x, state, p, problem.dt)
+        spikes.append(z)
+    return torch.stack(spikes)
+
+
+def _snntorch_loop(x: Tensor) -> Tensor:
+    import snntorch
+
+    neuron = snntorch.Leaky(beta=0.95, threshold=1.0)
+    potential, spikes = neuron.init_leaky(), []
+    for row in x.unbind(0):
+        z, potential = neuron(row, potential)
+        spikes.append(z)
+    return torch.stack(spikes)
+
+
+def _spikingjelly(x: Tensor) -> Tensor:
+    from spikingjelly.activation_based import neuron
+
+    spikes: Tensor = neuron.LIFNode(tau=20.0, step_mode="m", backend="torch")(x)
+    return spikes
+
+
+def assert_same(case: Case, contender: Contender, expected: Tensor) -> None:
+    """Raise AssertionError if a contender's result is not the reference's: bits of spikes, gradients to rounding."""
+    result = contender.run()
+    if not contender.same:
+        return
+    if case.train:
+        # sums over synapses and time have an order of their own
+        scale = float(expected.abs().max())
+        assert torch.allclose(result, expected, rtol=1e-3, atol=1e-4 * scale), f"{case.name}: gradient of {contender.name}"
+        return
+    spikes = unpack_spikes(result, case.steps) if result.dtype == torch.int32 else result
+    assert torch.equal(spikes.to(expected.dtype), expected), f"{case.name}: spikes of {contender.name}"
+
+
+def time_interleaved(runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every call; one call of each in a round, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call has in use at most beyond those before it; on a CPU the resident set, None where Linux is not."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        run()
+        _wait(device)
+        return int(torch.accelerator.max_memory_allocated(device) - before)
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is resident no more
+    before = _kilobytes(status, "VmRSS")
+    reset.write_text("5")  # the peak is now what is resident
+    run()
+    return 1024 * (_kilobytes(status, "VmHWM") - before)
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
