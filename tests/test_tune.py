@@ -233,7 +233,7 @@ def test_the_command_writes_a_table_that_launches_use(tmp_path, monkeypatch, cap
     out = tmp_path / "folder" / "t.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "Copy bandwidth" in printed and "p50 ms" in printed and f"Wrote {out}" in printed
+    assert "Copy bandwidth" in printed and "p50 / p80 ms" in printed and f"Wrote {out}" in printed
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and not out.with_suffix(".journal.jsonl").exists()
     table = json.loads(out.read_text())
     (entry,) = table["entries"]

@@ -91,4 +91,23 @@ def tune(
     return tune.run(kernels, neurons, batch, dtype, backend, device, effort, budget, out, resume)
 
 
-COMMANDS = (info, check, tune)
+@_for_users
+def bench(
+    suite: Annotated[str, typer.Option(help="quick, feed-forward, recurrent or full.")] = "quick",
+    backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where; the GPU if Triton has one.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="TEXT", help="Only cases whose names contain this.")] = None,
+    rounds: Annotated[int, typer.Option(help="Calls of each contender.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Write JSON to this file, and a PNG beside it.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier --out: exit status 1 if something is slower.")] = None,
+) -> int:
+    """Time this package beside its reference, a compiled step and norse, if installed, in one run.
+
+    Results are compared with the reference's before they are timed; a difference ends in exit status 1.
+    """
+    from . import bench
+
+    return bench.run(suite, backend, device, only, rounds, out, compare)
+
+
+COMMANDS = (info, check, tune, bench)

@@ -165,20 +165,19 @@ def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tunin
 def _table(outcome: Outcome, bandwidth: float) -> Table:
     table = Table(title=str(outcome.task), title_justify="left")
     table.add_column("parameters")
-    for name in ("p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"):
-        if not (outcome.task.recurrent and name in ("GB/s", "% of copy")):
-            table.add_column(name, justify="right", no_wrap=True)
+    for name in ("p20 / p50 / p80 ms", *(() if outcome.task.recurrent else ("% of copy",))):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note")
     rule, best = outcome.trials[0], outcome.best
     # the fastest first, then what was not timed
     for trial in sorted(outcome.trials, key=lambda trial: trial.p50 or float("inf")):
         names_of = [name for name, which in (("best", best), ("rule", rule)) if trial is which]
         note = trial.reason or ", ".join(names_of)
-        cells = [""] * (3 if outcome.task.recurrent else 5)
+        cells = [""] * (1 if outcome.task.recurrent else 2)
         if trial.p20 and trial.p50 and trial.p80:
-            rate = outcome.bytes_moved / trial.p50
-            cells = [f"{value * 1e3:.3f}" for value in (trial.p20, trial.p50, trial.p80)]
-            cells += [] if outcome.task.recurrent else [f"{rate / 1e9:.1f}", f"{rate / bandwidth:.0%}"]
+            cells[0] = " / ".join(f"{value * 1e3:.3g}" for value in (trial.p20, trial.p50, trial.p80))
+            if not outcome.task.recurrent:
+                cells[1] = f"{outcome.bytes_moved / trial.p50 / bandwidth:.0%}"
         table.add_row(_words(trial.parameters), *cells, note, style="bold" if trial is best else "")
     return table
 

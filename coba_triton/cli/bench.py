@@ -1,0 +1,300 @@
+"""``coba-triton bench``: this package beside its reference, a compiled step and norse, in one run; JSON, PNG, ratios."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from torch import Tensor
+
+from coba_triton import _check, _tuner, contenders, tuning
+from coba_triton.contenders import Contender
+from coba_triton.problems import CASES, Case
+
+from . import info
+from .check import writable, write_json
+from .config import UserError, nearest
+from .report import written_whole
+
+FORMAT, VERSION = "coba_triton benchmark", 1
+SUITES = {
+    "quick": ("inference-small", "training-small", "recurrent-inference-256"),
+    "feed-forward": tuple(case.name for case in CASES if case.kind == "feed_forward"),
+    "recurrent": tuple(case.name for case in CASES if case.kind == "recurrent"),
+    "full": tuple(case.name for case in CASES),
+}
+# Slower than before by more than this, and by more than the spread of both, is a regression.
+TOLERANCE = 1.1
+
+
+def run(
+    suite: str, backend: str, device: str | None, only: str | None, rounds: int, out: Path | None, compare: Path | None
+) -> int:
+    """Time a suite; returns the exit status."""
+    if suite not in SUITES:
+        raise UserError(f"--suite must be one of {', '.join(SUITES)}, got {suite!r}{nearest(suite, SUITES)}")
+    if rounds < 2:
+        raise UserError(f"--rounds must be at least 2, to know the spread, got {rounds}")
+    cases = [case for case in CASES if case.name in SUITES[suite] and (only is None or only in case.name)]
+    if not cases:
+        raise UserError(f"no case of suite {suite} contains {only!r}; it has {', '.join(SUITES[suite])}")
+    try:
+        used, where = _check.resolve(backend, device)
+        target = tuning.machine(used, where)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    old = None if compare is None else read(compare)
+    if out is not None:
+        writable(out)
+    bandwidth = _tuner.copy_bandwidth(where)
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "backend": used,
+        "device": str(where),
+        "name": target.name,
+        "arch": target.arch,
+        "threads": torch.get_num_threads(),
+        "versions": info.versions(),
+        "rounds": rounds,
+        "copy_gb_per_s": bandwidth / 1e9,
+        "cases": [],
+    }
+    if old is not None:
+        _check_comparable(old, result, compare)
+    print(f"{used} on {where} ({target.name}), {result['threads']} threads, torch {torch.__version__}")
+    print(f"Copy bandwidth {bandwidth / 1e9:.1f} GB/s; medians of {rounds} interleaved calls ± half the quartiles' distance")
+    interrupted = different = False
+    console = Console(highlight=False)
+    for case in cases:
+        try:
+            measured = measure(case, used, where, rounds, bandwidth)
+        except KeyboardInterrupt:
+            interrupted = True
+            break
+        except AssertionError as error:
+            different = True
+            print(f"not timed: {error} differ from the reference's")
+            continue
+        result["cases"].append(measured)
+        console.print(_table(measured))
+        for failure in measured["failed"]:
+            print(f"not timed: {failure}")
+    if out is not None and result["cases"]:
+        write_json(out, result)
+        picture = out.with_suffix(".png")
+        try:
+            with written_whole(picture) as part:
+                draw(result).savefig(part, format="png")
+        except OSError as error:
+            raise UserError(f"cannot write {picture}: {error.strerror}; name another --out") from None
+        print(f"Wrote {out} and {picture}")
+    slower = old is not None and _print_ratios(old, result)
+    if interrupted:
+        print(f"Interrupted after {len(result['cases'])} of {len(cases)} cases.")
+        return 130
+    return 1 if slower or different else 0
+
+
+def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwidth: float) -> dict[str, Any]:
+    """Time a case, after every contender that must agree with the reference was compared with it.
+
+    Raises:
+        AssertionError: if a result is not the reference's.
+    """
+    problem = case.build(device)
+    failed: list[str] = []
+    able: list[Contender] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        line = progress.add_task(case.name, total=None)
+        expected: Tensor | None = None
+        results: dict[str, Tensor] = {}
+        for contender in contenders.contenders(case, backend, problem):
+            progress.update(line, description=f"{case.name}: comparing {contender.name}")
+            try:
+                if expected is None:
+                    expected = contender.run()
+                contenders.assert_same(case, contender, expected)
+                results[contender.name] = contender.run()
+            except (RuntimeError, ImportError) as error:  # a package or a compiler that does not work here
+                failed.append(f"{contender.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            else:
+                able.append(contender)
+        runs = {contender.name: contender.run for contender in able}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        progress.update(line, description=f"{case.name}: timing", total=rounds, completed=0)
+        for _ in range(rounds):
+            for name, taken in contenders.time_interleaved(runs, 1, device).items():
+                seconds[name] += taken
+            progress.advance(line)
+    rows: list[dict[str, Any]] = []
+    for contender in able:
+        low, median, high = statistics.quantiles(seconds[contender.name], n=4)
+        # what memory must at least see: the input, what is returned, and in training the input again
+        moved = problem.x.nbytes * (2 if case.train else 1) + results[contender.name].nbytes
+        rows.append(
+            {
+                "name": contender.name,
+                "same": contender.same,
+                "note": contender.note,
+                "seconds": seconds[contender.name],
+                "median_s": median,
+                "p25_s": low,
+                "p75_s": high,
+                "ns_per_neuron_step": median / case.neuron_steps * 1e9,
+                "bytes_moved": moved if case.kind == "feed_forward" else None,
+                "percent_of_copy": 100 * moved / median / bandwidth if case.kind == "feed_forward" else None,
+                "peak_bytes": contenders.peak_memory(contender.run, device),
+            }
+        )
+    for row in rows:
+        row["times_reference"] = rows[0]["median_s"] / row["median_s"]
+    spikes = problem.run("reference", order=contenders.ORDER[case.kind])[0] if case.train else expected
+    return {
+        "name": case.name,
+        "kind": case.kind,
+        "T": case.steps,
+        "B": case.batch,
+        "N": case.neurons,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "train": case.train,
+        "spikes_per_neuron_step": float(spikes.mean()) if spikes is not None else None,
+        "contenders": rows,
+        "failed": failed,
+    }
+
+
+def _title(case: dict[str, Any]) -> str:
+    return (
+        f"{case['name']}: {case['T']} steps of [{case['B']}, {case['N']}], {case['dtype']}, "
+        f"{case['spikes_per_neuron_step']:.1%} spikes per neuron and step"
+    )
+
+
+def _table(case: dict[str, Any]) -> Table:
+    table = Table(title=_title(case), title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("ms", "±", "ns", "speed-up", "% of copy", "peak MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in case["contenders"]:
+        spread = (row["p75_s"] - row["p25_s"]) / 2
+        table.add_row(
+            row["name"] + ("" if row["same"] else " *"),
+            f"{row['median_s'] * 1e3:.2f}",
+            f"{spread * 1e3:.2f}",
+            f"{row['ns_per_neuron_step']:.2f}",
+            f"{row['times_reference']:.1f}",
+            "-" if row["percent_of_copy"] is None else f"{row['percent_of_copy']:.0f}",
+            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+        )
+    notes = [row["note"] or "another surrogate derivative" for row in case["contenders"] if not row["same"]]
+    table.caption = "\n".join(f"* {note}" for note in dict.fromkeys(notes)) or None
+    table.caption_justify = "left"
+    return table
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Time of one neuron and step of every contender, on a logarithmic axis."""
+    cases = result["cases"]
+    figure = Figure((10, 0.8 + sum(0.9 + 0.24 * len(case["contenders"]) for case in cases)), 110, layout="constrained")
+    heights = [2 + len(case["contenders"]) for case in cases]
+    for panel, case in zip(figure.subplots(len(cases), squeeze=False, height_ratios=heights)[:, 0], cases, strict=True):
+        rows = case["contenders"]
+        scale = case["contenders"][0]["ns_per_neuron_step"] / case["contenders"][0]["median_s"]
+        for number, row in enumerate(rows):
+            ours = row["name"].split(",")[0] == result["backend"]
+            color = "#c0392b" if ours else "#2c6fbb"
+            panel.plot([row["p25_s"] * scale, row["p75_s"] * scale], [number, number], color=color, linewidth=3)
+            panel.plot(row["ns_per_neuron_step"], number, "o", color=color, markersize=5)
+            panel.annotate(
+                f"{row['ns_per_neuron_step']:.3g} ns, ×{row['times_reference']:.1f}",
+                (row["p75_s"] * scale, number), (6, 0), textcoords="offset points", va="center", fontsize=7,
+            )  # fmt: skip
+        panel.set_xscale("log")
+        low, high = (pick(row[name] for row in rows) * scale for pick, name in ((min, "p25_s"), (max, "p75_s")))
+        panel.set_xlim(low / 1.5, high * 3)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_yticks(range(len(rows)), [row["name"] + ("" if row["same"] else " *") for row in rows], fontsize=8)
+        panel.invert_yaxis()
+        panel.set_title(_title(case), fontsize=9, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel("ns for one neuron and step; × how many times faster than the reference; * another model or gradient")
+    figure.suptitle(f"{result['name']}, {result['threads']} threads, torch {result['versions']['torch']}", fontsize=11)
+    return figure
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An earlier result.
+
+    Raises:
+        UserError: if the file cannot be read or is no result of this command.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a file that coba-triton bench --out wrote") from None
+    except ValueError:
+        raise UserError(f"{path} is no JSON; give a file that coba-triton bench --out wrote") from None
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{path} is no result of this version's benchmark; give a file that coba-triton bench --out wrote")
+    return content
+
+
+def _check_comparable(old: dict[str, Any], new: dict[str, Any], path: Path | None) -> None:
+    for key in ("backend", "arch", "name", "threads"):
+        if old.get(key) != new[key]:
+            raise UserError(
+                f"{path} is of {key} {old.get(key)!r}, this run of {new[key]!r}: only times of one machine compare"
+            )
+
+
+def ratios(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """For every case and way to run it of this package that both have: new time by old, and whether that is a regression.
+
+    It is one if it is slower by more than :data:`TOLERANCE`, also relative to the reference, whose time tells how fast the
+    machine was, and if the quartiles of old and new times do not overlap.
+    """
+    before = {
+        (case["name"], row["name"]): row | {"reference": case["contenders"][0]["median_s"]}
+        for case in old["cases"]
+        for row in case["contenders"]
+    }
+    rows = []
+    for case in new["cases"]:
+        for row in case["contenders"]:
+            past = before.get((case["name"], row["name"]))
+            if past is None or row["name"].split(",")[0] != new["backend"]:
+                continue
+            ratio = row["median_s"] / past["median_s"]
+            machine = case["contenders"][0]["median_s"] / past["reference"]
+            apart = row["p25_s"] > past["p75_s"]
+            slower = apart and ratio / max(1.0, machine) > TOLERANCE
+            rows.append({"case": case["name"], "name": row["name"], "ratio": ratio, "machine": machine, "slower": slower})
+    return rows
+
+
+def _print_ratios(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether anything is slower."""
+    rows = ratios(old, new)
+    if not rows:
+        raise UserError("the two runs have no case in common; run the suite of the older one")
+    table = Table(title="Time now / time then", title_justify="left")
+    for name in ("case", "run", "ratio", "reference's", ""):
+        table.add_column(name, justify="left" if name in ("case", "run", "") else "right")
+    for row in rows:
+        verdict = "SLOWER" if row["slower"] else "faster" if row["ratio"] < 1 / TOLERANCE else ""
+        table.add_row(row["case"], row["name"], f"{row['ratio']:.2f}", f"{row['machine']:.2f}", verdict)
+    Console(highlight=False).print(table)
+    return any(row["slower"] for row in rows)

@@ -1,0 +1,167 @@
+"""``coba-triton bench``: what it writes, what it refuses, and which change of time is a regression."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from coba_triton import contenders
+from coba_triton.cli import bench, main
+from coba_triton.contenders import Contender
+from coba_triton.problems import Case
+
+CASES = (
+    Case("inference-tiny", "feed_forward", 30, 2, 10),
+    Case("training-tiny", "feed_forward", 30, 2, 10, train=True),
+    Case("recurrent-tiny", "recurrent", 30, 2, 10),
+)
+ARGUMENTS = ["bench", "--device", "cpu", "--rounds", "3"]
+
+
+@pytest.fixture(autouse=True)
+def few_and_small(monkeypatch) -> None:
+    """Small cases, of which the quick contenders: nothing that compiles or belongs to another package."""
+    every = contenders.contenders
+    monkeypatch.setattr(bench, "CASES", CASES)
+    monkeypatch.setattr(bench, "SUITES", {"quick": tuple(case.name for case in CASES), "full": ("inference-tiny",)})
+    monkeypatch.setattr(
+        contenders,
+        "contenders",
+        lambda *arguments: (each for each in every(*arguments) if each.name.split(",")[0] in ("reference", "cpu")),
+    )
+
+
+def test_a_run_writes_what_other_tools_read(tmp_path, capsys) -> None:
+    out = tmp_path / "folder" / "b.json"
+    assert main([*ARGUMENTS, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "Copy bandwidth" in printed and "cpu, bits" in printed and "speed-up" in printed
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads(out.read_text())
+    assert result["backend"] == "cpu" and result["versions"]["torch"] == torch.__version__ and result["copy_gb_per_s"] > 1
+    assert [case["name"] for case in result["cases"]] == [case.name for case in CASES]
+    for case in result["cases"]:
+        assert [row["name"] for row in case["contenders"]][:2] == ["reference", "cpu"]
+        for row in case["contenders"]:
+            assert len(row["seconds"]) == 3 and row["p25_s"] <= row["median_s"] <= row["p75_s"]
+            assert row["ns_per_neuron_step"] == pytest.approx(row["median_s"] / 600 * 1e9)
+    (inference, training, recurrent) = result["cases"]
+    assert (
+        inference["contenders"][1]["bytes_moved"] == 600 * 4 * 2 and training["contenders"][1]["bytes_moved"] == 600 * 4 * 3
+    )
+    assert recurrent["contenders"][1]["bytes_moved"] is None
+    assert 0 < inference["spikes_per_neuron_step"] == pytest.approx(training["spikes_per_neuron_step"])
+
+
+def test_what_differs_from_the_reference_is_not_timed(monkeypatch, capsys) -> None:
+    several = contenders.contenders
+
+    def with_a_wrong_one(*arguments):
+        for each in several(*arguments):
+            yield each
+        yield Contender("wrong", lambda: each.run() + 1)
+
+    monkeypatch.setattr(contenders, "contenders", with_a_wrong_one)
+    assert main([*ARGUMENTS, "--only", "recurrent"]) == 1
+    assert "not timed: recurrent-tiny: spikes of wrong differ from the reference's" in capsys.readouterr().out
+
+
+def test_what_cannot_run_here_is_said(monkeypatch, capsys) -> None:
+    several = contenders.contenders
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("no compiler\nmore")
+
+    monkeypatch.setattr(contenders, "contenders", lambda *a: (*several(*a), Contender("compiled step", fail)))
+    assert main([*ARGUMENTS, "--only", "inference"]) == 0
+    assert "not timed: compiled step: RuntimeError: no compiler\n" in capsys.readouterr().out
+
+
+def result(tmp_path) -> dict:
+    out = tmp_path / "b.json"
+    assert main([*ARGUMENTS, "--suite", "full", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    for row in content["cases"][0]["contenders"]:
+        row |= {"median_s": 1.0, "p25_s": 0.98, "p75_s": 1.02}
+    return content
+
+
+def test_a_regression_is_slower_beyond_noise_and_than_the_machine(tmp_path) -> None:
+    old = result(tmp_path)
+
+    def verdict(median: float, reference: float = 1.0, spread: float = 0.02) -> bool:
+        new = copy.deepcopy(old)
+        new["cases"][0]["contenders"][0] |= {"median_s": reference}
+        new["cases"][0]["contenders"][1] |= {"median_s": median, "p25_s": median - spread, "p75_s": median + spread}
+        (row,) = [row for row in bench.ratios(old, new) if row["name"] == "cpu"]
+        assert row["ratio"] == pytest.approx(median) and row["machine"] == pytest.approx(reference)
+        return row["slower"]
+
+    assert verdict(1.3)
+    assert not verdict(1.08)  # within the tolerance
+    assert not verdict(1.3, spread=0.4)  # within the noise
+    assert not verdict(1.3, reference=1.25)  # the machine was slower
+    assert verdict(1.3, reference=0.8)
+    assert not verdict(0.5)
+    assert {row["name"] for row in bench.ratios(old, old)} == {"cpu", "cpu, out=", "cpu, uint8", "cpu, bits"}
+
+
+def test_compare_ends_in_exit_status_1_on_a_regression(tmp_path, capsys) -> None:
+    old = result(tmp_path)
+    path = tmp_path / "old.json"
+    for seconds, status, word in ((1e3, 0, "faster"), (1e-9, 1, "SLOWER")):
+        for row in old["cases"][0]["contenders"][1:]:
+            row |= {"median_s": seconds, "p25_s": seconds, "p75_s": seconds}
+        path.write_text(json.dumps(old))
+        assert main([*ARGUMENTS, "--suite", "full", "--compare", str(path)]) == status
+        printed = capsys.readouterr().out
+        assert "Time now / time then" in printed and word in printed
+
+
+def test_only_times_of_one_machine_are_compared(tmp_path, capsys) -> None:
+    old = result(tmp_path) | {"name": "another processor"}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    assert main([*ARGUMENTS, "--compare", str(path)]) == 2
+    assert "is of name 'another processor'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "quik"], "--suite must be one of quick, full, got 'quik'; did you mean 'quick'?"),
+        (["--only", "nonsense"], "no case of suite quick contains 'nonsense'; it has inference-tiny"),
+        (["--rounds", "1"], "--rounds must be at least 2"),
+        (["--backend", "reference"], "nothing to check"),
+        (["--out", "/proc/no/b.json"], "cannot write"),
+        (["--compare", "/proc/no/b.json"], "cannot read /proc/no/b.json"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys) -> None:
+    assert main([*ARGUMENTS, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("coba-triton: ") and message in error
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}'])
+def test_what_is_no_result_is_refused(content, tmp_path, capsys) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(content)
+    assert main([*ARGUMENTS, "--compare", str(path)]) == 2
+    assert "give a file that coba-triton bench --out wrote" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_cases_that_are_finished(monkeypatch, tmp_path, capsys) -> None:
+    measure = bench.measure
+
+    def interrupted(case, *rest):
+        if case.train:
+            raise KeyboardInterrupt
+        return measure(case, *rest)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    out = tmp_path / "b.json"
+    assert main([*ARGUMENTS, "--out", str(out)]) == 130
+    assert "Interrupted after 1 of 3 cases." in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["cases"]) == 1
