@@ -64,7 +64,10 @@ def _block(
     final = state.clone()
     none = state.new_empty(0)
     no_drive = none.view(2, 0, batch, neurons)
-    trace = state.new_empty(3, steps if states is not None else 0, cells)
+    in_place = states is not None and states.is_contiguous()
+    trace = state.new_empty(3, 0 if states is None or in_place else steps, cells)
+    if states is not None and in_place:
+        trace = states.view(3, steps, cells)
     no_words = torch.empty(0, cells, dtype=torch.int32)
     _ask_for_huge_pages(*(output for output in (spikes, trajectory) if output is not None))
     _launch(
@@ -89,7 +92,7 @@ def _block(
         work=2 * steps * cells,
         most=parameters_of(f"recurrent_{'backward' if forced else 'forward'}", state.dtype, neurons, batch)["threads"],
     )
-    if states is not None:
+    if states is not None and not in_place:
         states.copy_(trace.view(states.shape))
     return final
 

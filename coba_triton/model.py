@@ -18,6 +18,10 @@ Number = float | Tensor
 """A Python number, a 0-dim tensor, or a tensor that broadcasts over the neurons."""
 
 
+def _detach(value: Number) -> Number:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 class CobaLIFState(NamedTuple):
     """State of a recurrent population.
 
@@ -33,6 +37,10 @@ class CobaLIFState(NamedTuple):
     g_e: Number
     g_i: Number
 
+    def detach(self) -> CobaLIFState:
+        """The state without its history, for truncated backpropagation through time."""
+        return CobaLIFState(*map(_detach, self))
+
 
 class CobaLIFFeedForwardState(NamedTuple):
     """State of a feed-forward population.
@@ -46,6 +54,10 @@ class CobaLIFFeedForwardState(NamedTuple):
     v: Number
     g_e: Number
     g_i: Number
+
+    def detach(self) -> CobaLIFFeedForwardState:
+        """The state without its history, for truncated backpropagation through time."""
+        return CobaLIFFeedForwardState(*map(_detach, self))
 
 
 class CobaLIFParameters(NamedTuple):

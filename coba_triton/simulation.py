@@ -30,6 +30,7 @@ from .spikes import WORD_BITS, word_count
 
 BLOCK_BYTES = 2**26  # of everything that a block of the default length holds
 MAX_BLOCK_STEPS = 2**16
+STATE_BYTES = 2**24  # of the states of all neurons in every step, where the recorded ones need the others
 
 Variable = Literal["v", "g_e", "g_i"]
 Members = slice | range | Sequence[int] | np.ndarray[Any, Any]
@@ -176,8 +177,9 @@ class _Run:
         self.blocks = Blocks(source, self.device)
         first = self.blocks.first.to(self.device)
         with torch.no_grad():
-            # the kernels gather rows of the transposed weights: laid out for that here, not anew in every block
             weights = self.network._weights() if self.recurrent else ()
+            self.digests = [digest(w) for w in weights]
+            # the kernels gather rows of the transposed weights: laid out for that here, not anew in every block
             self.weights: Any = tuple(w.t().contiguous().t() for w in weights)
             p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
             detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
@@ -229,8 +231,7 @@ class _Run:
         columns |= {name: Column(1, (), dtype) for name in ("input_e", "input_i") if record.inputs}
         if block_steps is None:
             first, itemsize = self.blocks.first, self.state.v.element_size()
-            whole_states = 5 * itemsize * cells if self.recurrent and traced else 0
-            step = first[:1].numel() * first.element_size() + cells // 8 + whole_states
+            step = first[:1].numel() * first.element_size() + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
@@ -243,7 +244,7 @@ class _Run:
             "device": self.device.type,
             "state_dtype": dtype,
             "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
-            "weights": {name: digest(w) for name, w in zip(("input", "recurrent"), self.weights, strict=False)},
+            "weights": dict(zip(("input", "recurrent"), self.digests, strict=False)),
             "source": self.blocks.describe() | {"steps": self.blocks.steps},
             "initial_state": None if state is None else digest(torch.stack(list(self.state))),
             "record": {
@@ -297,9 +298,7 @@ class _Run:
             words, self.state = self._integrate(x, before, False)
             traces: Any = self._chosen_traces(x, before) if traced else None
         else:
-            words, states = self._integrate(x, before, True)
-            self.state = CobaLIFState(*(field[-1].clone() for field in states))
-            traces = CobaLIFState(*(field.flatten(1)[:, self.neurons] for field in states))
+            words, traces = self._with_all_states(x)
         self._check(start + len(x))
         on_cpu = words.cpu().numpy()
         block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
@@ -310,6 +309,17 @@ class _Run:
         if self.record.inputs:
             block["input_e"], block["input_i"] = self._mean_inputs(x)
         return block
+
+    def _with_all_states(self, x: Tensor) -> tuple[Tensor, CobaLIFState]:
+        """Connected neurons need each other: all states are recorded, in parts that fit a cache, and some are kept."""
+        step = 3 * self.shape.numel() * self.state.v.element_size()
+        words, traces = [], []
+        for part in x.split(word_count(max(STATE_BYTES // step, 1)) * WORD_BITS):
+            spikes, states = self._integrate(part, self.state, True)
+            self.state = CobaLIFState(*(field[-1].clone() for field in states))
+            words.append(spikes)
+            traces.append([field.flatten(1)[:, self.neurons] for field in states])
+        return torch.cat(words), CobaLIFState(*map(torch.cat, zip(*traces, strict=True)))
 
     def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
         """Unconnected neurons do not need the others: those that are recorded run again, alone."""
