@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for case in CASES:
         tiny = dataclasses.replace(case, steps=1, batch=1, neurons=1)
         parameters += [
-            pytest.param(case, rival.name, id=f"{case.name}-{rival.name}", marks=pytest.mark.benchmark(group=case.name))
+            pytest.param(case, rival.name, id=f"{case.name}-{rival.name}")
             for rival in contenders(tiny, BACKEND, tiny.build(DEVICE))
         ]
     for package, source in OTHER_PACKAGES.items():
@@ -72,6 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_speed(case: Case, name: str, benchmark: Any) -> None:
     seconds, memory, rate = measure(case)
     rounds = iter(seconds[name])
+    benchmark.group = case.name
     benchmark.extra_info.update(steps=case.steps, neuron_steps=case.neuron_steps, peak_bytes=memory[name], rate=rate)
     benchmark.extra_info.update(threads=torch.get_num_threads(), torch=torch.__version__)
     benchmark.pedantic(lambda: clock.advance(next(rounds)), rounds=len(seconds[name]))
