@@ -14,7 +14,7 @@ from sparse_memory import sparse_zeros
 from torch import Tensor
 
 import ptxsim
-from coba_triton import _recurrent, _triton
+from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _recurrent, _triton, coba_lif_feed_forward_integral
 from coba_triton.model import derive_constants
 from coba_triton.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
 
@@ -79,6 +79,25 @@ def test_feed_forward(name: str) -> None:
     assert launched() == {"forward_kernel"}
 
 
+def test_feed_forward_potentials_on_the_threshold() -> None:
+    """Without currents ``u`` stays where ``v`` is: on the threshold, and one ulp on either side of it."""
+    thresh = torch.tensor(-10.0)
+    v = torch.stack([torch.nextafter(thresh, torch.tensor(-99.0)), thresh, torch.nextafter(thresh, torch.tensor(0.0))])
+    state = CobaLIFFeedForwardState(v, 0.0, 0.0)
+    spikes, _ = coba_lif_feed_forward_integral(torch.zeros(1, 3), state, CobaLIFParameters(g_l=0.0), DT, backend="triton")
+    assert spikes.tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_feed_forward_nan_and_infinite_inputs() -> None:
+    """A maximum that drops a NaN is one instruction on a GPU, and no difference in Triton's interpreter."""
+    case = problem(12, (6,))
+    case.x[3, 1], case.x[4, 2], case.x[5, 3] = torch.nan, torch.inf, -torch.inf
+    ours, theirs = case.run("triton", record_states=True), case.run("reference", record_states=True)
+    for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 BACKWARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ragged": ({"steps": 35, "shape": (2, 20)}, {"method": "super"}),
     "whole programs": ({"steps": 16, "shape": (64,)}, {"method": "triangle", "order": "jump_first"}),
@@ -139,7 +158,11 @@ RECURRENT_KERNELS = {
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent(name: str) -> None:
     arguments, options = RECURRENT[name]
-    compare(recurrent_problem(**arguments), **options)
+    case = recurrent_problem(**arguments)
+    if name == "graded input":
+        case.x[torch.arange(len(case.x)) % 5 != 0] = 0  # few enough to be summed as events
+        assert _recurrent.is_sparse(case.x)
+    compare(case, **options)
     assert launched() >= RECURRENT_KERNELS[options["path"]]
 
 
