@@ -550,15 +550,13 @@ def forward_kernel() -> Any:
         bits = np.empty(TILE, np.uint32)
         fired = np.empty(TILE, np.uint8)
         c = None if shared is None else load_shared(shared)
-        whole = steps // every * every if every > 0 else steps
         for begin in range(first, last, wide):
             n = min(wide, last - begin)
             load_per_neuron(tile, per_neuron, begin, n)
             load_state(tile, V, state, 0, 1, begin, n)
             for t in range(steps):
-                if every > 0 and (t >= whole or t % every == 0):
-                    index = t // every if t < whole else whole // every + t - whole
-                    store_state(tile, checkpoints, 3 * index, 1, begin, n)
+                if every > 0 and t % every == 0:
+                    store_state(tile, checkpoints, 3 * (t // every), 1, begin, n)
                 row = row_of(buffer, bits, x, t, begin, n)
                 at = t * spikes.stride_t + begin
                 out = spikes.data[at : at + n] if spikes.itemsize == 1 else fired
@@ -612,7 +610,6 @@ def backward_kernel(method: str) -> Any:
                 load_state(tile, IN_V, grad_states, steps - 1, steps, begin, n)
                 for j in range(CONSTANTS):
                     tile[V + j] += tile[IN_V + j]
-            # the rest is replayed from the state before its first step
             for block in range((steps - 1) // every, -1, -1):
                 start = block * every
                 count = min(every, steps - start)

@@ -61,13 +61,15 @@ def checkpoint_interval(dtype: torch.dtype, backend: str, neurons: int) -> int:
     return launch_parameters("cpu", "feed_forward_backward", rule, dtype, device, neurons)["checkpoint_every"]
 
 
-def checkpoint_count(steps: int, every: int) -> int:
-    """Saved states: one before every whole run of ``every`` steps, then one before each remaining step."""
-    return steps // every + steps % every if every else 0
+def checkpoint_count(steps: int, every: int, backend: str) -> int:
+    """Saved states: one before every run of ``every`` steps; of a last, shorter run Triton keeps one before each step."""
+    if not every:
+        return 0
+    return -(-steps // every) if backend == "cpu" else steps // every + steps % every
 
 
 def _allocate_forward(
-    x: Tensor, state: Tensor, spike_dtype: torch.dtype | None, record_states: bool, checkpoint_every: int
+    x: Tensor, state: Tensor, backend: str, spike_dtype: torch.dtype | None, record_states: bool, checkpoint_every: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps, neurons = x.shape
     packed = word_count(steps), neurons
@@ -77,7 +79,7 @@ def _allocate_forward(
     # packed spikes serve the backward as they are
     words = x.new_empty(packed if checkpoint_every and spike_dtype is not None else (0, neurons), dtype=torch.int32)
     states = state.new_empty(3, steps if record_states else 0, neurons)
-    checkpoints = state.new_empty(checkpoint_count(steps, checkpoint_every), 3, neurons)
+    checkpoints = state.new_empty(checkpoint_count(steps, checkpoint_every, backend), 3, neurons)
     return spikes, torch.empty_like(state), states, words, checkpoints
 
 
@@ -92,7 +94,8 @@ def _feed_forward(
     record_states: bool,
     checkpoint_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spikes, final, states, words, checkpoints = _allocate_forward(x, state, spike_dtype, record_states, checkpoint_every)
+    outputs = _allocate_forward(x, state, backend, spike_dtype, record_states, checkpoint_every)
+    spikes, final, states, words, checkpoints = outputs
     if x.numel() == 0:
         return spikes, state.clone(), states, words, checkpoints
     _kernels(_FEED_FORWARD, backend).feed_forward_forward(
@@ -107,7 +110,7 @@ def _feed_forward(
         states,
         checkpoints,
     )
-    return spikes, final, states, words, checkpoints
+    return outputs
 
 
 def _feed_forward_fake(
@@ -121,7 +124,7 @@ def _feed_forward_fake(
     record_states: bool,
     checkpoint_every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _allocate_forward(x, state, spike_dtype, record_states, checkpoint_every)
+    return _allocate_forward(x, state, backend, spike_dtype, record_states, checkpoint_every)
 
 
 def _feed_forward_out(
