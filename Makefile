@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test budgets lint clean
+.PHONY: help demo test budgets mutants lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +21,9 @@ test: $(STAMP) ## run the tests; ARGS="-m 'not slow'" leaves out what takes long
 
 budgets: $(STAMP) ## rewrite tests/budgets.json with what the compiled kernels need now, and print what changed
 	TRITON_INTERPRET=0 $(BIN)/python tests/budgets.py --write
+
+mutants: $(STAMP) ## plant bugs in copies of the sources and list in docs/mutants.md which tests notice them; takes a while
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check
