@@ -108,7 +108,7 @@ def run_nest(seconds: float, threads: int) -> tuple[float, float]:
 
     config, w_in, w_rec = network()
     n = config.neuron
-    nest.set_verbosity("M_ERROR")
+    nest.verbosity = nest.VerbosityLevel.ERROR
     nest.resolution = config.simulation.dt
     nest.local_num_threads = threads
     cells = nest.Create("iaf_cond_exp", n.count, {

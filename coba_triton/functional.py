@@ -411,7 +411,8 @@ def coba_lif_integral(
         state: ``z`` (last spikes), ``v`` in mV, ``g_e`` and ``g_i`` in uS, each a number or a tensor that broadcasts
             to ``[*batch, N]``; None starts at ``v = v_rest`` without conductance or spikes.
         input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory.
-        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic.
+        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic. Every call of a fused backend transposes it, unless it is
+            the transpose of a contiguous matrix.
         p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the neurons.
         dt: time step in ms.
         order: ``decay_first`` or ``jump_first``.
