@@ -19,6 +19,7 @@ from .model import (
     default_bio_state,
 )
 from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
+from .pynn import from_pynn, to_pynn
 from .results import Result, open_result
 from .simulation import Record, simulate
 from .sinks import MemorySink, NpzSink, ZarrSink
@@ -56,10 +57,12 @@ __all__ = [
     "coba_lif_step",
     "default_bio_parameters",
     "default_bio_state",
+    "from_pynn",
     "open_result",
     "pack_spikes",
     "simulate",
     "stream_blocks",
+    "to_pynn",
     "unpack_spikes",
     "warmup",
 ]

@@ -1,0 +1,93 @@
+"""Parameter sets of PyNN and NEST: names, units, and what this neuron does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coba_triton import CobaLIFParameters, default_bio_parameters, from_pynn, to_pynn
+from coba_triton.model import NUMERIC_PARAMETERS
+from coba_triton.pynn import DEFAULTS
+
+MODELS = ("IF_cond_exp", "iaf_cond_exp")
+BRETTE_PYNN = dict(cm=0.2, tau_m=20.0, v_rest=-60.0, v_thresh=-50.0, v_reset=-60.0, tau_syn_E=5.0, tau_syn_I=10.0)
+BRETTE_PYNN |= dict(e_rev_E=0.0, e_rev_I=-80.0, tau_refrac=0.0, i_offset=0.0)
+BRETTE_NEST = dict(C_m=200.0, g_L=10.0, E_L=-60.0, V_th=-50.0, V_reset=-60.0, tau_syn_ex=5.0, tau_syn_in=10.0)
+BRETTE_NEST |= dict(E_ex=0.0, E_in=-80.0, t_ref=0.0, I_e=0.0)
+BRETTE = CobaLIFParameters(1 / 5, 1 / 10, 1 / 0.2, 0.01, -80.0, 0.0, -60.0, -60.0, -50.0)
+SETS = [("IF_cond_exp", BRETTE_PYNN), ("iaf_cond_exp", BRETTE_NEST)]
+
+
+@pytest.mark.parametrize(("model", "values"), SETS)
+def test_units_of_one_neuron_in_both_directions(model: str, values: dict[str, float]) -> None:
+    assert from_pynn(values, model)._asdict() == pytest.approx(BRETTE._asdict())
+    assert to_pynn(BRETTE, model) == pytest.approx(values)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("p", [CobaLIFParameters(), default_bio_parameters])
+def test_there_and_back(p: CobaLIFParameters, model: str) -> None:
+    back = from_pynn(to_pynn(p, model), model, method="tanh", alpha=2.0)
+    for name in NUMERIC_PARAMETERS[:-1]:
+        assert getattr(back, name) == pytest.approx(getattr(p, name), rel=1e-14), name
+    assert (back.method, back.alpha) == ("tanh", 2.0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_arrays_stay_one_number_a_neuron(model: str) -> None:
+    p = BRETTE._replace(c_m_inv=torch.tensor([4.0, 5.0]), v_thresh=torch.tensor([-50.0, -48.0]))
+    values = to_pynn(p, model)
+    assert all(isinstance(value, np.ndarray | float) for value in values.values())
+    back = from_pynn(values, model)
+    assert isinstance(back.c_m_inv, torch.Tensor)
+    assert back.c_m_inv.dtype == torch.float32
+    torch.testing.assert_close(back.c_m_inv, p.c_m_inv)
+    torch.testing.assert_close(back.v_thresh, p.v_thresh)
+
+
+def test_gradients_reach_the_simulators_parameters() -> None:
+    cm = torch.tensor(0.2, requires_grad=True)
+    p = from_pynn(BRETTE_PYNN | {"cm": cm})
+    (grad,) = torch.autograd.grad(p.c_m_inv, cm)
+    assert grad.item() == pytest.approx(-1 / 0.2**2)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        ("IF_cond_exp", {"tau_refrac": 2.0}, r"tau_refrac must be 0, as this neuron has no refractory period, got 2\.0"),
+        ("IF_cond_exp", {"i_offset": np.array([0.0, 0.1])}, "i_offset must be 0, as this neuron has no current"),
+        ("iaf_cond_exp", {"t_ref": 1.0}, "t_ref must be 0"),
+        ("iaf_cond_exp", {"I_e": -1.0}, "I_e must be 0"),
+        ("IF_cond_exp", {"tau_syn_e": 5.0}, "got 'tau_syn_e'; the nearest is 'tau_syn_E'"),
+        ("iaf_cond_exp", {"g_l": 5.0}, "got 'g_l'; the nearest is 'g_L'"),
+        ("IF_cond_exp", {"cm": 0.0}, r"cm must be positive, got 0\.0"),
+        ("iaf_cond_exp", {"C_m": float("nan")}, "C_m must be positive, got nan"),
+        ("iaf_psc_exp", {}, r"model must be 'IF_cond_exp' \(PyNN\) or 'iaf_cond_exp' \(NEST\), got 'iaf_psc_exp'"),
+    ],
+)
+def test_what_does_not_fit_raises(model: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_pynn(dict(SETS).get(model, {}) | change, model)
+
+
+def test_defaults_are_the_simulators_and_have_a_refractory_period() -> None:
+    for model, name in (("IF_cond_exp", "tau_refrac"), ("iaf_cond_exp", "t_ref")):
+        with pytest.raises(ValueError, match=f"{name} must be 0"):
+            from_pynn({}, model)
+        p = from_pynn({name: 0.0}, model)
+        assert to_pynn(p, model) == pytest.approx(DEFAULTS[model] | {name: 0.0})
+
+
+def test_no_leak_has_no_counterpart() -> None:
+    with pytest.raises(ValueError, match=r"g_l must be positive for IF_cond_exp, got 0\.0"):
+        to_pynn(BRETTE._replace(g_l=0.0))
+
+
+def test_names_and_defaults_are_nests() -> None:
+    nest = pytest.importorskip("nest", reason="NEST is optional: pip install nest-simulator")
+    theirs = nest.GetDefaults("iaf_cond_exp")
+    assert {name: theirs[name] for name in DEFAULTS["iaf_cond_exp"]} == pytest.approx(DEFAULTS["iaf_cond_exp"], rel=1e-6)
