@@ -30,7 +30,9 @@ DEFAULTS: dict[str, dict[str, float]] = {
         E_ex=0.0, E_in=-85.0, V_th=-55.0, V_reset=-60.0, I_e=0.0,
     ),
 }  # fmt: skip
-MUST_BE_ZERO = {"tau_refrac": "refractory period", "t_ref": "refractory period", "i_offset": "current", "I_e": "current"}
+MUST_BE_ZERO = {
+    "tau_refrac": "refractory period", "t_ref": "refractory period", "i_offset": "offset current", "I_e": "offset current",
+}  # fmt: skip
 POSITIVE = {"cm", "tau_m", "tau_syn_E", "tau_syn_I", "C_m", "g_L", "tau_syn_ex", "tau_syn_in"}
 
 

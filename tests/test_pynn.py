@@ -59,7 +59,7 @@ def test_gradients_reach_the_simulators_parameters() -> None:
     ("model", "change", "message"),
     [
         ("IF_cond_exp", {"tau_refrac": 2.0}, r"tau_refrac must be 0, as this neuron has no refractory period, got 2\.0"),
-        ("IF_cond_exp", {"i_offset": np.array([0.0, 0.1])}, "i_offset must be 0, as this neuron has no current"),
+        ("IF_cond_exp", {"i_offset": np.array([0.0, 0.1])}, "i_offset must be 0, as this neuron has no offset current"),
         ("iaf_cond_exp", {"t_ref": 1.0}, "t_ref must be 0"),
         ("iaf_cond_exp", {"I_e": -1.0}, "I_e must be 0"),
         ("IF_cond_exp", {"tau_syn_e": 5.0}, "got 'tau_syn_e'; the nearest is 'tau_syn_E'"),
