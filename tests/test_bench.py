@@ -32,6 +32,7 @@ def few_and_small(monkeypatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_other_tools_read(tmp_path, capsys) -> None:
     out = tmp_path / "folder" / "b.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 0
@@ -107,6 +108,7 @@ def test_a_regression_is_slower_beyond_noise_and_than_the_machine(tmp_path) -> N
     assert {row["name"] for row in bench.ratios(old, old)} == {"cpu", "cpu, out=", "cpu, uint8", "cpu, bits"}
 
 
+@pytest.mark.slow
 def test_compare_ends_in_exit_status_1_on_a_regression(tmp_path, capsys) -> None:
     old = result(tmp_path)
     path = tmp_path / "old.json"
@@ -119,6 +121,7 @@ def test_compare_ends_in_exit_status_1_on_a_regression(tmp_path, capsys) -> None
         assert "Time now / time then" in printed and word in printed
 
 
+@pytest.mark.slow
 def test_only_times_of_one_machine_are_compared(tmp_path, capsys) -> None:
     old = result(tmp_path) | {"name": "another processor"}
     path = tmp_path / "old.json"
@@ -152,6 +155,7 @@ def test_what_is_no_result_is_refused(content, tmp_path, capsys) -> None:
     assert "give a file that coba-triton bench --out wrote" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_cases_that_are_finished(monkeypatch, tmp_path, capsys) -> None:
     measure = bench.measure
 
