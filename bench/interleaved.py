@@ -5,27 +5,23 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+
+from coba_triton.contenders import time_interleaved
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "7"))
 
 
-def compare(title: str, runs: dict[str, Callable[[], Tensor]], neuron_steps: int) -> None:
+def compare(title: str, runs: dict[str, Callable[[], Any]], neuron_steps: int) -> None:
     """Print a row a run; the first run is the baseline.
 
     A row has the median time of a call, the spread (half the range between the quartiles), the time of one neuron for one
     step, and how many times faster than the baseline the call is.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = time_interleaved(runs, ROUNDS, torch.device("cpu"))
     machine = platform.processor() or platform.machine()
     print(f"\n{title} ({machine}, torch {torch.__version__}, {torch.get_num_threads()} threads)")
     baseline = statistics.median(next(iter(seconds.values())))

@@ -19,18 +19,9 @@ from coba_triton.cli import job
 from coba_triton.cli.config import load
 from coba_triton.cli.inputs import open_source
 from coba_triton.cli.weights import open_recurrent
+from coba_triton.problems import SPARSE_VALUES
 
-NEURON = CobaLIFParameters(
-    tau_syn_exc_inv=1 / 5,
-    tau_syn_inh_inv=1 / 10,
-    c_m_inv=1 / 0.2,
-    g_l=0.01,
-    e_rev_E=0.0,
-    e_rev_I=-80.0,
-    v_rest=-65.0,
-    v_reset=-65.0,
-    v_thresh=-50.0,
-)
+NEURON = CobaLIFParameters(**SPARSE_VALUES)
 
 
 def words(result: Result) -> Tensor:

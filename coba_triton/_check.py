@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -183,8 +184,9 @@ def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -
     if isinstance(case, Problem) and name in own and method in EXACT_SURROGATES:
         return 0.0
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    terms = max(64, case.x.shape[0] * case.state.v.numel())  # type: ignore[union-attr]
-    return scale * (1e-8 if case.state.v.dtype == torch.float64 else terms * 2**-24)  # type: ignore[union-attr]
+    v = torch.as_tensor(case.state.v)
+    terms = max(64, case.x.shape[0] * v.numel())
+    return scale * (1e-8 if v.dtype == torch.float64 else terms * 2**-24)
 
 
 def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
@@ -286,9 +288,9 @@ def flatten(case: AnyProblem) -> AnyProblem:
     parameters = {
         name: value if value.dim() == 0 else value.expand(shape).reshape(rows) for name, value in case.parameters.items()
     }
-    state = type(case.state)(*(field.reshape(rows) for field in fields))
+    state: Any = type(case.state)(*(field.reshape(rows) for field in fields))
     x = case.x.reshape(len(case.x), *((-1,) if axes == 1 else (-1, case.x.shape[-1])))
-    return replace(case, x=x, state=state, parameters=parameters)  # type: ignore[arg-type]
+    return replace(case, x=x, state=state, parameters=parameters)
 
 
 def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
@@ -298,7 +300,7 @@ def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
     left = SHRINK_RUNS
 
     def sizes(of: AnyProblem) -> dict[str, int]:
-        found = {"steps": of.x.shape[0], "neurons": of.state.v.shape[-1]}  # type: ignore[union-attr]
+        found = {"steps": of.x.shape[0], "neurons": torch.as_tensor(of.state.v).shape[-1]}
         return found if isinstance(of, Problem) else found | {"rows": of.x.shape[1], "inputs": of.x.shape[2]}
 
     def candidates(axis: str, size: int) -> Iterator[slice | int]:
@@ -461,7 +463,7 @@ def _generate(backend: str, device: torch.device, level: str) -> Iterator[Check]
             "gradients of every length", f"{steps} steps", lambda d, s=steps: problem(s, (33,), device=d), gradients=True
         )
     for steps, block in itertools.product((45, *(() if interpreted else (1000,))), (1, 7, 32)):
-        whole: Builder = lambda d, s=steps: problem(s, (33,), device=d)  # type: ignore[misc]  # noqa: E731 - own default
+        whole = functools.partial(problem, steps, (33,), torch.float32)
         yield Check("chunking", f"{steps} steps by {block}", whole, Run(backend, {"block_steps": block}), Run(backend))
     twice: dict[str, Builder] = {
         "feed-forward": lambda d: problem(20, (70,), device=d),
@@ -527,7 +529,7 @@ def _far(backend: str, interpreted: bool) -> Iterator[Check]:
         state = [torch.zeros(size, device=device) for _ in small.state]
         for wide, few in zip(state, map(torch.as_tensor, small.state), strict=True):
             wide[:ends], wide[-ends:] = few[:ends], few[ends:]
-        return _Far(x, CobaLIFFeedForwardState(*state), small.parameters, small.alpha, small.dt, small, ends)
+        return _Far(x, CobaLIFFeedForwardState(*state), small.parameters, small.alpha, small.dt, small=small, ends=ends)
 
     for kind in (torch.uint8, "bits"):
         run = {"spike_dtype": kind}
@@ -535,12 +537,12 @@ def _far(backend: str, interpreted: bool) -> Iterator[Check]:
         yield Check("past 2^31", f"spikes as {kind}", build, Run(backend, run), Run("reference", run), gib=gib)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Far(Problem):
     """A problem too large for the reference, which runs the neurons at both ends alone."""
 
-    small: Problem = None  # type: ignore[assignment]
-    ends: int = 0
+    small: Problem
+    ends: int
 
     def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
         if backend == "reference":
@@ -647,7 +649,7 @@ def _grid(x: Tensor) -> int:
 
 def sums_are_exact(case: RecurrentProblem) -> bool:
     """Whether no order of the sums over synapses is rounded: all terms are multiples of one number, and not too many."""
-    digits = 53 if case.state.v.dtype == torch.float64 else 24  # type: ignore[union-attr]
+    digits = 53 if torch.as_tensor(case.state.v).dtype == torch.float64 else 24
     sources = ((case.input_weights, case.x), (case.recurrent_weights, torch.as_tensor(case.state.z)))
     for weights, x in sources:
         reach = (x.double().abs() @ weights.double().abs().t()).max() if x.numel() and weights.numel() else torch.zeros(())

@@ -179,7 +179,7 @@ def backward(
         lam += grad_states[:, -1]
     lam_z = torch.zeros_like(z) if grad_z is None else grad_z.clone()
     split_input, split_recurrent = split(net.input_weights), split(net.recurrent_weights)
-    input_sums, recurrent_sums = (sums.t().contiguous() for sums in map(torch.zeros_like, (split_input, split_recurrent)))
+    input_sums, recurrent_sums = (w.new_zeros(w.shape[1], w.shape[0]) for w in (split_input, split_recurrent))
     grad_x = x.new_zeros(x.shape) if x_grad else None
     grad_constants = z.new_zeros(net.constants.shape[0], z.numel()) if constants_grad else None
     input_events = is_sparse(x)

@@ -38,7 +38,7 @@ def warmup(
 
     Args:
         dtypes: of state and arithmetic, ``torch.float32`` or ``torch.float64``.
-        train: with the backward kernels.
+        train: with the backward kernels; those that also give the parameters' gradients are compiled when first called.
         per_neuron: for parameters that are tensors over the neurons instead of single numbers.
         method: surrogate derivative of the backward.
 

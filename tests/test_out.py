@@ -44,7 +44,7 @@ def test_a_buffer_that_does_not_fit(out: Tensor, message: str) -> None:
         coba_lif_feed_forward_integral(torch.zeros(8, 3), out=out)
 
 
-def test_a_buffer_that_is_none() -> None:
+def test_a_buffer_that_is_no_tensor() -> None:
     with pytest.raises(TypeError, match=r"out must be a torch.Tensor or None, got list; use torch.empty"):
         coba_lif_feed_forward_integral(torch.zeros(8, 3), out=[])
 

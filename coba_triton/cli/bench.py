@@ -145,7 +145,7 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
         rows.append(
             {
                 "name": contender.name,
-                "same": contender.same,
+                "same": contender.roundings is not None,
                 "note": contender.note,
                 "seconds": seconds[contender.name],
                 "median_s": median,

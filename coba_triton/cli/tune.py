@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from coba_triton import _check, _tuner, tuning
-from coba_triton._tuner import Journal, Outcome, Task, Trial
+from coba_triton._tuner import Effort, Journal, Outcome, Task, Trial
 from coba_triton.tuning import KERNELS, TableError
 
 from . import info
@@ -62,7 +62,8 @@ def run(
     resume: bool,
 ) -> int:
     """Tune; returns the exit status."""
-    _choose("--effort", effort, ("quick", "full"))
+    _choose("--effort", effort, get_args(Effort))
+    chosen = cast(Effort, effort)
     if not budget > 0:
         raise UserError(f"--budget must be a positive number of seconds, got {budget:g}")
     try:
@@ -98,7 +99,7 @@ def run(
             try:
                 with _progress(task) as show:
                     workload = _tuner.Timed(task, bandwidth)
-                    outcomes.append(_tuner.tune(task, workload, journal, effort, deadline, show=show))  # type: ignore[arg-type]  # checked above
+                    outcomes.append(_tuner.tune(task, workload, journal, chosen, deadline, show=show))
             except ValueError as error:
                 failed = True
                 print(f"{error}")
@@ -232,7 +233,8 @@ def compile_only(
     if arch is None:
         raise UserError(f"--compile-only needs a target; add --arch, one of {', '.join(known)}")
     _choose("--arch", arch, known)
-    _choose("--effort", effort, ("quick", "full"))
+    _choose("--effort", effort, get_args(Effort))
+    chosen = cast(Effort, effort)
     if out is not None:
         writable(out)
     rows: list[dict[str, Any]] = []
@@ -247,7 +249,7 @@ def compile_only(
         for name in ("registers", "spills", "shared", "occupancy"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("note")
-        proposals = _tuner.proposals(space, rule, effort)  # type: ignore[arg-type]  # checked above
+        proposals = _tuner.proposals(space, rule, chosen)
         try:
             with _progress(task) as show:
                 for parameters, total in proposals:
