@@ -176,17 +176,18 @@ def _named(case: AnyProblem, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
-    """What rounding may change: nothing where the operations are autograd's own, else a rounding for every term summed.
+    """What rounding may change: nothing where the operations are autograd's own, else the roundings of a sum.
 
-    A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's.
+    A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's; the
+    roundings of its terms add up like a random walk.
     """
     own = {"x", *case.state._fields}
     if isinstance(case, Problem) and name in own and method in EXACT_SURROGATES:
         return 0.0
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     v = torch.as_tensor(case.state.v)
-    terms = max(64, case.x.shape[0] * v.numel())
-    return scale * (1e-8 if v.dtype == torch.float64 else terms * 2**-24)
+    roundings = max(64.0, math.sqrt(case.x.shape[0] * v.numel()))
+    return scale * (1e-8 if v.dtype == torch.float64 else roundings * 2**-24)
 
 
 def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
