@@ -178,15 +178,17 @@ def _named(case: AnyProblem, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
 def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
     """What rounding may change: nothing where the operations are autograd's own, else the roundings of a sum.
 
-    A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's; the
-    roundings of its terms add up like a random walk.
+    A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's. The
+    roundings of its terms add up like a random walk, in units of the largest gradient of the array; a single number may
+    be what is left of terms that cancel, and has a unit for every one of them.
     """
     own = {"x", *case.state._fields}
     if isinstance(case, Problem) and name in own and method in EXACT_SURROGATES:
         return 0.0
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     v = torch.as_tensor(case.state.v)
-    roundings = max(64.0, math.sqrt(case.x.shape[0] * v.numel()))
+    terms = case.x.shape[0] * v.numel()
+    roundings = max(64.0, math.sqrt(terms) if expected.dim() else terms)
     return scale * (1e-8 if v.dtype == torch.float64 else roundings * 2**-24)
 
 
