@@ -91,3 +91,21 @@ def test_names_and_defaults_are_nests() -> None:
     nest = pytest.importorskip("nest", reason="NEST is optional: pip install nest-simulator")
     theirs = nest.GetDefaults("iaf_cond_exp")
     assert {name: theirs[name] for name in DEFAULTS["iaf_cond_exp"]} == pytest.approx(DEFAULTS["iaf_cond_exp"], rel=1e-6)
+
+
+def test_names_defaults_and_units_are_pynns() -> None:
+    cells = pytest.importorskip("pyNN.standardmodels.cells", reason="PyNN is optional: pip install pynn")
+    assert cells.IF_cond_exp.default_parameters == DEFAULTS["IF_cond_exp"]
+    units = {name: cells.IF_cond_exp.units[name] for name in DEFAULTS["IF_cond_exp"]}
+    potentials = dict.fromkeys(("v_rest", "e_rev_E", "e_rev_I", "v_thresh", "v_reset"), "mV")
+    times = dict.fromkeys(("tau_m", "tau_refrac", "tau_syn_E", "tau_syn_I"), "ms")
+    assert units == potentials | times | {"cm": "nF", "i_offset": "nA"}
+
+
+def test_pynn_translates_to_nest_as_we_do() -> None:
+    pytest.importorskip("nest", reason="NEST is optional: pip install nest-simulator")
+    cells = pytest.importorskip("pyNN.nest", reason="PyNN is optional: pip install pynn").standardmodels.cells
+    native = cells.IF_cond_exp(**to_pynn(BRETTE)).native_parameters
+    native.shape = (1,)
+    native.evaluate(simplify=True)
+    assert native.as_dict() == pytest.approx(to_pynn(BRETTE, "iaf_cond_exp"))
