@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from . import _validation as check
 from ._backends import choose_backend
+from ._versions import package_version
 from .functional import coba_lif_feed_forward_integral, coba_lif_integral
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
 from .modules import CobaLIF, CobaLIFRecurrent
@@ -369,8 +369,8 @@ def versions() -> dict[str, str]:
     """What a result depends on, by name."""
     found = {"python": platform.python_version()}
     for package in ("coba-triton", "torch", "numpy", "triton", "zarr"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package.replace("-", "_")] = version(package)
+        if installed := package_version(package):
+            found[package.replace("-", "_")] = installed
     return found
 
 

@@ -225,6 +225,8 @@ with messages_on_stderr():
 r, q = coba_triton.coba_lif_feed_forward_integral(x, None, backend="reference")
 assert torch.equal(z, r) and all(map(torch.equal, s, q))
 kernel = __import__("coba_triton._cpu_kernels")._cpu_kernels.forward_kernel()
+from coba_triton.cli.info import caches
+assert caches()["numba"].startswith(kernel.stats.cache_path or "nowhere, as no folder can be written to")
 print(kernel.stats.cache_path, sum(kernel.stats.cache_hits.values()))
 """
 

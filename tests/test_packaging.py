@@ -134,6 +134,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     top = {PurePosixPath(name).parts[0] for name in names}
     assert top == {"coba_triton", f"coba_triton-{PROJECT['version']}.dist-info"}
     assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        tags = archive.read(f"coba_triton-{PROJECT['version']}.dist-info/WHEEL").decode().splitlines()
+    assert "Root-Is-Purelib: true" in tags
 
     sources = {name for name in tree_files() if PurePosixPath(name).suffix in {".py", ".toml", ".typed"}}
     package = {name for name in sources if name.startswith("coba_triton/")}
@@ -258,6 +261,19 @@ def test_import_leaves_optional_packages_alone() -> None:
 
 def test_package_works_where_optional_packages_are_missing() -> None:
     run(sys.executable, "-c", WITHOUT_OPTIONAL, *OPTIONAL, cwd=ROOT)
+
+
+def test_python_versions_agree() -> None:
+    """What the index shows, what pip and make ask for, what the tools check, and what the README calls tested."""
+    first, *others = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert PROJECT["requires-python"] == f">={first}"
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
+    assert tools["mypy"]["python_version"] == first
+    assert tools["ruff"]["target-version"] == "py" + first.replace(".", "")
+    makefile, readme = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "README.md"))
+    assert set(re.findall(r"Python (3\.\d+)", makefile)) == {first}
+    platforms = readme.partition("## Platforms")[2].partition("##")[0]
+    assert set(re.findall(r"\b3\.1\d\b", platforms)) == {first, *others}
 
 
 def test_citation_names_the_version() -> None:

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,9 @@ from rich.table import Table
 import coba_triton
 from coba_triton import tuning
 from coba_triton._backends import BACKENDS, choose_backend
+from coba_triton._versions import package_version
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "norse")
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package, None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str | None]:
@@ -102,7 +94,10 @@ def serving(device: str) -> list[dict[str, Any]]:
 
 def caches() -> dict[str, str]:
     """Where compiled kernels are kept."""
-    found = {"numba": os.environ.get("NUMBA_CACHE_DIR") or f"{Path(coba_triton.__file__).parent / '__pycache__'}"}
+    from coba_triton._cpu_kernels import forward_kernel
+
+    folder = forward_kernel().stats.cache_path
+    found = {"numba": folder or "nowhere, as no folder can be written to; name one in NUMBA_CACHE_DIR"}
     if package_version("triton"):
         import triton
 

@@ -12,7 +12,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
+from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
 
@@ -180,7 +180,7 @@ def summarize(name: str, config: Config, source: Source, recurrent: Recurrent | 
         "versions": {
             "coba_triton": coba_triton.__version__,
             "python": platform.python_version(),
-            **{package: _version(package) for package in ("torch", "numpy", "triton")},
+            **{package: package_version(package) for package in ("torch", "numpy", "triton")},
         },
         "platform": platform.platform(),
         "config": settings,
@@ -196,10 +196,3 @@ def _seeds(settings: dict[str, Any], prefix: str = "") -> dict[str, int]:
         elif isinstance(value, dict):
             seeds |= _seeds(value, f"{prefix}{key}.")
     return seeds
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
