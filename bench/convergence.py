@@ -1,0 +1,203 @@
+"""The explicit Euler step against accurate solutions of the same neurons, as the time step shrinks: an error of order dt.
+
+    pip install brian2
+    python bench/convergence.py --out convergence.png
+
+Unconnected neurons take the same spikes, all of them on a grid that every time step divides. This package runs in float64
+with dt, dt / 2, dt / 4 and so on; Brian2 integrates the same equations by Runge-Kutta of order 4 with a far smaller step.
+``tests/test_convergence.py`` holds the package to what is drawn, against Brian2 where it is installed, and always against
+:func:`solve`, for which no simulator is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from coba_triton import CobaLIFParameters, coba_lif_feed_forward_integral
+
+Array = NDArray[np.float64]
+
+GRID = 0.4  # ms between the times at which spikes may arrive and potentials are compared
+STEPS = tuple(GRID / 2**k for k in range(2, 8))  # ms, the time steps compared
+FIRST = 6  # spikes of each neuron whose times are compared
+EXCITATORY, INHIBITORY = 0.001, 0.002  # uS
+SUBTHRESHOLD = CobaLIFParameters(1 / 5, 1 / 10, 1 / 0.2, 0.01, -80.0, 0.0, -60.0, -60.0, v_thresh=1e6)
+SPIKING = SUBTHRESHOLD._replace(v_thresh=-50.0)
+
+
+class Solution(NamedTuple):
+    """Attributes:
+    v: potentials at the grid's times GRID, 2 GRID, ... in mV, ``[T, N]``.
+    spikes: of each neuron, the times in ms.
+    """
+
+    v: Array
+    spikes: list[Array]
+
+
+def drive(steps: int = 150, neurons: int = 64) -> Array:
+    """Weights in uS of the spikes that arrive at ``0, GRID, 2 GRID, ...``, ``[T, N]``; negative ones are inhibitory.
+
+    The drive is steep at the threshold: where a potential only touches it, the smallest error decides about a spike.
+    """
+    kind = np.random.default_rng(1).random((steps, neurons))
+    return EXCITATORY * (kind < 0.9) - INHIBITORY * (kind >= 0.9)
+
+
+def euler(x: Array, p: CobaLIFParameters, dt: float) -> Solution:
+    """This package. A spike is at the end of the step whose potential is above the threshold."""
+    every = round(GRID / dt)
+    fine = np.zeros((len(x) * every, x.shape[1]))
+    fine[::every] = x
+    z, states = coba_lif_feed_forward_integral(torch.from_numpy(fine), None, p, dt, record_states=True)
+    return Solution(states.v[every - 1 :: every].numpy(), [dt * (1 + np.flatnonzero(row)) for row in z.numpy().T])
+
+
+def solve(x: Array, p: CobaLIFParameters, substeps: int = 8) -> Solution:
+    """Runge-Kutta of order 4 for the potentials, the conductances' exact exponentials, and crossings by bisection."""
+    decay = np.array([p.tau_syn_exc_inv, p.tau_syn_inh_inv])[:, None]
+    reversal = np.array([p.e_rev_E, p.e_rev_I])[:, None]
+
+    def slope(v: Array | float, g: Array) -> Array:
+        return p.c_m_inv * (p.g_l * (p.v_rest - v) + (g * (reversal - v)).sum(0))
+
+    def advance(v: Array | float, g: Array, h: float) -> Array:
+        """The potentials after ``h`` ms."""
+        half, end = g * np.exp(-decay * h / 2), g * np.exp(-decay * h)
+        k1 = slope(v, g)
+        k2 = slope(v + h / 2 * k1, half)
+        k3 = slope(v + h / 2 * k2, half)
+        k4 = slope(v + h * k3, end)
+        return v + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+    neurons = x.shape[1]
+    v, g = np.full(neurons, float(p.v_rest)), np.zeros((2, neurons))
+    potentials: list[Array] = []
+    spikes: list[list[float]] = [[] for _ in range(neurons)]
+    h = GRID / substeps
+    for row, weights in enumerate(x):
+        g = g + np.maximum([weights, -weights], 0)
+        for substep in range(substeps):
+            after = advance(v, g, h)
+            for n in np.flatnonzero(after > p.v_thresh):
+                low, high = 0.0, h
+                while low < (middle := (low + high) / 2) < high:
+                    low, high = (low, middle) if advance(v[n], g[:, [n]], middle) > p.v_thresh else (middle, high)
+                after[n] = advance(p.v_reset, g[:, [n]] * np.exp(-decay * high), h - high).item()
+                spikes[n].append(row * GRID + substep * h + high)
+            v, g = after, g * np.exp(-decay * h)
+        potentials.append(v)
+    return Solution(np.array(potentials), [np.array(times) for times in spikes])
+
+
+def brian2(x: Array, p: CobaLIFParameters, dt: float) -> Solution:
+    """Brian2's Runge-Kutta of order 4. It, too, fires and resets at the ends of its steps only."""
+    import brian2 as b
+
+    b.prefs.codegen.target = "numpy"  # compiles nothing
+    b.start_scope()
+    b.defaultclock.dt = dt * b.ms
+    equations = """
+    dv/dt = (leak * (rest - v) + g_e * (reversal_e - v) + g_i * (reversal_i - v)) * per_capacitance : volt
+    dg_e/dt = -g_e * decay_e : siemens
+    dg_i/dt = -g_i * decay_i : siemens
+    """
+    constants = dict(
+        leak=p.g_l * b.uS, rest=p.v_rest * b.mV, reversal_e=p.e_rev_E * b.mV, reversal_i=p.e_rev_I * b.mV,
+        per_capacitance=p.c_m_inv / b.nF, decay_e=p.tau_syn_exc_inv / b.ms, decay_i=p.tau_syn_inh_inv / b.ms,
+        threshold=p.v_thresh * b.mV, after_spike=p.v_reset * b.mV,
+    )  # fmt: skip
+    cells = b.NeuronGroup(
+        x.shape[1], equations, threshold="v > threshold", reset="v = after_spike", method="rk4", namespace=constants
+    )
+    cells.v = p.v_rest * b.mV
+    parts = [cells]
+    for target, weight, arrives in (("g_e", EXCITATORY, x > 0), ("g_i", INHIBITORY, x < 0)):
+        rows, neurons = np.nonzero(arrives)
+        # a spike acts at the end of the step in which it is sent; those at time 0 are there from the beginning
+        later = rows > 0
+        getattr(cells, target)[neurons[~later]] = weight * b.uS
+        sent = b.SpikeGeneratorGroup(x.shape[1], neurons[later], rows[later] * GRID * b.ms - dt * b.ms)
+        synapses = b.Synapses(sent, cells, on_pre=f"{target} += jump", namespace={"jump": weight * b.uS})
+        synapses.connect(j="i")
+        parts += [sent, synapses]
+    # at a step's begin, and one sample past the end
+    potentials = b.StateMonitor(cells, "v", record=True, dt=GRID * b.ms)
+    fired = b.SpikeMonitor(cells)
+    b.Network(*parts, potentials, fired).run((len(x) * GRID + dt) * b.ms)
+    trains = fired.spike_trains()
+    return Solution(np.array(potentials.v / b.mV).T[1:], [np.array(trains[i] / b.ms) + dt for i in range(x.shape[1])])
+
+
+def voltage_error(got: Solution, want: Solution) -> float:
+    """The largest over neurons and times, in mV."""
+    return float(abs(got.v - want.v).max())
+
+
+def spike_error(got: Solution, want: Solution) -> float:
+    """The mean over the first spikes of all neurons, in ms."""
+    return float(np.mean([abs(a[:FIRST] - b[:FIRST]) for a, b in zip(got.spikes, want.spikes, strict=True)]))
+
+
+def errors(x: Array, p: CobaLIFParameters, want: Solution, error: Callable[[Solution, Solution], float]) -> list[float]:
+    """Of this package, for each of ``STEPS``."""
+    return [error(euler(x, p, dt), want) for dt in STEPS]
+
+
+def order(errors: list[float]) -> float:
+    """The exponent of dt in the error: the slope of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(STEPS), np.log(errors), 1)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("convergence.png"), help="the picture (%(default)s)")
+    out = parser.parse_args().out
+    x = drive()
+    figure = Figure((13, 4.2), 120, layout="constrained")
+    trace, *panels = figure.subplots(1, 3)
+    fine = brian2(x, SPIKING, STEPS[-1] / 8)
+    times = GRID * np.arange(1, len(x) + 1)
+    trace.plot(times, fine.v[:, 0], color="#7f8c8d", lw=3, alpha=0.5, label="Brian2")
+    for dt, color in ((GRID, "#c0392b"), (STEPS[0], "#2c6fbb")):
+        trace.plot(times, euler(x, SPIKING, dt).v[:, 0], color=color, lw=1, label=f"dt = {dt:g} ms")
+    trace.set(xlabel="ms", ylabel="mV", ylim=(-61, -47), title=f"one neuron, a sample every {GRID:g} ms")
+    plans = [
+        (
+            "largest error of a potential without spikes",
+            "mV",
+            SUBTHRESHOLD,
+            brian2(x, SUBTHRESHOLD, GRID / 64),
+            voltage_error,
+        ),
+        (f"mean error of the first {FIRST} spikes' times", "ms", SPIKING, fine, spike_error),
+    ]
+    for panel, (title, unit, p, want, error) in zip(panels, plans, strict=True):
+        found = errors(x, p, want, error)
+        panel.loglog(STEPS, found, "o", color="#2c6fbb", label=f"order {order(found):.2f}")
+        panel.loglog(STEPS, found[0] * np.array(STEPS) / STEPS[0], color="#7f8c8d", label="order 1")
+        panel.set(xlabel="dt in ms", ylabel=unit, title=title)
+        print(f"{title}, {unit}: " + ", ".join(f"dt {dt:g}: {value:.3g}" for dt, value in zip(STEPS, found, strict=True)))
+        print(f"  order {order(found):.3f}; {error(solve(x, p), want):.1e} between Brian2 and solve()")
+    for panel in (trace, *panels):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False, loc="upper left", ncols=3 if panel is trace else 1, handlelength=1, columnspacing=1)
+    figure.suptitle(
+        f"explicit Euler steps in float64 beside Brian2 {version('brian2')}, {x.shape[1]} neurons, {times[-1]:g} ms"
+    )
+    figure.savefig(out)
+    print(f"Wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
