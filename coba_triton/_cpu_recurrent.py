@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _cpu_recurrent_kernels as kernels
 from ._cpu import _ask_for_huge_pages, _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
-from ._recurrent import Network
+from ._recurrent import Network, send_back
 
 
 def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int, most: int | None = None) -> None:
@@ -133,7 +133,7 @@ def recurrent_replay(
     constants_grad: bool,
 ) -> Tensor:
     """The trajectory of a block whose spikes are known: ``[6, T, B, N]``, or 4 where no constant needs a gradient."""
-    trajectory = state.new_empty(6 if constants_grad else 4, *before.shape)
+    trajectory = state.new_empty(6 if constants_grad else 4, len(before), *state.shape[1:])
     z = before[0].to(net.dtype)
     _block(net, x, drive, z, recurrent_drive, state, None, words, True, None, trajectory, x.shape[0])
     return trajectory
@@ -187,7 +187,7 @@ def recurrent_sweep(
             work=32 * cells,
             most=most,
         )
-        torch.mm(adjoints[t], split_weights, out=lam_z)
+        send_back(net, adjoints[t], split_weights, lam_z)
     return lam_z
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +28,24 @@ DENSE_RATE = 0.2
 DRIVE_BYTES = 2**26
 
 
+class Exchange(Protocol):
+    """How processes that own the ``n`` rows of some of ``N`` neurons each go on together."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """``[..., n]`` of every process to ``[..., N]`` in all of them."""
+
+    def gather_spikes(self, spikes: Tensor) -> Tensor:
+        """:meth:`gather` of 0 and 1."""
+
+    def add_up(self, parts: Tensor) -> Tensor:
+        """The sum over the processes of ``[..., N]``, of which each keeps its own ``[..., n]``."""
+
+
 class Network(NamedTuple):
     """What is the same in all blocks: weights, constants, order of the step, kernels.
 
     The weights are ``[N, I]`` and ``[N, N]``; ``input_rows`` and ``recurrent_rows`` are their transposes, with the
-    synapses of a source side by side.
+    synapses of a source side by side. With an ``exchange`` they are the rows of the neurons that this process owns.
     """
 
     input_weights: Tensor
@@ -42,6 +55,7 @@ class Network(NamedTuple):
     constants: Tensor
     jump_first: bool
     kernels: ModuleType
+    exchange: Exchange | None = None
 
     @classmethod
     def of(cls, input_weights: Tensor, recurrent_weights: Tensor, *others: Any) -> Network:
@@ -90,17 +104,33 @@ def spike_rate(spikes: Tensor) -> float:
     return int(torch.count_nonzero(spikes)) / max(1, spikes.numel())
 
 
-def dense_block(net: Network, drive: Tensor, z: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None) -> Tensor:
-    """A matrix product and a pointwise kernel a step; fills ``spikes [t, B, N]`` and returns the state."""
+def step_by_step(net: Network, drive: Tensor, z: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None) -> Tensor:
+    """A pointwise kernel a step, after a matrix product or, with an exchange, a sum over the events of all processes.
+
+    Fills ``spikes [t, B, N]``, which must be what the drive can be computed from, and returns the state.
+    """
     steps, batch, neurons = drive.shape[1:]
-    weights = split(net.recurrent_weights).t().contiguous()
+    if net.exchange is None:
+        weights = split(net.recurrent_weights).t().contiguous()
     for t in range(steps):
-        recurrent = (z @ weights).view(batch, 2, neurons).transpose(0, 1).contiguous()
+        if net.exchange is None:
+            recurrent = (z @ weights).view(batch, 2, neurons).transpose(0, 1).contiguous()
+        else:  # what is before a block need not be 0 or 1
+            sources = net.exchange.gather_spikes(z) if t else net.exchange.gather(z)
+            recurrent = net.kernels.project_events(sources, net.recurrent_rows)
         z = spikes[t]
         state = net.kernels.recurrent_step(
             net, drive[:, t].contiguous(), recurrent, state, z, None if states is None else states[:, t]
         )
     return state
+
+
+def send_back(net: Network, adjoints: Tensor, split_weights: Tensor, lam_z: Tensor) -> None:
+    """Fill ``lam_z [B, N]``, the gradient by the spikes of a step, from the ``adjoints [B, 2 N]`` of the next one."""
+    if net.exchange is None:
+        torch.mm(adjoints, split_weights, out=lam_z)
+    else:
+        lam_z.copy_(net.exchange.add_up(adjoints @ split_weights))
 
 
 def forward(
@@ -124,14 +154,15 @@ def forward(
         if checkpoints is not None:
             checkpoints[number] = state
         drive = None if events else project(net.input_weights, x[here])
-        scratch = z.dtype if dense else torch.uint8
-        block_spikes = z.new_empty(steps, *z.shape, dtype=scratch) if spikes is None or dense else spikes[here]
+        stepwise = dense or net.exchange is not None
+        scratch = torch.uint8 if net.exchange or not dense else z.dtype
+        block_spikes = z.new_empty(steps, *z.shape, dtype=scratch) if spikes is None or stepwise else spikes[here]
         block_words = None if words is None else words[start // WORD_BITS : start // WORD_BITS + word_count(steps)]
         block_states = None if states is None else states[:, here]
-        if dense:
+        if stepwise:
             if drive is None:
                 drive = net.kernels.project_events(x[here], net.input_rows)
-            state = dense_block(net, drive, z, state, block_spikes, block_states)
+            state = step_by_step(net, drive, z, state, block_spikes, block_states)
             if spikes is not None:
                 spikes[here] = block_spikes
             if block_words is not None:
@@ -187,14 +218,20 @@ def backward(
         start = number * block_steps
         here = slice(start, min(start + block_steps, steps))
         block_words = words[start // WORD_BITS : start // WORD_BITS + word_count(here.stop - start)]
-        before = spikes_before(block_words, words[start // WORD_BITS - 1] if start else z, here.stop - start, net.dtype)
+        sent, last = block_words, words[start // WORD_BITS - 1] if start else z
+        if net.exchange is not None:
+            sent, last = net.exchange.gather(sent), net.exchange.gather(last)
+        before = spikes_before(sent, last, here.stop - start, net.dtype)
         events = is_sparse(before)
+        recurrent_drive = None if events else project(net.recurrent_weights, before)
+        if events and net.exchange is not None:
+            recurrent_drive = net.kernels.project_events(before, net.recurrent_rows)
         trajectory = net.kernels.recurrent_replay(
             net,
             x[here],
             None if input_events else project(net.input_weights, x[here]),
             before,
-            None if events else project(net.recurrent_weights, before),
+            recurrent_drive,
             checkpoints[number],
             block_words,
             constants_grad,

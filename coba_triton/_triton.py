@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._recurrent import Network
+from ._recurrent import Network, send_back
 from .kernels import feed_forward, recurrent
 from .tuning import Parameters, launch_parameters
 
@@ -342,7 +342,7 @@ def recurrent_replay(
     drive = project_events(x, net.input_rows) if drive is None else drive
     if recurrent_drive is None:
         recurrent_drive = project_events(before, net.recurrent_rows)
-    trajectory = state.new_empty(6, *before.shape)
+    trajectory = state.new_empty(6, len(before), *state.shape[1:])
     _launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, before.shape[0])
     return trajectory
 
@@ -366,7 +366,7 @@ def recurrent_sweep(
     One launch where a program can own whole rows; for more neurons a launch and a matrix product a step.
     """
     steps, batch, neurons = trajectory.shape[1:]
-    in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH
+    in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH and net.exchange is None
     # one neuron a thread: no layout conversions between the loads
     if in_one_launch:
         num_warps = max(1, triton.next_power_of_2(neurons) // threads_per_warp())
@@ -391,7 +391,7 @@ def recurrent_sweep(
         return lam_z
     for t in reversed(range(steps)):
         launch(t, t + 1)
-        torch.mm(adjoints[t], split_weights, out=lam_z)
+        send_back(net, adjoints[t], split_weights, lam_z)
     return lam_z
 
 

@@ -1,0 +1,392 @@
+"""Recurrent networks that outgrow one device: every process of a group owns some of the neurons.
+
+A process (rank) holds the rows of both weight matrices, the parameters and the state of its own neurons: they are as many
+as ``torch.chunk`` gives it, in order. In every step it packs its spikes to bits, all ranks gather those of all, and each
+sums the synapses of the neurons that spiked, ascending by source as one process does. So the bits of the result do not
+depend on the number of ranks, on any weights.
+
+The device of the tensors must be one that the group's backend serves: ``gloo`` on the CPU, ``nccl`` on GPUs.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _recurrent, reference
+from . import _validation as check
+from ._backends import choose_backend
+from ._recurrent import Network
+from ._validation import SpikeDtype
+from .functional import (
+    _check_sequence,
+    _constants_table,
+    _format_spikes,
+    _kernel_input,
+    _recurrent_request,
+    _run_reference,
+    _spike_dtype,
+    _spikes_format,
+)
+from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, Constants
+from .operators import _RECURRENT, _kernels
+from .spikes import pack_spikes, word_count
+
+Group = Any  # torch.distributed.ProcessGroup, which a build of torch without torch.distributed has not
+
+
+def owned_neurons(neurons: int, group: Group = None) -> slice:
+    """The neurons that this rank owns: ``ceil(N / ranks)`` a rank, in order, the last ones fewer.
+
+    That is how ``torch.chunk`` and DTensor's ``Shard(0)`` divide the rows of a matrix.
+
+    Args:
+        neurons: N of the whole network.
+        group: of processes, None for all.
+
+    Raises:
+        RuntimeError: if there is no process group, or this process is not in it.
+        ValueError: if a rank would own none.
+
+    Example:
+        >>> own = owned_neurons(4000)  # doctest: +SKIP
+        >>> recurrent_weights = all_weights[own]  # doctest: +SKIP
+    """
+    check.check_size(neurons, "neurons")
+    ranks = _Ranks(group)
+    ranks.divide(neurons)
+    return ranks.own
+
+
+class _Ranks:
+    """The processes of a group, and which of the neurons each owns: the exchange of :mod:`coba_triton._recurrent`."""
+
+    def __init__(self, group: Group) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "coba_triton.distributed needs a process group, and there is none; start the program with torchrun and "
+                "call torch.distributed.init_process_group() first"
+            )
+        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise RuntimeError("group must have this process among its ranks, and has not; call it on its own ranks alone")
+
+    def divide(self, neurons: int) -> None:
+        """Give every rank its share of the neurons."""
+        self.neurons, self.share = neurons, -(-neurons // self.ranks)
+        if self.share * (self.ranks - 1) >= neurons:
+            raise ValueError(
+                f"every rank must own a neuron, and {self.ranks} ranks of ceil({neurons} / {self.ranks}) = {self.share} "
+                f"neurons leave the last one without; use {-(-neurons // max(self.share, 1))} ranks"
+            )
+        self.own = slice(self.rank * self.share, min((self.rank + 1) * self.share, neurons))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """``[..., n]`` of every rank to ``[..., N]`` in all of them."""
+        padded = values.new_zeros(*values.shape[:-1], self.share)
+        padded[..., : values.shape[-1]] = values
+        return self._join(self._all(padded))
+
+    def gather_spikes(self, spikes: Tensor) -> Tensor:
+        """:meth:`gather` of 0 and 1, eight neurons in a byte: ``[..., n]`` to uint8 ``[..., N]``."""
+        size = -(-self.share // 8)
+        padded = torch.zeros(*spikes.shape[:-1], 8 * size, dtype=torch.uint8, device=spikes.device)
+        padded[..., : spikes.shape[-1]] = spikes
+        bit = torch.arange(8, dtype=torch.uint8, device=spikes.device)
+        packed = (padded.unflatten(-1, (size, 8)) << bit).sum(-1, dtype=torch.uint8)
+        unpacked = (self._all(packed).unsqueeze(-1) >> bit) & 1
+        return self._join(unpacked.flatten(-2)[..., : self.share])
+
+    def add_up(self, parts: Tensor) -> Tensor:
+        """The sum over the ranks of ``[..., N]``, of which each keeps its own ``[..., n]``."""
+        dist.all_reduce(parts, group=self.group)
+        return parts[..., self.own]
+
+    def _all(self, values: Tensor) -> Tensor:
+        every = values.new_empty(self.ranks, *values.shape)
+        dist.all_gather(list(every.unbind(0)), values, group=self.group)
+        return every
+
+    def _join(self, every: Tensor) -> Tensor:
+        return every.movedim(0, -2).flatten(-2)[..., : self.neurons]
+
+    def agree(self, call: dict[str, Any], error: Exception | None) -> None:
+        """Raise in all ranks where one has an error or another call than the others, before they wait for each other."""
+        calls: list[Any] = [None] * self.ranks
+        dist.all_gather_object(calls, None if error else call, group=self.group)
+        if error is not None:
+            raise error
+        if None in calls:
+            raise RuntimeError(f"rank {calls.index(None)} refused its arguments; its own error says what to change")
+        for name in call:
+            given = [other[name] for other in calls]
+            if any(value != given[0] for value in given):
+                raise ValueError(
+                    f"{name} must be the same on every rank, got {', '.join(map(str, given))} on ranks 0 to "
+                    f"{self.ranks - 1}; make them equal"
+                )
+
+
+class _Gather(torch.autograd.Function):
+    """:meth:`_Ranks.gather`, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: _Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.gather(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.add_up(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Shared(torch.autograd.Function):
+    """What all ranks have in common: as it is, with a gradient that is the sum of those of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, device: torch.device, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.device = group, device
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sums = [grad.to(ctx.device, memory_format=torch.contiguous_format, copy=True) for grad in grads]
+        for total in sums:
+            dist.all_reduce(total, group=ctx.group)
+        return None, None, *(total.to(grad.device) for total, grad in zip(sums, grads, strict=True))
+
+
+class _Options(NamedTuple):
+    """What does not differ between the steps."""
+
+    jump_first: bool
+    method: str
+    kernels: ModuleType
+    spikes_shape: torch.Size
+    spike_dtype: torch.dtype
+    record_states: bool
+    block_steps: int
+    train: bool
+
+
+class _Recurrent(torch.autograd.Function):
+    """The loop over time blocks, forward and back, as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: _Ranks, o: _Options, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, z, state, input_weights, recurrent_weights, constants = tensors
+        steps, (batch, neurons) = x.shape[0], z.shape
+        spikes = x.new_empty(o.spikes_shape, dtype=o.spike_dtype)
+        packed = o.spike_dtype == torch.int32
+        words = spikes if packed else x.new_empty(word_count(steps), batch, neurons, dtype=torch.int32) if o.train else None
+        states = state.new_empty(3, steps if o.record_states else 0, batch, neurons)
+        checkpoints = state.new_empty(-(-steps // o.block_steps) if o.train else 0, *state.shape)
+        net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, o.kernels, ranks)
+        z_final, final = z, state
+        if steps and batch:
+            z_final, final = _recurrent.forward(
+                net,
+                x,
+                z,
+                state,
+                None if packed else spikes,
+                words,
+                states if o.record_states else None,
+                checkpoints if o.train else None,
+                o.block_steps,
+                "events",
+            )
+        ctx.options, ctx.net = o, net
+        ctx.set_materialize_grads(False)
+        if not spikes.is_floating_point():
+            ctx.mark_non_differentiable(spikes)
+        if o.train:
+            ctx.save_for_backward(x, z, words, checkpoints)
+        return spikes, z_final.clone(), final.clone(), states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        o, net = ctx.options, ctx.net
+        x, z, words, checkpoints = ctx.saved_tensors
+        grad_spikes, grad_z, grad_final, grad_states = grads
+        x_needed, *_, constants_needed = needed = ctx.needs_input_grad[2:]
+        found = _recurrent.backward(
+            net,
+            x,
+            z,
+            words,
+            checkpoints,
+            o.block_steps,
+            o.method,
+            None if grad_spikes is None else grad_spikes.flatten(1),
+            grad_z,
+            grad_final,
+            None if grad_states is None else grad_states.contiguous(),
+            x_needed,
+            constants_needed,
+        )
+        constants = found.constants
+        if constants is not None and net.constants.shape[1] == 1:
+            constants = constants.sum(1, keepdim=True)
+        every = (*found[:-1], constants)
+        return None, None, *(grad if need else None for grad, need in zip(every, needed, strict=True))
+
+
+def coba_lif_integral(
+    input_tensor: Tensor,
+    state: Any,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+    dt: float = 0.001,
+    *,
+    group: Group = None,
+    order: str = "decay_first",
+    backend: str = "auto",
+    block_steps: int | None = None,
+    record_states: bool = False,
+    spike_dtype: SpikeDtype = None,
+) -> tuple[Tensor, CobaLIFState]:
+    """This rank's neurons of a recurrent population over a whole sequence; every rank of the group calls it together.
+
+    :func:`coba_triton.coba_lif_integral`, of which it has the equations and, with ``path="events"``, the bits: on any
+    weights where the input is events (at most a quarter of it is not 0), else where the sums of weights are exact. Per step
+    each rank sends one bit a neuron and batch row.
+
+    Differentiable as that is, for a loss that is the sum of a loss of each rank's neurons: every rank calls ``backward`` on
+    its own. The gradients by the input and by single numbers in ``p``, which all ranks share, are the whole ones on every
+    rank; all others belong to the rank's neurons.
+
+    Args:
+        input_tensor: input spikes or currents, ``[T, *batch, I]``, the same on all ranks.
+        state: of the owned neurons, ``[*batch, n]`` a field; None starts at rest.
+        input_weights: in uS, ``[n, I]``: the rows of the owned neurons.
+        recurrent_weights: in uS, ``[n, N]``: the rows of the owned neurons, a column for every neuron of the network. Every
+            call of a fused backend transposes it, unless it is the transpose of a contiguous matrix.
+        p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the owned neurons.
+        dt: time step in ms.
+        group: of processes, None for all.
+        order: ``decay_first`` or ``jump_first``.
+        backend: ``auto``, ``reference``, ``triton`` or ``cpu``.
+        block_steps: as in :func:`coba_triton.coba_lif_integral`.
+        record_states: return the state of every step, ``[T, *batch, n]`` a field, instead of the final one.
+        spike_dtype: as in :func:`coba_triton.coba_lif_feed_forward_integral`.
+
+    Returns:
+        Spikes ``[T, *batch, n]`` and the state of the owned neurons.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes do not fit, devices differ, an argument's value is unknown, or ranks disagree.
+        RuntimeError: if there is no process group, the backend that was asked for cannot serve, or another rank refused its
+            arguments.
+
+    Example:
+        >>> own = owned_neurons(4000)  # doctest: +SKIP
+        >>> weights = input_weights[own], recurrent_weights[own]  # doctest: +SKIP
+        >>> spikes, state = coba_lif_integral(x, None, *weights, dt=0.1)  # doctest: +SKIP
+    """
+    ranks = _Ranks(group)
+
+    def prepare(x: Tensor, p: Any) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor], Constants]:
+        square = recurrent_weights[:, ranks.own]  # the checks are those of one process with these neurons
+        tensors, (w_in, _), c, dtype = _recurrent_request(x, state, input_weights, square, p, dt, x.shape[1:])
+        return x, tensors, (w_in, recurrent_weights.to(dtype)), c
+
+    call: dict[str, Any] = {}
+    error = None
+    try:
+        _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+        _check_rows(ranks, input_weights, recurrent_weights)
+        x, initial, weights, c = prepare(input_tensor, p)
+        backend = choose_backend(backend, x.device)
+        train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *initial, *weights, *c))
+        shared = _shared(x, p) if train else {}
+        call = {
+            "the number of neurons": ranks.neurons,
+            "[T, *batch]": list(x.shape[:-1]),
+            "the dtype of the state": initial[0].dtype,
+            "order": order,
+            "backend": backend,
+            "block_steps": block_steps,
+            "whether anything requires a gradient": train,
+            "which of input_tensor and the numbers in p require a gradient": list(shared),
+        }
+    except (TypeError, ValueError, RuntimeError) as raised:
+        error = raised
+    ranks.agree(call, error)
+    if shared:
+        copies = _Shared.apply(group, x.device, *shared.values())  # type: ignore[no-untyped-call]  # torch has no types here
+        values = dict(zip(shared, copies, strict=True))
+        numbers = {name: values.get(name, getattr(p, name)) for name in NUMERIC_PARAMETERS}
+        x, initial, weights, c = prepare(values.get("input_tensor", x), CobaLIFParameters(**numbers, method=p.method))
+
+    z, *others = initial
+    default = _spike_dtype(x, z.dtype)
+    jump_first = order == "jump_first"
+    if backend == "reference":
+        w = reference.SplitWeights.of(*weights)
+
+        def step(x: Tensor, z: Tensor, v: Tensor, g_e: Tensor, g_i: Tensor) -> reference.Step:
+            every = _Gather.apply(z, ranks)  # type: ignore[no-untyped-call]  # torch has no types here
+            return reference.recurrent_step(x, every, v, g_e, g_i, w, c, jump_first, p.method)
+
+        rows, final = _run_reference(step, x.to(z.dtype), CobaLIFState(*initial), record_states)
+        return _format_spikes(rows, z, spike_dtype, default), final
+
+    steps, neurons = len(x), z.shape
+    z = z.reshape(-1, neurons[-1])
+    state = torch.stack(others).reshape(3, *z.shape)
+    wanted = z.dtype if record_states else spike_dtype  # recorded spikes are part of the differentiable state
+    spikes_shape, dtype = _spikes_format(steps, z.shape, wanted, default)
+    options = _Options(
+        jump_first,
+        p.method,
+        _kernels(_RECURRENT, backend),
+        spikes_shape,
+        dtype,
+        record_states,
+        _recurrent.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train),
+        train,
+    )
+    x = _kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
+    spikes, z, state, states = _Recurrent.apply(  # type: ignore[no-untyped-call]  # torch has no types here
+        ranks, options, x, z, state, *weights, _constants_table(c, neurons)
+    )
+    spikes = spikes.reshape(len(spikes), *neurons)
+    if record_states:
+        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
+    return spikes, CobaLIFState(z.reshape(neurons), *state.reshape(3, *neurons).unbind(0))
+
+
+def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> None:
+    """Both matrices have a row for each of the neurons that this rank owns."""
+    for name, weights in (("input_weights", input_weights), ("recurrent_weights", recurrent_weights)):
+        if not isinstance(weights, Tensor) or weights.dim() != 2:
+            got = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"{name} must be a matrix, the rows of the neurons that this rank owns, got {got}")
+    neurons = recurrent_weights.shape[1]
+    ranks.divide(neurons)
+    rows = range(neurons)[ranks.own]
+    for name, weights in (("input_weights", input_weights), ("recurrent_weights", recurrent_weights)):
+        if len(weights) != len(rows):
+            raise ValueError(
+                f"{name} must be the {len(rows)} rows {rows.start} to {rows.stop - 1} on rank {ranks.rank} of "
+                f"{ranks.ranks}, as recurrent_weights has a column for each of {neurons} neurons, got "
+                f"{list(weights.shape)}; take the rows owned_neurons({neurons})"
+            )
+
+
+def _shared(x: Tensor, p: Any) -> dict[str, Tensor]:
+    """What all ranks have in common and takes a gradient: the input, and single numbers among the parameters."""
+    numbers = {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
+    single = {name: value for name, value in numbers.items() if isinstance(value, Tensor) and value.dim() == 0}
+    return {name: value for name, value in {"input_tensor": x, **single}.items() if value.requires_grad}
