@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the Triton kernels run."""
+    pytest.importorskip("triton", reason="Triton is not installed")
     return torch.device(triton_device_type())
 
 

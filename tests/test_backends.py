@@ -7,6 +7,8 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
 

@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-import triton
 
 from coba_triton import (
     CobaLIFFeedForwardState,
@@ -29,6 +28,8 @@ SIZES = [(1, (1,)), (5, (63,)), *slow((16, (32,)), (35, (2, 20)), (33, (500,)))]
 
 @pytest.fixture(params=["triton", "cpu"])
 def backend(request) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
     return request.param
 
 
@@ -204,9 +205,12 @@ def test_gradients_of_half_precision_inputs(x_dtype, backend, device) -> None:
     _, ours = case.gradients(backend, spike_dtype=torch.float32)
     _, theirs = case.gradients("reference", spike_dtype=torch.float32)
     assert ours["x"].dtype == x_dtype
-    if backend == "triton" and x_dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        # the interpreter cuts a float32 off where hardware rounds it to bfloat16: up to one unit in the last place
-        torch.testing.assert_close(ours.pop("x"), theirs["x"], rtol=2**-7, atol=0)
+    if backend == "triton" and x_dtype == torch.bfloat16:
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            # the interpreter cuts a float32 off where hardware rounds it to bfloat16: up to one unit in the last place
+            torch.testing.assert_close(ours.pop("x"), theirs["x"], rtol=2**-7, atol=0)
     for name in ours.keys() & {"x", "v", "g_e", "g_i"}:
         assert torch.equal(ours[name], theirs[name]), name
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
 

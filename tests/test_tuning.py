@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coba_triton import _cpu, _triton, operators, tuning
+from coba_triton import _cpu, operators, tuning
 from coba_triton.problems import problem, recurrent_problem
 
 CPU = torch.device("cpu")
@@ -173,6 +173,8 @@ def test_rules_are_within_the_space(kernel) -> None:
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 def test_triton_launch_parameters_change_no_bit(kernel, device) -> None:
     """Every parameter at a value that is not the rule's, in the interpreter or on the device."""
+    from coba_triton import _triton
+
     recurrent = kernel.startswith("recurrent")
     case = recurrent_problem(20, 2, 40, device=device, exact=False) if recurrent else problem(20, (70,), device=device)
     rule = _triton.heuristic(kernel, torch.float32, 70, 2)
