@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 import torch
 
@@ -14,7 +15,9 @@ def package_version(name: str) -> str | None:
     """
     if name == "torch":
         return str(torch.__version__)
-    try:
+    with suppress(PackageNotFoundError):
         return version(name)
-    except PackageNotFoundError:
-        return None
+    for distribution in packages_distributions().get(name, ()):  # PyTorch for ROCm brings Triton under another name
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    return None

@@ -21,6 +21,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker for every core
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is parametrized with Triton's backend where Triton is not installed."""
+    parameters = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    if any(isinstance(value, str) and value == "triton" for value in parameters):
+        pytest.importorskip("triton", reason="Triton is not installed")
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the Triton kernels run."""

@@ -51,7 +51,7 @@ sys.exit(main(["info", "--json"]))
     found = json.loads(done.stdout)
     assert found["versions"]["triton"] is None and [device["device"] for device in found["devices"]] == ["cpu"]
     (row,) = [row for row in found["backends"]["cpu"] if row["backend"] == "triton"]
-    assert not row["serves"] and "not installed" in row["reason"]
+    assert not row["serves"] and "not installed; install coba-triton[interp]" in row["reason"]
 
 
 def test_info_names_the_tables(monkeypatch, tmp_path, capsys) -> None:

@@ -28,8 +28,6 @@ SIZES = [(1, (1,)), (5, (63,)), *slow((16, (32,)), (35, (2, 20)), (33, (500,)))]
 
 @pytest.fixture(params=["triton", "cpu"])
 def backend(request) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
     return request.param
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -119,8 +120,8 @@ def fresh_python(tmp_path: Path) -> Path:
     venv.create(home, symlinks=os.name != "nt")
     scripts = sysconfig.get_path("scripts", "venv", {"base": str(home)})
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
-    borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (packages / "borrowed.pth").write_text("\n".join(sorted(borrowed)), "utf-8")
+    borrowed = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    (packages / "borrowed.pth").write_text("\n".join(borrowed), "utf-8")
     return Path(scripts) / ("python.exe" if os.name == "nt" else "python")
 
 
@@ -230,26 +231,88 @@ def test_installed_wheel_imports_and_compiles(wheel: Path, tmp_path: Path, fresh
     assert str(home) not in top_level
     assert "coba-triton" in run(fresh_python.with_name("coba-triton"), "--help", cwd=elsewhere)
 
-    if sys.platform == "linux":  # elsewhere the extras bring no Triton
+    if importlib.util.find_spec("triton"):
         shutil.copy(ROOT / "tests" / "compile_targets.py", elsewhere)
         run(fresh_python, "-c", COMPILE, cwd=elsewhere, env={"TRITON_CACHE_DIR": str(tmp_path / "cache")})
 
 
-WITHOUT_OPTIONAL = """
+# the packages that are named are not there: they are not found, and cannot be imported
+HIDE = """
 import sys
+from importlib.machinery import PathFinder
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv:
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Blocked())
+HIDDEN = set(sys.argv[1:])
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+for name in HIDDEN & set(sys.modules):
+    del sys.modules[name]
+"""
 
+USE = """
 import coba_triton, torch
 
-spikes, state = coba_triton.coba_lif_feed_forward_integral(torch.full((3, 2, 4), 50.0), None)
-assert spikes.shape == (3, 2, 4)
-assert state.v.shape == (2, 4)
+x = torch.full((40, 2, 70), 0.05, requires_grad=True)
+for backend in ("cpu", "auto", "reference"):
+    spikes, state = coba_triton.coba_lif_feed_forward_integral(x, None, dt=0.1, backend=backend)
+    spikes.sum().backward()
+assert spikes.any() and state.v.shape == (2, 70)
+network = coba_triton.CobaLIFRecurrent(70, 20, dt=0.1, backend="cpu")
+network(x)[0].sum().backward()
+source = coba_triton.PoissonSource(100.0, 1000, (5,), dt=0.1, weight=0.05)
+assert coba_triton.simulate(coba_triton.CobaLIF(dt=0.1), source, progress=False).rates(10.0)[1].mean() > 0
+try:
+    coba_triton.coba_lif_feed_forward_integral(x, None, backend="triton")
+except RuntimeError as error:
+    assert "needs the triton package, which is not installed; install coba-triton[interp]" in str(error)
+else:
+    raise AssertionError("ran without Triton")
+"""
+
+# After the packages of others, which choose by platform when they are imported, comes what Windows does not have.
+LIKE_WINDOWS = """
+import builtins, ctypes, importlib, mmap, os, pkgutil, signal, sys
+import filelock, matplotlib.figure, numba, pydantic, pint, rich.progress, torch, typer, zarr
+
+out = sys.argv.pop(1)
+for module, names in {
+    os: ("fork", "getpgid", "getuid", "killpg", "sched_getaffinity", "setsid", "sysconf", "uname"),
+    signal: ("SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1"),
+    mmap: [name for name in dir(mmap) if name.startswith("MADV_")],
+}.items():
+    for name in names:
+        delattr(module, name)
+open_, load = builtins.open, ctypes.CDLL
+
+def opened(file, *args, **options):
+    if str(file).startswith(("/proc/", "/sys/")):
+        raise FileNotFoundError(file)
+    return open_(file, *args, **options)
+
+def loaded(name, *args, **options):
+    if name is None:
+        raise TypeError("bad argument type")
+    return load(name, *args, **options)
+
+builtins.open, ctypes.CDLL, sys.platform = opened, loaded, "win32"
+"""
+
+USE_ALL = """
+import importlib, pkgutil
+from coba_triton.cli import main
+
+for module in pkgutil.walk_packages(coba_triton.__path__, "coba_triton."):
+    if not module.name.endswith((".__main__", "._triton", "._compile")) and ".kernels" not in module.name:
+        importlib.import_module(module.name)
+for sink in (out + "/run.zarr", out + "/run.npz"):
+    coba_triton.simulate(coba_triton.CobaLIF(dt=0.1), source, sink=sink, progress=False)
+    assert coba_triton.open_result(sink).steps == 1000
+assert main(["simulate", "poisson", "--out", out + "/poisson"]) == 0
+assert main(["info"]) == 0
+assert main(["check", "--device", "cpu", "--only", "determinism"]) == 0
 """
 
 
@@ -260,7 +323,14 @@ def test_import_leaves_optional_packages_alone() -> None:
 
 
 def test_package_works_where_optional_packages_are_missing() -> None:
-    run(sys.executable, "-c", WITHOUT_OPTIONAL, *OPTIONAL, cwd=ROOT)
+    run(sys.executable, "-c", HIDE + USE, *OPTIONAL, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a machine that lacks these things needs no imitation")
+def test_package_works_without_what_only_posix_has(tmp_path: Path) -> None:
+    posix = ("triton", "fcntl", "grp", "pty", "pwd", "resource", "termios", "tty")
+    run(sys.executable, "-c", LIKE_WINDOWS + HIDE + USE + USE_ALL, tmp_path, *posix, cwd=ROOT)
 
 
 def test_python_versions_agree() -> None:

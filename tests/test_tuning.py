@@ -85,7 +85,14 @@ def test_explain_says_why_no_table_serves() -> None:
     assert "not there" in choice.reason
     tuning.use("off")
     assert "tables are off" in tuning.explain(KERNEL, 64).reason
-    assert tuning.explain(KERNEL, 64, backend="triton").parameters == {"num_warps": 1, "steps": 8}
+
+
+@pytest.mark.parametrize(
+    ("backend", "rule"), [("cpu", {"threads": 2, "tile": 1024}), ("triton", {"num_warps": 1, "steps": 8})]
+)
+def test_explain_of_a_backend(backend, rule, threads) -> None:
+    threads(2)
+    assert tuning.explain(KERNEL, 64, backend=backend).parameters == rule
 
 
 @pytest.mark.parametrize(
@@ -162,11 +169,11 @@ def test_forced_parameters_hold_within_their_block() -> None:
 
 
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
-def test_rules_are_within_the_space(kernel) -> None:
-    for backend, space in tuning.SPACE.items():
-        for neurons, dtype in ((1, torch.float32), (5000, torch.float64)):
-            rule = tuning.heuristic(backend, kernel, dtype, neurons, 3)
-            assert tuning.check_parameters(backend, kernel, rule) == rule and rule.keys() == space[kernel].keys()
+@pytest.mark.parametrize("backend", tuning.SPACE)
+def test_rules_are_within_the_space(backend, kernel) -> None:
+    for neurons, dtype in ((1, torch.float32), (5000, torch.float64)):
+        rule = tuning.heuristic(backend, kernel, dtype, neurons, 3)
+        assert tuning.check_parameters(backend, kernel, rule) == rule and rule.keys() == tuning.SPACE[backend][kernel].keys()
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def _list_builtins() -> None:
     table = Table.grid(padding=(0, 2))
     for name in builtins():
         table.add_row(name, describe(name))
-    Console().print(table)
+    Console(markup=False).print(table)
     print(f"To make your own, copy one from {builtin_folder()}")
 
 
@@ -171,4 +171,4 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table = Table(show_header=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -98,7 +99,7 @@ def caches() -> dict[str, str]:
 
     folder = forward_kernel().stats.cache_path
     found = {"numba": folder or "nowhere, as no folder can be written to; name one in NUMBA_CACHE_DIR"}
-    if package_version("triton"):
+    if importlib.util.find_spec("triton"):
         import triton
 
         found["triton"] = str(triton.knobs.cache.dir)
@@ -143,7 +144,7 @@ def run(as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for title, rows in _sections(found):
         table = Table(
             title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
