@@ -10,14 +10,18 @@ only what the recurrence sends back is sequential.
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PATHS = ("auto", "events", "sliced", "dense")
 # A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
@@ -58,9 +62,9 @@ class Network(NamedTuple):
     exchange: Exchange | None = None
 
     @classmethod
-    def of(cls, input_weights: Tensor, recurrent_weights: Tensor, *others: Any) -> Network:
-        input_rows, recurrent_rows = input_weights.t().contiguous(), recurrent_weights.t().contiguous()
-        return cls(input_weights, recurrent_weights, input_rows, recurrent_rows, *others)
+    def of(cls, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any) -> Network:
+        rows = input_weights.t().contiguous(), recurrent_weights.t().contiguous()
+        return cls(input_weights, recurrent_weights, *rows, constants.contiguous(), *others)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,10 +73,11 @@ class Network(NamedTuple):
 
 def choose_block_steps(block_steps: int | None, steps: int, cells: int, itemsize: int, train: bool) -> int:
     """Steps in a block, a multiple of 32: what was asked for, else ``sqrt(T)`` in training, else a bounded scratch."""
-    if block_steps is None:
-        wanted = math.isqrt(steps) + 1 if train else max(1, DRIVE_BYTES // max(1, 2 * cells * itemsize))
-        block_steps = min(wanted, steps)
-    return max(1, word_count(block_steps)) * WORD_BITS
+    if block_steps is None and train:
+        block_steps = torch.sym_int(torch.sym_float(steps) ** 0.5) + 1
+    elif block_steps is None:
+        block_steps = max(1, min(steps, DRIVE_BYTES // max(1, 2 * cells * itemsize)))
+    return word_count(block_steps) * WORD_BITS
 
 
 def is_sparse(sources: Tensor) -> bool:
@@ -133,6 +138,19 @@ def send_back(net: Network, adjoints: Tensor, split_weights: Tensor, lam_z: Tens
         lam_z.copy_(net.exchange.add_up(adjoints @ split_weights))
 
 
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Matrix products of a sequence stay in its dtype."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        network: Any = args[0]
+        with torch.autocast(network.constants.device.type, enabled=False):
+            return function(*args, **options)
+
+    return run
+
+
+@_without_autocast
 def forward(
     net: Network,
     x: Tensor,
@@ -178,16 +196,19 @@ def forward(
 
 
 class Gradients(NamedTuple):
-    """``x [T, B, I]`` or None, ``z [B, N]``, ``state [3, B, N]``, weights, ``constants [10, B N]`` or None."""
+    """``x [T, B, I]``, ``z [B, N]``, ``state [3, B, N]``, ``constants [10, B N]``, and a sum of each sample by the weights,
+    ``[S, N, I]`` and ``[S, N, N]``; what nobody asked for has a first axis (``constants``: a second) of 0.
+    """
 
-    x: Tensor | None
+    x: Tensor
     z: Tensor
     state: Tensor
     input_weights: Tensor
     recurrent_weights: Tensor
-    constants: Tensor | None
+    constants: Tensor
 
 
+@_without_autocast
 def backward(
     net: Network,
     x: Tensor,
@@ -200,22 +221,36 @@ def backward(
     grad_z: Tensor | None,
     grad_final: Tensor | None,
     grad_states: Tensor | None,
+    samples: int,
     x_grad: bool,
+    input_weights_grad: bool,
+    recurrent_weights_grad: bool,
     constants_grad: bool,
 ) -> Gradients:
-    """Gradients from those by the spikes ``[T, B, N]``, last z, last state and recorded states ``[3, T, B, N]``."""
+    """Gradients from those by the spikes ``[T, B, N]``, last z, last state and recorded states ``[3, T, B, N]``.
+
+    The rows of the batch are ``samples`` groups, each with weight gradients of its own.
+    """
     steps, batch, neurons = x.shape[0], *z.shape
-    lam = z.new_zeros(3, batch, neurons) if grad_final is None else grad_final.clone()
+    lam = z.new_zeros(3, batch, neurons)
+    if grad_final is not None:
+        lam += grad_final
     if grad_states is not None:
         lam += grad_states[:, -1]
-    lam_z = torch.zeros_like(z) if grad_z is None else grad_z.clone()
+    lam_z = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    if grad_z is not None:
+        lam_z += grad_z
     split_input, split_recurrent = split(net.input_weights), split(net.recurrent_weights)
-    input_sums, recurrent_sums = (w.new_zeros(w.shape[1], w.shape[0]) for w in (split_input, split_recurrent))
-    grad_x = x.new_zeros(x.shape) if x_grad else None
-    grad_constants = z.new_zeros(net.constants.shape[0], z.numel()) if constants_grad else None
+
+    def sums_of(weights: Tensor, needed: bool) -> Tensor:
+        return weights.new_zeros(samples if needed else 0, weights.shape[1], 2 * neurons)
+
+    input_sums = sums_of(net.input_weights, input_weights_grad)
+    recurrent_sums = sums_of(net.recurrent_weights, recurrent_weights_grad)
+    grad_x = x.new_zeros(x.shape if x_grad else (0, *x.shape[1:]))
+    grad_constants = z.new_zeros(net.constants.shape[0], z.numel() if constants_grad else 0)
     input_events = is_sparse(x)
-    for number in reversed(range(checkpoints.shape[0] if z.numel() else 0)):
-        start = number * block_steps
+    for start in reversed(range(0, steps if z.numel() else 0, block_steps)):
         here = slice(start, min(start + block_steps, steps))
         block_words = words[start // WORD_BITS : start // WORD_BITS + word_count(here.stop - start)]
         sent, last = block_words, words[start // WORD_BITS - 1] if start else z
@@ -232,23 +267,24 @@ def backward(
             None if input_events else project(net.input_weights, x[here]),
             before,
             recurrent_drive,
-            checkpoints[number],
+            checkpoints[start // block_steps],
             block_words,
             constants_grad,
         )
         adjoints = z.new_empty(here.stop - start, batch, 2 * neurons)
         lam_z = net.kernels.recurrent_sweep(
             net, split_recurrent, trajectory, block_words, start, method, grad_spikes, grad_states, lam, lam_z, adjoints,
-            grad_constants,
+            grad_constants if constants_grad else None,
         )  # fmt: skip
-        rows = adjoints.flatten(0, 1)
-        net.kernels.add_products(recurrent_sums, before.flatten(0, 1), rows, events)
-        net.kernels.add_products(input_sums, x[here].flatten(0, 1), rows, input_events)
-        if grad_x is not None:
-            grad_x[here] = (rows @ split_input).view(grad_x[here].shape)
+        for sums, sources, sparse in ((recurrent_sums, before, events), (input_sums, x[here], input_events)):
+            for number_of_sample, own in enumerate(sums):
+                rows = slice(number_of_sample * (batch // samples), (number_of_sample + 1) * (batch // samples))
+                net.kernels.add_products(own, sources[:, rows].flatten(0, 1), adjoints[:, rows].flatten(0, 1), sparse)
+        if x_grad:
+            grad_x[here] = (adjoints.flatten(0, 1) @ split_input).view(grad_x[here].shape)
 
     def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
-        excitatory, inhibitory = sums.t().chunk(2)
+        excitatory, inhibitory = sums.mT.chunk(2, 1)
         return (weights > 0) * excitatory - (weights < 0) * inhibitory
 
     return Gradients(

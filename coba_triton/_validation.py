@@ -23,7 +23,8 @@ SpikeDtype = torch.dtype | Literal["bits"] | None
 def check_dt(dt: Any) -> None:
     if isinstance(dt, bool) or not isinstance(dt, numbers.Real):
         raise TypeError(f"dt must be a positive finite number of ms, got {type(dt).__name__}; pass a Python float")
-    if not (math.isfinite(dt) and float(dt) > 0):
+    # a compiler that looked at the value would compile again for every other one
+    if not torch.compiler.is_compiling() and not (math.isfinite(dt) and float(dt) > 0):
         raise ValueError(f"dt must be a positive finite number of ms, got {dt!r}")
 
 
@@ -182,6 +183,15 @@ def check_spike_dtype(spike_dtype: Any, block_steps: int | None) -> None:
         )
 
 
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether autograd follows a tensor, back or forward."""
+    return has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    return unpack_dual(tensor).tangent is not None
+
+
 def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[Tensor]) -> None:
     """``out`` is a buffer for spikes of this shape and dtype, and nothing that it would overwrite or cut off."""
     if not isinstance(out, Tensor):
@@ -193,21 +203,14 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[
             f"out must be contiguous {dtype} {list(shape)} on {str(x.device)!r} for this input and spike_dtype, got "
             f"{layout} {out.dtype} {list(out.shape)} on {str(out.device)!r}; make it with torch.empty"
         )
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError("out takes the spikes of a plain call, got one within a torch.func transform; leave out= away")
     if out.numel() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         raise ValueError("out must not share memory with input_tensor, got a view of it; use a buffer of its own")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, x, *others)):
+    if any(is_tracked(tensor) for tensor in (out, x, *others)):
         raise ValueError(
             "out takes spikes that no gradient flows through, got arguments that require one; call under "
             "torch.no_grad(), or leave out= away"
-        )
-
-
-def check_no_tangents(tensors: Iterable[Tensor], backend: str) -> None:
-    """The operators have no forward-mode rule, and PyTorch would drop the tangents in silence."""
-    if not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            f"the {backend!r} backend has no forward-mode differentiation, got a dual tensor; "
-            "pass backend='reference', which has"
         )
 
 

@@ -216,7 +216,7 @@ class _Recurrent(torch.autograd.Function):
         o, net = ctx.options, ctx.net
         x, z, words, checkpoints = ctx.saved_tensors
         grad_spikes, grad_z, grad_final, grad_states = grads
-        x_needed, *_, constants_needed = needed = ctx.needs_input_grad[2:]
+        needed = x_needed, _, _, input_needed, recurrent_needed, constants_needed = ctx.needs_input_grad[2:]
         found = _recurrent.backward(
             net,
             x,
@@ -229,13 +229,16 @@ class _Recurrent(torch.autograd.Function):
             grad_z,
             grad_final,
             None if grad_states is None else grad_states.contiguous(),
+            1,
             x_needed,
+            input_needed,
+            recurrent_needed,
             constants_needed,
         )
-        constants = found.constants
-        if constants is not None and net.constants.shape[1] == 1:
+        *others, input_weights, recurrent_weights, constants = found
+        if net.constants.shape[1] == 1:
             constants = constants.sum(1, keepdim=True)
-        every = (*found[:-1], constants)
+        every = *others, input_weights.squeeze(0), recurrent_weights.squeeze(0), constants
         return None, None, *(grad if need else None for grad, need in zip(every, needed, strict=True))
 
 

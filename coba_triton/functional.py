@@ -60,8 +60,8 @@ def _prepare(
     dtype = _compute_dtype(x, [*given, *weights, *_numbers(p).values()], neurons)
     c = derive_constants(p, dt, dtype, x.device)
     if state is None:
-        values = {"v": c.v_rest}
-        given = [values.get(name, torch.zeros((), dtype=dtype, device=x.device)) for name in fields]
+        zero = torch.zeros((), dtype=dtype, device=x.device)
+        given = [c.v_rest if name == "v" else zero for name in fields]
     tensors = [torch.as_tensor(value, dtype=dtype, device=x.device).expand(neurons) for value in given]
     if state is not None:
         check.warn_if_unstable(p, dt, *given[-2:])
@@ -339,8 +339,7 @@ def _run_operator(
     flat = torch.stack(state).reshape(3, -1)
     constants = _constants_table(c, neurons)
     x = x.reshape(steps, -1) if x.numel() else x.new_empty(steps, flat.shape[1])
-    check.check_no_tangents((x, flat, constants), backend)
-    differentiates = torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad or constants.requires_grad)
+    every = operators.checkpoint_interval(dtype, backend, flat.shape[1])
     # a split of one block would still copy the gradient
     split = block_steps if block_steps and block_steps < steps else None
     blocks = x.split(split) if split else (x,)
@@ -360,7 +359,8 @@ def _run_operator(
                 method,
                 None if spike_dtype == "bits" else spike_dtype or default,
                 record_states,
-                operators.checkpoint_interval(dtype, backend, flat.shape[1]) if differentiates else 0,
+                every,
+                None,
             )
         else:
             spikes = part
@@ -501,20 +501,17 @@ def _run_recurrent_operator(
     z = z.reshape(batch, neurons[-1])
     flat = torch.stack(others).reshape(3, batch, neurons[-1])
     constants = _constants_table(c, neurons)
-    differentiable = (x, z, flat, *weights, constants)
-    check.check_no_tangents(differentiable, backend)
-    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    block = _recurrent.choose_block_steps(block_steps, steps, z.numel(), z.element_size(), train)
     if out is not None and not record_states:
         z, flat = torch.ops.coba_triton.recurrent_out(
-            x, z, flat, *weights, constants, backend, jump_first, block, path, out.view(out.shape[0], *z.shape)
+            x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
         )
         return out, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     spikes, z, flat, states, *_ = torch.ops.coba_triton.recurrent(
-        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block, train, path
-    )
+        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path,
+        None,
+    )  # fmt: skip
     spikes = spikes.reshape(spikes.shape[0], *neurons)
     if record_states:
         trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))

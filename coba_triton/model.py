@@ -9,6 +9,7 @@ conductance-based leaky integrate-and-fire neuron with exponential synapses as i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,10 @@ default_bio_parameters = CobaLIFParameters(
 )
 default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 
+for _record in (CobaLIFState, CobaLIFFeedForwardState, CobaLIFParameters):
+    # an exported program that takes or returns one can be saved
+    torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
+
 NUMERIC_PARAMETERS = tuple(name for name in CobaLIFParameters._fields if name != "method")
 
 
@@ -125,6 +130,13 @@ class Constants(NamedTuple):
     v_reset: Tensor
     v_thresh: Tensor
     alpha: Tensor
+
+
+def _on_device(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling():  # products, which a compiler keeps for any dt, where it would freeze tensor(dt)
+        one = torch.ones((), dtype=torch.float64, device=device)
+        return [(one * number).to(dtype) for number in numbers]
+    return torch.tensor([float(number) for number in numbers], dtype=dtype, device=device).unbind()  # one transfer
 
 
 def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device) -> Constants:
@@ -151,8 +163,7 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
         v_thresh=p.v_thresh,
         alpha=p.alpha.detach() if isinstance(p.alpha, Tensor) else p.alpha,
     )
-    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values.values()]
-    on_device = iter(torch.tensor(numbers, dtype=dtype, device=device).unbind())  # one transfer for all numbers
+    on_device = iter(_on_device([0.0 if isinstance(value, Tensor) else value for value in values.values()], dtype, device))
     return Constants(
         *(
             value.to(device=device, dtype=dtype) if isinstance(value, Tensor) else number

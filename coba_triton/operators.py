@@ -1,20 +1,27 @@
-"""The operators behind the whole-sequence functions: schema, shapes, autograd rule, and a kernel per backend.
+"""The operators behind the whole-sequence functions: schema, shapes, autograd and vmap rules, a kernel per backend.
 
-``coba_triton::feed_forward`` and ``coba_triton::feed_forward_backward`` are ordinary differentiable PyTorch operators.
-The forward saves its input, one bit per spike, and the state before every ``checkpoint_every``-th step; the backward
-recomputes the rest.
+``coba_triton::feed_forward`` and ``coba_triton::recurrent`` are ordinary differentiable PyTorch operators; each has a
+backward operator, and a form that writes spikes into a given buffer. The forward saves its input, one bit per spike, and
+the state before every ``checkpoint_every``-th step (recurrent: before every block); the backward recomputes the rest.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from . import _recurrent as _recurrent_blocks
+from ._recurrent import choose_block_steps
+from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
+from ._validation import has_tangent, is_tracked
 from .model import Constants
 from .spikes import word_count
 from .tuning import launch_parameters
@@ -27,7 +34,7 @@ _library = torch.library.Library("coba_triton", "DEF")
 
 _library.define(
     "feed_forward(Tensor x, Tensor state, Tensor constants, str backend, bool jump_first, str method, "
-    "ScalarType? spike_dtype, bool record_states, int checkpoint_every) "
+    "ScalarType? spike_dtype, bool record_states, int checkpoint_every, bool? save) "
     "-> (Tensor spikes, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
 )
 _library.define(
@@ -39,7 +46,22 @@ _library.define(
     "Tensor? grad_final, Tensor? grad_states, str backend, bool jump_first, str method, int checkpoint_every, "
     "bool x_grad, bool constants_grad) -> (Tensor grad_x, Tensor grad_state, Tensor grad_constants)"
 )
-
+_library.define(
+    "recurrent(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
+    "str backend, bool jump_first, str method, ScalarType? spike_dtype, bool record_states, int? block_steps, str path, "
+    "bool? save) -> (Tensor spikes, Tensor z_final, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
+)
+_library.define(
+    "recurrent_out(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
+    "str backend, bool jump_first, int? block_steps, str path, Tensor(a!) spikes) -> (Tensor z_final, Tensor final)"
+)
+_library.define(
+    "recurrent_backward(Tensor x, Tensor z, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
+    "Tensor words, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_z, Tensor? grad_final, Tensor? grad_states, "
+    "str backend, bool jump_first, str method, int? block_steps, int samples, bool x_grad, bool input_weights_grad, "
+    "bool recurrent_weights_grad, bool constants_grad) -> (Tensor grad_x, Tensor grad_z, Tensor grad_state, "
+    "Tensor grad_input_weights, Tensor grad_recurrent_weights, Tensor grad_constants)"
+)
 
 _FEED_FORWARD = {"triton": "._triton", "cpu": "._cpu"}
 _RECURRENT = {"triton": "._triton", "cpu": "._cpu_recurrent"}
@@ -55,7 +77,8 @@ def checkpoint_interval(dtype: torch.dtype, backend: str, neurons: int) -> int:
     if backend != "cpu":
         return 16 if dtype == torch.float64 else 8
     rule = {"checkpoint_every": CPU_CHECKPOINT_EVERY}
-    if torch.compiler.is_compiling():  # a trace cannot look into files
+    # a trace cannot look into files, and what saves nothing need not
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return rule["checkpoint_every"]
     device = torch.device("cpu")
     return launch_parameters("cpu", "feed_forward_backward", rule, dtype, device, neurons)["checkpoint_every"]
@@ -63,82 +86,98 @@ def checkpoint_interval(dtype: torch.dtype, backend: str, neurons: int) -> int:
 
 def checkpoint_count(steps: int, every: int, backend: str) -> int:
     """Saved states: one before every run of ``every`` steps; of a last, shorter run Triton keeps one before each step."""
-    if not every:
-        return 0
     return -(-steps // every) if backend == "cpu" else steps // every + steps % every
 
 
-def _allocate_forward(
-    x: Tensor, state: Tensor, backend: str, spike_dtype: torch.dtype | None, record_states: bool, checkpoint_every: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _saved_word_count(steps: int) -> int:
+    """Rows of saved spike words: two at least, so that a compiler needs no graph of its own for one."""
+    rows: int = torch.sym_max(2, word_count(steps))
+    return rows
+
+
+def _clear_spare(words: Tensor, steps: int) -> None:
+    if words.shape[0] > word_count(steps):
+        words[word_count(steps) :] = 0
+
+
+class ForwardOptions(NamedTuple):
+    """What ``coba_triton::feed_forward`` takes after its tensors; ``save``: what the backward needs, None: if asked for."""
+
+    backend: str
+    jump_first: bool
+    method: str
+    spike_dtype: torch.dtype | None
+    record_states: bool
+    checkpoint_every: int
+    save: bool | None
+
+
+class BackwardOptions(NamedTuple):
+    """What ``coba_triton::feed_forward_backward`` takes after its tensors."""
+
+    backend: str
+    jump_first: bool
+    method: str
+    checkpoint_every: int
+    x_grad: bool
+    constants_grad: bool
+
+
+def _feed_forward_fake(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    o = ForwardOptions(*options)
     steps, neurons = x.shape
-    packed = word_count(steps), neurons
     spikes = (
-        x.new_empty(packed, dtype=torch.int32) if spike_dtype is None else x.new_empty(steps, neurons, dtype=spike_dtype)
+        x.new_empty(word_count(steps), neurons, dtype=torch.int32)
+        if o.spike_dtype is None
+        else x.new_empty(steps, neurons, dtype=o.spike_dtype)
     )
     # packed spikes serve the backward as they are
-    words = x.new_empty(packed if checkpoint_every and spike_dtype is not None else (0, neurons), dtype=torch.int32)
-    states = state.new_empty(3, steps if record_states else 0, neurons)
-    checkpoints = state.new_empty(checkpoint_count(steps, checkpoint_every, backend), 3, neurons)
+    words = x.new_empty(_saved_word_count(steps) if o.save and o.spike_dtype is not None else 0, neurons, dtype=torch.int32)
+    states = state.new_empty(3, steps if o.record_states else 0, neurons)
+    saved = checkpoint_count(steps, o.checkpoint_every, o.backend) if o.save else 0
+    # rows of v, g_e and g_i: a compiler knows that there is more than one, and needs no graph for one state alone
+    checkpoints = state.new_empty(3 * saved, neurons)
     return spikes, torch.empty_like(state), states, words, checkpoints
 
 
-def _feed_forward(
-    x: Tensor,
-    state: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    spike_dtype: torch.dtype | None,
-    record_states: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _allocate_forward(x, state, backend, spike_dtype, record_states, checkpoint_every)
-    spikes, final, states, words, checkpoints = outputs
+def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    o = ForwardOptions(*options)
+    spikes, final, states, words, checkpoints = _feed_forward_fake(x, state, constants, *options)
+    _clear_spare(words, x.shape[0])
     if x.numel() == 0:
         return spikes, state.clone(), states, words, checkpoints
-    _kernels(_FEED_FORWARD, backend).feed_forward_forward(
+    _kernels(_FEED_FORWARD, o.backend).feed_forward_forward(
         x,
-        constants,
-        jump_first,
-        checkpoint_every,
+        constants.contiguous(),
+        o.jump_first,
+        o.checkpoint_every if o.save else 0,
         state,
         final,
-        spikes if spike_dtype is not None else words,
-        words if spike_dtype is not None else spikes,
+        spikes if o.spike_dtype is not None else words,
+        words if o.spike_dtype is not None else spikes,
         states,
-        checkpoints,
+        checkpoints.unflatten(0, (-1, 3)),
     )
-    return outputs
+    return spikes, final, states, words, checkpoints
 
 
-def _feed_forward_fake(
-    x: Tensor,
-    state: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    spike_dtype: torch.dtype | None,
-    record_states: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _allocate_forward(x, state, backend, spike_dtype, record_states, checkpoint_every)
+def _feed_forward_out_fake(x: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, record_states, _ = others
+    return torch.empty_like(state), state.new_empty(3, x.shape[0] if record_states else 0, x.shape[1])
 
 
 def _feed_forward_out(
     x: Tensor, state: Tensor, constants: Tensor, backend: str, jump_first: bool, record_states: bool, spikes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The forward into a given buffer ``[T, M]`` or, for packed spikes, int32 ``[ceil(T / 32), M]``; saves nothing."""
-    final, states = _feed_forward_out_fake(x, state, constants, backend, jump_first, record_states, spikes)
+    final, states = _feed_forward_out_fake(x, state, record_states, spikes)
     if x.numel() == 0:
         return state.clone(), states
     none = spikes.new_empty(0, x.shape[1])
     packed = spikes.dtype == torch.int32
     _kernels(_FEED_FORWARD, backend).feed_forward_forward(
         x,
-        constants,
+        constants.contiguous(),
         jump_first,
         0,
         state,
@@ -151,18 +190,13 @@ def _feed_forward_out(
     return final, states
 
 
-def _feed_forward_out_fake(
-    x: Tensor, state: Tensor, constants: Tensor, backend: str, jump_first: bool, record_states: bool, spikes: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(state), state.new_empty(3, x.shape[0] if record_states else 0, x.shape[1])
-
-
-def _allocate_backward(x: Tensor, constants: Tensor, x_grad: bool, constants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _feed_forward_backward_fake(x: Tensor, constants: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    o = BackwardOptions(*others[5:])
     neurons = x.shape[1]
     return (
-        x.new_empty(x.shape if x_grad else (0, neurons)),
+        x.new_empty(x.shape if o.x_grad else (0, neurons)),
         constants.new_empty(3, neurons),
-        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if constants_grad else 0),
+        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0),
     )
 
 
@@ -174,163 +208,81 @@ def _feed_forward_backward(
     grad_spikes: Tensor | None,
     grad_final: Tensor | None,
     grad_states: Tensor | None,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    checkpoint_every: int,
-    x_grad: bool,
-    constants_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_state, _ = _allocate_backward(x, constants, x_grad, constants_grad)
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    o = BackwardOptions(*options)
+    grad_x = x.new_empty(x.shape if o.x_grad else (0, x.shape[1]))
+    grad_state = constants.new_empty(3, x.shape[1])
     if x.numel() == 0:
         grad_state.zero_() if grad_final is None else grad_state.copy_(grad_final)
-        return grad_x, grad_state, constants.new_zeros(NUM_CONSTANTS, constants.shape[1] if constants_grad else 0)
-    grad_constants = constants.new_empty(NUM_CONSTANTS, x.shape[1] if constants_grad else 0)
-    _kernels(_FEED_FORWARD, backend).feed_forward_backward(
+        return grad_x, grad_state, constants.new_zeros(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0)
+    grad_constants = constants.new_empty(NUM_CONSTANTS, x.shape[1] if o.constants_grad else 0)
+    _kernels(_FEED_FORWARD, o.backend).feed_forward_backward(
         x,
-        constants,
-        jump_first,
-        method,
-        checkpoint_every,
+        constants.contiguous(),
+        o.jump_first,
+        o.method,
+        o.checkpoint_every,
         words,
-        checkpoints,
+        checkpoints.unflatten(0, (-1, 3)),
         grad_spikes,
         None if grad_final is None else grad_final.contiguous(),
-        None if grad_states is None else grad_states.contiguous(),
+        grad_states.contiguous() if grad_states is not None and grad_states.numel() else None,  # none were recorded
         grad_x,
         grad_state,
         grad_constants,
     )
-    if constants_grad and constants.shape[1] == 1:
+    if o.constants_grad and constants.shape[1] == 1:
         # torch.sum has a fixed order: one sum a neuron, then one over the neurons
         grad_constants = grad_constants.sum(1, keepdim=True)
     return grad_x, grad_state, grad_constants
 
 
-def _feed_forward_backward_fake(
-    x: Tensor,
-    constants: Tensor,
-    words: Tensor,
-    checkpoints: Tensor,
-    grad_spikes: Tensor | None,
-    grad_final: Tensor | None,
-    grad_states: Tensor | None,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    checkpoint_every: int,
-    x_grad: bool,
-    constants_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_backward(x, constants, x_grad, constants_grad)
+class RecurrentOptions(NamedTuple):
+    """What ``coba_triton::recurrent`` takes after its tensors; ``save`` as in :class:`ForwardOptions`."""
+
+    backend: str
+    jump_first: bool
+    method: str
+    spike_dtype: torch.dtype | None
+    record_states: bool
+    block_steps: int | None
+    path: str
+    save: bool | None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, constants, ctx.backend, ctx.jump_first, ctx.method, spike_dtype, _, ctx.checkpoint_every = inputs
-    spikes, _, _, words, checkpoints = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(checkpoints)
-    ctx.save_for_backward(x, constants, spikes if spike_dtype is None else words, checkpoints)
+class RecurrentBackwardOptions(NamedTuple):
+    """What ``coba_triton::recurrent_backward`` takes after its tensors.
+
+    The rows of the batch are ``samples`` equal groups, one after the other, each with weight gradients of its own:
+    ``[samples, N, I]`` and ``[samples, N, N]``.
+    """
+
+    backend: str
+    jump_first: bool
+    method: str
+    block_steps: int | None
+    samples: int
+    x_grad: bool
+    input_weights_grad: bool
+    recurrent_weights_grad: bool
+    constants_grad: bool
 
 
-def _backward(
-    ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None, grad_states: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    x_grad, state_grad, constants_grad = ctx.needs_input_grad[:3]
-    if not ctx.checkpoint_every:
-        raise RuntimeError(
-            "coba_triton::feed_forward saved nothing for the backward pass: checkpoint_every was 0; pass a positive one"
-        )
-    x, constants, words, checkpoints = ctx.saved_tensors
-    grad_x, grad_state, grad_constants = torch.ops.coba_triton.feed_forward_backward(
-        x,
-        constants,
-        words,
-        checkpoints,
-        grad_spikes,
-        grad_final,
-        grad_states,
-        ctx.backend,
-        ctx.jump_first,
-        ctx.method,
-        ctx.checkpoint_every,
-        x_grad,
-        constants_grad,
-    )
-    return (
-        grad_x if x_grad else None,
-        grad_state if state_grad else None,
-        grad_constants if constants_grad else None,
-        *(None,) * 6,
-    )
-
-
-def _double_backward(ctx: Any, *_: Tensor | None) -> None:
-    raise NotImplementedError(
-        f"the {ctx.backend!r} backend differentiates once, got a gradient of its gradient; pass backend='reference', "
-        "which supports double backward and forward-mode differentiation"
-    )
-
-
-def _double_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.backend = inputs[7]
-
-
-_library.impl("feed_forward", _feed_forward, "CompositeExplicitAutograd")
-_library.impl("feed_forward_out", _feed_forward_out, "CompositeExplicitAutograd")
-_library.impl("feed_forward_backward", _feed_forward_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("coba_triton::feed_forward", _feed_forward_fake, lib=_library)
-torch.library.register_fake("coba_triton::feed_forward_out", _feed_forward_out_fake, lib=_library)
-torch.library.register_fake("coba_triton::feed_forward_backward", _feed_forward_backward_fake, lib=_library)
-torch.library.register_autograd("coba_triton::feed_forward", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd(
-    "coba_triton::feed_forward_backward", _double_backward, setup_context=_double_setup_context, lib=_library
-)
-
-_library.define(
-    "recurrent(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
-    "str backend, bool jump_first, str method, ScalarType? spike_dtype, bool record_states, int block_steps, bool train, "
-    "str path) -> (Tensor spikes, Tensor z_final, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
-)
-_library.define(
-    "recurrent_out(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
-    "str backend, bool jump_first, int block_steps, str path, Tensor(a!) spikes) -> (Tensor z_final, Tensor final)"
-)
-_library.define(
-    "recurrent_backward(Tensor x, Tensor z, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
-    "Tensor words, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_z, Tensor? grad_final, Tensor? grad_states, "
-    "str backend, bool jump_first, str method, int block_steps, bool x_grad, bool constants_grad) "
-    "-> (Tensor grad_x, Tensor grad_z, Tensor grad_state, Tensor grad_input_weights, Tensor grad_recurrent_weights, "
-    "Tensor grad_constants)"
-)
-
-
-def _recurrent_fake(
-    x: Tensor,
-    z: Tensor,
-    state: Tensor,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    spike_dtype: torch.dtype | None,
-    record_states: bool,
-    block_steps: int,
-    train: bool,
-    path: str,
-) -> tuple[Tensor, ...]:
+def _recurrent_fake(x: Tensor, z: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    o = RecurrentOptions(*others[3:])
     steps = x.shape[0]
-    packed = word_count(steps), *z.shape
-    blocks = (steps + block_steps - 1) // block_steps if train else 0
+    blocks = 0
+    if o.save:
+        block = choose_block_steps(o.block_steps, steps, z.numel(), z.element_size(), train=True)
+        blocks = torch.sym_max(1, (steps + block - 1) // block)  # no block has to be provably none
     return (
-        x.new_empty(packed if spike_dtype is None else (steps, *z.shape), dtype=spike_dtype or torch.int32),
+        x.new_empty(word_count(steps) if o.spike_dtype is None else steps, *z.shape, dtype=o.spike_dtype or torch.int32),
         torch.empty_like(z),
         torch.empty_like(state),
-        state.new_empty(3, steps if record_states else 0, *z.shape),
-        x.new_empty(packed if train and spike_dtype is not None else (0, *z.shape), dtype=torch.int32),
-        state.new_empty(blocks, *state.shape),
+        state.new_empty(3, steps if o.record_states else 0, *z.shape),
+        x.new_empty(_saved_word_count(steps) if o.save and o.spike_dtype is not None else 0, *z.shape, dtype=torch.int32),
+        state.new_empty(3 * blocks, *z.shape),
     )
 
 
@@ -341,47 +293,35 @@ def _recurrent(
     input_weights: Tensor,
     recurrent_weights: Tensor,
     constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    spike_dtype: torch.dtype | None,
-    record_states: bool,
-    block_steps: int,
-    train: bool,
-    path: str,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
+    o = RecurrentOptions(*options)
     spikes, z_final, final, states, words, checkpoints = _recurrent_fake(
-        x,
-        z,
-        state,
-        input_weights,
-        recurrent_weights,
-        constants,
-        backend,
-        jump_first,
-        method,
-        spike_dtype,
-        record_states,
-        block_steps,
-        train,
-        path,
+        x, z, state, input_weights, recurrent_weights, constants, *options
     )
+    _clear_spare(words, x.shape[0])
     if x.shape[0] == 0 or z.numel() == 0:
         return spikes, z.clone(), state.clone(), states, words, checkpoints
-    packed = spikes if spike_dtype is None else words if train else None
+    packed = spikes if o.spike_dtype is None else words if o.save else None
     z, state = _recurrent_blocks.forward(
-        _recurrent_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
+        _recurrent_blocks.Network.of(
+            input_weights, recurrent_weights, constants, o.jump_first, _kernels(_RECURRENT, o.backend)
+        ),
         x,
         z,
         state,
-        spikes if spike_dtype is not None else None,
+        spikes if o.spike_dtype is not None else None,
         packed,
-        states if record_states else None,
-        checkpoints if train else None,
-        block_steps,
-        path,
+        states if o.record_states else None,
+        checkpoints.unflatten(0, (-1, 3)) if o.save else None,
+        choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), bool(o.save)),
+        o.path,
     )
     return spikes, z_final.copy_(z), final.copy_(state), states, words, checkpoints
+
+
+def _recurrent_out_fake(x: Tensor, z: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(state)
 
 
 def _recurrent_out(
@@ -393,7 +333,7 @@ def _recurrent_out(
     constants: Tensor,
     backend: str,
     jump_first: bool,
-    block_steps: int,
+    block_steps: int | None,
     path: str,
     spikes: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -404,42 +344,24 @@ def _recurrent_out(
         input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)
     )
     packed = spikes.dtype == torch.int32
+    block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
     last, final = _recurrent_blocks.forward(
-        net, x, z, state, None if packed else spikes, spikes if packed else None, None, None, block_steps, path
+        net, x, z, state, None if packed else spikes, spikes if packed else None, None, None, block, path
     )
     return last.clone(), final.clone()
 
 
-def _recurrent_out_fake(x: Tensor, z: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(state)
-
-
 def _recurrent_backward_fake(
-    x: Tensor,
-    z: Tensor,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
-    words: Tensor,
-    checkpoints: Tensor,
-    grad_spikes: Tensor | None,
-    grad_z: Tensor | None,
-    grad_final: Tensor | None,
-    grad_states: Tensor | None,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    block_steps: int,
-    x_grad: bool,
-    constants_grad: bool,
+    x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
+    o = RecurrentBackwardOptions(*others[6:])
     return (
-        x.new_empty(x.shape if x_grad else (0, *x.shape[1:])),
+        x.new_empty(x.shape if o.x_grad else (0, *x.shape[1:])),
         torch.empty_like(z),
         z.new_empty(3, *z.shape),
-        torch.empty_like(input_weights),
-        torch.empty_like(recurrent_weights),
-        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if constants_grad else 0),
+        z.new_empty(o.samples if o.input_weights_grad else 0, *input_weights.shape),
+        z.new_empty(o.samples if o.recurrent_weights_grad else 0, *recurrent_weights.shape),
+        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0),
     )
 
 
@@ -455,91 +377,256 @@ def _recurrent_backward(
     grad_z: Tensor | None,
     grad_final: Tensor | None,
     grad_states: Tensor | None,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    block_steps: int,
-    x_grad: bool,
-    constants_grad: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
+    o = RecurrentBackwardOptions(*options)
     grads = _recurrent_blocks.backward(
-        _recurrent_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)),
+        _recurrent_blocks.Network.of(
+            input_weights, recurrent_weights, constants, o.jump_first, _kernels(_RECURRENT, o.backend)
+        ),
         x,
         z,
         words,
-        checkpoints,
-        block_steps,
-        method,
+        checkpoints.unflatten(0, (-1, 3)),
+        choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), train=True),
+        o.method,
         None if grad_spikes is None else grad_spikes.reshape(grad_spikes.shape[0], -1),
         grad_z,
         grad_final,
-        None if grad_states is None else grad_states.contiguous(),
-        x_grad,
-        constants_grad,
+        grad_states.contiguous() if grad_states is not None and grad_states.numel() else None,  # none were recorded
+        o.samples,
+        o.x_grad,
+        o.input_weights_grad,
+        o.recurrent_weights_grad,
+        o.constants_grad,
     )
     grad_constants = grads.constants
-    if grad_constants is not None and constants.shape[1] == 1:
+    if o.constants_grad and constants.shape[1] == 1:
         grad_constants = grad_constants.sum(1, keepdim=True)
-    return (
-        x.new_empty(0, *x.shape[1:]) if grads.x is None else grads.x,
-        grads.z,
-        grads.state,
-        grads.input_weights,
-        grads.recurrent_weights,
-        constants.new_empty(NUM_CONSTANTS, 0) if grad_constants is None else grad_constants,
-    )
+    return grads._replace(constants=grad_constants)
 
 
-def _recurrent_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, z, _, input_weights, recurrent_weights, constants, *options = inputs
-    ctx.backend, ctx.jump_first, ctx.method, spike_dtype, _, ctx.block_steps, ctx.train, _ = options
-    spikes, _, _, _, words, checkpoints = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(checkpoints)
-    words = spikes if spike_dtype is None else words
-    ctx.save_for_backward(x, z, input_weights, recurrent_weights, constants, words, checkpoints)
+def _backend(args: tuple[Any, ...]) -> str:
+    """The first word among an operator's arguments."""
+    return next(arg for arg in args if isinstance(arg, str))
 
 
-def _recurrent_autograd(
-    ctx: Any,
-    grad_spikes: Tensor | None,
-    grad_z: Tensor | None,
-    grad_final: Tensor | None,
-    grad_states: Tensor | None,
-    *_: None,
-) -> tuple[Tensor | None, ...]:
-    if not ctx.train:
-        raise RuntimeError("coba_triton::recurrent saved nothing for the backward pass: train was False; pass train=True")
-    needed = ctx.needs_input_grad[:6]
-    grads = torch.ops.coba_triton.recurrent_backward(
-        *ctx.saved_tensors,
-        grad_spikes,
-        grad_z,
-        grad_final,
-        grad_states,
-        ctx.backend,
-        ctx.jump_first,
-        ctx.method,
-        ctx.block_steps,
-        needed[0],
-        needed[5],
-    )
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 8
+class _Operator(_SingleLevelFunction):
+    """The autograd and vmap rules of one operator. Under vmap the samples join the neurons or the batch of one call."""
+
+    op: Any
+    apply: Callable[..., Any]
+    remember: Callable[..., None]
+    vmap: Callable[..., Any]
+
+    @classmethod
+    def register(cls) -> None:
+        """As rules of the operator itself, where autograd, compilers and ``torch.func`` find them.
+
+        ``torch.library.register_autograd`` makes rules that ``torch.func.grad`` refuses (PyTorch 2.13). Like those, these
+        differentiate at the level of the transform that dispatches here, and go on to the next one below.
+        """
+
+        def autograd(keyset: Any, *args: Any) -> Any:
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            if any(map(has_tangent, tensors)):  # PyTorch would drop them in silence
+                raise NotImplementedError(
+                    f"the {_backend(args)!r} backend has no forward-mode differentiation, got a dual tensor; "
+                    "pass backend='reference', which has"
+                )
+            if any(map(is_tracked, tensors)):
+                with enable_single_level_autograd_function():
+                    return cls.apply(keyset, *args)
+            return cls.below(keyset, *args)
+
+        _library.impl(cls.op, autograd, "Autograd", with_keyset=True)
+        torch.library.register_vmap(cls.op, cls.vmap, lib=_library)
+
+    @classmethod
+    def below(cls, keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return cls.op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    @classmethod
+    def forward(cls, ctx: Any, keyset: Any, *args: Any) -> Any:
+        outer = torch._C._are_functorch_transforms_active()  # the next transform below may track as well
+        with torch.set_grad_enabled(outer), _set_fwd_grad_enabled(outer):
+            output = cls.below(keyset, *args)
+        cls.remember(ctx, args, output)
+        return output
 
 
-def _recurrent_double_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.backend = inputs[11]
+class _Forward(_Operator):
+    """A forward operator, whose last argument is ``save``: what a gradient needs is saved where one is tracked."""
+
+    @classmethod
+    def forward(cls, ctx: Any, keyset: Any, *args: Any) -> Any:
+        *others, save = args
+        return super().forward(ctx, keyset, *others, save is None or save)
 
 
-_library.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
-_library.impl("recurrent_out", _recurrent_out, "CompositeExplicitAutograd")
-_library.impl("recurrent_backward", _recurrent_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("coba_triton::recurrent", _recurrent_fake, lib=_library)
-torch.library.register_fake("coba_triton::recurrent_out", _recurrent_out_fake, lib=_library)
-torch.library.register_fake("coba_triton::recurrent_backward", _recurrent_backward_fake, lib=_library)
-torch.library.register_autograd(
-    "coba_triton::recurrent", _recurrent_autograd, setup_context=_recurrent_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    "coba_triton::recurrent_backward", _double_backward, setup_context=_recurrent_double_setup_context, lib=_library
-)
+def _saved(ctx: Any) -> Any:
+    """The options of a forward operator whose backward runs."""
+    if not ctx.options.save:
+        raise RuntimeError(
+            "the operator saved nothing for the backward pass, which needs save=None or save=True, got save=False"
+        )
+    return ctx.options
+
+
+class _Backward(_Operator):
+    """A backward operator, which has no derivative."""
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = _backend(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise NotImplementedError(
+            f"the {ctx.backend!r} backend differentiates once, got a gradient of its gradient; pass backend='reference', "
+            "which supports double backward and forward-mode differentiation"
+        )
+
+
+class _FeedForward(_Forward):
+    op = torch.ops.coba_triton.feed_forward.default
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, constants, *options = inputs
+        ctx.options = ForwardOptions(*options)
+        spikes, _, _, words, checkpoints = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(checkpoints)
+        ctx.save_for_backward(x, constants, spikes if ctx.options.spike_dtype is None else words, checkpoints)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None, grad_states: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        o = _saved(ctx)
+        needed = ctx.needs_input_grad[1:4]
+        grads = torch.ops.coba_triton.feed_forward_backward(
+            *ctx.saved_tensors,
+            grad_spikes,
+            grad_final,
+            grad_states,
+            *BackwardOptions(o.backend, o.jump_first, o.method, o.checkpoint_every, needed[0], needed[2]),
+        )
+        return None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * len(o)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> Any:
+        size = info.batch_size
+        x, state = (join(tensor, dim, size, -1) for tensor, dim in zip((x, state), in_dims, strict=False))
+        constants = join_constants(constants, in_dims[2], size, x.shape[1] // size)
+        return part(torch.ops.coba_triton.feed_forward(x, state, constants, *options), size, -1)
+
+
+class _FeedForwardBackward(_Backward):
+    op = torch.ops.coba_triton.feed_forward_backward.default
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, constants: Tensor, *others: Any) -> Any:
+        size, o = info.batch_size, BackwardOptions(*others[5:])
+        x = join(x, in_dims[0], size, -1)
+        shared = columns(constants, in_dims[1])
+        table = join_constants(constants, in_dims[1], size, x.shape[1] // size, o.constants_grad)
+        tensors = (join_optional(tensor, dim, size, -1) for tensor, dim in zip(others[:5], in_dims[2:], strict=False))
+        *grads, grad_constants = torch.ops.coba_triton.feed_forward_backward(x, table, *tensors, *o)
+        (grad_x, grad_state), dims = part(grads, size, -1)
+        return (grad_x, grad_state, part_constants(grad_constants, shared, size)), (*dims, 1)
+
+
+class _Recurrent(_Forward):
+    op = torch.ops.coba_triton.recurrent.default
+
+    @staticmethod
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, z, _, input_weights, recurrent_weights, constants, *options = inputs
+        ctx.options = RecurrentOptions(*options)
+        spikes, _, _, _, words, checkpoints = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(checkpoints)
+        words = spikes if ctx.options.spike_dtype is None else words
+        ctx.save_for_backward(x, z, input_weights, recurrent_weights, constants, words, checkpoints)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_spikes: Tensor | None,
+        grad_z: Tensor | None,
+        grad_final: Tensor | None,
+        grad_states: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor | None, ...]:
+        o = _saved(ctx)
+        needed = x_needed, _, _, input_needed, recurrent_needed, constants_needed = ctx.needs_input_grad[1:7]
+        x, z, state, input_weights, recurrent_weights, constants = torch.ops.coba_triton.recurrent_backward(
+            *ctx.saved_tensors,
+            grad_spikes,
+            grad_z,
+            grad_final,
+            grad_states,
+            *RecurrentBackwardOptions(
+                o.backend,
+                o.jump_first,
+                o.method,
+                o.block_steps,
+                1,
+                x_needed,
+                input_needed,
+                recurrent_needed,
+                constants_needed,
+            ),
+        )
+        grads = x, z, state, input_weights.squeeze(0), recurrent_weights.squeeze(0), constants
+        return None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * len(o)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        size = info.batch_size
+        x, z, state, input_weights, recurrent_weights, constants, *options = args
+        if in_dims[3] is not None or in_dims[4] is not None:
+            return each(torch.ops.coba_triton.recurrent, size, in_dims, args)
+        x, z, state = (join(tensor, dim, size, -2) for tensor, dim in zip((x, z, state), in_dims, strict=False))
+        constants = join_constants(constants, in_dims[5], size, z.numel() // size)
+        outputs = torch.ops.coba_triton.recurrent(x, z, state, input_weights, recurrent_weights, constants, *options)
+        return part(outputs, size, -2)
+
+
+class _RecurrentBackward(_Backward):
+    op = torch.ops.coba_triton.recurrent_backward.default
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        size = info.batch_size
+        x, z, input_weights, recurrent_weights, constants = args[:5]
+        if in_dims[2] is not None or in_dims[3] is not None:
+            return each(torch.ops.coba_triton.recurrent_backward, size, in_dims, args)
+        o = RecurrentBackwardOptions(*args[11:])
+        x, z = (join(tensor, dim, size, -2) for tensor, dim in zip((x, z), in_dims, strict=False))
+        shared = columns(constants, in_dims[4])
+        table = join_constants(constants, in_dims[4], size, z.numel() // size, o.constants_grad)
+        tensors = (join_optional(tensor, dim, size, -2) for tensor, dim in zip(args[5:11], in_dims[5:], strict=False))
+        *grads, input_sums, recurrent_sums, grad_constants = torch.ops.coba_triton.recurrent_backward(
+            x, z, input_weights, recurrent_weights, table, *tensors, *o._replace(samples=size * o.samples)
+        )
+        grads, dims = part(grads, size, -2)
+        sums, sums_dims = part((input_sums, recurrent_sums), size, -3)
+        return (*grads, *sums, part_constants(grad_constants, shared, size)), (*dims, *sums_dims, 1)
+
+
+for _operator, _implementation, _fake in (
+    ("feed_forward", _feed_forward, _feed_forward_fake),
+    ("feed_forward_out", _feed_forward_out, _feed_forward_out_fake),
+    ("feed_forward_backward", _feed_forward_backward, _feed_forward_backward_fake),
+    ("recurrent", _recurrent, _recurrent_fake),
+    ("recurrent_out", _recurrent_out, _recurrent_out_fake),
+    ("recurrent_backward", _recurrent_backward, _recurrent_backward_fake),
+):
+    _library.impl(_operator, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"coba_triton::{_operator}", _fake, lib=_library)
+for _rules in (_FeedForward, _FeedForwardBackward, _Recurrent, _RecurrentBackward):
+    _rules.register()

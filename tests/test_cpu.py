@@ -167,27 +167,6 @@ def test_recorded_states_and_bits_of_a_large_run(threads) -> None:
         assert_same_bits([spikes, *state], [expected, *reference])
 
 
-@pytest.mark.parametrize("spike_dtype", [torch.float32, torch.uint8, None], ids=str)
-def test_operators_pass_opcheck(spike_dtype) -> None:
-    case = problem(19, (5,))
-    constants = torch.tensor([-0.2, -0.125, 0.5, 0.25, -1.0, 0.6, -0.2, -0.7, -0.1, 5.0]).unsqueeze(1)
-    state = torch.stack(tuple(case.state))
-    args = (case.x, state, constants, "cpu", False, "super", spike_dtype, False, 16)
-    torch.library.opcheck(
-        torch.ops.coba_triton.feed_forward,
-        args,
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
-    spikes, final, _, words, checkpoints = torch.ops.coba_triton.feed_forward(*args)
-    words = words if words.numel() else spikes
-    for grads in ((torch.ones(19, 5), final, None), (None, final, None)):
-        torch.library.opcheck(
-            torch.ops.coba_triton.feed_forward_backward,
-            (case.x, constants, words, checkpoints, *grads, "cpu", False, "super", 16, True, True),
-            test_utils=("test_schema", "test_faketensor"),
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86 assembly")
 def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:

@@ -344,7 +344,8 @@ def test_inference_saves_nothing(backend, device) -> None:
         "super",
         torch.float32,
         False,
-        0,
+        8,
+        None,
     )
     assert words.numel() == checkpoints.numel() == 0
     assert pack_spikes(torch.zeros(0, 4)).numel() == 0

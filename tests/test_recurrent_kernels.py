@@ -293,9 +293,9 @@ def test_saved_memory(device) -> None:
             "super",
             torch.float32,
             False,
-            _recurrent.choose_block_steps(None, 1000, 32, 4, train=True),
-            True,
+            None,
             "dense",
+            True,
         )
     for given in (case.x, case.input_weights, case.recurrent_weights, case.state.z):
         sizes.pop(given.untyped_storage().data_ptr())
