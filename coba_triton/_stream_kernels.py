@@ -58,14 +58,22 @@ def exponential_gaps(gaps: Any, words: Any, first: Any, stream: Any, low: Any, h
 
 
 def poisson_fill(
-    out: Any, start: int, seed: Any, stream: Any, expected: float, cumulative: Any, weight: Any, add: bool
+    out: Any,
+    start: int,
+    first: int,
+    last: int,
+    seed: Any,
+    stream: Any,
+    expected: float,
+    cumulative: Any,
+    weight: Any,
+    add: bool,
 ) -> None:
-    """Write (or add) ``weight`` times the spikes of steps ``start``, ``start + 1``, ... to ``out [t, channels]``.
+    """Write (or add) ``weight`` times the spikes of steps ``start``, ``start + 1``, ... to ``out [t, last - first]``.
 
-    ``expected`` spikes a step in every channel, or, where ``cumulative [channels + 1]`` is not empty, as many as it
-    rises by from one channel to the next.
+    Of the channels from ``first`` to ``last``; ``expected`` spikes a step in every channel, or, where ``cumulative
+    [channels + 1]`` is not empty, as many as it rises by from one channel to the next.
     """
-    channels = out.shape[1]
     gaps, words = np.empty(2 * DRAWS), np.empty(2 * DRAWS, np.uint64)
     k0, k1 = np.uint32(seed), np.uint32(seed >> _HIGH)
     uniform = len(cumulative) == 0
@@ -73,7 +81,7 @@ def poisson_fill(
     for t in range(out.shape[0]):
         row = out[t]
         if not add:
-            for n in range(channels):
+            for n in range(len(row)):
                 row[n] = 0
         step = np.uint64(start + t)
         low, high = np.uint32(step), np.uint32(step >> _HIGH)
@@ -84,15 +92,16 @@ def poisson_fill(
             for i in range(2 * DRAWS):
                 position += gaps[i] * scale
                 if uniform:
-                    inside = position < channels
-                    channel = int(position) if inside else channels
+                    inside = position < last
+                    channel = int(position) if inside else last
                 else:
-                    while channel < channels and cumulative[channel + 1] <= position:
+                    while channel < last and cumulative[channel + 1] <= position:
                         channel += 1
-                    inside = channel < channels
+                    inside = channel < last
                 if not inside:
                     break
-                row[channel] += weight
+                if channel >= first:
+                    row[channel - first] += weight
 
 
 def count_spikes(words: Any, members: Any, counts: Any) -> None:

@@ -7,14 +7,14 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sinks import FORMAT, VERSION, open_group, read
+from .sinks import FORMAT, VERSION, _difference, open_group, read
 from .spikes import WORD_BITS, word_count
 
 Array = NDArray[Any]
@@ -386,15 +386,65 @@ class Result:
         return block
 
 
-def open_result(path: str | Path) -> Result:
+class _SideBySide:
+    """An array of several results, one after the other along the second axis; read by slices of the first."""
+
+    def __init__(self, results: Sequence[Result], name: str) -> None:
+        self._parts = [(result.path, result._arrays[name]) for result in results]
+        first = self._parts[0][1].shape
+        self.shape = (first[0], sum(array.shape[1] for _, array in self._parts), *first[2:])
+
+    def __getitem__(self, key: Any) -> Array:
+        return np.concatenate([read(path, array, key) if path else array[key] for path, array in self._parts], 1)
+
+
+def _common(result: Result) -> dict[str, Any]:
+    """What runs over parts of one batch have in common."""
+    config = result.attributes["config"]
+    own = ("source", "initial_state", "block_steps", "attributes")
+    recorded = {name: config["record"][name] for name in ("spikes", "variables")} | {"traces": len(result.traces) > 0}
+    return {name: value for name, value in config.items() if name not in own} | {
+        "neurons": ["B", *result.shape[1:]],
+        "record": recorded,
+    }
+
+
+def _join(results: Sequence[Result]) -> Result:
+    """The results of parts of a batch as one."""
+    first = results[0]
+    for result in results:
+        difference = _difference(_common(first), _common(result))
+        if difference or not result.shape:
+            raise ValueError(
+                f"results that are read as one must be of the same neurons in different rows of a batch, but from "
+                f"{first.path} to {result.path} {difference or 'there is no axis of rows'}; open each by itself"
+            )
+    config = first.attributes["config"]
+    offsets = np.cumsum([0, *(result.neurons for result in results)])
+    arrays: dict[str, Any] = {name: first.array(name) for name in config["parameters"] if name in first}
+    arrays |= {name: _SideBySide(results, name) for name in ("spikes", *first.traces) if name in first}
+    if first.traces:
+        arrays["recorded"] = np.concatenate([r.recorded + offset for r, offset in zip(results, offsets, strict=False)])
+    joined = {
+        "neurons": [sum(result.shape[0] for result in results), *first.shape[1:]],
+        "source": [result.attributes["config"]["source"] for result in results],
+        "initial_state": [result.attributes["config"]["initial_state"] for result in results],
+        "record": config["record"] | {"populations": {}, "inputs": False},
+    }
+    steps, finished = min(result.steps for result in results), all(result.finished for result in results)
+    return Result(first.attributes | {"config": config | joined, "steps_done": steps, "finished": finished}, arrays)
+
+
+def open_result(path: str | Path | Sequence[str | Path]) -> Result:
     """Open what a run has left, a zarr group or an ``.npz`` file; a run that goes on or was killed may be read as well.
 
     Args:
-        path: of the result.
+        path: of the result; or of several, of runs that simulated one row or more of a batch each: spikes and traces are
+            those of the whole batch, as far as all runs have come; populations are not.
 
     Raises:
         FileNotFoundError: if there is nothing.
-        ValueError: if it is no result or damaged.
+        ValueError: if it is no result or damaged, or if several are not of one batch.
 
     Example:
         >>> result = open_result("run.zarr")  # doctest: +SKIP
@@ -402,6 +452,8 @@ def open_result(path: str | Path) -> Result:
         >>> result.spikes[10_000:10_100].shape  # doctest: +SKIP
         (100, 1000)
     """
+    if not isinstance(path, str | Path):
+        return _join([open_result(part) for part in path])
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no result at {path}; give the path of a .zarr folder or an .npz file")

@@ -33,6 +33,8 @@ class PoissonSource:
         weight: what one spike adds to the input: uS for unconnected neurons, 1 where input weights follow.
         seed: from 0 to 2**64 - 1.
         stream: from 0 to 2**32 - 1; sources of one seed and different streams are independent.
+        rows: which of the leading axis of ``shape`` to make, None for all: what a process takes that simulates a part of a
+            batch. Their spikes are those that they have in the whole, for which those of the rows before them are drawn.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -54,6 +56,7 @@ class PoissonSource:
         weight: float = 1.0,
         seed: int = 0,
         stream: int = 0,
+        rows: slice | None = None,
     ) -> None:
         check.check_number(rate, "rate")
         check.check_dt(dt)
@@ -68,7 +71,13 @@ class PoissonSource:
         if not bool((torch.isfinite(rates) & (rates >= 0)).all()):
             raise ValueError(f"rate must be finite and not negative, in Hz, got {rate!r}")
         check.broadcast_neurons(shape, {"rate": rates}, grows=False)
-        self.shape = (steps, *shape)
+        made = range(shape[0])[rows or slice(None)] if shape else range(1)
+        if rows is not None and not (shape and made and made.step == 1):
+            raise ValueError(f"rows must be a slice of consecutive rows of shape {tuple(shape)}, at least one, got {rows}")
+        self.rows = rows and (made.start, made.stop, shape[0])
+        width = math.prod(shape[1:])
+        self._first, self._last = made.start * width, made.stop * width
+        self.shape = (steps, len(made), *shape[1:]) if shape else (steps,)
         self.dtype = torch.float32
         self.rate, self.dt, self.weight, self.seed, self.stream = rates, float(dt), float(weight), seed, stream
         expected = rates.numpy() * (self.dt / 1000)
@@ -82,7 +91,7 @@ class PoissonSource:
 
         rows = out.view(out.shape[0], math.prod(self.shape[1:])).numpy()
         key, stream = np.uint64(self.seed), np.uint32(self.stream)
-        poisson_kernel(rows, start, key, stream, self._expected, self._cumulative, self.weight, add)
+        poisson_kernel(rows, start, self._first, self._last, key, stream, self._expected, self._cumulative, self.weight, add)
 
     def __getitem__(self, steps: slice) -> Tensor:
         start, stop, stride = steps.indices(self.shape[0])
@@ -96,7 +105,7 @@ class PoissonSource:
         """What a result says of its source."""
         rate = self.rate.item() if self.rate.dim() == 0 else digest(self.rate)
         numbers = {name: getattr(self, name) for name in ("dt", "weight", "seed", "stream")}
-        return {"kind": "poisson", "rate_hz": rate, **numbers}
+        return {"kind": "poisson", "rate_hz": rate, **numbers, **({"rows": self.rows} if self.rows else {})}
 
 
 class Blocks:

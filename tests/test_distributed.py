@@ -1,4 +1,4 @@
-"""Several processes: data parallel training, and recurrent networks whose neurons are divided among them.
+"""Several processes: data parallel training and long runs, and recurrent networks whose neurons are divided among them.
 
 The functions without ``test_`` in their names run on every rank of a group; see ``ranks.py``.
 """
@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, CobaLIFState, coba_lif_integral, distributed
-from coba_triton.problems import RecurrentProblem, recurrent_problem
+from coba_triton import (
+    CobaLIF,
+    CobaLIFParameters,
+    CobaLIFRecurrent,
+    CobaLIFState,
+    PoissonSource,
+    Record,
+    coba_lif_integral,
+    distributed,
+    open_result,
+    simulate,
+)
+from coba_triton.problems import DT, VALUES, RecurrentProblem, recurrent_problem
 from marks import slow
 from ranks import Ranks
 
@@ -280,6 +293,49 @@ def test_owned_neurons(ranks: Ranks) -> None:
 def test_without_a_process_group() -> None:
     with pytest.raises(RuntimeError, match="needs a process group, and there is none; start the program with torchrun"):
         distributed.owned_neurons(10)
+
+
+def simulate_rows(group: Any, network: Any, options: dict[str, Any], x: Tensor | None, folder: Path) -> Path:
+    """A rank simulates its part of a batch of 5."""
+    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    rows = slice(5 * rank // size, 5 * (rank + 1) // size)
+    source = PoissonSource(**options, rows=rows) if x is None else x[:, rows]
+    record, path = Record(variables=("v", "g_e"), neurons=[0, 4]), folder / f"{size}-{rank}.zarr"
+    simulate(network, source, sink=path, record=record, block_steps=64)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["feed-forward", "recurrent"])
+@pytest.mark.parametrize("source", ["poisson", "tensor"])
+def test_a_batch_in_parts_is_the_batch(ranks: Ranks, tmp_path: Path, kind: str, source: str) -> None:
+    """Long runs of the rows of a batch, a file a process, read as one."""
+    pytest.importorskip("zarr")
+    p = CobaLIFParameters(**VALUES)
+    torch.manual_seed(0)
+    network: Any = CobaLIF(p, DT) if kind == "feed-forward" else CobaLIFRecurrent(9, 20, p, DT)
+    options = {"rate": 20_000.0, "steps": 200, "shape": (5, 9), "dt": DT, "weight": 0.5, "seed": 1}
+    x = None if source == "poisson" else PoissonSource(**options)[:]
+    [whole] = [open_result(path) for path in ranks(1, simulate_rows, network, options, x, tmp_path)]
+    parts = open_result(ranks(2, simulate_rows, network, options, x, tmp_path))
+    assert parts.shape == whole.shape and parts.steps == whole.steps == 200 and parts.finished
+    assert whole.spikes[:].sum() > 100
+    for ours, theirs in zip(parts.events(7, 150), whole.events(7, 150), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert np.array_equal(parts.spikes[:], whole.spikes[:]) and np.array_equal(
+        parts.spikes[33:70, 3], whole.spikes[33:70, 3]
+    )
+    cells = whole.neurons // 5
+    assert parts.recorded.tolist() == [0, 4, 2 * cells, 2 * cells + 4]
+    for name in ("v", "g_e"):
+        assert np.array_equal(parts.traces[name][:, :2], whole.traces[name][:])
+    assert (parts.intervals().number == whole.intervals().number).all()
+
+
+def test_results_of_different_runs_are_not_read_as_one(tmp_path: Path) -> None:
+    for dt in (0.1, 0.2):
+        simulate(CobaLIF(dt=dt), torch.zeros(10, 2, 3), sink=tmp_path / f"{dt}.npz")
+    with pytest.raises(ValueError, match=r"must be of the same neurons .* dt_ms was 0.1 and is 0.2; open each by itself"):
+        open_result([tmp_path / "0.1.npz", tmp_path / "0.2.npz"])
 
 
 def feed_forward() -> nn.Module:

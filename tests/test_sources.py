@@ -82,6 +82,15 @@ def test_rates_of_channels() -> None:
     assert ((x.sum(0) / 0.5 - expected).abs() <= 5 * expected.sqrt()).all()
 
 
+@pytest.mark.parametrize("rate", [2000.0, torch.linspace(0, 5000, 15).view(5, 3)], ids=["one", "each"])
+def test_rows_are_those_of_the_whole(rate: Any) -> None:
+    whole = poisson(rate, shape=(5, 3), seed=3)[:]
+    for rows in (slice(0, 1), slice(1, 4), slice(4, None), slice(None)):
+        part = poisson(rate, shape=(5, 3), seed=3, rows=rows)
+        assert torch.equal(part[:], whole[:, rows]) and part.shape == whole[:, rows].shape
+    assert poisson(rate, shape=(5, 3), rows=slice(-2, None)).describe()["rows"] == (3, 5, 5)
+
+
 def test_add_adds() -> None:
     source, other = poisson(weight=1.0), poisson(weight=-2.0, stream=1)
     x = source[:]
@@ -99,6 +108,12 @@ def test_add_adds() -> None:
         ({"seed": -1}, ValueError, "seed must be an int from 0 to 2**64 - 1, got -1"),
         ({"stream": 2**32}, ValueError, "stream must be an int from 0 to 2**32 - 1"),
         ({"steps": 0}, ValueError, "steps must be a positive int, got 0"),
+        (
+            {"rows": slice(7, 9)},
+            ValueError,
+            "rows must be a slice of consecutive rows of shape (7,), at least one, got slice",
+        ),
+        ({"rows": slice(0, 6, 2)}, ValueError, "rows must be a slice of consecutive rows of shape (7,), at least one"),
     ],
 )
 def test_message(change: dict[str, Any], error: type[Exception], message: str) -> None:
