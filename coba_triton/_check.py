@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,53 +13,13 @@ from torch import Tensor
 
 from . import _validation, functional, reference
 from ._backends import choose_backend, triton_device_type
+from ._check_cases import LEVELS, AnyProblem, Check, Run, generate
+from ._check_shrink import flatten, shrink, snippet
 from .model import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
-from .problems import VALUES, Problem, RecurrentProblem, problem, recurrent_problem
-from .surrogate import SURROGATES
+from .problems import VALUES, Problem, RecurrentProblem
 
-AnyProblem = Problem | RecurrentProblem
-Builder = Callable[[torch.device], AnyProblem]
-ORDERS = ("decay_first", "jump_first")
-LEVELS = ("quick", "full")
 # Surrogates without an exponential or a square root, whose last bits differ between devices.
 EXACT_SURROGATES = ("super", "triangle", "heaviside")
-# A snippet spells out so many numbers at the most.
-SNIPPET_NUMBERS = 400
-# A failing case is run again so often at the most to make it smaller.
-SHRINK_RUNS = 150
-
-
-@dataclass(frozen=True)
-class Run:
-    """One of the two runs that are compared."""
-
-    backend: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Check:
-    """Two runs of one problem, and what must be equal.
-
-    Attributes:
-        group: what is checked, a few words.
-        name: what is particular about this one.
-        build: makes the problem on a device.
-        ours: the run that is checked.
-        theirs: the run that it must agree with.
-        gradients: whether gradients by everything are compared as well.
-        bits: False where sums over synapses are rounded: each step is compared on its own, within their rounding.
-        gib: memory that the case needs.
-    """
-
-    group: str
-    name: str
-    build: Builder
-    ours: Run
-    theirs: Run
-    gradients: bool = False
-    bits: bool = True
-    gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -224,7 +182,7 @@ def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
     """
     assert isinstance(case, RecurrentProblem)
     options = check.ours.options | {"record_states": True}
-    order, method = options.get("order", ORDERS[0]), options.get("method", "super")
+    order, method = options.get("order", "decay_first"), options.get("method", "super")
     _, trace = case.run(check.ours.backend, **options)
     z, v, g_e, g_i = (
         torch.cat([torch.as_tensor(initial)[None], after[:-1]]) for initial, after in zip(case.state, trace, strict=True)
@@ -254,305 +212,6 @@ def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
         return found
     same = trace.z == step.z
     return compare("state.v", torch.where(same, trace.v, step.v), step.v, reach)
-
-
-def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slice) -> AnyProblem:
-    """The first steps of some batch rows (recurrent problems), neurons and inputs (recurrent problems)."""
-    if isinstance(case, Problem):
-        pick = (slice(None), neurons)
-        return replace(
-            case,
-            x=case.x[:steps][pick],
-            state=CobaLIFFeedForwardState(*(torch.as_tensor(field)[neurons] for field in case.state)),
-            parameters={name: value[neurons] if value.dim() else value for name, value in case.parameters.items()},
-        )
-
-    def few(value: Tensor) -> Tensor:
-        if value.dim() == 2 and value.shape[0] > 1:
-            value = value[rows]
-        return value[..., neurons] if value.dim() else value
-
-    return replace(
-        case,
-        x=case.x[:steps, rows, inputs],
-        state=CobaLIFState(*(torch.as_tensor(field)[rows][:, neurons] for field in case.state)),
-        input_weights=case.input_weights[neurons, inputs].contiguous(),
-        recurrent_weights=case.recurrent_weights[neurons, neurons].contiguous(),
-        parameters={name: few(value) for name, value in case.parameters.items()},
-    )
-
-
-def flatten(case: AnyProblem) -> AnyProblem:
-    """The same problem with one axis of neurons (and one of batch rows where it is recurrent)."""
-    fields = [torch.as_tensor(field) for field in case.state]
-    axes = 1 if isinstance(case, Problem) else 2
-    shape = fields[0].shape
-    rows = (-1,) if axes == 1 else (-1, shape[-1])
-    parameters = {
-        name: value if value.dim() == 0 else value.expand(shape).reshape(rows) for name, value in case.parameters.items()
-    }
-    state: Any = type(case.state)(*(field.reshape(rows) for field in fields))
-    x = case.x.reshape(len(case.x), *((-1,) if axes == 1 else (-1, case.x.shape[-1])))
-    return replace(case, x=x, state=state, parameters=parameters)
-
-
-def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
-    """The smallest part of a failing problem that was found to fail: fewer steps, neurons, rows, inputs, in turns."""
-    case = flatten(case)
-    everything = slice(None)
-    left = SHRINK_RUNS
-
-    def sizes(of: AnyProblem) -> dict[str, int]:
-        found = {"steps": of.x.shape[0], "neurons": torch.as_tensor(of.state.v).shape[-1]}
-        return found if isinstance(of, Problem) else found | {"rows": of.x.shape[1], "inputs": of.x.shape[2]}
-
-    def candidates(axis: str, size: int) -> Iterator[slice | int]:
-        for share in (1, size // 8, size // 2, size - 1):
-            if 0 < share < size:
-                yield share if axis == "steps" else slice(0, share)
-                if axis != "steps":
-                    yield slice(size - share, size)
-        if axis != "steps" and size > 4:
-            yield slice(size // 4, size - size // 4)
-
-    def smaller(of: AnyProblem) -> AnyProblem | None:
-        nonlocal left
-        for axis, size in sizes(of).items():
-            for candidate in candidates(axis, size):
-                if left == 0:
-                    return None
-                left -= 1
-                arguments: dict[str, Any] = {
-                    "steps": of.x.shape[0], "rows": everything, "neurons": everything, "inputs": everything,
-                } | {axis: candidate}  # fmt: skip
-                try:
-                    tried = part(of, **arguments)
-                    if fails(tried):
-                        return tried
-                except (RuntimeError, ValueError):
-                    continue
-        return None
-
-    if not fails(case):
-        return case
-    while (found := smaller(case)) is not None:
-        case = found
-    return case
-
-
-def _literal(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    device = "" if value.device.type == "cpu" else f", device={str(value.device)!r}"
-    numbers = repr(value.tolist())
-    for special in ("nan", "inf"):
-        numbers = numbers.replace(special, f'float("{special}")')
-    return f"torch.tensor({numbers}, dtype={value.dtype}{device})"
-
-
-def snippet(case: AnyProblem, check: Check) -> str:
-    """A program that runs both sides on a small problem and fails where they differ."""
-    tensors = [case.x, *case.state, *case.parameters.values()]
-    weights = {}
-    if isinstance(case, RecurrentProblem):
-        weights = {name: getattr(case, name) for name in ("input_weights", "recurrent_weights")}
-        tensors += weights.values()
-    if sum(torch.as_tensor(tensor).numel() for tensor in tensors) > SNIPPET_NUMBERS:
-        return (
-            f"import coba_triton\nprint(coba_triton.check(backend={check.ours.backend!r}, "
-            f"device={str(case.x.device)!r}, level='full', only={f'{check.group}, {check.name}'!r}))"
-        )
-    state = type(case.state).__name__
-    lines = [
-        "import torch",
-        f"from coba_triton import {state}",
-        f"from coba_triton.problems import {type(case).__name__}",
-        "",
-        f"case = {type(case).__name__}(",
-        f"    x={_literal(case.x)},",
-        f"    state={state}(",
-        *(f"        {name}={_literal(value)}," for name, value in case.state._asdict().items()),
-        "    ),",
-        *(f"    {name}={_literal(value)}," for name, value in weights.items()),
-        "    parameters={",
-        *(f"        {name!r}: {_literal(value)}," for name, value in case.parameters.items()),
-        "    },",
-        f"    alpha={case.alpha!r},",
-        f"    dt={case.dt!r},",
-        ")",
-    ]
-    for variable, run in (("ours", check.ours), ("theirs", check.theirs)):
-        options = "".join(f", {name}={value!r}" for name, value in run.options.items())
-        lines.append(f"{variable} = case.{'gradients' if check.gradients else 'run'}({run.backend!r}{options})")
-    if check.gradients:
-        lines.append("ours, theirs = ({'spikes': r[0][0], **dict(enumerate(r[0][1:])), **r[1]} for r in (ours, theirs))")
-    else:
-        lines.append("ours, theirs = ({'spikes': spikes, **state._asdict()} for spikes, state in (ours, theirs))")
-    lines += [
-        "for name in ours:",
-        "    same = torch.equal(ours[name], theirs[name])",
-        "    print(name, 'same' if same else f'differs: {ours[name].tolist()} instead of {theirs[name].tolist()}')",
-    ]
-    return "\n".join(lines)
-
-
-def _layout(kind: str, device: torch.device) -> Problem:
-    case = problem(21, (40,), device=device)
-    if kind == "transposed":
-        case.x = case.x.t().contiguous().t()
-    elif kind == "every second":
-        case.x = torch.stack([case.x, case.x + 1], -1)[..., 0]
-    elif kind == "expanded over neurons":
-        case.x = case.x[:, :1].expand(21, 40)
-    else:
-        case.x = case.x[:1].expand(21, 40)
-    return case
-
-
-def _threshold(dtype: torch.dtype, device: torch.device) -> Problem:
-    """Potentials one ulp below, on, and one ulp above the threshold, where no current moves them."""
-    case = problem(1, (3,), dtype, device)
-    thresh = torch.tensor(VALUES["v_thresh"], dtype=dtype)
-    near = [torch.nextafter(thresh, torch.tensor(to, dtype=dtype)) for to in (-9.0, 9.0)]
-    case.x = torch.zeros_like(case.x)
-    case.parameters["g_l"] = torch.zeros_like(case.parameters["g_l"])
-    zero = torch.zeros(3, dtype=dtype, device=device)
-    case.state = CobaLIFFeedForwardState(torch.stack([near[0], thresh, near[1]]).to(device), zero, zero)
-    return case
-
-
-def _generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
-    """The cases of a level."""
-    full = level == "full"
-    interpreted = backend == "triton" and device.type == "cpu"
-    f32, f64, f16, bf16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
-
-    def against_reference(group: str, name: str, build: Any, gradients: bool = False, **options: Any) -> Check:
-        theirs = {key: value for key, value in options.items() if key != "path"}
-        return Check(group, name, build, Run(backend, options), Run("reference", theirs), gradients)
-
-    sizes = [(1, (1,)), (5, (63,)), (16, (32,)), (35, (2, 20)), (33, (500,))]
-    large = [] if interpreted else [(257, (4097,)), (1000, (8, 256)), (5000, (3,))]
-    for steps, shape in sizes + large:
-        every = itertools.product(ORDERS, (f32, f64), (False, True), (False, True))
-        some = zip(ORDERS * 2, (f32, f32, f64, f64), (False, True, True, False), (True, False, False, True), strict=True)
-        for order, dtype, per_neuron, record in every if full else some:
-            extra = f"{'own' if per_neuron else 'shared'} parameters{', recorded' if record else ''}"
-            yield against_reference(
-                "forward", f"{[steps, *shape]} {dtype} {order}, {extra}",
-                lambda d, s=steps, n=shape, t=dtype, p=per_neuron: problem(s, n, t, d, per_neuron=p),
-                order=order, record_states=record,
-            )  # fmt: skip
-    for dtype in (f16, bf16, torch.bool, torch.uint8, torch.int64):
-        yield against_reference("input dtypes", str(dtype), lambda d, t=dtype: problem(19, (40,), t, d))
-    for steps, kind in itertools.product((7, 32, 45) if full else (45,), (f16, bf16, f64, torch.bool, torch.uint8, "bits")):
-        yield against_reference(
-            "spike formats", f"{kind}, {steps} steps", lambda d, s=steps: problem(s, (40,), device=d), spike_dtype=kind
-        )
-    for dtype in (f32, f64):
-        yield against_reference("on the threshold", str(dtype), lambda d, t=dtype: _threshold(t, d))
-    for kind in ("transposed", "every second", "expanded over neurons", "expanded over time"):
-        yield against_reference("strided input", kind, lambda d, k=kind: _layout(k, d), gradients=True)
-
-    for method, order in itertools.product(SURROGATES, ORDERS if full else ORDERS[:1]):
-        for dtype, record in itertools.product((f32, f64), (False, True)) if full else ((f32, True), (f64, False)):
-            yield against_reference(
-                "gradients", f"{method} {dtype} {order}{', recorded' if record else ''}",
-                lambda d, t=dtype, p=record: problem(35, (2, 20), t, d, per_neuron=p),
-                gradients=True, method=method, order=order, record_states=record,
-            )  # fmt: skip
-    for steps in (3, 8, 17, 64, *(() if interpreted else (1000,))):
-        yield against_reference(
-            "gradients of every length", f"{steps} steps", lambda d, s=steps: problem(s, (33,), device=d), gradients=True
-        )
-    for steps, block in itertools.product((45, *(() if interpreted else (1000,))), (1, 7, 32)):
-        whole = functools.partial(problem, steps, (33,), torch.float32)
-        yield Check("chunking", f"{steps} steps by {block}", whole, Run(backend, {"block_steps": block}), Run(backend))
-    twice: dict[str, Builder] = {
-        "feed-forward": lambda d: problem(20, (70,), device=d),
-        "recurrent": lambda d: recurrent_problem(20, 2, 40, device=d, exact=False),
-    }
-    for name, build in twice.items():
-        yield Check("determinism", name, build, Run(backend), Run(backend), gradients=True)
-
-    paths = ("events", "dense") + (("sliced",) if backend == "triton" and not interpreted else ())
-    recurrent = [(33, 3, 1), (1, 1, 63), (33, 1, 63), (14, 3, 129), (4, 1, 500)]
-    recurrent += [] if interpreted else [(100, 2, 1024), (20, 1, 2500), *([(20, 1, 4096), (64, 64, 256)] if full else [])]
-    for (steps, batch, neurons), path in itertools.product(recurrent, paths):
-        all_three = itertools.product(ORDERS, (f32, f64), (False, True))
-        few = zip(ORDERS, (f32, f64), (False, True), strict=True)
-        for order, dtype, own in all_three if full else few:
-            yield against_reference(
-                "recurrent forward",
-                f"{[steps, batch, neurons]} {dtype} {order} {path}, {'own' if own else 'shared'} parameters",
-                lambda d, s=steps, b=batch, n=neurons, t=dtype, p=own: recurrent_problem(s, b, n, t, d, per_neuron=p),
-                order=order, path=path, record_states=own,
-            )  # fmt: skip
-    for spike_dtype, path in itertools.product((f16, torch.bool, "bits"), paths):
-        yield against_reference(
-            "recurrent spike formats", f"{spike_dtype} {path}", lambda d: recurrent_problem(40, 2, 20, device=d),
-            spike_dtype=spike_dtype, path=path,
-        )  # fmt: skip
-    for path, size in itertools.product(paths, ((40, 2, 60), *(() if interpreted else ((200, 2, 700),)))):
-        yield replace(
-            against_reference(
-                "recurrent on any weights", f"{list(size)} {path}",
-                lambda d, s=size: recurrent_problem(s[0], s[1], s[2], device=d, exact=False), path=path,
-            ),
-            bits=False,
-        )  # fmt: skip
-    for block in (1, 32, 64):
-        ours, theirs = ({"path": "events", "block_steps": steps} for steps in (block, 96))
-        any_weights: Builder = lambda d: recurrent_problem(70, 2, 33, device=d, exact=False)  # noqa: E731
-        yield Check("recurrent chunking", f"70 steps by {block}", any_weights, Run(backend, ours), Run(backend, theirs))
-    for method, path in itertools.product(SURROGATES if full else ("super", "circ"), paths[:2]):
-        for order in ORDERS:
-            yield against_reference(
-                "recurrent gradients", f"{method} float64 {order} {path}",
-                lambda d: recurrent_problem(37, 2, 9, f64, d, binary=False, per_neuron=True),
-                gradients=True, method=method, order=order, path=path,
-            )  # fmt: skip
-    for neurons, path in itertools.product((10, *(() if interpreted else (300,))), paths[:2]):
-        yield against_reference(
-            "recurrent gradients", f"super float32 {neurons} neurons {path}",
-            lambda d, n=neurons: recurrent_problem(34, 2, n, device=d), gradients=True, path=path,
-        )  # fmt: skip
-    if full:
-        yield from _far(backend, interpreted)
-
-
-def _far(backend: str, interpreted: bool) -> Iterator[Check]:
-    """Offsets past 2^31: neurons at both ends of an array of more elements than that, against a run of those alone."""
-    size, steps, ends = 2**20 + 32, 2049, 32
-
-    def build(device: torch.device) -> Problem:
-        small = problem(steps, (2 * ends,), torch.uint8, device)
-        x = torch.zeros(steps, size, dtype=torch.uint8, device=device)
-        x[:, :ends], x[:, -ends:] = small.x[:, :ends], small.x[:, ends:]
-        state = [torch.zeros(size, device=device) for _ in small.state]
-        for wide, few in zip(state, map(torch.as_tensor, small.state), strict=True):
-            wide[:ends], wide[-ends:] = few[:ends], few[ends:]
-        return _Far(x, CobaLIFFeedForwardState(*state), small.parameters, small.alpha, small.dt, small=small, ends=ends)
-
-    for kind in (torch.uint8, "bits"):
-        run = {"spike_dtype": kind}
-        gib = math.inf if interpreted else steps * size * (2 if kind == torch.uint8 else 1) / 2**30 * 1.4
-        yield Check("past 2^31", f"spikes as {kind}", build, Run(backend, run), Run("reference", run), gib=gib)
-
-
-@dataclass(kw_only=True)
-class _Far(Problem):
-    """A problem too large for the reference, which runs the neurons at both ends alone."""
-
-    small: Problem
-    ends: int
-
-    def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
-        if backend == "reference":
-            return self.small.run(backend, **options)
-        spikes, state = super().run(backend, **options)
-        both = [torch.cat([x[..., : self.ends], x[..., -self.ends :]], -1) for x in (spikes, *state)]
-        return both[0], CobaLIFFeedForwardState(*both[1:])
 
 
 def _free_gib(device: torch.device) -> float:
@@ -611,7 +270,7 @@ def select(backend: str, device: torch.device, level: str, only: str | None) -> 
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
-    checks = list(_generate(backend, device, level))
+    checks = list(generate(backend, device, level))
     chosen = [check for check in checks if only is None or only in f"{check.group}, {check.name}"]
     if not chosen:
         groups = ", ".join(dict.fromkeys(check.group for check in checks))

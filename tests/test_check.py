@@ -14,7 +14,9 @@ import torch
 
 import coba_triton
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _check, _cpu, _cpu_recurrent
-from coba_triton._check import Check, Run, find_mismatch, shrink, sums_are_exact
+from coba_triton._check import find_mismatch, sums_are_exact
+from coba_triton._check_cases import Check, Run
+from coba_triton._check_shrink import shrink
 from coba_triton.cli import main
 from coba_triton.problems import problem, recurrent_problem
 
