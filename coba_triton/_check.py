@@ -324,6 +324,7 @@ def sums_are_exact(case: RecurrentProblem) -> bool:
 
 def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, p: Any, dt: float) -> AnyProblem:
     """The user's arguments as a problem; checks them as the public functions do."""
+    _validation.check_parameters(p)
     if isinstance(p.alpha, Tensor) and p.alpha.dim():
         raise ValueError(f"alpha must be one number to be checked, got a tensor of {list(p.alpha.shape)}; pass one number")
     numbers = {name: torch.as_tensor(getattr(p, name), dtype=None if isinstance(getattr(p, name), Tensor) else torch.float64)

@@ -78,11 +78,7 @@ def check_learn(learn: Any, p: Any) -> None:
             )
     for name in LEARNABLE:
         value = getattr(p, name)
-        if not isinstance(value, Tensor):
-            continue
-        if name in learn and not value.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype to be learned, got {value.dtype}; use .float()")
-        if name not in learn and value.requires_grad:
+        if name not in learn and isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
                 f"{name} must be in learn to get a gradient, got learn={tuple(learn)}; add it, or pass a tensor that "
                 "does not require grad"

@@ -9,7 +9,8 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
 - those named in ``learn`` are ``nn.Parameter``, float32 unless given as floating tensors; an ``nn.Parameter`` that is
   given is shared, not copied;
 - all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
-  ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module.
+  ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module, and those of
+  integers are held as floating ones.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from .functional import (
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
 
 
+def _floating(value: Any) -> Any:
+    """Tensors of integers, which norse's defaults are, as floating ones: they can be learned, and take any number."""
+    return value if not isinstance(value, Tensor) or value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
 class _Neurons(nn.Module):
     """Holds the parameters of neurons and the time step."""
 
@@ -43,7 +49,7 @@ class _Neurons(nn.Module):
         self.dt = float(dt)
         self.method: str = p.method
         self.learn = tuple(learn)
-        given = {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
+        given = {name: _floating(getattr(p, name)) for name in NUMERIC_PARAMETERS}
         self._numbers = tuple(n for n, value in given.items() if n not in learn and not isinstance(value, Tensor))
         for name, value in given.items():
             if name in self._numbers:

@@ -133,8 +133,7 @@ def test_conversion_does_not_round_python_numbers(make: Any, convert: str) -> No
     for name in set(NUMERIC_PARAMETERS) - {"v_rest", "v_reset", "e_rev_E"}:
         assert getattr(module, name).dtype == torch.float64
         assert getattr(module, name).item() == getattr(p, name)
-    assert module.v_rest.dtype == module.e_rev_E.dtype == dtype
-    assert module.v_reset.dtype == torch.int64
+    assert module.v_rest.dtype == module.e_rev_E.dtype == module.v_reset.dtype == dtype
     assert all(w.dtype == dtype for w in weights_of(module))
 
     x = drive(module, dtype)
@@ -234,11 +233,6 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         r"learn must be a tuple of parameter names, got 'g_l'; pass learn=\('g_l',\)",
     ),
     "learn bool": (lambda: CobaLIF(learn=True), TypeError, r"got True; pass learn=\('v_thresh',\)"),
-    "learn integers": (
-        lambda: CobaLIF(RECORD._replace(v_thresh=torch.tensor(-50)), learn=("v_thresh",)),
-        TypeError,
-        "v_thresh must be of a floating dtype to be learned, got torch.int64; use .float()",
-    ),
     "value bool": (
         lambda: CobaLIF(RECORD._replace(g_l=torch.tensor(True)), learn=("g_l",)),
         TypeError,

@@ -175,13 +175,6 @@ def test_bio_defaults_are_norses() -> None:
     assert ours.default_bio_state == coba_lif.default_bio_state
 
 
-def test_norses_integers_cannot_be_learned() -> None:
-    with pytest.raises(TypeError, match=r"v_thresh must be of a floating dtype .* use .float\(\)"):
-        CobaLIF(norse.CobaLIFParameters(), learn=("v_thresh",))
-    module = CobaLIF(norse.CobaLIFParameters(v_thresh=torch.tensor(-10.0)), learn=("v_thresh",))
-    assert module.v_thresh.requires_grad
-
-
 @pytest.mark.parametrize("with_state", [False, True], ids=["at rest", "state"])
 def test_lift_runs_our_cells_over_time(with_state: bool) -> None:
     p = parameters("ours, numbers")
