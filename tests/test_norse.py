@@ -91,7 +91,9 @@ def ours_jump_first(x: Tensor, state: Any, p: Any, dt: float) -> Any:
     return spikes[0], state
 
 
-@pytest.mark.parametrize(("method", "alpha"), [("super", 1.0), ("triangle", 0.3), ("tanh", 0.5)])
+@pytest.mark.parametrize(
+    ("method", "alpha"), [("super", 1.0), ("triangle", 0.3), ("tanh", 0.5), ("circ", 0.7), ("heavi_erfc", 0.5)]
+)
 def test_surrogate_derivatives_agree(method: str, alpha: float) -> None:
     p = parameters("ours, numbers", method=method, alpha=alpha)
     want = gradient(norse.coba_lif_feed_forward_step, p)
@@ -162,6 +164,19 @@ def test_norse_drops_the_input_of_its_recurrent_step() -> None:
     assert torch.equal(got.g_e, g_e + -DT * p.tau_syn_exc_inv * g_e)
     assert torch.equal(got.g_i, g_i + -DT * p.tau_syn_inh_inv * g_i)
     assert not torch.equal(got.g_e, after.g_e)
+
+
+def test_what_docs_norse_says_of_the_cell() -> None:
+    """It starts at 0 mV and not at rest, draws weights by the fan-in, has autapses, and another name for its input."""
+    cell = norse.CobaLIFCell(INPUTS, 1000, parameters("ours, numbers"), DT)
+    zeros = torch.zeros(1, 1000)
+    _, at_zero = cell(torch.zeros(1, INPUTS), norse.CobaLIFState(zeros, zeros, zeros, zeros))
+    _, left_out = cell(torch.zeros(1, INPUTS))
+    assert torch.equal(left_out.v, at_zero.v)
+    assert 1000**0.5 * cell.recurrent_weights.std().item() == pytest.approx(1, abs=0.01)
+    assert cell.recurrent_weights.diagonal().all()
+    with pytest.raises(TypeError, match="input_tensor"):
+        norse.coba_lif_step(input_tensor=zeros, state=at_zero, input_weights=zeros, recurrent_weights=zeros)
 
 
 def test_bio_defaults_are_norses() -> None:
