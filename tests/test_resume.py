@@ -356,13 +356,15 @@ import sys, tempfile
 from pathlib import Path
 from coba_triton import CobaLIF, PoissonSource, Record, simulate
 from test_simulate import NEURON
-steps = int(sys.argv[1])
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+steps, imported = int(sys.argv[1]), peak()
 with tempfile.TemporaryDirectory() as folder:
     simulate(
         CobaLIF(NEURON, 0.1), PoissonSource(100.0, steps, (1000,), 0.1, weight=0.008), sink=Path(folder) / "run.zarr",
         record=Record(variables=("v",), neurons=range(3), populations={"all": slice(None)}), progress=False,
     )
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(imported, peak())
 """
 
 
@@ -375,7 +377,8 @@ def test_memory_does_not_grow() -> None:
         command = [sys.executable, "-c", MEMORY, str(steps)]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[1]) / 1024)
-    print(f"peak resident memory in MiB: {peaks}")
-    assert peaks[1] < 600
+        imported, peak = map(float, done.stdout.split())  # PyTorch alone takes 200 to 500 MiB, as it was built
+        peaks.append(peak)
+    print(f"peak resident memory in MiB: {peaks}, of which imports take {imported}")
+    assert peaks[1] - imported < 380
     assert peaks[1] < peaks[0] + 50
