@@ -6,7 +6,6 @@ python -m pytest bench/test_stream.py -s
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from interleaved import compare
 from torch import Tensor
 
-from coba_triton import CobaLIF, CobaLIFParameters, PoissonSource, Record, Result, coba_lif_integral, simulate
+from coba_triton import CobaLIF, CobaLIFParameters, PoissonSource, Record, Result, ZarrSink, coba_lif_integral, simulate
 from coba_triton.cli import job
 from coba_triton.cli.config import load
 from coba_triton.cli.inputs import open_source
@@ -28,78 +27,85 @@ def words(result: Result) -> Tensor:
     return torch.from_numpy(result.spikes.words(0, result.steps))
 
 
+class Repeated:
+    """An input that is in memory, again and again."""
+
+    def __init__(self, x: Tensor, times: int) -> None:
+        self.x, self.shape = x, (times * len(x), *x.shape[1:])
+
+    def __getitem__(self, steps: slice) -> Tensor:
+        begin = steps.start % len(self.x) if steps.start else 0
+        return self.x[begin : begin + steps.stop - (steps.start or 0)]
+
+
 def test_unconnected(tmp_path: Path) -> None:
     """1000 neurons, packed spikes: blocks that are in memory, and Poisson spikes of 100 Hz that are made on the way."""
-    steps, block_steps = 2**18, 2**14
-    source = PoissonSource(100.0, steps, (1000,), 0.1, weight=0.008, seed=1)
-    x = source[:]
+    times, steps, block_steps = 16, 2**18, 2**14
+    source = PoissonSource(100.0, times * steps, (1000,), 0.1, weight=0.008, seed=1)
+    x = source[:steps]
     network = CobaLIF(NEURON, 0.1, spike_dtype="bits")
-    number = itertools.count()
 
-    def kernels() -> Tensor:
+    def kernels(times: int = times) -> Tensor:
         blocks, state = [], None
         with torch.no_grad():
-            for block in x.split(block_steps):
-                spikes, state = network(block, state)
-                blocks.append(spikes)
+            for _ in range(times):
+                blocks.clear()
+                for block in x.split(block_steps):
+                    spikes, state = network(block, state)
+                    blocks.append(spikes)
         return torch.cat(blocks)
 
-    def streamed(source: Any, to_disk: bool = True) -> Result:
-        sink = tmp_path / f"{next(number)}.zarr" if to_disk else None
+    def streamed(source: Any) -> Result:
+        sink = ZarrSink(tmp_path / "run.zarr", overwrite=True)
         return simulate(network, source, sink=sink, block_steps=block_steps, progress=False)
 
     def poisson() -> None:
         buffer = torch.empty(block_steps, 1000)
-        for start in range(0, steps, block_steps):
+        for start in range(0, times * steps, block_steps):
             source.fill(start, buffer)
 
-    expected = kernels()
-    assert torch.equal(words(streamed(x)), expected)
-    assert torch.equal(words(streamed(source)), expected)
+    assert torch.equal(words(streamed(x)), kernels(1))
+    assert torch.equal(words(streamed(source))[: steps // 32], kernels(1))
     runs = {
         "kernels": kernels,
-        "to zarr": lambda: streamed(x),
-        "to memory": lambda: streamed(x, to_disk=False),
+        "to zarr": lambda: streamed(Repeated(x, times)),
         "poisson": poisson,
         "poisson to zarr": lambda: streamed(source),
     }
-    compare(f"{steps} steps of 1000 neurons", runs, x.numel())
+    compare(f"{times * steps} steps of 1000 neurons", runs, times * x.numel())
 
 
 def test_cobanet(tmp_path: Path) -> None:
-    """The built-in configuration for 6 s: 4000 connected neurons, Poisson input made on the way, spikes and counts.
-
-    With traces of three neurons as well, kernels store the states of all; alone they do so in blocks of 2016 steps.
+    """The built-in configuration for 30 s: 4000 connected neurons, Poisson input made on the way, spikes and counts; and
+    the traces of three neurons as well. The kernels alone have the first 6 s of the input in memory, five times.
     """
-    config = load("cobanet")[1]
-    config = config.model_copy(update={"simulation": config.simulation.model_copy(update={"duration": 6000.0})})
+    times, config = 5, load("cobanet")[1]
+    config = config.model_copy(update={"simulation": config.simulation.model_copy(update={"duration": times * 6000.0})})
     source, recurrent = open_source(config), open_recurrent(config)
     network = job.make_network(config, source, recurrent)
     feed = job.Feed(source.channels, config.simulation.steps)
-    x = feed[:]
+    x = feed[: config.simulation.steps // times]
     traced = job.what_to_record(config, recurrent)
     spikes_only = dataclasses.replace(traced, neurons=(), inputs=False)
-    number = itertools.count()
 
-    def kernels(record_states: bool) -> Tensor:
+    def kernels() -> Tensor:
         weights = network.get_parameter("input_weights"), network.get_parameter("recurrent_weights")
-        options: Any = {"spike_dtype": "bits", "record_states": record_states}
-        blocks, state = [], None
+        first = state = None
         with torch.no_grad():
-            for block in x.split(2016 if record_states else len(x)):
-                spikes, state = coba_lif_integral(block, state, *weights, network.p, network.dt, **options)
-                state = type(state)(*(field[-1].clone() for field in state)) if record_states else state
-                blocks.append(spikes)
-        return torch.cat(blocks)
+            for _ in range(times):
+                spikes, state = coba_lif_integral(x, state, *weights, network.p, network.dt, spike_dtype="bits")
+                first = spikes if first is None else first
+        assert first is not None
+        return first
 
     def streamed(record: Record) -> Result:
-        return simulate(network, feed, sink=tmp_path / f"{next(number)}.zarr", record=record, progress=False)
+        sink = ZarrSink(tmp_path / "run.zarr", overwrite=True)
+        return simulate(network, feed, sink=sink, record=record, progress=False)
 
-    assert torch.equal(words(streamed(traced)), kernels(False))
+    assert torch.equal(words(streamed(traced))[: len(x) // 32], kernels())
     runs = {
-        "kernels": lambda: kernels(False),
+        "kernels": kernels,
         "to zarr": lambda: streamed(spikes_only),
-        "kernels, states": lambda: kernels(True),
         "to zarr, traces": lambda: streamed(traced),
     }
-    compare(f"{len(x)} steps of cobanet", runs, len(x) * config.neuron.count)
+    compare(f"{times * len(x)} steps of cobanet", runs, times * len(x) * config.neuron.count)

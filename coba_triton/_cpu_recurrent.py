@@ -57,6 +57,7 @@ def _block(
     states: Tensor | None,
     trajectory: Tensor | None,
     steps: int,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """Steps whose drives are known, or else come from the events in ``x`` and those that ``z`` begins."""
     _, batch, neurons = state.shape
@@ -64,10 +65,11 @@ def _block(
     final = state.clone()
     none = state.new_empty(0)
     no_drive = none.view(2, 0, batch, neurons)
+    kept = cells if chosen is None else len(chosen)
     in_place = states is not None and states.is_contiguous()
-    trace = state.new_empty(3, 0 if states is None or in_place else steps, cells)
+    trace = state.new_empty(3, 0 if states is None or in_place else steps, kept)
     if states is not None and in_place:
-        trace = states.view(3, steps, cells)
+        trace = states.view(3, steps, kept)
     no_words = torch.empty(0, cells, dtype=torch.int32)
     _ask_for_huge_pages(*(output for output in (spikes, trajectory) if output is not None))
     _launch(
@@ -85,6 +87,7 @@ def _block(
         _array(no_words if words is None else words.view(-1, cells)),
         forced,
         _rows(trace),
+        _array(torch.empty(0, dtype=torch.int64) if chosen is None else chosen),
         _array(none.view(0, 0, cells) if trajectory is None else trajectory.view(-1, steps, cells)),
         net.jump_first,
         steps,
@@ -107,11 +110,12 @@ def recurrent_block(
     words: Tensor | None,
     states: Tensor | None,
     sliced: bool,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """One event-driven block; shapes as in :mod:`coba_triton._triton`. Returns the state."""
     if sliced:
         raise RuntimeError("path 'sliced' is for GPUs with many processors, got backend 'cpu'; pass path='events'")
-    return _block(net, x, drive, z, None, state, spikes, words, False, states, None, x.shape[0])
+    return _block(net, x, drive, z, None, state, spikes, words, False, states, None, x.shape[0], chosen)
 
 
 def recurrent_step(

@@ -176,19 +176,20 @@ def block_kernel() -> Any:
     def block(
         x: Strided, input_drive: Any, input_rows: Any, initial: Any, recurrent_drive: Any, recurrent_rows: Any,
         shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool, states: Any,
-        trajectory: Any, jump_first: bool, steps: int, first: int, last: int,
+        chosen: Any, trajectory: Any, jump_first: bool, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
         """Arrays without elements are not read or written; a drive without elements is summed from events.
 
         ``x`` [T, B I] and ``initial`` [B, N] are the sources of the input and of the first step's recurrent drive;
         ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row. ``state`` is carried
-        on; ``forced``: the spikes are those of ``words``.
+        on; ``forced``: the spikes are those of ``words``. ``states`` are of all neurons, or of those ``chosen`` (ascending).
         """
         _ = sources  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         input_rows, recurrent_rows, initial = borrow(input_rows), borrow(recurrent_rows), borrow(initial)
         input_drive, recurrent_drive = borrow(input_drive), borrow(recurrent_drive)
         state, words, states, trajectory = borrow(state), borrow(words), borrow(states), borrow(trajectory)
+        chosen = borrow(chosen)
         inputs, neurons = input_rows.shape
         tiles = np.empty(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
         buffer = np.empty(max(inputs, neurons, 1), state.dtype)
@@ -199,6 +200,7 @@ def block_kernel() -> Any:
         c = None if shared is None else load_shared(shared)
         for row in range(first, last):
             cells = row * neurons
+            chosen_first, chosen_last = np.searchsorted(chosen, cells), np.searchsorted(chosen, cells + neurons)
             for k in range(len(tiles)):
                 begin = k * TILE
                 n = min(TILE, neurons - begin)
@@ -250,8 +252,12 @@ def block_kernel() -> Any:
                             expand(spikes.data, spikes.itemsize, one, at, fired[here], n)
                     if words.size > 0 and not forced:
                         pack(words[t // 32, cell : cell + n], fired[here], t % 32, n)
-                    if states.size > 0:
+                    if states.size > 0 and chosen.size == 0:
                         store_state(tile, states, t, steps, cell, n)
+                for k in range(chosen_first, chosen_last):
+                    n = chosen[k] - cells
+                    for field in range(3):
+                        states[field * steps + t, k] = tiles[n // TILE, field * ROW + n % TILE]
             for k in range(len(tiles)):
                 begin = k * TILE
                 store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin))

@@ -162,8 +162,12 @@ def forward(
     checkpoints: Tensor | None,
     block_steps: int,
     path: str,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill ``spikes [T, B, N]``, ``words``, ``states [3, T, B, N]`` and ``checkpoints``; returns the last z and state."""
+    """Fill ``spikes [T, B, N]``, ``words``, ``states [3, T, B, N]`` and ``checkpoints``; returns the last z and state.
+
+    With ``chosen [K]``, ascending indices into the neurons of all rows, ``states`` are theirs alone, ``[3, T, K]``.
+    """
     events = is_sparse(x)
     dense = path == "dense"
     for number, start in enumerate(range(0, x.shape[0], block_steps)):
@@ -180,14 +184,17 @@ def forward(
         if stepwise:
             if drive is None:
                 drive = net.kernels.project_events(x[here], net.input_rows)
-            state = step_by_step(net, drive, z, state, block_spikes, block_states)
+            every = block_states if chosen is None else state.new_empty(3, steps, *z.shape)
+            state = step_by_step(net, drive, z, state, block_spikes, every)
+            if chosen is not None and states is not None and every is not None:
+                states[:, here] = every.flatten(2)[..., chosen]
             if spikes is not None:
                 spikes[here] = block_spikes
             if block_words is not None:
                 block_words.copy_(pack_spikes(block_spikes))
         else:
             state = net.kernels.recurrent_block(
-                net, x[here], drive, z, state, block_spikes, block_words, block_states, sliced=path == "sliced"
+                net, x[here], drive, z, state, block_spikes, block_words, block_states, path == "sliced", chosen
             )
         z = block_spikes[-1].to(net.dtype, copy=True)
         if path == "auto" and here.stop < x.shape[0]:

@@ -220,11 +220,18 @@ def recurrent_block(
     words: Tensor | None,
     states: Tensor | None,
     sliced: bool,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """One event-driven launch for a block; shapes as in :mod:`coba_triton.kernels.recurrent`. Returns the state.
 
-    ``drive``: the input's, or None where it is to be summed from the events in ``x [T, B, I]``.
+    ``drive``: the input's, or None where it is to be summed from the events in ``x [T, B, I]``. ``chosen``: see
+    :func:`coba_triton._recurrent.forward`.
     """
+    if states is not None and chosen is not None:
+        every = state.new_empty(3, *x.shape[:2], state.shape[2])
+        final = recurrent_block(net, x, drive, z, state, spikes, words, every, sliced)
+        states.copy_(every.flatten(2)[..., chosen])
+        return final
     drive = project_events(x, net.input_rows) if drive is None else drive
     first = project_events(z, net.recurrent_rows)
     _, steps, batch, neurons = drive.shape

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _recurrent, operators
 from . import _validation as check
 from ._backends import choose_backend
 from ._versions import package_version
-from .functional import coba_lif_feed_forward_integral, coba_lif_integral
-from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from .functional import _constants_table, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
+from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
 from .modules import CobaLIF, CobaLIFRecurrent
 from .results import Result
 from .sinks import Column, Header, Sink, open_sink
@@ -118,8 +119,8 @@ def simulate(
         start = begun.steps
         try:
             for x in run.blocks.read(start, run.header.block_steps, reuse=True):
-                block = run.advance(x, start)
-                commits.put(start, start + len(x), block, run.checkpoint())
+                block, state = run.advance(x, start)
+                commits.put(start, start + len(x), block, state)
                 start += len(x)
             commits.wait()
         except BaseException:
@@ -193,11 +194,17 @@ class _Run:
         unknown = set(record.variables) - set(CobaLIFFeedForwardState._fields)
         if unknown:
             raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {sorted(unknown)}")
+        self.backend = choose_backend(self.network.backend, self.device)
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
+        if len(self.neurons) and self.recurrent and self.backend != "reference":
+            self.kernels = self._kernels()
+            order = self.neurons.argsort()
+            self.ascending, self.places = self.neurons[order], order.argsort()
         if record.inputs and self.recurrent:
             self.mean_weights = [w.mean(0) for w in (self.weights[0].relu(), (-self.weights[0]).relu())]
         self.stable = True
+        self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
         self.header = self._header(state, block_steps)
 
     def _indices(self, name: str, members: Members) -> Any:
@@ -222,6 +229,14 @@ class _Run:
 
         return CobaLIFParameters(*map(choose, self.p))
 
+    def _kernels(self) -> _recurrent.Network:
+        """The network as the backend's kernels take it."""
+        dtype = self.state.v.dtype
+        constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
+        kernels = operators._kernels(operators._RECURRENT, self.backend)
+        weights = (w.to(dtype) for w in self.weights)
+        return _recurrent.Network.of(*weights, constants, self.network.order == "jump_first", kernels)
+
     def _header(self, state: Any, block_steps: int | None) -> Header:
         dtype = str(self.state.v.dtype).removeprefix("torch.")
         cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
@@ -240,7 +255,7 @@ class _Run:
             "neurons": list(self.shape),
             "dt_ms": self.network.dt,
             "order": self.network.order,
-            "backend": choose_backend(self.network.backend, self.device),
+            "backend": self.backend,
             "device": self.device.type,
             "state_dtype": dtype,
             "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
@@ -273,10 +288,6 @@ class _Run:
         """Go on from a checkpoint."""
         self.state = type(self.state)(*torch.from_numpy(state).to(self.device))
 
-    def checkpoint(self) -> Any:
-        """The state as an array, fields first."""
-        return torch.stack(list(self.state)).cpu().numpy()
-
     def _integrate(self, x: Tensor, state: Any, record_states: bool, p: Any = None) -> tuple[Tensor, Any]:
         options: dict[str, Any] = {
             "order": self.network.order,
@@ -291,15 +302,20 @@ class _Run:
         return coba_lif_feed_forward_integral(x, state, p or self.p, self.network.dt, **options)
 
     @torch.no_grad()
-    def advance(self, x: Tensor, start: int) -> dict[str, Any]:
-        """Simulate the steps that ``x`` drives, from step ``start`` on; returns the rows of every column."""
+    def advance(self, x: Tensor, start: int) -> tuple[dict[str, Any], Any]:
+        """Simulate the steps that ``x`` drives, from step ``start`` on.
+
+        Returns:
+            The rows of every column, and the state as an array, fields first.
+        """
         before, traced = self.state, len(self.neurons) > 0
         if not (traced and self.recurrent):
             words, self.state = self._integrate(x, before, False)
             traces: Any = self._chosen_traces(x, before) if traced else None
         else:
-            words, traces = self._with_all_states(x)
-        self._check(start + len(x))
+            words, traces = self._with_traces(x)
+        state = torch.stack(list(self.state)).cpu().numpy()
+        self._check(state, start + len(x))
         on_cpu = words.cpu().numpy()
         block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
         if traces is not None:
@@ -308,18 +324,43 @@ class _Run:
             block["counts"] = self._count(on_cpu, len(x))
         if self.record.inputs:
             block["input_e"], block["input_i"] = self._mean_inputs(x)
-        return block
+        return block, state
 
-    def _with_all_states(self, x: Tensor) -> tuple[Tensor, CobaLIFState]:
-        """Connected neurons need each other: all states are recorded, in parts that fit a cache, and some are kept."""
+    def _with_traces(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
+        """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""
+        if self.backend == "reference":
+            return self._with_all_states(x)
+        z, *others = self.state
+        steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
+        words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
+        traces = z.new_empty(3, steps, len(self.ascending))
+        block_steps = _recurrent.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
+        z, state = _recurrent.forward(
+            self.kernels,
+            _kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
+            z.reshape(rows),
+            torch.stack(others).reshape(3, *rows),
+            None,
+            words,
+            traces,
+            None,
+            block_steps,
+            "auto",
+            self.ascending,
+        )
+        self.state = CobaLIFState(z.reshape(self.shape), *state.reshape(3, *self.shape))
+        return words.reshape(len(words), *self.shape), CobaLIFFeedForwardState(*traces[..., self.places])
+
+    def _with_all_states(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
+        """The same where only whole states are recorded: in parts, of which some neurons are kept."""
         step = 3 * self.shape.numel() * self.state.v.element_size()
         words, traces = [], []
         for part in x.split(word_count(max(STATE_BYTES // step, 1)) * WORD_BITS):
             spikes, states = self._integrate(part, self.state, True)
             self.state = CobaLIFState(*(field[-1].clone() for field in states))
             words.append(spikes)
-            traces.append([field.flatten(1)[:, self.neurons] for field in states])
-        return torch.cat(words), CobaLIFState(*map(torch.cat, zip(*traces, strict=True)))
+            traces.append([field.flatten(1)[:, self.neurons] for field in states[1:]])
+        return torch.cat(words), CobaLIFFeedForwardState(*map(torch.cat, zip(*traces, strict=True)))
 
     def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
         """Unconnected neurons do not need the others: those that are recorded run again, alone."""
@@ -344,18 +385,17 @@ class _Run:
             means = [rows.relu().mean(1), (-rows).relu().mean(1)]
         return means[0].cpu().numpy(), means[1].cpu().numpy()
 
-    def _check(self, stop: int) -> None:
+    def _check(self, state: Any, stop: int) -> None:
         """Refuse a state that is not finite, and warn once of conductances at which the Euler step diverges."""
-        if not all(bool(torch.isfinite(field).all()) for field in self.state):
+        if not np.isfinite(state).all():
             raise FloatingPointError(
                 f"the state is no longer finite after step {stop}, as the Euler step is unstable at these conductances; "
                 "make dt or the weights smaller"
             )
         if not self.stable:
             return
-        rate = self.network.dt * self.p.c_m_inv
-        conductances = (0.0, self.state.g_e + self.state.g_i)
-        at_rest, factor = (float(torch.as_tensor(rate * (self.p.g_l + g)).max()) for g in conductances)
+        rate, g_l = self.rates
+        at_rest, factor = (float(np.max(rate * (g_l + g))) for g in (0.0, state[-2] + state[-1]))
         if factor > 2 >= at_rest:  # a call of the network has warned of the one at rest
             self.stable = False
             warnings.warn(

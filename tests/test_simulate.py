@@ -31,6 +31,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
+from coba_triton._recurrent import DENSE_RATE
 
 T, N, INPUTS = 1000, 20, 6
 NEURON = CobaLIFParameters(
@@ -353,3 +354,21 @@ def test_spikes_that_were_not_recorded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(result.counts(10, "first"), spikes[:, :5].reshape(100, 50).sum(1).numpy())
     with pytest.raises(ValueError, match="the spikes were not recorded; run again with Record"):
         result.events()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize(("rate", "threshold"), [(600.0, -50.0), (6000.0, -64.9)], ids=["events", "matrix-products"])
+def test_traces_of_connected_neurons_in_several_rows(rate: float, threshold: float, backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("the CPU tensors of this test need Triton's interpreter")
+    network = recurrent(NEURON._replace(v_thresh=threshold), backend=backend, block_steps=32)
+    source = PoissonSource(rate, 150, (3, INPUTS), 0.1, seed=2)
+    chosen = [3 * N - 1, 2, 2, N, 0]
+    result = simulate(network, source, record=Record(variables=("v", "g_e", "g_i"), neurons=chosen), block_steps=96)
+    spikes, states = whole(network, source[:])
+    assert (spikes[:32].mean() > DENSE_RATE) == (rate > 1000)
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
+    for name in ("v", "g_e", "g_i"):
+        np.testing.assert_array_equal(result.traces[name][:], getattr(states, name).flatten(1)[:, chosen].numpy())
