@@ -127,6 +127,20 @@ def test_records_are_taken(call: str, theirs: tuple[Any, Any, Any]) -> None:
             assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
 
 
+def test_records_are_taken_by_the_distributed_sequence(theirs: tuple[Any, Any, Any]) -> None:
+    """In a group of this process alone."""
+    dist = pytest.importorskip("torch.distributed", reason="this build of PyTorch has no torch.distributed")
+    from coba_triton import distributed
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        got = distributed.coba_lif_integral(drive(), theirs[1], weights(), weights(), theirs[0], 0.1)
+    finally:
+        dist.destroy_process_group()
+    want = CALLS["coba_lif_integral"](*theirs)
+    assert torch.equal(got[0], want[0]) and all(map(torch.equal, got[1], want[1]))
+
+
 def test_modules_hold_integers_as_floating_numbers(theirs: tuple[Any, Any, Any]) -> None:
     """So that they can be learned, and take what another state_dict has in full."""
     network = CobaLIF(theirs[0], 0.1, learn=("v_thresh",))
