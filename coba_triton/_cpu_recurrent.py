@@ -201,7 +201,7 @@ def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> N
         sums.addmm_(sources.t().to(rows.dtype), rows)
         return
     values = _array(sources.to(rows.dtype)).reshape(-1)
-    flat = np.flatnonzero(values)
+    flat = np.flatnonzero(values != 0)  # of bytes: several times as fast as of numbers
     row, source = np.divmod(flat, max(1, sources.shape[1]))
     _launch(
         kernels.products_kernel(), _array(sums), _array(rows), row, source, values[flat],

@@ -132,10 +132,14 @@ def step_by_step(net: Network, drive: Tensor, z: Tensor, state: Tensor, spikes: 
 
 def send_back(net: Network, adjoints: Tensor, split_weights: Tensor, lam_z: Tensor) -> None:
     """Fill ``lam_z [B, N]``, the gradient by the spikes of a step, from the ``adjoints [B, 2 N]`` of the next one."""
-    if net.exchange is None:
-        torch.mm(adjoints, split_weights, out=lam_z)
+    if lam_z.device.type == "cpu":  # MKL takes the weights in rows of the result up to twice as fast
+        product = torch.mm(split_weights.t(), adjoints.t()).t()
     else:
-        lam_z.copy_(net.exchange.add_up(adjoints @ split_weights))
+        product = torch.mm(adjoints, split_weights, out=lam_z if net.exchange is None else None)
+    if net.exchange is not None:
+        product = net.exchange.add_up(product.contiguous())
+    if product is not lam_z:
+        lam_z.copy_(product)
 
 
 def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -248,6 +252,8 @@ def backward(
     if grad_z is not None:
         lam_z += grad_z
     split_input, split_recurrent = split(net.input_weights), split(net.recurrent_weights)
+    if z.device.type == "cpu":
+        split_recurrent = split_recurrent.t().contiguous().t()  # for send_back
 
     def sums_of(weights: Tensor, needed: bool) -> Tensor:
         return weights.new_zeros(samples if needed else 0, weights.shape[1], 2 * neurons)
