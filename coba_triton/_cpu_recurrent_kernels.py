@@ -158,12 +158,23 @@ def projection_kernel() -> Any:
 
     def projection(values: Any, weights: Any, drive: Any, first: int, last: int) -> None:
         _ = sources  # part of the key of the disk cache
+        values, weights, drive = borrow(values), borrow(weights), borrow(drive)
+        inputs, neurons = weights.shape
+        tile = np.empty(2 * ROW, drive.dtype)
+        events = np.empty(inputs + 1, np.int32)
         for row in range(first, last):
-            drive[0, row] = 0
-            drive[1, row] = 0
-            for k in range(values.shape[1]):
-                if values[row, k] != 0:
-                    add_row(drive[0, row], drive[1, row], weights[k], values[row, k])
+            count = compact(events, values[row])
+            spikes = True
+            for k in range(count):
+                spikes &= values[row, events[k]] == 1
+            for begin in range(0, neurons, TILE):
+                n = min(TILE, neurons - begin)
+                if spikes:
+                    add_events(tile, 0, weights, events, count, begin, n)
+                else:
+                    add_values(tile, 0, weights, values[row], events, count, begin, n)
+                copy(drive[0, row, begin : begin + n], tile, 0, 1, n)
+                copy(drive[1, row, begin : begin + n], tile, ROW, 1, n)
 
     return _entry_point(projection)
 

@@ -10,6 +10,8 @@ The device of the tensors must be one that the group's backend serves: ``gloo`` 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -83,32 +85,46 @@ class _Ranks:
                 f"every rank must own a neuron, and {self.ranks} ranks of ceil({neurons} / {self.ranks}) = {self.share} "
                 f"neurons leave the last one without; use {-(-neurons // max(self.share, 1))} ranks"
             )
-        self.own = slice(self.rank * self.share, min((self.rank + 1) * self.share, neurons))
+        bounds = [min(rank * self.share, neurons) for rank in range(self.ranks + 1)]
+        self.slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self.own = self.slices[self.rank]
 
     def gather(self, values: Tensor) -> Tensor:
         """``[..., n]`` of every rank to ``[..., N]`` in all of them."""
         padded = values.new_zeros(*values.shape[:-1], self.share)
         padded[..., : values.shape[-1]] = values
-        return self._join(self._all(padded))
+        return self._join(self._swap([padded] * self.ranks))
 
     def gather_spikes(self, spikes: Tensor) -> Tensor:
         """:meth:`gather` of 0 and 1, eight neurons in a byte: ``[..., n]`` to uint8 ``[..., N]``."""
-        size = -(-self.share // 8)
-        padded = torch.zeros(*spikes.shape[:-1], 8 * size, dtype=torch.uint8, device=spikes.device)
+        padded = torch.zeros(*spikes.shape[:-1], -(-self.share // 8) * 8, dtype=torch.uint8, device=spikes.device)
         padded[..., : spikes.shape[-1]] = spikes
-        bit = torch.arange(8, dtype=torch.uint8, device=spikes.device)
-        packed = (padded.unflatten(-1, (size, 8)) << bit).sum(-1, dtype=torch.uint8)
-        unpacked = (self._all(packed).unsqueeze(-1) >> bit) & 1
-        return self._join(unpacked.flatten(-2)[..., : self.share])
+        every = _unpack(self._swap([_pack(padded)] * self.ranks))
+        return self._join(every[..., : self.share])
 
     def add_up(self, parts: Tensor) -> Tensor:
-        """The sum over the ranks of ``[..., N]``, of which each keeps its own ``[..., n]``."""
-        dist.all_reduce(parts, group=self.group)
-        return parts[..., self.own]
+        """The sum over the ranks, in their order, of ``[..., N]``, of which each keeps its own ``[..., n]``."""
+        every = self._swap([parts[..., each].contiguous() for each in self.slices])
+        total = every[0]
+        for other in every[1:]:
+            total = total + other
+        return total
 
-    def _all(self, values: Tensor) -> Tensor:
-        every = values.new_empty(self.ranks, *values.shape)
-        dist.all_gather(list(every.unbind(0)), values, group=self.group)
+    def _swap(self, parts: Sequence[Tensor]) -> Tensor:
+        """Give every rank its part, and return what all have for this one, ``[ranks, ...]``.
+
+        In messages, which ``nccl`` takes as one: ``gloo`` has no collective that adds up parts, and is slower in others.
+        """
+        mine = parts[self.rank]
+        every = mine.new_empty(self.ranks, *mine.shape)
+        every[self.rank] = mine
+        messages = []
+        for shift in range(1, self.ranks):
+            to, source = (self.rank + shift) % self.ranks, (self.rank - shift) % self.ranks
+            messages.append(dist.P2POp(dist.isend, parts[to], group=self.group, group_peer=to))
+            messages.append(dist.P2POp(dist.irecv, every[source], group=self.group, group_peer=source))
+        for message in dist.batch_isend_irecv(messages) if messages else ():
+            message.wait()
         return every
 
     def _join(self, every: Tensor) -> Tensor:
@@ -129,6 +145,21 @@ class _Ranks:
                     f"{name} must be the same on every rank, got {', '.join(map(str, given))} on ranks 0 to "
                     f"{self.ranks - 1}; make them equal"
                 )
+
+
+def _pack(spikes: Tensor) -> Tensor:
+    """Bytes of 0 and 1 ``[..., 8 W]`` to bits ``[..., W]``, bit ``i`` of a byte being neuron ``8 w + i``.
+
+    In the product of eight bytes with the sum of ``2**(7 k)``, k from 1 to 8, bit ``56 + i`` is byte ``i``, and no two terms
+    meet in a bit.
+    """
+    return (spikes.view(torch.int64) * 0x0102040810204080 >> 56 & 0xFF).to(torch.uint8)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """The inverse of :func:`_pack`: byte ``i`` takes bit ``i``, and gives 1 if adding 127 sets its highest bit."""
+    bits = packed.to(torch.int64) * 0x0101010101010101 & (0x8040201008040201 - 2**64)
+    return (bits + 0x7F7F7F7F7F7F7F7F >> 7 & 0x0101010101010101).view(torch.uint8)
 
 
 class _Gather(torch.autograd.Function):
@@ -228,7 +259,7 @@ class _Recurrent(torch.autograd.Function):
             None if grad_spikes is None else grad_spikes.flatten(1),
             grad_z,
             grad_final,
-            None if grad_states is None else grad_states.contiguous(),
+            None if grad_states is None or not len(x) else grad_states.contiguous(),
             1,
             x_needed,
             input_needed,

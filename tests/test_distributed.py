@@ -290,6 +290,13 @@ def test_owned_neurons(ranks: Ranks) -> None:
     assert ranks(3, shares, 4) == [message] * 3
 
 
+def test_every_byte_is_packed_and_unpacked() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    spikes = ((every[..., None] >> torch.arange(8)) & 1).to(torch.uint8).flatten(1)
+    assert torch.equal(distributed._pack(spikes), every)
+    assert torch.equal(distributed._unpack(every), spikes)
+
+
 def test_without_a_process_group() -> None:
     with pytest.raises(RuntimeError, match="needs a process group, and there is none; start the program with torchrun"):
         distributed.owned_neurons(10)
