@@ -1,7 +1,7 @@
 """Steps per second of a recurrent network whose neurons are divided among processes, and what their exchange costs.
 
-    torchrun --nproc-per-node 2 bench/neuron_parallel.py --neurons 4000
-    torchrun --nproc-per-node 8 bench/neuron_parallel.py --neurons 100000 --device cuda
+    torchrun --standalone --nproc-per-node 2 bench/neuron_parallel.py --neurons 4000
+    torchrun --standalone --nproc-per-node 8 bench/neuron_parallel.py --neurons 100000 --device cuda
 
 Every process draws the rows of its own neurons, the same ones whatever the number of processes is: --compare runs the whole
 network on the first process as well, and every process compares its spikes with those, bit for bit.

@@ -5,7 +5,10 @@ The functions without ``test_`` in their names run on every rank of a group; see
 
 from __future__ import annotations
 
+import multiprocessing
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,8 @@ EXACT_DT = 0.5
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    if "forkserver" not in multiprocessing.get_all_start_methods() or not torch.distributed.is_gloo_available():
+        pytest.skip("several processes need torch with gloo, and a system that forks")
     processes = Ranks(tmp_path_factory.mktemp("ranks"), 3)
     yield processes
     processes.close()
@@ -300,6 +305,30 @@ def test_every_byte_is_packed_and_unpacked() -> None:
 def test_without_a_process_group() -> None:
     with pytest.raises(RuntimeError, match="needs a process group, and there is none; start the program with torchrun"):
         distributed.owned_neurons(10)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_under_torchrun() -> None:
+    """As the README starts it, on a port that is free."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).parents[1] / "bench" / "neuron_parallel.py"
+    run = subprocess.run(
+        [*torchrun, script, "--neurons", "45", "--batch", "2", "--steps", "70", "--compare"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "2 processes" in run.stdout and run.stdout.rstrip().endswith("words of 32 steps that differ: 0")
+
+
+def leaves_without_steps(group: Any, case: RecurrentProblem) -> dict[str, Tensor]:
+    case.x = case.x[:0]
+    return gradients(group, case, "triangle", {"record_states": False})
+
+
+def test_gradients_of_no_steps(ranks: Ranks) -> None:
+    parts = ranks(2, leaves_without_steps, exact_problem(4, 2, 11))
+    for part, own in zip(parts, torch.arange(11).chunk(2), strict=True):
+        assert part["x"].shape == (0, 2, 5) and not part["recurrent_weights"].any()
+        assert_same_bits([part["v"]], [grid(2, 11, seed=2)[..., own]])  # of the loss by the final v, which is the first
 
 
 def simulate_rows(group: Any, network: Any, options: dict[str, Any], x: Tensor | None, folder: Path) -> Path:
