@@ -35,7 +35,7 @@ from .functional import (
     _spikes_format,
 )
 from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, Constants
-from .operators import _RECURRENT, _kernels
+from .operators import recurrent_kernels
 from .spikes import pack_spikes, word_count
 
 Group = Any  # torch.distributed.ProcessGroup, which a build of torch without torch.distributed has not
@@ -383,7 +383,7 @@ def coba_lif_integral(
     options = _Options(
         jump_first,
         p.method,
-        _kernels(_RECURRENT, backend),
+        recurrent_kernels(backend),
         spikes_shape,
         dtype,
         record_states,

@@ -63,13 +63,15 @@ _library.define(
     "Tensor grad_input_weights, Tensor grad_recurrent_weights, Tensor grad_constants)"
 )
 
-_FEED_FORWARD = {"triton": "._triton", "cpu": "._cpu"}
-_RECURRENT = {"triton": "._triton", "cpu": "._cpu_recurrent"}
+
+def feed_forward_kernels(backend: str) -> ModuleType:
+    """The module that launches a backend's kernels of unconnected neurons, imported when first needed."""
+    return importlib.import_module({"triton": "._triton", "cpu": "._cpu"}[backend], __package__)
 
 
-def _kernels(modules: dict[str, str], backend: str) -> ModuleType:
-    """The module that launches a backend's kernels, imported when first needed."""
-    return importlib.import_module(modules[backend], __package__)
+def recurrent_kernels(backend: str) -> ModuleType:
+    """The same for recurrent populations."""
+    return importlib.import_module({"triton": "._triton", "cpu": "._cpu_recurrent"}[backend], __package__)
 
 
 def checkpoint_interval(dtype: torch.dtype, backend: str, neurons: int) -> int:
@@ -146,7 +148,7 @@ def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) ->
     _clear_spare(words, x.shape[0])
     if x.numel() == 0:
         return spikes, state.clone(), states, words, checkpoints
-    _kernels(_FEED_FORWARD, o.backend).feed_forward_forward(
+    feed_forward_kernels(o.backend).feed_forward_forward(
         x,
         constants.contiguous(),
         o.jump_first,
@@ -175,7 +177,7 @@ def _feed_forward_out(
         return state.clone(), states
     none = spikes.new_empty(0, x.shape[1])
     packed = spikes.dtype == torch.int32
-    _kernels(_FEED_FORWARD, backend).feed_forward_forward(
+    feed_forward_kernels(backend).feed_forward_forward(
         x,
         constants.contiguous(),
         jump_first,
@@ -217,7 +219,7 @@ def _feed_forward_backward(
         grad_state.zero_() if grad_final is None else grad_state.copy_(grad_final)
         return grad_x, grad_state, constants.new_zeros(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0)
     grad_constants = constants.new_empty(NUM_CONSTANTS, x.shape[1] if o.constants_grad else 0)
-    _kernels(_FEED_FORWARD, o.backend).feed_forward_backward(
+    feed_forward_kernels(o.backend).feed_forward_backward(
         x,
         constants.contiguous(),
         o.jump_first,
@@ -305,7 +307,7 @@ def _recurrent(
     packed = spikes if o.spike_dtype is None else words if o.save else None
     z, state = _recurrent_blocks.forward(
         _recurrent_blocks.Network.of(
-            input_weights, recurrent_weights, constants, o.jump_first, _kernels(_RECURRENT, o.backend)
+            input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend)
         ),
         x,
         z,
@@ -340,9 +342,7 @@ def _recurrent_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
         return z.clone(), state.clone()
-    net = _recurrent_blocks.Network.of(
-        input_weights, recurrent_weights, constants, jump_first, _kernels(_RECURRENT, backend)
-    )
+    net = _recurrent_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, recurrent_kernels(backend))
     packed = spikes.dtype == torch.int32
     block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
     last, final = _recurrent_blocks.forward(
@@ -382,7 +382,7 @@ def _recurrent_backward(
     o = RecurrentBackwardOptions(*options)
     grads = _recurrent_blocks.backward(
         _recurrent_blocks.Network.of(
-            input_weights, recurrent_weights, constants, o.jump_first, _kernels(_RECURRENT, o.backend)
+            input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend)
         ),
         x,
         z,

@@ -233,7 +233,7 @@ class _Run:
         """The network as the backend's kernels take it."""
         dtype = self.state.v.dtype
         constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
-        kernels = operators._kernels(operators._RECURRENT, self.backend)
+        kernels = operators.recurrent_kernels(self.backend)
         weights = (w.to(dtype) for w in self.weights)
         return _recurrent.Network.of(*weights, constants, self.network.order == "jump_first", kernels)
 
