@@ -6,9 +6,11 @@ python -m pytest bench/test_stream.py -s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from interleaved import compare
 from torch import Tensor
@@ -38,6 +40,16 @@ class Repeated:
         return self.x[begin : begin + steps.stop - (steps.start or 0)]
 
 
+@pytest.fixture(params=sorted({1, torch.get_num_threads()}), ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of the kernels: one, which leaves the other cores to packing and writing, or as many as there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 def test_unconnected(tmp_path: Path) -> None:
     """1000 neurons, packed spikes: blocks that are in memory, and Poisson spikes of 100 Hz that are made on the way."""
     times, steps, block_steps = 16, 2**18, 2**14
