@@ -207,8 +207,8 @@ def forward(
 
 
 class Gradients(NamedTuple):
-    """``x [T, B, I]``, ``z [B, N]``, ``state [3, B, N]``, ``constants [10, B N]``, and a sum of each sample by the weights,
-    ``[S, N, I]`` and ``[S, N, N]``; what nobody asked for has a first axis (``constants``: a second) of 0.
+    """``x [T, B, I]``, ``z [B, N]``, ``state [3, B, N]``, ``constants`` as the table of them, and a sum of each sample by
+    the weights, ``[S, N, I]`` and ``[S, N, N]``; what nobody asked for has a first axis (``constants``: a second) of 0.
     """
 
     x: Tensor
@@ -238,11 +238,13 @@ def backward(
     recurrent_weights_grad: bool,
     constants_grad: bool,
 ) -> Gradients:
-    """Gradients from those by the spikes ``[T, B, N]``, last z, last state and recorded states ``[3, T, B, N]``.
+    """Gradients from those by the spikes ``[T, B, N]``, last z, last state and recorded states ``[3, T, B, N]``, if any.
 
     The rows of the batch are ``samples`` groups, each with weight gradients of its own.
     """
     steps, batch, neurons = x.shape[0], *z.shape
+    grad_spikes = None if grad_spikes is None else grad_spikes.flatten(1)
+    grad_states = grad_states.contiguous() if grad_states is not None and grad_states.numel() else None
     lam = z.new_zeros(3, batch, neurons)
     if grad_final is not None:
         lam += grad_final
@@ -295,6 +297,9 @@ def backward(
                 net.kernels.add_products(own, sources[:, rows].flatten(0, 1), adjoints[:, rows].flatten(0, 1), sparse)
         if x_grad:
             grad_x[here] = (adjoints.flatten(0, 1) @ split_input).view(grad_x[here].shape)
+
+    if constants_grad and net.constants.shape[1] == 1:
+        grad_constants = grad_constants.sum(1, keepdim=True)
 
     def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
         excitatory, inhibitory = sums.mT.chunk(2, 1)

@@ -256,10 +256,10 @@ class _Recurrent(torch.autograd.Function):
             checkpoints,
             o.block_steps,
             o.method,
-            None if grad_spikes is None else grad_spikes.flatten(1),
+            grad_spikes,
             grad_z,
             grad_final,
-            None if grad_states is None or not len(x) else grad_states.contiguous(),
+            grad_states,
             1,
             x_needed,
             input_needed,
@@ -267,8 +267,6 @@ class _Recurrent(torch.autograd.Function):
             constants_needed,
         )
         *others, input_weights, recurrent_weights, constants = found
-        if net.constants.shape[1] == 1:
-            constants = constants.sum(1, keepdim=True)
         every = *others, input_weights.squeeze(0), recurrent_weights.squeeze(0), constants
         return None, None, *(grad if need else None for grad, need in zip(every, needed, strict=True))
 

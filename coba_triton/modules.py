@@ -89,7 +89,7 @@ class _Neurons(nn.Module):
                 return fn(tensor.float())
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         return self
 
     def extra_repr(self) -> str:

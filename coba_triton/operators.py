@@ -213,11 +213,11 @@ def _feed_forward_backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     o = BackwardOptions(*options)
-    grad_x = x.new_empty(x.shape if o.x_grad else (0, x.shape[1]))
-    grad_state = constants.new_empty(3, x.shape[1])
+    grads = grad_spikes, grad_final, grad_states
+    grad_x, grad_state, shared = _feed_forward_backward_fake(x, constants, words, checkpoints, *grads, *options)
     if x.numel() == 0:
         grad_state.zero_() if grad_final is None else grad_state.copy_(grad_final)
-        return grad_x, grad_state, constants.new_zeros(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0)
+        return grad_x, grad_state, shared.zero_()
     grad_constants = constants.new_empty(NUM_CONSTANTS, x.shape[1] if o.constants_grad else 0)
     feed_forward_kernels(o.backend).feed_forward_backward(
         x,
@@ -380,7 +380,7 @@ def _recurrent_backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     o = RecurrentBackwardOptions(*options)
-    grads = _recurrent_blocks.backward(
+    return _recurrent_blocks.backward(
         _recurrent_blocks.Network.of(
             input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend)
         ),
@@ -390,20 +390,16 @@ def _recurrent_backward(
         checkpoints.unflatten(0, (-1, 3)),
         choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), train=True),
         o.method,
-        None if grad_spikes is None else grad_spikes.reshape(grad_spikes.shape[0], -1),
+        grad_spikes,
         grad_z,
         grad_final,
-        grad_states.contiguous() if grad_states is not None and grad_states.numel() else None,  # none were recorded
+        grad_states,
         o.samples,
         o.x_grad,
         o.input_weights_grad,
         o.recurrent_weights_grad,
         o.constants_grad,
     )
-    grad_constants = grads.constants
-    if o.constants_grad and constants.shape[1] == 1:
-        grad_constants = grad_constants.sum(1, keepdim=True)
-    return grads._replace(constants=grad_constants)
 
 
 def _backend(args: tuple[Any, ...]) -> str:

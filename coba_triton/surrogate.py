@@ -103,4 +103,4 @@ def spike(x: Tensor, alpha: Tensor, method: str) -> Tensor:
     """
     if SURROGATES[method] is None:
         return (x > 0).to(x.dtype)
-    return _Spike.apply(x, alpha, method)  # type: ignore[no-any-return, no-untyped-call]
+    return _Spike.apply(x, alpha, method)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types
