@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,11 +31,16 @@ from .functional import (
     _recurrent_request,
     _run_reference,
     _spike_dtype,
-    _spikes_format,
 )
 from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, Constants
-from .operators import recurrent_kernels
-from .spikes import pack_spikes, word_count
+from .operators import (
+    RecurrentBackwardOptions,
+    RecurrentOptions,
+    recurrent_forward,
+    recurrent_gradients,
+    recurrent_kernels,
+)
+from .spikes import pack_spikes
 
 Group = Any  # torch.distributed.ProcessGroup, which a build of torch without torch.distributed has not
 
@@ -193,82 +197,32 @@ class _Shared(torch.autograd.Function):
         return None, None, *(total.to(grad.device) for total, grad in zip(sums, grads, strict=True))
 
 
-class _Options(NamedTuple):
-    """What does not differ between the steps."""
-
-    jump_first: bool
-    method: str
-    kernels: ModuleType
-    spikes_shape: torch.Size
-    spike_dtype: torch.dtype
-    record_states: bool
-    block_steps: int
-    train: bool
-
-
 class _Recurrent(torch.autograd.Function):
     """The loop over time blocks, forward and back, as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, ranks: _Ranks, o: _Options, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, z, state, input_weights, recurrent_weights, constants = tensors
-        steps, (batch, neurons) = x.shape[0], z.shape
-        spikes = x.new_empty(o.spikes_shape, dtype=o.spike_dtype)
-        packed = o.spike_dtype == torch.int32
-        words = spikes if packed else x.new_empty(word_count(steps), batch, neurons, dtype=torch.int32) if o.train else None
-        states = state.new_empty(3, steps if o.record_states else 0, batch, neurons)
-        checkpoints = state.new_empty(-(-steps // o.block_steps) if o.train else 0, *state.shape)
-        net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, o.kernels, ranks)
-        z_final, final = z, state
-        if steps and batch:
-            z_final, final = _recurrent.forward(
-                net,
-                x,
-                z,
-                state,
-                None if packed else spikes,
-                words,
-                states if o.record_states else None,
-                checkpoints if o.train else None,
-                o.block_steps,
-                "events",
-            )
+    def forward(ctx: Any, ranks: _Ranks, o: RecurrentOptions, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x, z, state, *weights_and_constants = tensors
+        net = Network.of(*weights_and_constants, o.jump_first, recurrent_kernels(o.backend), ranks)
+        spikes, z_final, final, states, words, checkpoints = recurrent_forward(net, x, z, state, *o)
         ctx.options, ctx.net = o, net
         ctx.set_materialize_grads(False)
         if not spikes.is_floating_point():
             ctx.mark_non_differentiable(spikes)
-        if o.train:
-            ctx.save_for_backward(x, z, words, checkpoints)
-        return spikes, z_final.clone(), final.clone(), states
+        ctx.save_for_backward(x, z, spikes if o.spike_dtype is None else words, checkpoints)
+        return spikes, z_final, final, states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        o, net = ctx.options, ctx.net
-        x, z, words, checkpoints = ctx.saved_tensors
-        grad_spikes, grad_z, grad_final, grad_states = grads
-        needed = x_needed, _, _, input_needed, recurrent_needed, constants_needed = ctx.needs_input_grad[2:]
-        found = _recurrent.backward(
-            net,
-            x,
-            z,
-            words,
-            checkpoints,
-            o.block_steps,
-            o.method,
-            grad_spikes,
-            grad_z,
-            grad_final,
-            grad_states,
-            1,
-            x_needed,
-            input_needed,
-            recurrent_needed,
-            constants_needed,
+        o = ctx.options
+        x, _, _, input_weights, recurrent_weights, constants = needed = ctx.needs_input_grad[2:]
+        asked = RecurrentBackwardOptions(
+            o.backend, o.jump_first, o.method, o.block_steps, 1, x, input_weights, recurrent_weights, constants
         )
-        *others, input_weights, recurrent_weights, constants = found
-        every = *others, input_weights.squeeze(0), recurrent_weights.squeeze(0), constants
-        return None, None, *(grad if need else None for grad, need in zip(every, needed, strict=True))
+        found = list(recurrent_gradients(ctx.net, *ctx.saved_tensors, *grads, *asked))
+        found[3:5] = [of_weights.squeeze(0) for of_weights in found[3:5]]
+        return None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
 
 
 def coba_lif_integral(
@@ -376,18 +330,10 @@ def coba_lif_integral(
     steps, neurons = len(x), z.shape
     z = z.reshape(-1, neurons[-1])
     state = torch.stack(others).reshape(3, *z.shape)
-    wanted = z.dtype if record_states else spike_dtype  # recorded spikes are part of the differentiable state
-    spikes_shape, dtype = _spikes_format(steps, z.shape, wanted, default)
-    options = _Options(
-        jump_first,
-        p.method,
-        recurrent_kernels(backend),
-        spikes_shape,
-        dtype,
-        record_states,
-        _recurrent.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train),
-        train,
-    )
+    # recorded spikes are part of the differentiable state: they take their format afterwards
+    wanted = z.dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
+    block = _recurrent.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train)
+    options = RecurrentOptions(backend, jump_first, p.method, wanted, record_states, block, "events", train)
     x = _kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
     spikes, z, state, states = _Recurrent.apply(  # type: ignore[no-untyped-call]  # torch has no types here
         ranks, options, x, z, state, *weights, _constants_table(c, neurons)

@@ -19,7 +19,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from . import _recurrent as _recurrent_blocks
-from ._recurrent import choose_block_steps
+from ._recurrent import Network, choose_block_steps
 from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
 from ._validation import has_tangent, is_tracked
 from .model import Constants
@@ -288,27 +288,17 @@ def _recurrent_fake(x: Tensor, z: Tensor, state: Tensor, *others: Any) -> tuple[
     )
 
 
-def _recurrent(
-    x: Tensor,
-    z: Tensor,
-    state: Tensor,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    """What ``coba_triton::recurrent`` returns, of any network: also of one whose processes exchange spikes."""
     o = RecurrentOptions(*options)
-    spikes, z_final, final, states, words, checkpoints = _recurrent_fake(
-        x, z, state, input_weights, recurrent_weights, constants, *options
-    )
+    outputs = _recurrent_fake(x, z, state, net.input_weights, net.recurrent_weights, net.constants, *options)
+    spikes, z_final, final, states, words, checkpoints = outputs
     _clear_spare(words, x.shape[0])
     if x.shape[0] == 0 or z.numel() == 0:
         return spikes, z.clone(), state.clone(), states, words, checkpoints
     packed = spikes if o.spike_dtype is None else words if o.save else None
     z, state = _recurrent_blocks.forward(
-        _recurrent_blocks.Network.of(
-            input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend)
-        ),
+        net,
         x,
         z,
         state,
@@ -319,7 +309,23 @@ def _recurrent(
         choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), bool(o.save)),
         o.path,
     )
-    return spikes, z_final.copy_(z), final.copy_(state), states, words, checkpoints
+    z_final.copy_(z)
+    final.copy_(state)
+    return outputs
+
+
+def _recurrent(
+    x: Tensor,
+    z: Tensor,
+    state: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    o = RecurrentOptions(*options)
+    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend))
+    return recurrent_forward(net, x, z, state, *options)
 
 
 def _recurrent_out_fake(x: Tensor, z: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -342,7 +348,7 @@ def _recurrent_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
         return z.clone(), state.clone()
-    net = _recurrent_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, recurrent_kernels(backend))
+    net = Network.of(input_weights, recurrent_weights, constants, jump_first, recurrent_kernels(backend))
     packed = spikes.dtype == torch.int32
     block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
     last, final = _recurrent_blocks.forward(
@@ -365,12 +371,10 @@ def _recurrent_backward_fake(
     )
 
 
-def _recurrent_backward(
+def recurrent_gradients(
+    net: Network,
     x: Tensor,
     z: Tensor,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
     words: Tensor,
     checkpoints: Tensor,
     grad_spikes: Tensor | None,
@@ -379,11 +383,10 @@ def _recurrent_backward(
     grad_states: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
+    """What ``coba_triton::recurrent_backward`` returns, of any network."""
     o = RecurrentBackwardOptions(*options)
     return _recurrent_blocks.backward(
-        _recurrent_blocks.Network.of(
-            input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend)
-        ),
+        net,
         x,
         z,
         words,
@@ -400,6 +403,14 @@ def _recurrent_backward(
         o.recurrent_weights_grad,
         o.constants_grad,
     )
+
+
+def _recurrent_backward(
+    x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    o = RecurrentBackwardOptions(*others[6:])
+    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend))
+    return recurrent_gradients(net, x, z, *others)
 
 
 def _backend(args: tuple[Any, ...]) -> str:
