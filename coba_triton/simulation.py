@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,7 +116,7 @@ def simulate(
     if begun.state is not None:
         run.load(begun.state)
     with _progress(progress, run.header.steps, begun.steps) as show, ThreadPoolExecutor(1, "coba_triton sink") as thread:
-        commits = _Commits(sink, thread, begun.steps, show)
+        commits = _Commits(sink, thread, begun.steps, show, run.fills_the_cores)
         start = begun.steps
         try:
             for x in run.blocks.read(start, run.header.block_steps, reuse=True):
@@ -132,16 +133,28 @@ def simulate(
 
 
 class _Commits:
-    """Hands blocks to the sink's thread, one at a time, and knows how many steps it has kept."""
+    """Hands blocks to the sink's thread, one at a time, and knows how many steps it has kept.
 
-    def __init__(self, sink: Sink, thread: ThreadPoolExecutor, steps: int, show: Callable[[int], None]) -> None:
-        self.sink, self.thread, self.steps, self.show = sink, thread, steps, show
+    The thread packs them, too, beside the kernels of the next block; unless ``pack_between``: kernels that share their
+    neurons equally among all cores wait for the one whose core packs as well, so that all cores pack first.
+    """
+
+    def __init__(
+        self, sink: Sink, thread: ThreadPoolExecutor, steps: int, show: Callable[[int], None], pack_between: bool
+    ) -> None:
+        self.sink, self.thread, self.steps, self.show, self.pack_between = sink, thread, steps, show, pack_between
         self._pending: tuple[int, Future[None]] | None = None
 
     def put(self, start: int, stop: int, block: dict[str, Any], state: Any) -> None:
         """Begin to write a block, when the one before it is written."""
+        packed = self.sink.pack(block, on_all_cores=True) if self.pack_between else None
         self.wait()
-        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state)
+
+        def write() -> None:
+            rows = self.sink.pack(block, on_all_cores=False) if packed is None else packed
+            self.sink.write(start, stop, rows, state)
+
+        self._pending = stop, self.thread.submit(write)
 
     def wait(self) -> None:
         """Return when everything is written."""
@@ -195,6 +208,7 @@ class _Run:
         if unknown:
             raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {sorted(unknown)}")
         self.backend = choose_backend(self.network.backend, self.device)
+        self.fills_the_cores = self.backend == "cpu" and not self.recurrent and torch.get_num_threads() >= _cores()
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
         if len(self.neurons) and self.recurrent and self.backend != "reference":
@@ -403,6 +417,11 @@ class _Run:
                 "more than 2, and the spikes mean nothing; make dt or the weights smaller",
                 stacklevel=3,
             )
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

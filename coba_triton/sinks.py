@@ -103,9 +103,13 @@ class Sink(ABC):
     def begin(self, header: Header, resume: bool) -> Checkpoint:
         """Make room for the run, or find out how far it has come."""
 
+    def pack(self, block: dict[str, Array], on_all_cores: bool) -> dict[str, Any]:
+        """What :meth:`write` keeps of the rows of every column: here, the rows themselves."""
+        return block
+
     @abstractmethod
-    def write(self, start: int, stop: int, block: dict[str, Array], state: Array) -> None:
-        """Keep the steps from ``start`` to ``stop`` and the state after them, all or nothing."""
+    def write(self, start: int, stop: int, packed: dict[str, Any], state: Array) -> None:
+        """Keep the steps from ``start`` to ``stop``, packed, and the state after them, all or nothing."""
 
     @abstractmethod
     def end(self, steps: int, finished: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -123,8 +127,8 @@ class MemorySink(Sink):
         self._columns = header.columns
         return Checkpoint(0, None, False)
 
-    def write(self, start: int, stop: int, block: dict[str, Array], state: Array) -> None:
-        self._blocks.append(block)
+    def write(self, start: int, stop: int, packed: dict[str, Any], state: Array) -> None:
+        self._blocks.append(packed)
 
     def end(self, steps: int, finished: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
         joined = {
@@ -175,8 +179,8 @@ class ZarrSink(Sink):
 
     Besides a result's arrays, the group has ``progress [1]``, the number of finished steps, and ``state [2, F,
     *neurons]``, the state (recurrent: z, v, g_e, g_i; else v, g_e, g_i) after the last two blocks: the older one and
-    the newer one take turns. A block's rows and its state are written first and ``progress`` last, in a file that
-    takes its predecessor's place in one operation: whenever the process dies, what ``progress`` counts is whole.
+    the newer one take turns. A block's rows and its state are written first and ``progress`` last, its 12 bytes in one
+    operation: whenever the process dies, what ``progress`` counts is whole.
     Nothing is forced to the disk: of a machine that loses power, the last seconds may be lost or damaged. The checksum
     of every chunk tells; resuming checks that all blocks are there, and that the last one and the state are whole.
 
@@ -225,13 +229,15 @@ class ZarrSink(Sink):
                 dtype=column.dtype,
                 compressors=_compressors(),
                 dimension_names=_dimensions(name, len(column.shape)),
+                chunk_key_encoding={"name": "default", "separator": "."},
             )
         for name, array in fixed.items():
             group.create_array(name, data=array, compressors=_compressors())
         checked = _compressors()[1:]
         shape = header.state
         group.create_array("state", shape=(2, *shape), chunks=(1, *shape), dtype=header.dtype, compressors=checked)
-        group.create_array("progress", shape=(1,), dtype="int64", compressors=checked)
+        written: Any = {"write_empty_chunks": True}
+        group.create_array("progress", data=np.zeros(1, np.int64), compressors=checked, config=written)
         if self.path.exists():
             shutil.rmtree(self.path)
         part.replace(self.path)
@@ -255,44 +261,55 @@ class ZarrSink(Sink):
         steps = check_intact(self.path, group, header.columns, stored["block_steps"])
         state = read(self.path, group["state"], (steps - 1) // stored["block_steps"] % 2) if steps else None
         self._open()
-        for leftover in self.path.rglob("*.partial"):  # of writes that were cut off
-            leftover.unlink()
         return Checkpoint(steps, state, bool(stored.get("finished")))
 
-    def write(self, start: int, stop: int, block: dict[str, Array], state: Array) -> None:
+    def pack(self, block: dict[str, Array], on_all_cores: bool) -> dict[str, Any]:
+        """Every column's rows as zarr's Blosc codec has them."""
+        from numcodecs import Blosc, blosc
+
+        codec, before = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE), blosc.use_threads
+        blosc.use_threads = on_all_cores  # the bytes are the same; zarr turns Blosc's own threads off
+        try:
+            return {name: codec.encode(self._chunk(name, rows)) for name, rows in block.items()}
+        finally:
+            blosc.use_threads = before
+
+    def write(self, start: int, stop: int, packed: dict[str, Any], state: Array) -> None:
         number = start // self._block_steps
-        for name, rows in block.items():
+        for name, data in packed.items():
             column, array = self._columns[name], self._arrays[name]
             end = column.rows(stop)
             if end > array.shape[0]:
                 array.resize((max(end, 2 * array.shape[0]), *column.shape))
-            self._put(name, number, rows)
-        self._put("state", number % 2, state[None])
-        written = self._put("progress", 0, np.array([stop]))
-        written.replace(written.with_suffix(""))
+            self._put(name, number, data)
+        self._put("state", number % 2, self._chunk("state", state[None]).tobytes())
+        self._put("progress", 0, self._chunk("progress", np.array([stop])).tobytes())
 
-    def _put(self, name: str, number: int, rows: Array) -> Path:
-        """Write the chunk ``number`` of an array into a file of its own, which is returned.
-
-        The bytes are zarr's; its own way over an event loop takes a millisecond more of the cores that the kernels fill.
-        """
-        from google_crc32c import value as crc32c
-        from numcodecs import Blosc
-
-        assert self.path is not None
+    def _chunk(self, name: str, rows: Array) -> Array:
+        """Rows as a whole chunk of their array, in the order of its bytes."""
         array = self._arrays[name]
         missing = array.chunks[0] - len(rows)
         if missing:
             rows = np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
-        rows = np.ascontiguousarray(rows, array.dtype.newbyteorder("<"))
-        data = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE).encode(rows) if name in self._columns else rows.tobytes()
-        file = self.path.joinpath(name, "c", str(number), *["0"] * (rows.ndim - 1))
-        if name == "progress":
-            file = file.with_name(f"{file.name}.partial")
-        if name in self._columns or not file.parent.exists():
+        return np.ascontiguousarray(rows, array.dtype.newbyteorder("<"))
+
+    def _put(self, name: str, number: int, data: bytes) -> None:
+        """Write the chunk ``number`` of an array into a file of its own.
+
+        The bytes are zarr's; its own way over an event loop takes a millisecond more of the cores that the kernels fill.
+        State and progress are written over what was there: a file that is cut short first, or that another one takes the
+        place of, some file systems bring to the disk at once, which takes longer than all the rest.
+        """
+        from google_crc32c import value as crc32c
+
+        assert self.path is not None
+        file = chunk_file(self.path, self._arrays[name], number)
+        again = name not in self._columns and file.exists()
+        if not again:
             file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data + crc32c(data).to_bytes(4, "little"))
-        return file
+        with file.open("r+b" if again else "wb") as out:
+            out.write(data)
+            out.write(crc32c(data).to_bytes(4, "little"))
 
     def end(self, steps: int, finished: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
         if finished and "finished" not in self._group.attrs:
@@ -309,6 +326,11 @@ def _compressors() -> tuple[Any, ...]:
     from zarr.codecs import BloscCodec, Crc32cCodec
 
     return BloscCodec(**BLOSC, shuffle="noshuffle"), Crc32cCodec()
+
+
+def chunk_file(path: Path, array: Any, number: int) -> Path:
+    """Where the group at ``path`` has the chunk ``number`` along the first axis of an array, the others being whole."""
+    return path / array.basename / array.metadata.encode_chunk_key((number, *[0] * (array.ndim - 1)))
 
 
 def _dimensions(name: str, axes: int) -> list[str]:
@@ -375,9 +397,8 @@ def check_intact(path: Path, group: Any, columns: Mapping[str, Column], block_st
         raise ValueError(f"{path} is damaged: the array {error} is missing; restore it from a copy") from None
     blocks = math.ceil(steps / block_steps)
     for name, column in columns.items():
-        folder = path / name / "c"
         for number in range(blocks):
-            file = folder.joinpath(str(number), *["0"] * len(column.shape))
+            file = chunk_file(path, arrays[name], number)
             if not file.is_file() or not file.stat().st_size:
                 raise ValueError(f"{path} is damaged: block {number} of {name} is missing; restore it from a copy")
         if blocks:
