@@ -50,9 +50,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-def test_unconnected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_steps", [2**14, 2**16], ids="blocks of {}".format)
+def test_unconnected(tmp_path: Path, block_steps: int) -> None:
     """1000 neurons, packed spikes: blocks that are in memory, and Poisson spikes of 100 Hz that are made on the way."""
-    times, steps, block_steps = 16, 2**18, 2**14
+    times, steps = 16, 2**18
     source = PoissonSource(100.0, times * steps, (1000,), 0.1, weight=0.008, seed=1)
     x = source[:steps]
     network = CobaLIF(NEURON, 0.1, spike_dtype="bits")
@@ -84,7 +85,7 @@ def test_unconnected(tmp_path: Path) -> None:
         "poisson": poisson,
         "poisson to zarr": lambda: streamed(source),
     }
-    compare(f"{times * steps} steps of 1000 neurons", runs, times * x.numel())
+    compare(f"{times * steps} steps of 1000 neurons in blocks of {block_steps}", runs, times * x.numel())
 
 
 def test_cobanet(tmp_path: Path) -> None:

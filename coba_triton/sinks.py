@@ -330,7 +330,7 @@ def _compressors() -> tuple[Any, ...]:
 
 def chunk_file(path: Path, array: Any, number: int) -> Path:
     """Where the group at ``path`` has the chunk ``number`` along the first axis of an array, the others being whole."""
-    return path / array.basename / array.metadata.encode_chunk_key((number, *[0] * (array.ndim - 1)))
+    return path / str(array.basename) / str(array.metadata.encode_chunk_key((number, *[0] * (array.ndim - 1))))
 
 
 def _dimensions(name: str, axes: int) -> list[str]:
