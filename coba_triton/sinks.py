@@ -298,7 +298,7 @@ class ZarrSink(Sink):
 
         The bytes are zarr's; its own way over an event loop takes a millisecond more of the cores that the kernels fill.
         State and progress are written over what was there: a file that is cut short first, or that another one takes the
-        place of, some file systems bring to the disk at once, which takes longer than all the rest.
+        place of, some file systems bring to the disk at once, which took another millisecond a block.
         """
         from google_crc32c import value as crc32c
 
