@@ -15,7 +15,17 @@ import torch
 from interleaved import compare
 from torch import Tensor
 
-from coba_triton import CobaLIF, CobaLIFParameters, PoissonSource, Record, Result, ZarrSink, coba_lif_integral, simulate
+from coba_triton import (
+    CobaLIF,
+    CobaLIFParameters,
+    PoissonSource,
+    Record,
+    Result,
+    ZarrSink,
+    coba_lif_integral,
+    simulate,
+    unpack_spikes,
+)
 from coba_triton.cli import job
 from coba_triton.cli.config import load
 from coba_triton.cli.inputs import open_source
@@ -77,6 +87,7 @@ def test_unconnected(tmp_path: Path, weight: float) -> None:
         for start in range(0, times * steps, block_steps):
             source.fill(start, buffer)
 
+    rate = unpack_spikes(kernels(1), steps)[-block_steps:].mean(dtype=torch.float32).item() * 1e4  # steps of 0.1 ms
     assert torch.equal(words(streamed(x)), kernels(1))
     assert torch.equal(words(streamed(source))[: steps // 32], kernels(1))
     runs = {
@@ -85,7 +96,7 @@ def test_unconnected(tmp_path: Path, weight: float) -> None:
         "poisson": poisson,
         "poisson to zarr": lambda: streamed(source),
     }
-    compare(f"{times * steps} steps of 1000 neurons, weight {weight} uS", runs, times * x.numel())
+    compare(f"{times * steps} steps of 1000 neurons at {rate:.0f} Hz", runs, times * x.numel())
 
 
 def test_cobanet(tmp_path: Path) -> None:

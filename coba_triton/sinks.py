@@ -10,12 +10,14 @@ Whatever keeps it, a result is a record of arrays, a row a step (of ``spikes``: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 FORMAT = "coba_triton result"
 VERSION = 1
 BLOSC: Any = {"cname": "lz4", "clevel": 5}  # fast: zstd packs spikes twice as tightly, in twice the time
+_BLOSC_THREADS = threading.Lock()  # whether Blosc uses them is one switch for the process
 
 Array = NDArray[Any]
 
@@ -265,14 +268,11 @@ class ZarrSink(Sink):
 
     def pack(self, block: dict[str, Array], on_all_cores: bool) -> dict[str, Any]:
         """Every column's rows as zarr's Blosc codec has them."""
-        from numcodecs import Blosc, blosc
+        from numcodecs import Blosc
 
-        codec, before = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE), blosc.use_threads
-        blosc.use_threads = on_all_cores  # the bytes are the same; zarr turns Blosc's own threads off
-        try:
+        codec = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE)
+        with _blosc_threads() if on_all_cores else contextlib.nullcontext():
             return {name: codec.encode(self._chunk(name, rows)) for name, rows in block.items()}
-        finally:
-            blosc.use_threads = before
 
     def write(self, start: int, stop: int, packed: dict[str, Any], state: Array) -> None:
         number = start // self._block_steps
@@ -326,6 +326,19 @@ def _compressors() -> tuple[Any, ...]:
     from zarr.codecs import BloscCodec, Crc32cCodec
 
     return BloscCodec(**BLOSC, shuffle="noshuffle"), Crc32cCodec()
+
+
+@contextlib.contextmanager
+def _blosc_threads() -> Iterator[None]:
+    """Let Blosc divide a chunk among its own threads, which importing zarr forbids; the bytes are the same."""
+    from numcodecs import blosc
+
+    with _BLOSC_THREADS:
+        before, blosc.use_threads = blosc.use_threads, True
+        try:
+            yield
+        finally:
+            blosc.use_threads = before
 
 
 def chunk_file(path: Path, array: Any, number: int) -> Path:

@@ -118,7 +118,7 @@ def test_who_packs_changes_no_byte(cores: int, tmp_path: Path, monkeypatch: pyte
     result = run(tmp_path / "run.zarr", sink=Noting(tmp_path / "run.zarr"), **long)
     assert blosc.use_threads == before
     assert packed == 3 * [cores == 1]
-    kept = run(tmp_path / "run.npz", sink=None, **long)
+    kept = run(tmp_path, sink=None, **long)
     np.testing.assert_array_equal(result.spikes.words(0, 10_000), kept.spikes.words(0, 10_000))
     first = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE).encode(kept.spikes.words(0, 4096))
     assert (tmp_path / "run.zarr/spikes/c.0.0").read_bytes()[:-4] == first
