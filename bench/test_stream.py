@@ -60,10 +60,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("block_steps", [2**14, 2**16], ids="blocks of {}".format)  # the first as by default
 @pytest.mark.parametrize("weight", [0.004, 0.008], ids=["9 Hz", "46 Hz"])
-def test_unconnected(tmp_path: Path, weight: float) -> None:
+def test_unconnected(tmp_path: Path, weight: float, block_steps: int) -> None:
     """1000 neurons, packed spikes: blocks that are in memory, and Poisson spikes of 100 Hz that are made on the way."""
-    times, steps, block_steps = 16, 2**18, 2**14
+    times, steps = 16, 2**18
     source = PoissonSource(100.0, times * steps, (1000,), 0.1, weight=weight, seed=1)
     x = source[:steps]
     network = CobaLIF(NEURON, 0.1, spike_dtype="bits")
@@ -96,7 +97,7 @@ def test_unconnected(tmp_path: Path, weight: float) -> None:
         "poisson": poisson,
         "poisson to zarr": lambda: streamed(source),
     }
-    compare(f"{times * steps} steps of 1000 neurons at {rate:.0f} Hz", runs, times * x.numel())
+    compare(f"{times * steps} steps of 1000 neurons at {rate:.0f} Hz in blocks of {block_steps}", runs, times * x.numel())
 
 
 def test_cobanet(tmp_path: Path) -> None:
