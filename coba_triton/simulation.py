@@ -86,7 +86,8 @@ def simulate(
             beginning when a run is resumed.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
         state: initial state, None to start at rest.
-        block_steps: steps in a block, rounded up to a multiple of 32; None for as many as hold about 64 MiB.
+        block_steps: steps in a block, rounded up to a multiple of 32; None for as many as hold about 64 MiB, at most 65,536
+            (unconnected neurons read a tensor where it is, which does not count).
         record: what to keep; None for the spikes alone.
         progress: show a bar with steps per second and the time left on a terminal, where the package rich is
             installed; or a function that takes the number of finished steps.
@@ -260,7 +261,8 @@ class _Run:
         columns |= {name: Column(1, (), dtype) for name in ("input_e", "input_i") if record.inputs}
         if block_steps is None:
             first, itemsize = self.blocks.first, self.state.v.element_size()
-            step = first[:1].numel() * first.element_size() + cells // 8 + 3 * itemsize * traced
+            held = 0 if self._reads_in_place() else first[:1].numel() * first.element_size()
+            step = held + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
@@ -297,6 +299,12 @@ class _Run:
             dtype,
             versions(),
         )
+
+    def _reads_in_place(self) -> bool:
+        """Whether a block of the input is a view of a tensor, which no one copies."""
+        source = self.blocks.source
+        in_place = isinstance(source, Tensor) and source.device == self.device
+        return in_place and not (self.recurrent or self.record.inputs or self.backend == "reference")
 
     def load(self, state: Any) -> None:
         """Go on from a checkpoint."""

@@ -120,6 +120,19 @@ def test_block_length_changes_nothing(block_steps: int | None) -> None:
     assert_equal(simulate(network, source, record=RECORD, block_steps=block_steps), spikes, states, (N,))
 
 
+def test_default_block_is_longer_where_the_input_is_not_copied() -> None:
+    x = torch.zeros(64, 2048)
+
+    def block_steps(source: Any, **options: Any) -> int:
+        result = simulate(CobaLIF(NEURON, 0.1), source, progress=False, **options)
+        return int(result.attributes["block_steps"])
+
+    assert block_steps(x) == 65_536
+    copied = 2**26 // (4 * 2048 + 2048 // 8) // 32 * 32 + 32
+    assert block_steps(x.numpy()) == copied
+    assert block_steps(x, record=Record(inputs=True)) == copied
+
+
 def test_initial_state() -> None:
     network, source = CobaLIF(NEURON, 0.1), drive()
     start = CobaLIFFeedForwardState(torch.linspace(-65.0, -51.0, N), 0.01, 0.0)
