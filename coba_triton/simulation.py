@@ -87,7 +87,7 @@ def simulate(
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
         state: initial state, None to start at rest.
         block_steps: steps in a block, rounded up to a multiple of 32; None for as many as hold about 64 MiB, at most 65,536
-            (unconnected neurons read a tensor where it is, which does not count).
+            (a tensor that unconnected neurons read where it is does not count; recorded inputs and the reference copy it).
         record: what to keep; None for the spikes alone.
         progress: show a bar with steps per second and the time left on a terminal, where the package rich is
             installed; or a function that takes the number of finished steps.
