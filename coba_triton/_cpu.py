@@ -7,7 +7,7 @@ import functools
 import mmap
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -62,15 +62,19 @@ def count_threads(most: int | None, work: int) -> int:
     return max(1, min(most or every, every, work // MIN_STEPS_PER_THREAD))
 
 
-def _launch(name: str, kernel: Callable[..., None], *args: Any, dtype: torch.dtype, steps: int, neurons: int) -> None:
-    """Run ``kernel`` over all neurons; the result does not depend on the launch parameters."""
+def _split(name: str, dtype: torch.dtype, steps: int, neurons: int) -> tuple[int, list[tuple[int, int]]]:
+    """Neurons of a tile, and from which to which neuron every thread goes."""
     parameters = parameters_of(name, dtype, neurons)
     threads = count_threads(parameters["threads"], steps * neurons)
-    args = *args, parameters["tile"]
     share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
-    first, *rest = ((begin, min(begin + share, neurons)) for begin in range(0, neurons, share))
-    jobs = [_pool(os.getpid(), len(rest)).submit(kernel, *args, steps, *part) for part in rest]
-    kernel(*args, steps, *first)
+    return parameters["tile"], [(begin, min(begin + share, neurons)) for begin in range(0, neurons, share)]
+
+
+def _launch(name: str, kernel: Callable[..., None], *args: Any, dtype: torch.dtype, steps: int, neurons: int) -> None:
+    """Run ``kernel`` over all neurons; the result does not depend on the launch parameters."""
+    tile, (first, *rest) = _split(name, dtype, steps, neurons)
+    jobs = [_pool(os.getpid(), len(rest)).submit(kernel, *args, tile, steps, *share) for share in rest]
+    kernel(*args, tile, steps, *first)
     for job in jobs:
         job.result()
 
@@ -122,7 +126,7 @@ def _one(dtype: torch.dtype) -> int:
     return int(torch.ones((), dtype=dtype).view(integer))
 
 
-def feed_forward_forward(
+def _forward_arguments(
     x: Tensor,
     constants: Tensor,
     jump_first: bool,
@@ -133,13 +137,10 @@ def feed_forward_forward(
     words: Tensor,
     states: Tensor,
     checkpoints: Tensor,
-) -> None:
-    """Fill ``final`` and every non-empty output; shapes as in ``kernels/feed_forward.py``."""
-    steps, neurons = x.shape
+) -> tuple[Any, ...]:
+    """What the forward kernel takes before the tile."""
     _ask_for_huge_pages(spikes, words, states, checkpoints)
-    _launch(
-        "feed_forward_forward",
-        kernels.forward_kernel(),
+    return (
         _strided(x),
         _rows(state),
         *_constants(constants),
@@ -151,10 +152,51 @@ def feed_forward_forward(
         _rows(checkpoints),
         checkpoint_every,
         jump_first,
-        dtype=constants.dtype,
-        steps=steps,
-        neurons=neurons,
     )
+
+
+def feed_forward_forward(x: Tensor, constants: Tensor, *others: Any) -> None:
+    """Fill ``final`` and every non-empty output; shapes as in ``kernels/feed_forward.py``.
+
+    Args: see :func:`_forward_arguments`.
+    """
+    steps, neurons = x.shape
+    arguments = _forward_arguments(x, constants, *others)
+    kernel = kernels.forward_kernel()
+    _launch("feed_forward_forward", kernel, *arguments, dtype=constants.dtype, steps=steps, neurons=neurons)
+
+
+class ForwardStream:
+    """The forward of block after block: a thread goes on with its own neurons and waits for no other between two blocks.
+
+    So a core that something else keeps busy for a while, such as packing the block before, delays its neurons alone.
+
+    Args:
+        constants: as in ``kernels/feed_forward.py``.
+        jump_first: whether the input is added before the decay.
+        state: before the first block, ``[3, M]``.
+        steps: of a block.
+    """
+
+    def __init__(self, constants: Tensor, jump_first: bool, state: Tensor, steps: int) -> None:
+        self._constants, self._jump_first, self._state = constants, jump_first, state
+        self._tile, self._shares = _split("feed_forward_forward", state.dtype, steps, state.shape[1])
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="coba_triton") for _ in self._shares]
+
+    def submit(self, x: Tensor, words: Tensor) -> tuple[Tensor, list[Future[None]]]:
+        """Begin a block ``x [T, M]``, whose spikes go to ``words``; returns the state after it, and when it is there."""
+        before, self._state = self._state, torch.empty_like(self._state)
+        none = before.new_empty(0, *before.shape)
+        outputs = self._state, none[:, 0], words, none, none
+        arguments = _forward_arguments(x, self._constants, self._jump_first, 0, before, *outputs)
+        kernel = functools.partial(kernels.forward_kernel(), *arguments, self._tile, len(x))
+        shares = zip(self._threads, self._shares, strict=True)
+        return self._state, [thread.submit(kernel, *share) for thread, share in shares]
+
+    def close(self) -> None:
+        """Wait for the blocks that are begun."""
+        for thread in self._threads:
+            thread.shutdown()
 
 
 def feed_forward_backward(

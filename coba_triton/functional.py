@@ -286,7 +286,6 @@ def coba_lif_feed_forward_integral(
     _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
     steps, *step_shape = input_tensor.shape
     neurons, tensors, c, dtype = _feed_forward_request(input_tensor, state, p, dt, torch.Size(step_shape))
-    x = input_tensor.reshape(steps, *(1,) * (len(neurons) - len(step_shape)), *step_shape).expand(steps, *neurons)
     default = _spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
     if out is not None:
@@ -297,11 +296,12 @@ def coba_lif_feed_forward_integral(
         initial = CobaLIFFeedForwardState(*tensors)
         rows, final = _run_reference(
             lambda x, v, g_e, g_i: reference.feed_forward_step(x, v, g_e, g_i, c, jump_first, p.method),
-            x.to(dtype),
+            _expand_input(input_tensor, neurons).to(dtype),
             initial,
             record_states,
         )
         return _into(out, _format_spikes(rows, tensors[0], spike_dtype, default)), final
+    x = _flat_input(input_tensor, neurons, dtype)
     return _run_operator(
         x, tensors, c, neurons, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default, out
     )
@@ -310,6 +310,18 @@ def coba_lif_feed_forward_integral(
 def _kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Half precision and bytes are read as they are; everything else comes in the compute dtype."""
     return x if x.dtype in (torch.float16, torch.bfloat16, torch.bool, torch.uint8) else x.to(dtype)
+
+
+def _expand_input(x: Tensor, neurons: torch.Size) -> Tensor:
+    """``[T, *shape]`` for every neuron, ``[T, *neurons]``."""
+    steps, *shape = x.shape
+    return x.reshape(steps, *(1,) * (len(neurons) - len(shape)), *shape).expand(steps, *neurons)
+
+
+def _flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The same as the kernels of unconnected neurons take it, ``[T, M]``."""
+    x = _kernel_input(_expand_input(x, neurons), dtype)
+    return x.reshape(x.shape[0], neurons.numel())
 
 
 def _constants_table(c: Constants, neurons: torch.Size) -> Tensor:
@@ -333,12 +345,10 @@ def _run_operator(
     default: torch.dtype,
     out: Tensor | None,
 ) -> tuple[Tensor, CobaLIFFeedForwardState]:
-    """Flatten the neurons, call the operator once a time block, and put the blocks together."""
+    """Call the operator once a time block of the input ``x [T, M]``, and put the blocks together."""
     steps, dtype = x.shape[0], state[0].dtype
-    x = _kernel_input(x, dtype)
     flat = torch.stack(state).reshape(3, -1)
     constants = _constants_table(c, neurons)
-    x = x.reshape(steps, -1) if x.numel() else x.new_empty(steps, flat.shape[1])
     every = operators.checkpoint_interval(dtype, backend, flat.shape[1])
     # a split of one block would still copy the gradient
     split = block_steps if block_steps and block_steps < steps else None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import platform
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,13 +22,16 @@ from . import _recurrent, operators
 from . import _validation as check
 from ._backends import choose_backend
 from ._versions import package_version
-from .functional import _constants_table, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
+from .functional import _constants_table, _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
 from .modules import CobaLIF, CobaLIFRecurrent
 from .results import Result
 from .sinks import Column, Header, Sink, open_sink
 from .sources import Blocks, digest
 from .spikes import WORD_BITS, word_count
+
+if TYPE_CHECKING:
+    from ._cpu import ForwardStream
 
 BLOCK_BYTES = 2**26  # of everything that a block of the default length holds
 MAX_BLOCK_STEPS = 2**16
@@ -116,14 +119,21 @@ def simulate(
         return Result(*sink.end(begun.steps, finished=True))
     if begun.state is not None:
         run.load(begun.state)
-    with _progress(progress, run.header.steps, begun.steps) as show, ThreadPoolExecutor(1, "coba_triton sink") as thread:
-        commits = _Commits(sink, thread, begun.steps, show, run.fills_the_cores)
-        start = begun.steps
+    with (
+        _progress(progress, run.header.steps, begun.steps) as show,
+        ThreadPoolExecutor(1, "coba_triton sink") as thread,
+        run.threads() as ahead,
+    ):
+        commits = _Commits(sink, thread, begun.steps, show)
+        start, running = begun.steps, deque[_Running]()
         try:
-            for x in run.blocks.read(start, run.header.block_steps, reuse=True):
-                block, state = run.advance(x, start)
-                commits.put(start, start + len(x), block, state)
+            for x in run.blocks.read(start, run.header.block_steps, buffers=2 + ahead):
+                running.append(run.begin(x, start))
                 start += len(x)
+                if len(running) > ahead:
+                    commits.put(*run.finish(running.popleft()))
+            while running:
+                commits.put(*run.finish(running.popleft()))
             commits.wait()
         except BaseException:
             with contextlib.suppress(OSError):
@@ -134,28 +144,16 @@ def simulate(
 
 
 class _Commits:
-    """Hands blocks to the sink's thread, one at a time, and knows how many steps it has kept.
+    """Hands blocks to the sink's thread, one at a time, and knows how many steps it has kept."""
 
-    The thread packs them, too, beside the kernels of the next block; unless ``pack_between``: kernels that share their
-    neurons equally among all cores wait for the one whose core packs as well, so that all cores pack first.
-    """
-
-    def __init__(
-        self, sink: Sink, thread: ThreadPoolExecutor, steps: int, show: Callable[[int], None], pack_between: bool
-    ) -> None:
-        self.sink, self.thread, self.steps, self.show, self.pack_between = sink, thread, steps, show, pack_between
+    def __init__(self, sink: Sink, thread: ThreadPoolExecutor, steps: int, show: Callable[[int], None]) -> None:
+        self.sink, self.thread, self.steps, self.show = sink, thread, steps, show
         self._pending: tuple[int, Future[None]] | None = None
 
     def put(self, start: int, stop: int, block: dict[str, Any], state: Any) -> None:
         """Begin to write a block, when the one before it is written."""
-        packed = self.sink.pack(block, on_all_cores=True) if self.pack_between else None
         self.wait()
-
-        def write() -> None:
-            rows = self.sink.pack(block, on_all_cores=False) if packed is None else packed
-            self.sink.write(start, stop, rows, state)
-
-        self._pending = stop, self.thread.submit(write)
+        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state)
 
     def wait(self) -> None:
         """Return when everything is written."""
@@ -173,6 +171,18 @@ class _Commits:
             ) from error
         self.steps, self._pending = stop, None
         self.show(stop)
+
+
+class _Running(NamedTuple):
+    """A block that is begun: its first step, input, states before and after, spikes, traces if there are, and what runs."""
+
+    start: int
+    x: Tensor
+    before: Any
+    after: Any
+    words: Tensor
+    traces: CobaLIFFeedForwardState | None
+    jobs: Sequence[Future[None]]
 
 
 class _Run:
@@ -209,7 +219,7 @@ class _Run:
         if unknown:
             raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {sorted(unknown)}")
         self.backend = choose_backend(self.network.backend, self.device)
-        self.fills_the_cores = self.backend == "cpu" and not self.recurrent and torch.get_num_threads() >= _cores()
+        self.stream: ForwardStream | None = None
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
         if len(self.neurons) and self.recurrent and self.backend != "reference":
@@ -323,21 +333,47 @@ class _Run:
             return coba_lif_integral(x, state, input_weights, recurrent_weights, self.p, self.network.dt, **options)
         return coba_lif_feed_forward_integral(x, state, p or self.p, self.network.dt, **options)
 
-    @torch.no_grad()
-    def advance(self, x: Tensor, start: int) -> tuple[dict[str, Any], Any]:
-        """Simulate the steps that ``x`` drives, from step ``start`` on.
+    @contextmanager
+    def threads(self) -> Iterator[int]:
+        """Have threads for the kernels, where the run needs them; yields how many blocks run ahead of the one to finish."""
+        if self.backend != "cpu" or self.recurrent or not self.shape.numel():
+            yield 0
+            return
+        from ._cpu import ForwardStream
 
-        Returns:
-            The rows of every column, and the state as an array, fields first.
-        """
-        before, traced = self.state, len(self.neurons) > 0
-        if not (traced and self.recurrent):
-            words, self.state = self._integrate(x, before, False)
-            traces: Any = self._chosen_traces(x, before) if traced else None
-        else:
+        dtype = self.state.v.dtype
+        constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
+        state = torch.stack(list(self.state)).reshape(3, -1)
+        with closing(ForwardStream(constants, self.network.order == "jump_first", state, self.header.block_steps)) as stream:
+            self.stream = stream
+            yield 1
+
+    @torch.no_grad()
+    def begin(self, x: Tensor, start: int) -> _Running:
+        """Simulate the steps that ``x`` drives, from step ``start`` on, or have threads do so."""
+        before, traces = self.state, None
+        jobs: Sequence[Future[None]] = ()
+        if self.stream is not None:
+            words = torch.empty(word_count(len(x)), *self.shape, dtype=torch.int32)
+            state, jobs = self.stream.submit(_flat_input(x, self.shape, before.v.dtype), words.view(len(words), -1))
+            self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
+        elif len(self.neurons) and self.recurrent:
             words, traces = self._with_traces(x)
-        state = torch.stack(list(self.state)).cpu().numpy()
-        self._check(state, start + len(x))
+        else:
+            words, self.state = self._integrate(x, before, False)
+        return _Running(start, x, before, self.state, words, traces, jobs)
+
+    @torch.no_grad()
+    def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any]:
+        """The first step of a block and the first after it, the rows of every column, and the state, fields first."""
+        start, x, before, after, words, traces, jobs = running
+        for job in jobs:
+            job.result()
+        stop = start + len(x)
+        state = torch.stack(list(after)).cpu().numpy()
+        self._check(state, stop)
+        if traces is None and len(self.neurons):
+            traces = self._chosen_traces(x, before)
         on_cpu = words.cpu().numpy()
         block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
         if traces is not None:
@@ -346,7 +382,7 @@ class _Run:
             block["counts"] = self._count(on_cpu, len(x))
         if self.record.inputs:
             block["input_e"], block["input_i"] = self._mean_inputs(x)
-        return block, state
+        return start, stop, block, state
 
     def _with_traces(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
         """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""
@@ -425,11 +461,6 @@ class _Run:
                 "more than 2, and the spikes mean nothing; make dt or the weights smaller",
                 stacklevel=3,
             )
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

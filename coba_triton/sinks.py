@@ -106,13 +106,9 @@ class Sink(ABC):
     def begin(self, header: Header, resume: bool) -> Checkpoint:
         """Make room for the run, or find out how far it has come."""
 
-    def pack(self, block: dict[str, Array], on_all_cores: bool) -> dict[str, Any]:
-        """What :meth:`write` keeps of the rows of every column: here, the rows themselves."""
-        return block
-
     @abstractmethod
-    def write(self, start: int, stop: int, packed: dict[str, Any], state: Array) -> None:
-        """Keep the steps from ``start`` to ``stop``, packed, and the state after them, all or nothing."""
+    def write(self, start: int, stop: int, block: dict[str, Array], state: Array) -> None:
+        """Keep the steps from ``start`` to ``stop``, a block's rows, and the state after them, all or nothing."""
 
     @abstractmethod
     def end(self, steps: int, finished: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -130,8 +126,8 @@ class MemorySink(Sink):
         self._columns = header.columns
         return Checkpoint(0, None, False)
 
-    def write(self, start: int, stop: int, packed: dict[str, Any], state: Array) -> None:
-        self._blocks.append(packed)
+    def write(self, start: int, stop: int, block: dict[str, Array], state: Array) -> None:
+        self._blocks.append(block)
 
     def end(self, steps: int, finished: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
         joined = {
@@ -266,21 +262,18 @@ class ZarrSink(Sink):
         self._open()
         return Checkpoint(steps, state, bool(stored.get("finished")))
 
-    def pack(self, block: dict[str, Array], on_all_cores: bool) -> dict[str, Any]:
-        """Every column's rows as zarr's Blosc codec has them."""
+    def write(self, start: int, stop: int, block: dict[str, Array], state: Array) -> None:
         from numcodecs import Blosc
 
         codec = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE)
-        with _blosc_threads() if on_all_cores else contextlib.nullcontext():
-            return {name: codec.encode(self._chunk(name, rows)) for name, rows in block.items()}
-
-    def write(self, start: int, stop: int, packed: dict[str, Any], state: Array) -> None:
         number = start // self._block_steps
-        for name, data in packed.items():
+        for name, rows in block.items():
             column, array = self._columns[name], self._arrays[name]
             end = column.rows(stop)
             if end > array.shape[0]:
                 array.resize((max(end, 2 * array.shape[0]), *column.shape))
+            with _blosc_threads():
+                data = codec.encode(self._chunk(name, rows))
             self._put(name, number, data)
         self._put("state", number % 2, self._chunk("state", state[None]).tobytes())
         self._put("progress", 0, self._chunk("progress", np.array([stop])).tobytes())

@@ -148,13 +148,14 @@ class Blocks:
         dtype = str(self.first.dtype).removeprefix("torch.")
         return {**described, "channels": list(self.first.shape[1:]), "dtype": dtype, "begins_with": digest(self.first)}
 
-    def read(self, start: int, block_steps: int, reuse: bool = False) -> Iterator[Tensor]:
+    def read(self, start: int, block_steps: int, buffers: int | None = None) -> Iterator[Tensor]:
         """Blocks from step ``start`` on, of ``block_steps`` each, the last one shorter.
 
-        With ``reuse``, a block's memory is that of the block after the next: it must not be kept.
+        Given a number of ``buffers``, blocks take turns in their memory: one that is being read, and those in use.
         """
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        blocks = self._from_chunks(start, block_steps) if self.steps is None else self._from_array(start, block_steps, reuse)
+        array = self.steps is not None
+        blocks = self._from_array(start, block_steps, buffers) if array else self._from_chunks(start, block_steps)
 
         def advance() -> tuple[Tensor, Any] | None:
             x = next(blocks, None)
@@ -173,15 +174,15 @@ class Blocks:
                 coming = reader.submit(advance)
                 yield x
 
-    def _from_array(self, start: int, block_steps: int, reuse: bool) -> Iterator[Tensor]:
+    def _from_array(self, start: int, block_steps: int, buffers: int | None) -> Iterator[Tensor]:
         steps = self.steps or 0
-        buffers: list[Tensor] = []
+        memory: list[Tensor] = []
         for number, begin in enumerate(range(start, steps, block_steps)):
             end = min(begin + block_steps, steps)
-            if reuse and isinstance(self.source, PoissonSource):
-                if len(buffers) < 2:
-                    buffers.append(torch.empty(block_steps, *self.source.shape[1:]))
-                block = buffers[number % 2][: end - begin]
+            if buffers and isinstance(self.source, PoissonSource):
+                if len(memory) < buffers:
+                    memory.append(torch.empty(block_steps, *self.source.shape[1:]))
+                block = memory[number % buffers][: end - begin]
                 self.source.fill(begin, block)
             else:
                 block = _tensor(self.source[begin:end])

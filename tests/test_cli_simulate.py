@@ -234,15 +234,15 @@ def test_builtin_ecg(tmp_path: Path) -> None:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """A real SIGINT while the block that begins at this step is simulated."""
-    advance = simulation._Run.advance
+    """A real SIGINT before the block that begins at this step is finished."""
+    finish = simulation._Run.finish
 
-    def interrupted(self: simulation._Run, x: torch.Tensor, start: int) -> Any:
-        if start == step:
+    def interrupted(self: simulation._Run, running: Any) -> Any:
+        if running.start == step:
             signal.raise_signal(signal.SIGINT)
-        return advance(self, x, start)
+        return finish(self, running)
 
-    monkeypatch.setattr(simulation._Run, "advance", interrupted)
+    monkeypatch.setattr(simulation._Run, "finish", interrupted)
 
 
 def test_interrupted_run_is_resumed(

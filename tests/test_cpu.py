@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,34 @@ def test_an_error_in_a_thread_is_raised(threads, monkeypatch) -> None:
     monkeypatch.setattr(_cpu.kernels, "forward_kernel", lambda: fail)
     with pytest.raises(MemoryError, match="no more"):
         large().run("cpu")
+
+
+def test_in_a_stream_of_blocks_no_thread_waits_for_another(threads) -> None:
+    """While one thread is busy with something else, the other one goes on to the next blocks; the bits are the same."""
+    from coba_triton import _cpu
+    from coba_triton.functional import _constants_table
+    from coba_triton.model import derive_constants
+
+    threads(2)
+    case = large(4096, 1000)
+    expected, final = case.run("reference", spike_dtype="bits")
+    constants = derive_constants(case.record("super"), case.dt, torch.float32, torch.device("cpu"))
+    table = _constants_table(constants, torch.Size([1000]))
+    busy = threading.Event()
+    with closing(_cpu.ForwardStream(table, False, torch.stack(list(case.state)), 2048)) as stream, ExitStack() as at_last:
+        at_last.callback(busy.set)
+        assert len(stream._threads) == 2
+        stream._threads[0].submit(busy.wait)
+        words = torch.empty_like(expected).split(2048 // 32)
+        blocks = [stream.submit(x, part) for x, part in zip(case.x.split(2048), words, strict=True)]
+        for _, (_, second) in blocks:
+            second.result()
+        assert not any(first.done() for _, (first, _) in blocks)
+        busy.set()
+        for _, jobs in blocks:
+            for job in jobs:
+                job.result()
+    assert_same_bits([torch.cat(words), *blocks[-1][0]], [expected, *final])
 
 
 def test_misaligned_memory() -> None:

@@ -97,30 +97,24 @@ def test_resume_begins_what_is_not_there_and_returns_what_is_finished(tmp_path: 
     assert contents(tmp_path / "run.zarr") == before
 
 
-@pytest.mark.parametrize("cores", [1, 1024], ids=["packed between blocks", "packed beside the kernels"])
-def test_who_packs_changes_no_byte(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By all cores where the kernels use all of them, else by a thread; chunks of more than one Blosc block."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_of_kernels_and_of_blosc_change_no_byte(threads: int, tmp_path: Path) -> None:
+    """Blocks that two threads share, and chunks of more than one Blosc block."""
     from numcodecs import Blosc, blosc
 
-    from coba_triton import simulation
     from coba_triton.sinks import BLOSC
 
-    packed: list[bool] = []
-
-    class Noting(ZarrSink):
-        def pack(self, block: Any, on_all_cores: bool) -> Any:
-            packed.append(on_all_cores)
-            return super().pack(block, on_all_cores)
-
-    monkeypatch.setattr(simulation, "_cores", lambda: cores)
-    long = {"block_steps": 4096, "source": torch.rand(10_000, 1000, generator=torch.Generator().manual_seed(1)) / 50}
-    before = blosc.use_threads
-    result = run(tmp_path / "run.zarr", sink=Noting(tmp_path / "run.zarr"), **long)
-    assert blosc.use_threads == before
-    assert packed == 3 * [cores == 1]
-    kept = run(tmp_path, sink=None, **long)
-    np.testing.assert_array_equal(result.spikes.words(0, 10_000), kept.spikes.words(0, 10_000))
-    first = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE).encode(kept.spikes.words(0, 4096))
+    x = torch.rand(10_000, 1000, generator=torch.Generator().manual_seed(1)) / 50
+    words = CobaLIF(NEURON, 0.1, spike_dtype="bits")(x)[0].numpy()
+    before = blosc.use_threads, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = run(tmp_path / "run.zarr", source=x, block_steps=4096)
+    finally:
+        torch.set_num_threads(before[1])
+    assert blosc.use_threads == before[0]
+    np.testing.assert_array_equal(result.spikes.words(0, 10_000), words)
+    first = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE).encode(words[: 4096 // 32])
     assert (tmp_path / "run.zarr/spikes/c.0.0").read_bytes()[:-4] == first
 
 
