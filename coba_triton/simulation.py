@@ -90,7 +90,8 @@ def simulate(
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
         state: initial state, None to start at rest.
         block_steps: steps in a block, rounded up to a multiple of 32; None for as many as hold about 64 MiB, at most 65,536
-            (a tensor that unconnected neurons read where it is does not count; recorded inputs and the reference copy it).
+            (what unconnected neurons read where it is does not count: a tensor or a numpy array in memory, unless its
+            numbers are converted or inputs are recorded).
         record: what to keep; None for the spikes alone.
         progress: show a bar with steps per second and the time left on a terminal, where the package rich is
             installed; or a function that takes the number of finished steps.
@@ -311,10 +312,12 @@ class _Run:
         )
 
     def _reads_in_place(self) -> bool:
-        """Whether a block of the input is a view of a tensor, which no one copies."""
-        source = self.blocks.source
-        in_place = isinstance(source, Tensor) and source.device == self.device
-        return in_place and not (self.recurrent or self.record.inputs or self.backend == "reference")
+        """Whether a block of the input is a view of a tensor, which no one copies or converts."""
+        source, first = self.blocks.source, self.blocks.first
+        if self.recurrent or self.record.inputs or self.backend == "reference":
+            return False
+        as_it_is = _flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
+        return as_it_is and isinstance(source, Tensor) and source.device == self.device
 
     def load(self, state: Any) -> None:
         """Go on from a checkpoint."""

@@ -121,7 +121,7 @@ class Blocks:
     """
 
     def __init__(self, source: Any, device: torch.device) -> None:
-        self.source, self.device = source, device
+        self.source, self.device = torch.from_numpy(source) if _in_memory(source) else source, device
         self.steps: int | None = None
         if hasattr(source, "shape") and hasattr(source, "__getitem__"):
             if len(source.shape) < 1:
@@ -208,6 +208,16 @@ class Blocks:
             raise ValueError(f"source must have the {start} steps that are finished already, it ended {skip} steps before")
         if sum(map(len, waiting)):
             yield torch.cat(waiting)
+
+
+def _in_memory(x: Any) -> bool:
+    """Whether an array can be a tensor as it is: in memory and no file's, and laid out as tensors are."""
+    if not isinstance(x, np.ndarray) or not x.flags.writeable or any(s < 0 or s % x.itemsize for s in x.strides):
+        return False
+    owner: Any = x
+    while isinstance(owner, np.ndarray) and not isinstance(owner, np.memmap):
+        owner = owner.base
+    return owner is None or isinstance(owner, Tensor)
 
 
 def _tensor(x: Any) -> Tensor:

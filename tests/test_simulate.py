@@ -127,10 +127,11 @@ def test_default_block_is_longer_where_the_input_is_not_copied() -> None:
         result = simulate(CobaLIF(NEURON, 0.1), source, progress=False, **options)
         return int(result.attributes["block_steps"])
 
-    assert block_steps(x) == 65_536
+    assert block_steps(x) == block_steps(x.numpy()) == block_steps(x.half()) == 65_536
     copied = 2**26 // (4 * 2048 + 2048 // 8) // 32 * 32 + 32
-    assert block_steps(x.numpy()) == copied
     assert block_steps(x, record=Record(inputs=True)) == copied
+    assert block_steps(x.numpy()[::-1]) == copied
+    assert block_steps(x.int()) == copied
 
 
 def test_initial_state() -> None:

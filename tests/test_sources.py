@@ -125,7 +125,10 @@ def chunks(x: Tensor, lengths: list[int]) -> Iterator[Tensor]:
     yield from x.split(lengths)
 
 
-@pytest.mark.parametrize("form", ["tensor", "numpy", "memmap", "read-only", "zarr", "chunks", "arrays"])
+IN_MEMORY = ["tensor", "numpy", "part", "backwards", "field"]
+
+
+@pytest.mark.parametrize("form", [*IN_MEMORY, "memmap", "part of a memmap", "read-only", "zarr", "chunks", "arrays"])
 def test_forms_of_a_source(form: str, tmp_path: Path) -> None:
     x = torch.randn(130, 3, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "x.npy", x.numpy())
@@ -136,7 +139,11 @@ def test_forms_of_a_source(form: str, tmp_path: Path) -> None:
         source = {
             "tensor": x,
             "numpy": x.numpy(),
+            "part": np.pad(x.numpy(), ((0, 0), (1, 2)))[:, 1:4],
+            "backwards": np.ascontiguousarray(x.numpy()[::-1])[::-1],
+            "field": np.array([(0, row) for row in x.numpy()], [("tag", "u1"), ("x", "f4", 3)])["x"],
             "memmap": np.load(tmp_path / "x.npy", mmap_mode="r+"),
+            "part of a memmap": np.asarray(np.load(tmp_path / "x.npy", mmap_mode="r+"))[:],
             "read-only": np.load(tmp_path / "x.npy", mmap_mode="r"),
             "chunks": chunks(x, [1, 0, 50, 3, 76]),
             "arrays": [x[:64].numpy(), x[64:].numpy()],
@@ -144,6 +151,8 @@ def test_forms_of_a_source(form: str, tmp_path: Path) -> None:
     blocks = list(stream_blocks(source, 40))
     assert [len(block) for block in blocks] == [40, 40, 40, 10]
     assert torch.equal(torch.cat(blocks), x)
+    if isinstance(source, np.ndarray):  # what can be is read where it is; a file is not, so that a thread reads ahead
+        assert np.shares_memory(blocks[1].numpy(), source) == (form in ("numpy", "part"))
 
 
 def test_error_of_a_source_is_passed_on() -> None:
