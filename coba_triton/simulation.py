@@ -77,9 +77,10 @@ def simulate(
     The network advances block by block, with its state carried from one to the next; a thread reads the next block
     meanwhile, and another one writes the block before. The spikes are those of one call over the whole input.
 
-    A run into a zarr group that is killed loses at most the blocks in flight: called again with the same arguments and
-    ``resume=True``, it goes on from the last finished block to a result that is equal bit for bit. A run that was
-    not begun yet is begun, and one that is finished is returned, so that a script may always pass ``resume=True``.
+    A run into a zarr group that is killed loses at most three blocks, two being computed and one being written: called
+    again with the same arguments and ``resume=True``, it goes on from the last finished block to a result that is equal
+    bit for bit. A run that was not begun yet is begun, and one that is finished is returned, so that a script may always
+    pass ``resume=True``.
 
     Args:
         network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`; its

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,34 @@ def test_threads_of_kernels_and_of_blosc_change_no_byte(threads: int, tmp_path: 
     np.testing.assert_array_equal(result.spikes.words(0, 10_000), words)
     first = Blosc(**BLOSC, shuffle=Blosc.NOSHUFFLE).encode(words[: 4096 // 32])
     assert (tmp_path / "run.zarr/spikes/c.0.0").read_bytes()[:-4] == first
+
+
+@pytest.mark.parametrize("slow", ["kernels", "writing"])
+@pytest.mark.parametrize("network", ["feed-forward", "recurrent"])
+def test_at_most_three_blocks_are_lost(network: str, slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first step that is not written yet to the last one that is begun."""
+    from coba_triton.simulation import _Run
+
+    begun, on_their_way = [0], set()
+    begin = _Run.begin
+
+    def noted(self: _Run, x: torch.Tensor, start: int) -> Any:
+        begun[0] = start // BLOCK + 1
+        if slow == "kernels":
+            time.sleep(0.005)
+        return begin(self, x, start)
+
+    class Noting(ZarrSink):
+        def write(self, start: int, *others: Any) -> None:
+            if slow == "writing":
+                time.sleep(0.02)
+            on_their_way.add(begun[0] - start // BLOCK)
+            super().write(start, *others)
+
+    monkeypatch.setattr(_Run, "begin", noted)
+    changes = {"network": recurrent(), "source": drive((6,))} if network == "recurrent" else {}
+    run(tmp_path / "run.zarr", sink=Noting(tmp_path / "run.zarr"), **changes)
+    assert on_their_way <= {1, 2, 3}
 
 
 CHILD = """
