@@ -6,6 +6,7 @@ tests on the device of Triton's active driver instead: a GPU, or an emulating dr
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -19,6 +20,8 @@ from coba_triton._backends import triton_device_type
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker for every core
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for a job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
