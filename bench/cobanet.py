@@ -43,7 +43,7 @@ def run_coba_triton(seconds: float, threads: int) -> tuple[float, float]:
     """Wall seconds of the simulation, and the mean rate in Hz; the Poisson spikes are drawn ahead, as a tensor."""
     import torch
 
-    from coba_triton import coba_lif_integral
+    from coba_triton import coba_lif_integral, unpack_spikes
     from coba_triton.cli.job import parameters
 
     torch.set_num_threads(threads)
@@ -56,12 +56,13 @@ def run_coba_triton(seconds: float, threads: int) -> tuple[float, float]:
     p = parameters(config.neuron)
 
     def simulate(x: Any) -> Any:
-        return coba_lif_integral(x, None, *weights, p, dt, spike_dtype=torch.uint8)[0]
+        return coba_lif_integral(x, None, *weights, p, dt, spike_dtype="bits")[0]
 
     simulate(x[:64])
     start = time.perf_counter()
-    spikes = simulate(x)
-    return time.perf_counter() - start, spikes.float().mean().item() * 1000 / dt
+    words = simulate(x)
+    wall = time.perf_counter() - start
+    return wall, unpack_spikes(words, steps).mean(dtype=torch.float32).item() * 1000 / dt
 
 
 def run_brian2(seconds: float, threads: int) -> tuple[float, float]:

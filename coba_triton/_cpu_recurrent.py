@@ -15,6 +15,12 @@ from . import _cpu_recurrent_kernels as kernels
 from ._cpu import _ask_for_huge_pages, _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
 from ._recurrent import Network, send_back
 
+# Weights of which more than this are not 0 are read as dense rows, and those that sources read in fewer steps than these.
+SYNAPSE_DENSITY = 1 / 16
+SYNAPSE_USES = 2
+# Sources that tell whether to look at all of them.
+SAMPLED_SOURCES = 64
+
 
 def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int, most: int | None = None) -> None:
     """Run ``kernel`` over all rows, by ``most`` threads or all; ``work``: its cost in steps of a feed-forward neuron."""
@@ -30,6 +36,14 @@ def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int, most:
 
 def _array(x: Tensor) -> Any:
     return x.detach().contiguous().numpy()
+
+
+def synapses(rows: Tensor, uses: int) -> kernels.Synapses:
+    """The weights of ``rows [S, N]`` that are not 0, if few are not; ``uses``: steps of all batch rows that read them."""
+    sample = rows[:: max(1, len(rows) // SAMPLED_SOURCES)]
+    if uses < SYNAPSE_USES * len(rows) or int(torch.count_nonzero(sample)) > SYNAPSE_DENSITY * sample.numel():
+        rows = rows[:0]
+    return kernels.Synapses(*kernels.synapses_kernel()(_array(rows), int(SYNAPSE_DENSITY * rows.numel())))
 
 
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
@@ -65,6 +79,7 @@ def _block(
     final = state.clone()
     none = state.new_empty(0)
     no_drive = none.view(2, 0, batch, neurons)
+    input_synapses, recurrent_synapses = net.synapses or (synapses(none.view(0, neurons), 0),) * 2
     kept = cells if chosen is None else len(chosen)
     in_place = states is not None and states.is_contiguous()
     trace = state.new_empty(3, 0 if states is None or in_place else steps, kept)
@@ -77,9 +92,11 @@ def _block(
         _strided(None if x is None else x.reshape(steps, -1)),
         _array(no_drive if drive is None else drive),
         _array(net.input_rows),
+        input_synapses,
         _array(none.view(0, neurons) if z is None else z),
         _array(no_drive if recurrent_drive is None else recurrent_drive),
         _array(net.recurrent_rows),
+        recurrent_synapses,
         *_constants(net.constants),
         _rows(final.view(3, cells)),
         _strided(None if spikes is None else spikes.view(steps, cells)),

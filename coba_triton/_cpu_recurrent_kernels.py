@@ -8,7 +8,7 @@ synapses have the one order of all event-driven kernels: ascending by source.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,17 +57,48 @@ STEP_DECAYED_E, STEP_DECAYED_I = 30 * ROW, 31 * ROW
 GRAD_Z, ADJOINT_E, ADJOINT_I = 32 * ROW, 33 * ROW, 34 * ROW
 BACKWARD_SIZE = 35 * ROW
 
+# Weights that are looked through at once for one that is not 0.
+FEW = 16
+
 # Elements of a source's sums that a thread adds to at a time: so many of all sources together fit a second-level cache.
 COLUMNS = 256
+
+
+class Synapses(NamedTuple):
+    """The weights that are not 0 of sources ``[S, N]`` that mostly have none; without elements: read the dense rows.
+
+    Those of source ``s`` in tile ``k`` of their targets are ``starts[s, k]`` to ``starts[s, k + 1]``, ascending:
+    ``targets`` counts from the beginning of the tile.
+    """
+
+    starts: Any
+    targets: Any
+    weights: Any
+
+
+@compiled
+def borrow_synapses(synapses: Synapses) -> Synapses:
+    return Synapses(borrow(synapses.starts), borrow(synapses.targets), borrow(synapses.weights))
+
+
+@compiled
+def count_nonzero(values: Any) -> int:
+    count = 0
+    for n in range(len(values)):
+        count += values[n] != 0
+    return count
 
 
 @compiled
 def compact(events: Any, values: Any) -> int:
     """The indices of what is not 0, ascending; returns how many. ``events`` has room for one more than ``values``."""
     count = 0
-    for n in range(len(values)):
-        events[count] = n
-        count += values[n] != 0
+    for begin in range(0, len(values), FEW):
+        few = values[begin : min(begin + FEW, len(values))]
+        if count_nonzero(few):
+            for n in range(len(few)):
+                events[count] = begin + n
+                count += few[n] != 0
     return count
 
 
@@ -126,19 +157,55 @@ def add_values(tile: Any, at: int, weights: Any, values: Any, events: Any, count
 
 
 @compiled
-def step_row(tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any) -> None:
-    """One step of a tile; ``fired`` takes 0 or 1, or gives it where it is ``forced``."""
+def add_synapses(
+    tile: Any, at: int, synapses: Synapses, rows: Any, values: Any, events: Any, count: int, k: int, begin: int, n: int
+) -> None:  # fmt: skip
+    """What :func:`add_values`, or without ``values`` :func:`add_events`, sums up from ``rows``, for tile ``k``.
+
+    A weight of 0 adds 0 and can be left out, unless its source sends infinity or NaN.
+    """
+    tile[at : at + n] = 0
+    tile[at + ROW : at + ROW + n] = 0
+    for i in range(count):
+        source = events[i]
+        first, last = synapses.starts[source, k], synapses.starts[source, k + 1]
+        if values is None:
+            for s in range(first, last):
+                weight, j = synapses.weights[s], at + synapses.targets[s]
+                tile[j] += relu(weight)
+                tile[j + ROW] += relu(-weight)
+        elif np.isfinite(values[source]):
+            value = values[source]
+            for s in range(first, last):
+                weight, j = synapses.weights[s], at + synapses.targets[s]
+                tile[j] += relu(weight) * value
+                tile[j + ROW] += relu(-weight) * value
+        else:
+            row = rows[source, begin : begin + n]
+            add_row(tile[at : at + n], tile[at + ROW : at + ROW + n], row, values[source])
+
+
+@compiled
+def step_row(
+    tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any, keep: bool | None
+) -> None:  # fmt: skip
+    """One step of a tile; ``fired`` takes 0 or 1, or gives it where it is ``forced``.
+
+    ``keep``: None, or True to keep what a trajectory has of the inside of a step.
+    """
     for j in range(neurons):
         c = constants_of(tile, j, shared)
         v, g_e, g_i = tile[V + j], tile[G_E + j], tile[G_I + j]
         input_e, input_i = tile[INPUT + j], tile[INPUT + ROW + j]
         recurrent_e, recurrent_i = tile[RECURRENT + j], tile[RECURRENT + ROW + j]
-        tile[DECAYED_E + j] = add_drive(g_e, input_e, recurrent_e) if jump_first else g_e
-        tile[DECAYED_I + j] = add_drive(g_i, input_i, recurrent_i) if jump_first else g_i
+        if keep is not None:
+            tile[DECAYED_E + j] = add_drive(g_e, input_e, recurrent_e) if jump_first else g_e
+            tile[DECAYED_I + j] = add_drive(g_i, input_i, recurrent_i) if jump_first else g_i
         u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, jump_first)
         spike = fired[j] != 0 if forced else (u - c.v_thresh) > 0.0
         z: Any = 1.0 if spike else 0.0
-        tile[U + j] = u
+        if keep is not None:
+            tile[U + j] = u
         tile[V + j] = reset(u, z, c)
         tile[G_E + j] = g_e
         tile[G_I + j] = g_i
@@ -180,23 +247,58 @@ def projection_kernel() -> Any:
 
 
 @functools.cache
+def synapses_kernel() -> Any:
+    """:class:`Synapses` of dense rows, without elements if there are more than ``most``."""
+    sources = _sources()
+
+    def synapses(rows: Any, most: int) -> tuple[Any, Any, Any]:
+        _ = sources  # part of the key of the disk cache
+        neurons = rows.shape[1]
+        tiles = (neurons + TILE - 1) // TILE
+        starts = np.zeros((len(rows), tiles + 1), np.int64)
+        total = 0
+        for source in range(len(rows)):
+            starts[source, 0] = total
+            for k in range(tiles):
+                total += count_nonzero(rows[source, k * TILE : min((k + 1) * TILE, neurons)])
+                starts[source, k + 1] = total
+            if total > most:
+                return starts[:0], np.empty(0, np.uint16), np.empty(0, rows.dtype)
+        targets, weights = np.empty(total + 1, np.uint16), np.empty(total + 1, rows.dtype)
+        count = 0
+        for source in range(len(rows)):
+            for begin in range(0, neurons, FEW):
+                few = rows[source, begin : min(begin + FEW, neurons)]
+                if count_nonzero(few):
+                    for n in range(len(few)):
+                        targets[count], weights[count] = (begin + n) % TILE, few[n]
+                        count += few[n] != 0
+        return starts, targets[:total], weights[:total]
+
+    return _entry_point(synapses)
+
+
+@functools.cache
 def block_kernel() -> Any:
     """A block of steps of the batch rows from ``first`` to ``last``: simulated, or replayed with the spikes known."""
     sources = _sources()
 
     def block(
-        x: Strided, input_drive: Any, input_rows: Any, initial: Any, recurrent_drive: Any, recurrent_rows: Any,
-        shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool, states: Any,
-        chosen: Any, trajectory: Any, jump_first: bool, steps: int, first: int, last: int,
+        x: Strided, input_drive: Any, input_rows: Any, input_synapses: Synapses, initial: Any, recurrent_drive: Any,
+        recurrent_rows: Any, recurrent_synapses: Synapses, shared: Any, per_neuron: Any, state: Any, spikes: Strided,
+        one: int, words: Any, forced: bool, states: Any, chosen: Any, trajectory: Any, jump_first: bool, steps: int,
+        first: int, last: int,
     ) -> None:  # fmt: skip
         """Arrays without elements are not read or written; a drive without elements is summed from events.
 
         ``x`` [T, B I] and ``initial`` [B, N] are the sources of the input and of the first step's recurrent drive;
-        ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row. ``state`` is carried
+        ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row, and where most of them
+        are 0, the others are given as :class:`Synapses`, too. ``state`` is carried
         on; ``forced``: the spikes are those of ``words``. ``states`` are of all neurons, or of those ``chosen`` (ascending).
         """
         _ = sources  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
+        input_synapses, recurrent_synapses = borrow_synapses(input_synapses), borrow_synapses(recurrent_synapses)
         input_rows, recurrent_rows, initial = borrow(input_rows), borrow(recurrent_rows), borrow(initial)
         input_drive, recurrent_drive = borrow(input_drive), borrow(recurrent_drive)
         state, words, states, trajectory = borrow(state), borrow(words), borrow(states), borrow(trajectory)
@@ -230,7 +332,11 @@ def block_kernel() -> Any:
                     n = min(TILE, neurons - begin)
                     here = slice(begin, begin + n)
                     cell = cells + begin
-                    if input_drive.size == 0:
+                    if input_drive.size == 0 and input_synapses.starts.size > 0:
+                        add_synapses(
+                            tile, INPUT, input_synapses, input_rows, values, input_events, input_count, k, begin, n
+                        )  # fmt: skip
+                    elif input_drive.size == 0:
                         add_values(tile, INPUT, input_rows, values, input_events, input_count, begin, n)
                     else:
                         tile[INPUT : INPUT + n] = input_drive[0, t, row, here]
@@ -240,15 +346,20 @@ def block_kernel() -> Any:
                         tile[RECURRENT + ROW : RECURRENT + ROW + n] = recurrent_drive[1, t, row, here]
                     elif t == 0:
                         add_values(tile, RECURRENT, recurrent_rows, initial[row], events, count, begin, n)
+                    elif recurrent_synapses.starts.size > 0:
+                        add_synapses(
+                            tile, RECURRENT, recurrent_synapses, recurrent_rows, None, events, count, k, begin, n
+                        )  # fmt: skip
                     else:
                         add_events(tile, RECURRENT, recurrent_rows, events, count, begin, n)
                     if forced:
                         unpack(fired[here], words[t // 32, cell : cell + n], t % 32)
-                    if trajectory.size > 0:
-                        copy(trajectory[0, t, cell : cell + n], tile, V, 1, n)
                     prefetch(spikes, t + 1, cell, n)
-                    step_row(tile, fired[here], n, jump_first, forced, c)
-                    if trajectory.size > 0:
+                    if trajectory.size == 0:
+                        step_row(tile, fired[here], n, jump_first, forced, c, None)
+                    else:
+                        copy(trajectory[0, t, cell : cell + n], tile, V, 1, n)
+                        step_row(tile, fired[here], n, jump_first, forced, c, True)
                         copy(trajectory[1, t, cell : cell + n], tile, U, 1, n)
                         copy(trajectory[2, t, cell : cell + n], tile, G_E, 1, n)
                         copy(trajectory[3, t, cell : cell + n], tile, G_I, 1, n)

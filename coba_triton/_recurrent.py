@@ -50,6 +50,7 @@ class Network(NamedTuple):
 
     The weights are ``[N, I]`` and ``[N, N]``; ``input_rows`` and ``recurrent_rows`` are their transposes, with the
     synapses of a source side by side. With an ``exchange`` they are the rows of the neurons that this process owns.
+    ``synapses``: what the kernels have made of the rows for many steps.
     """
 
     input_weights: Tensor
@@ -60,11 +61,24 @@ class Network(NamedTuple):
     jump_first: bool
     kernels: ModuleType
     exchange: Exchange | None = None
+    synapses: Any = None
 
     @classmethod
-    def of(cls, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any) -> Network:
+    def of(
+        cls,
+        input_weights: Tensor,
+        recurrent_weights: Tensor,
+        constants: Tensor,
+        jump_first: bool,
+        kernels: ModuleType,
+        exchange: Exchange | None = None,
+        uses: int = 0,
+    ) -> Network:
+        """``uses``: in how many steps of how many batch rows, 0 if the kernels need not prepare for them."""
         rows = input_weights.t().contiguous(), recurrent_weights.t().contiguous()
-        return cls(input_weights, recurrent_weights, *rows, constants.contiguous(), *others)
+        synapses = [kernels.synapses(row, uses) for row in rows] if uses else None
+        constants = constants.contiguous()
+        return cls(input_weights, recurrent_weights, *rows, constants, jump_first, kernels, exchange, synapses)
 
     @property
     def dtype(self) -> torch.dtype:

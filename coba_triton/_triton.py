@@ -185,6 +185,10 @@ def _warps_for(block: int) -> int:
     return max(1, min(16, block // 64))
 
 
+def synapses(rows: Tensor, uses: int) -> None:
+    """Of weights, dense rows are all that the kernels read."""
+
+
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
     inputs, neurons = weights.shape

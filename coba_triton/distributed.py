@@ -202,8 +202,8 @@ class _Recurrent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ranks: _Ranks, o: RecurrentOptions, *tensors: Tensor) -> tuple[Tensor, ...]:
-        x, z, state, *weights_and_constants = tensors
-        net = Network.of(*weights_and_constants, o.jump_first, recurrent_kernels(o.backend), ranks)
+        x, z, state, input_weights, recurrent_weights, constants = tensors
+        net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend), ranks)
         spikes, z_final, final, states, words, checkpoints = recurrent_forward(net, x, z, state, *o)
         ctx.options, ctx.net = o, net
         ctx.set_materialize_grads(False)

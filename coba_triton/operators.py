@@ -324,7 +324,8 @@ def _recurrent(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     o = RecurrentOptions(*options)
-    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend))
+    kernels, uses = recurrent_kernels(o.backend), x.shape[0] * x.shape[1]
+    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, kernels, uses=uses)
     return recurrent_forward(net, x, z, state, *options)
 
 
@@ -348,7 +349,8 @@ def _recurrent_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
         return z.clone(), state.clone()
-    net = Network.of(input_weights, recurrent_weights, constants, jump_first, recurrent_kernels(backend))
+    kernels, uses = recurrent_kernels(backend), x.shape[0] * x.shape[1]
+    net = Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
     packed = spikes.dtype == torch.int32
     block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
     last, final = _recurrent_blocks.forward(
@@ -409,7 +411,8 @@ def _recurrent_backward(
     x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     o = RecurrentBackwardOptions(*others[6:])
-    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend))
+    kernels, uses = recurrent_kernels(o.backend), x.shape[0] * x.shape[1]
+    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, kernels, uses=uses)
     return recurrent_gradients(net, x, z, *others)
 
 

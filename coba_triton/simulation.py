@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 2**26  # of everything that a block of the default length holds
 MAX_BLOCK_STEPS = 2**16
+LONG = 2**20  # steps of a source that does not say
 STATE_BYTES = 2**24  # of the states of all neurons in every step, where the recorded ones need the others
 
 Variable = Literal["v", "g_e", "g_i"]
@@ -224,7 +225,7 @@ class _Run:
         self.stream: ForwardStream | None = None
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
-        if len(self.neurons) and self.recurrent and self.backend != "reference":
+        if self.recurrent and self.backend != "reference":
             self.kernels = self._kernels()
             order = self.neurons.argsort()
             self.ascending, self.places = self.neurons[order], order.argsort()
@@ -261,8 +262,10 @@ class _Run:
         dtype = self.state.v.dtype
         constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
         kernels = operators.recurrent_kernels(self.backend)
-        weights = (w.to(dtype) for w in self.weights)
-        return _recurrent.Network.of(*weights, constants, self.network.order == "jump_first", kernels)
+        input_weights, recurrent_weights = (w.to(dtype) for w in self.weights)
+        jump_first = self.network.order == "jump_first"
+        uses = (self.blocks.steps or LONG) * self.shape[:-1].numel()
+        return _recurrent.Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
 
     def _header(self, state: Any, block_steps: int | None) -> Header:
         dtype = str(self.state.v.dtype).removeprefix("torch.")
@@ -361,8 +364,10 @@ class _Run:
             words = torch.empty(word_count(len(x)), *self.shape, dtype=torch.int32)
             state, jobs = self.stream.submit(_flat_input(x, self.shape, before.v.dtype), words.view(len(words), -1))
             self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
-        elif len(self.neurons) and self.recurrent:
-            words, traces = self._with_traces(x)
+        elif self.recurrent and self.backend != "reference":
+            words, traces = self._connected(x)
+        elif self.recurrent and len(self.neurons):
+            words, traces = self._with_all_states(x)
         else:
             words, self.state = self._integrate(x, before, False)
         return _Running(start, x, before, self.state, words, traces, jobs)
@@ -388,14 +393,12 @@ class _Run:
             block["input_e"], block["input_i"] = self._mean_inputs(x)
         return start, stop, block, state
 
-    def _with_traces(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
+    def _connected(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState | None]:
         """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""
-        if self.backend == "reference":
-            return self._with_all_states(x)
         z, *others = self.state
         steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
         words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
-        traces = z.new_empty(3, steps, len(self.ascending))
+        traces = z.new_empty(3, steps, len(self.ascending)) if len(self.ascending) else None
         block_steps = _recurrent.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
         z, state = _recurrent.forward(
             self.kernels,
@@ -408,10 +411,11 @@ class _Run:
             None,
             block_steps,
             "auto",
-            self.ascending,
+            None if traces is None else self.ascending,
         )
         self.state = CobaLIFState(z.reshape(self.shape), *state.reshape(3, *self.shape))
-        return words.reshape(len(words), *self.shape), CobaLIFFeedForwardState(*traces[..., self.places])
+        kept = None if traces is None else CobaLIFFeedForwardState(*traces[..., self.places])
+        return words.reshape(len(words), *self.shape), kept
 
     def _with_all_states(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
         """The same where only whole states are recorded: in parts, of which some neurons are kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,61 @@ def test_empty_shapes(shape) -> None:
     assert spikes.shape == (*shape[:2], 4) and final.v.shape == (shape[1], 4)
     final.v.sum().backward()
     assert not case.input_weights.grad.any()
+
+
+def few_synapses(weights: torch.Tensor, density: float = 0.03) -> torch.Tensor:
+    """The same weights, most of them 0."""
+    return weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(7)) < density)
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["spikes", "numbers"])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float64)], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [(300, 2, 130), (60, 3, 1100)], ids=str)
+def test_few_synapses_have_the_bits_of_dense_rows(size, order, dtype, binary, monkeypatch) -> None:
+    """Only the synapses that are there are read, tile by tile: forward, and where the backward repeats it."""
+    from coba_triton import _cpu_recurrent
+
+    monkeypatch.setattr(_cpu_recurrent, "SYNAPSE_USES", 0)
+    case = recurrent_problem(*size, dtype, inputs=70, binary=binary)
+    case.input_weights, case.recurrent_weights = few_synapses(8 * case.input_weights), few_synapses(case.recurrent_weights)
+    for weights in (case.input_weights, case.recurrent_weights):
+        assert _cpu_recurrent.synapses(weights.t(), 1).targets.size == torch.count_nonzero(weights)
+    ours, gradients = case.gradients("cpu", order=order, path="events")
+    theirs, _ = case.gradients("reference", order=order)
+    assert_same_bits(ours, theirs)
+    assert theirs[0].sum() > 100
+    monkeypatch.setattr(_cpu_recurrent, "SYNAPSE_DENSITY", 0)
+    assert not _cpu_recurrent.synapses(case.recurrent_weights.t(), 1).targets.size
+    dense, dense_gradients = case.gradients("cpu", order=order, path="events")
+    assert_same_bits([*ours, *gradients.values()], [*dense, *dense_gradients.values()])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_reaches_neurons_without_a_synapse(value) -> None:
+    """As in a matrix product, where 0 times infinity is NaN."""
+    case = recurrent_problem(300, 1, 40)
+    case.input_weights = few_synapses(case.input_weights)
+    case.x[200, 0, 3] = value
+    ours, theirs = case.run("cpu", path="events"), case.run("reference")
+    for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert ours[1].g_e.isnan().all()
+
+
+def test_synapses_are_looked_for_where_they_are_few_and_used_often(monkeypatch) -> None:
+    from coba_triton import _cpu_recurrent
+
+    rows = few_synapses(torch.randn(1000, 1500, generator=torch.Generator().manual_seed(1)))
+    found = _cpu_recurrent.synapses(rows, 2000)
+    sources = np.repeat(np.arange(1000), np.diff(found.starts[:, [0, -1]])[:, 0])
+    tiles = (np.arange(len(found.targets))[:, None] >= found.starts[sources, 1:-1]).sum(1)
+    assert np.array_equal(rows.numpy().nonzero(), [sources, 1024 * tiles + found.targets])
+    assert np.array_equal(rows[rows != 0].numpy(), found.weights)
+    assert not _cpu_recurrent.synapses(rows, 1999).starts.size
+    rows[1::2] = 1.0  # none of those that are looked at first
+    monkeypatch.setattr(_cpu_recurrent, "SAMPLED_SOURCES", 10)
+    assert not _cpu_recurrent.synapses(rows, 2000).starts.size
 
 
 def test_slices_are_for_gpus() -> None:
