@@ -203,6 +203,10 @@ class _Run:
         self.device: torch.device = self.network.v_thresh.device
         self.recurrent = isinstance(network, CobaLIFRecurrent)
         self.blocks = Blocks(source, self.device)
+        if not (channels := self.blocks.first.shape[1:]).numel():
+            raise ValueError(
+                f"a step of source must have at least one number, got shape {list(channels)}; leave out what has no neurons"
+            )
         first = self.blocks.first.to(self.device)
         with torch.no_grad():
             weights = self.network._weights() if self.recurrent else ()
@@ -343,7 +347,7 @@ class _Run:
     @contextmanager
     def threads(self) -> Iterator[int]:
         """Have threads for the kernels, where the run needs them; yields how many blocks run ahead of the one to finish."""
-        if self.backend != "cpu" or self.recurrent or not self.shape.numel():
+        if self.backend != "cpu" or self.recurrent:
             yield 0
             return
         from ._cpu import ForwardStream

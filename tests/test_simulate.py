@@ -343,6 +343,7 @@ def test_unstable_conductances_are_warned_of_once() -> None:
         ({"sink": 3}, TypeError, "sink must be None, a path, or a sink such as ZarrSink, got int"),
         ({"sink": "run.h5"}, ValueError, "sink must be a path that ends in .zarr or .npz, got 'run.h5'"),
         ({"block_steps": 0}, ValueError, "block_steps must be a positive int or None"),
+        ({"source": torch.zeros(5, 0)}, ValueError, "a step of source must have at least one number, got shape [0]; leave"),
         (
             {"record": Record(neurons=[N])},
             ValueError,
