@@ -60,7 +60,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("block_steps", [2**14, 2**16], ids="blocks of {}".format)  # by default: made on the way, a tensor
+@pytest.mark.parametrize("block_steps", [2**14, 2**16], ids="blocks of {}".format)  # defaults: source, tensor
 @pytest.mark.parametrize("weight", [0.004, 0.008], ids=["9 Hz", "46 Hz"])
 def test_unconnected(tmp_path: Path, weight: float, block_steps: int) -> None:
     """1000 neurons, packed spikes: blocks that are in memory, and Poisson spikes of 100 Hz that are made on the way."""

@@ -15,10 +15,11 @@ from . import _cpu_recurrent_kernels as kernels
 from ._cpu import _ask_for_huge_pages, _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
 from ._recurrent import Network, send_back
 
-# Weights of which more than this are not 0 are read as dense rows, and those that sources read in fewer steps than these.
+# Weights are read as dense rows where a larger part of them is not 0,
 SYNAPSE_DENSITY = 1 / 16
+# or where they serve fewer steps a source.
 SYNAPSE_USES = 2
-# Sources that tell whether to look at all of them.
+# So many sources tell whether it is worth to look at all.
 SAMPLED_SOURCES = 64
 
 
@@ -79,7 +80,7 @@ def _block(
     final = state.clone()
     none = state.new_empty(0)
     no_drive = none.view(2, 0, batch, neurons)
-    input_synapses, recurrent_synapses = net.synapses or (synapses(none.view(0, neurons), 0),) * 2
+    input_synapses, recurrent_synapses = net.synapses
     kept = cells if chosen is None else len(chosen)
     in_place = states is not None and states.is_contiguous()
     trace = state.new_empty(3, 0 if states is None or in_place else steps, kept)

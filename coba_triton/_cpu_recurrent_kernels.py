@@ -57,7 +57,7 @@ STEP_DECAYED_E, STEP_DECAYED_I = 30 * ROW, 31 * ROW
 GRAD_Z, ADJOINT_E, ADJOINT_I = 32 * ROW, 33 * ROW, 34 * ROW
 BACKWARD_SIZE = 35 * ROW
 
-# Weights that are looked through at once for one that is not 0.
+# Numbers that are looked through at once for one that is not 0.
 FEW = 16
 
 # Elements of a source's sums that a thread adds to at a time: so many of all sources together fit a second-level cache.
@@ -255,7 +255,7 @@ def synapses_kernel() -> Any:
         _ = sources  # part of the key of the disk cache
         neurons = rows.shape[1]
         tiles = (neurons + TILE - 1) // TILE
-        starts = np.zeros((len(rows), tiles + 1), np.int64)
+        starts = np.empty((len(rows), tiles + 1), np.int64)
         total = 0
         for source in range(len(rows)):
             starts[source, 0] = total
@@ -292,9 +292,9 @@ def block_kernel() -> Any:
         """Arrays without elements are not read or written; a drive without elements is summed from events.
 
         ``x`` [T, B I] and ``initial`` [B, N] are the sources of the input and of the first step's recurrent drive;
-        ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row, and where most of them
-        are 0, the others are given as :class:`Synapses`, too. ``state`` is carried
-        on; ``forced``: the spikes are those of ``words``. ``states`` are of all neurons, or of those ``chosen`` (ascending).
+        ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row; where most of them are 0,
+        the :class:`Synapses` have the others. ``state`` is carried on; ``forced``: the spikes are those of ``words``.
+        ``states`` are of all neurons, or of those ``chosen`` (ascending).
         """
         _ = sources  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)

@@ -50,7 +50,7 @@ class Network(NamedTuple):
 
     The weights are ``[N, I]`` and ``[N, N]``; ``input_rows`` and ``recurrent_rows`` are their transposes, with the
     synapses of a source side by side. With an ``exchange`` they are the rows of the neurons that this process owns.
-    ``synapses``: what the kernels have made of the rows for many steps.
+    ``synapses``: what the kernels have made of both rows, for as many steps as they serve.
     """
 
     input_weights: Tensor
@@ -60,8 +60,8 @@ class Network(NamedTuple):
     constants: Tensor
     jump_first: bool
     kernels: ModuleType
+    synapses: tuple[Any, Any]
     exchange: Exchange | None = None
-    synapses: Any = None
 
     @classmethod
     def of(
@@ -74,11 +74,11 @@ class Network(NamedTuple):
         exchange: Exchange | None = None,
         uses: int = 0,
     ) -> Network:
-        """``uses``: in how many steps of how many batch rows, 0 if the kernels need not prepare for them."""
+        """``uses``: steps of all batch rows that the network serves; for few, the kernels prepare nothing."""
         rows = input_weights.t().contiguous(), recurrent_weights.t().contiguous()
-        synapses = [kernels.synapses(row, uses) for row in rows] if uses else None
+        synapses = kernels.synapses(rows[0], uses), kernels.synapses(rows[1], uses)
         constants = constants.contiguous()
-        return cls(input_weights, recurrent_weights, *rows, constants, jump_first, kernels, exchange, synapses)
+        return cls(input_weights, recurrent_weights, *rows, constants, jump_first, kernels, synapses, exchange)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -314,6 +314,14 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *option
     return outputs
 
 
+def _network(
+    x: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, jump_first: bool, backend: str
+) -> Network:
+    """The network for the steps and batch rows of ``x [T, B, I]``."""
+    kernels, uses = recurrent_kernels(backend), x.shape[0] * x.shape[1]
+    return Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
+
+
 def _recurrent(
     x: Tensor,
     z: Tensor,
@@ -324,8 +332,7 @@ def _recurrent(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     o = RecurrentOptions(*options)
-    kernels, uses = recurrent_kernels(o.backend), x.shape[0] * x.shape[1]
-    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, kernels, uses=uses)
+    net = _network(x, input_weights, recurrent_weights, constants, o.jump_first, o.backend)
     return recurrent_forward(net, x, z, state, *options)
 
 
@@ -349,8 +356,7 @@ def _recurrent_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
         return z.clone(), state.clone()
-    kernels, uses = recurrent_kernels(backend), x.shape[0] * x.shape[1]
-    net = Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
+    net = _network(x, input_weights, recurrent_weights, constants, jump_first, backend)
     packed = spikes.dtype == torch.int32
     block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
     last, final = _recurrent_blocks.forward(
@@ -411,8 +417,7 @@ def _recurrent_backward(
     x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     o = RecurrentBackwardOptions(*others[6:])
-    kernels, uses = recurrent_kernels(o.backend), x.shape[0] * x.shape[1]
-    net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, kernels, uses=uses)
+    net = _network(x, input_weights, recurrent_weights, constants, o.jump_first, o.backend)
     return recurrent_gradients(net, x, z, *others)
 
 

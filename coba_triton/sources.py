@@ -246,7 +246,8 @@ def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "c
         device: where the blocks go. To a GPU they are copied from pinned memory on a stream of their own.
 
     Returns:
-        An iterator of tensors ``[block_steps, ...]``; the last one may be shorter.
+        An iterator of tensors ``[block_steps, ...]``; the last one may be shorter. Those of a tensor or of a numpy array in
+        memory are views of it.
 
     Raises:
         TypeError: if ``source`` is none of these.
