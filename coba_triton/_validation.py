@@ -188,22 +188,42 @@ def has_tangent(tensor: Tensor) -> bool:
     return unpack_dual(tensor).tangent is not None
 
 
-def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[Tensor]) -> None:
-    """``out`` is a buffer for spikes of this shape and dtype, and nothing that it would overwrite or cut off."""
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
+
+
+def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str, Any]) -> None:
+    """``out`` is a buffer for spikes of this shape and dtype, and nothing that it would overwrite or cut off.
+
+    ``inputs``: every argument by its name, ``input_tensor`` first.
+    """
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}; use torch.empty")
-    x, *others = inputs
-    if (out.shape, out.dtype, out.device) != (shape, dtype, x.device) or not out.is_contiguous():
+    device = inputs["input_tensor"].device
+    if (out.shape, out.dtype, out.device) != (shape, dtype, device) or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else "strided"
         raise ValueError(
-            f"out must be contiguous {dtype} {list(shape)} on {str(x.device)!r} for this input and spike_dtype, got "
+            f"out must be contiguous {dtype} {list(shape)} on {str(device)!r} for this input and spike_dtype, got "
             f"{layout} {out.dtype} {list(out.shape)} on {str(out.device)!r}; make it with torch.empty"
         )
     if torch._C._are_functorch_transforms_active():
         raise ValueError("out takes the spikes of a plain call, got one within a torch.func transform; leave out= away")
-    if out.numel() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        raise ValueError("out must not share memory with input_tensor, got a view of it; use a buffer of its own")
-    if any(is_tracked(tensor) for tensor in (out, x, *others)):
+    if (
+        out.numel() and not torch.compiler.is_compiling() and device.type != "meta"
+    ):  # a compiler keeps memory apart by itself
+        begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or value.device != device:
+                continue
+            at = value.data_ptr()
+            if at < end and begin < at + _extent(value):
+                raise ValueError(f"out must not share memory with {name}, got a view of it; use a buffer of its own")
+    # alpha takes no gradient
+    if is_tracked(out) or any(is_tracked(v) for name, v in inputs.items() if isinstance(v, Tensor) and name != "alpha"):
         raise ValueError(
             "out takes spikes that no gradient flows through, got arguments that require one; call under "
             "torch.no_grad(), or leave out= away"

@@ -46,6 +46,10 @@ def _numbers(p: Any) -> dict[str, Any]:
     return {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
 
 
+def _state_fields(state: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    return {} if state is None else {f"state.{name}": getattr(state, name) for name in fields}
+
+
 def _prepare(
     x: Tensor,
     neurons: torch.Size,
@@ -75,11 +79,9 @@ def _feed_forward_request(
 ) -> tuple[torch.Size, list[Tensor], Constants, torch.dtype]:
     check.check_parameters(p)
     check.check_dt(dt)
-    named = _numbers(p)
     if state is not None:
         check.check_state(state, FEED_FORWARD_FIELDS, x.device)
-        named = {f"state.{name}": getattr(state, name) for name in FEED_FORWARD_FIELDS} | named
-    neurons = check.broadcast_neurons(step_shape, named)
+    neurons = check.broadcast_neurons(step_shape, _state_fields(state, FEED_FORWARD_FIELDS) | _numbers(p))
     return neurons, *_prepare(x, neurons, state, FEED_FORWARD_FIELDS, [], p, dt)
 
 
@@ -90,11 +92,9 @@ def _recurrent_request(
     check.check_dt(dt)
     check.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
     neurons = torch.Size([*step_shape[:-1], input_weights.shape[0]])
-    named = _numbers(p)
     if state is not None:
         check.check_state(state, RECURRENT_FIELDS, x.device)
-        named = {f"state.{name}": getattr(state, name) for name in RECURRENT_FIELDS} | named
-    check.broadcast_neurons(neurons, named, grows=False)
+    check.broadcast_neurons(neurons, _state_fields(state, RECURRENT_FIELDS) | _numbers(p), grows=False)
     tensors, c, dtype = _prepare(x, neurons, state, RECURRENT_FIELDS, [input_weights, recurrent_weights], p, dt)
     return tensors, (input_weights.to(dtype), recurrent_weights.to(dtype)), c, dtype
 
@@ -267,8 +267,9 @@ def coba_lif_feed_forward_integral(
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
             (:func:`coba_triton.unpack_spikes`), or None for the input's dtype.
-        out: contiguous buffer that takes the spikes and is returned; not for training. Reusing one in a loop saves the
-            first touch of new memory, which costs a CPU more than the neurons do.
+        out: contiguous buffer that takes the spikes and is returned, apart in memory from all arguments; not for
+            training. Reusing one in a loop saves the first touch of new memory, which costs a CPU more than the neurons
+            do.
 
     Returns:
         Spikes ``[T, *shape]`` and the state; float32 unless an array among the arguments is float64.
@@ -289,7 +290,8 @@ def coba_lif_feed_forward_integral(
     default = _spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
     if out is not None:
-        check.check_out(out, *_spikes_format(steps, neurons, spike_dtype, default), [input_tensor, *tensors, *c])
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **_numbers(p)}
+        check.check_out(out, *_spikes_format(steps, neurons, spike_dtype, default), inputs)
 
     backend = choose_backend(backend, input_tensor.device)
     if backend == "reference":
@@ -461,7 +463,9 @@ def coba_lif_integral(
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], tensors[0].shape, spike_dtype, default)
-        check.check_out(out, *wanted, [input_tensor, *tensors, *weights, *c])
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **_numbers(p)}
+        inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
+        check.check_out(out, *wanted, inputs)
     backend = choose_backend(backend, input_tensor.device)
     if backend == "reference":
         w = reference.SplitWeights.of(*weights)
