@@ -48,11 +48,14 @@ def check_parameters(p: Any) -> None:
     if p.method not in SURROGATES:
         raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {p.method!r}")
     for name in NUMERIC_PARAMETERS:
-        check_number(getattr(p, name), name)
+        check_number(getattr(p, name), name, name in NOT_NEGATIVE)
 
 
-def check_number(value: Any, name: str) -> None:
-    """A real Python number or a real tensor."""
+NOT_NEGATIVE = ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha")
+
+
+def check_number(value: Any, name: str, not_negative: bool = False) -> None:
+    """A real tensor, or a real Python number that is finite; to look at a tensor's numbers would wait for a GPU."""
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name} must be a real number or tensor, got a tensor of {value.dtype}; use .float()")
@@ -60,6 +63,27 @@ def check_number(value: Any, name: str) -> None:
         raise TypeError(
             f"{name} must be a real number or a torch.Tensor, got {type(value).__name__}; wrap arrays in torch.as_tensor"
         )
+    elif not torch.compiler.is_compiling():  # see check_dt
+        _check_finite(value, name, not_negative)
+
+
+def _check_finite(value: Any, name: str, not_negative: bool, where: str = "") -> None:
+    if not math.isfinite(value):
+        out = "; for neurons that never fire, pass one that they do not reach, such as 1e9" if name == "v_thresh" else ""
+        raise ValueError(f"{name} must be finite, got {float(value)}{where}{out or '; correct it where it comes from'}")
+    if not_negative and value < 0:
+        raise ValueError(f"{name} must not be negative, got {float(value)}{where}; correct its sign")
+
+
+def check_numbers(named: dict[str, Any]) -> None:
+    """The same of every number of tensors, which it reads back."""
+    for name, value in named.items():
+        tensor, not_negative = torch.as_tensor(value).detach(), name in NOT_NEGATIVE
+        wrong = ~torch.isfinite(tensor)
+        if not_negative:
+            wrong |= tensor < 0
+        for index in wrong.nonzero()[:1].tolist():
+            _check_finite(tensor[tuple(index)].item(), name, not_negative, f" at {index}" if index else "")
 
 
 LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
@@ -113,7 +137,7 @@ def check_state(state: Any, fields: tuple[str, ...], device: torch.device) -> No
         )
     for name in fields:
         value = getattr(state, name)
-        check_number(value, f"state.{name}")
+        check_number(value, f"state.{name}", name in ("g_e", "g_i"))
         check_device(value, f"state.{name}", device)
 
 
@@ -242,29 +266,44 @@ def check_block_steps(block_steps: Any) -> None:
 _stability_checked: set[tuple[Any, ...]] = set()
 
 
-def warn_if_unstable(p: Any, dt: float, g_e: Any, g_i: Any) -> None:
-    """Warn once for each kind of parameters if the Euler step diverges at the given conductances.
+def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklevel: int = 4) -> None:
+    """Warn once for each kind of parameters of what the Euler step makes of them at the given conductances.
 
-    The step multiplies ``v`` by ``1 - dt c_m_inv (g_l + g_e + g_i)``, which grows without bound where it is below -1.
-    Looked at once for each ``dt`` and parameters (tensors count by their shape), as it must read tensors back.
+    A step multiplies a conductance by ``1 - dt tau_syn_inv``, and the distance of ``v`` from where it is drawn to by
+    ``1 - dt c_m_inv (g_l + g_e + g_i)``: below 0 they change their sign in every step, below -1 they grow without bound.
+    Looked at once for each ``dt`` and parameters (tensors count by their shape, and those on a GPU are not waited for).
     """
     if torch.compiler.is_compiling():
         return
-    rates = (p.c_m_inv, p.g_l)
+    rates = (p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l)
     key = (dt, *(tuple(r.shape) if isinstance(r, Tensor) else r for r in rates))
     if key in _stability_checked:
         return
-    with torch.no_grad():
-        c_m_inv, g_l, g_e, g_i = (torch.as_tensor(value).detach().double().cpu() for value in (*rates, g_e, g_i))
-        factor = dt * c_m_inv * (g_l + g_e + g_i)
-        try:
-            largest = float(factor.max()) if factor.numel() else 0.0
-        except RuntimeError:  # torch.func.vmap cannot read back
-            return
+    try:
+        excitatory, inhibitory, c_m_inv, g_l, *g = (_known(value) for value in (*rates, g_e, g_i))
+        found = {"tau_syn_exc_inv": excitatory, "tau_syn_inh_inv": inhibitory}
+        if c_m_inv is not None and g_l is not None:
+            found["c_m_inv * (g_l + g_e + g_i)"] = c_m_inv * sum((known for known in g if known is not None), start=g_l)
+        factors = {name: dt * float(rate.max()) for name, rate in found.items() if rate is not None and rate.numel()}
+    except RuntimeError:  # torch.func.vmap cannot read back
+        return
     _stability_checked.add(key)
-    if largest > 2:
-        warnings.warn(
-            f"the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) is {largest:.3g} at the given state, more "
-            f"than 2; make dt smaller than {dt * 2 / largest:.3g}",
-            stacklevel=4,
-        )
+    for name, factor in factors.items():
+        if factor > 1:
+            where = " at the given state" if "g_e" in name else ""
+            warnings.warn(
+                f"{instability(factor)}: dt * {name} is {factor:.3g}{where}, more than {2 if factor > 2 else 1}; make dt "
+                f"smaller than {dt / factor:.3g}",
+                stacklevel=stacklevel,
+            )
+
+
+def instability(factor: float) -> str:
+    """What the Euler step does where ``dt`` times a rate is more than 1."""
+    return "the Euler step is unstable" if factor > 2 else "the Euler step overshoots"
+
+
+def _known(value: Any) -> Tensor | None:
+    """A number or tensor in double precision, None if it is elsewhere."""
+    tensor = torch.as_tensor(value).detach()
+    return tensor.double() if tensor.device.type == "cpu" else None

@@ -67,10 +67,7 @@ def _prepare(
         zero = torch.zeros((), dtype=dtype, device=x.device)
         given = [c.v_rest if name == "v" else zero for name in fields]
     tensors = [torch.as_tensor(value, dtype=dtype, device=x.device).expand(neurons) for value in given]
-    if state is not None:
-        check.warn_if_unstable(p, dt, *given[-2:])
-    else:
-        check.warn_if_unstable(p, dt, 0.0, 0.0)
+    check.warn_if_unstable(p, dt, *(() if state is None else given[-2:]))
     return tensors, c, dtype
 
 

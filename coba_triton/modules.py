@@ -46,6 +46,7 @@ class _Neurons(nn.Module):
         check.check_parameters(p)
         check.check_dt(dt)
         check.check_learn(learn, p)
+        check.warn_if_unstable(p, dt, stacklevel=4)  # a call does not wait for the numbers of a module on a GPU
         self.dt = float(dt)
         self.method: str = p.method
         self.learn = tuple(learn)

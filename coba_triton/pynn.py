@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._validation import check_number, check_parameters
+from ._validation import check_number, check_numbers, check_parameters
 from .model import CobaLIFParameters, Number
 
 # Names and defaults as the simulators have them.
@@ -46,6 +46,7 @@ def _number(value: Any, name: str) -> Number:
     if isinstance(value, np.ndarray | list | tuple):
         value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
     check_number(value, name)
+    check_numbers({name: value})
     number: Number = value if isinstance(value, Tensor) else float(value)
     if name in MUST_BE_ZERO and bool(torch.as_tensor(number != 0).any()):
         raise ValueError(
@@ -77,7 +78,7 @@ def from_pynn(
     Raises:
         TypeError: if a value is no number and no array of numbers.
         ValueError: if the model or a name is unknown, a refractory period or an offset current is not 0, or a time
-            constant, capacitance or conductance is not positive.
+            constant, capacitance or conductance is not positive, or a number is not finite.
 
     Example:
         >>> p = from_pynn({"cm": 0.25, "tau_m": 10.0, "tau_refrac": 0.0})

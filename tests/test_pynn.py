@@ -65,7 +65,8 @@ def test_gradients_reach_the_simulators_parameters() -> None:
         ("IF_cond_exp", {"tau_syn_e": 5.0}, "got 'tau_syn_e'; the nearest is 'tau_syn_E'"),
         ("iaf_cond_exp", {"g_l": 5.0}, "got 'g_l'; the nearest is 'g_L'"),
         ("IF_cond_exp", {"cm": 0.0}, r"cm must be positive, got 0\.0"),
-        ("iaf_cond_exp", {"C_m": float("nan")}, "C_m must be positive, got nan"),
+        ("iaf_cond_exp", {"C_m": float("nan")}, "C_m must be finite, got nan; correct it where it comes from"),
+        ("iaf_cond_exp", {"E_L": [-70.0, float("-inf")]}, r"E_L must be finite, got -inf at \[1\]; correct"),
         ("iaf_psc_exp", {}, r"model must be 'IF_cond_exp' \(PyNN\) or 'iaf_cond_exp' \(NEST\), got 'iaf_psc_exp'"),
     ],
 )

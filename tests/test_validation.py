@@ -11,13 +11,19 @@ import pytest
 import torch
 
 from coba_triton import (
+    CobaLIF,
+    CobaLIFCell,
     CobaLIFFeedForwardState,
     CobaLIFParameters,
+    CobaLIFState,
+    PoissonSource,
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
     coba_lif_integral,
     coba_lif_step,
+    from_pynn,
 )
+from coba_triton.model import NUMERIC_PARAMETERS
 
 X = torch.zeros(4, 3)
 W_IN, W_REC = torch.zeros(2, 3), torch.zeros(2, 2)
@@ -95,6 +101,41 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "parameter bool": (lambda: number("g_l", True), TypeError, "g_l must be a real number .* got bool"),
     "parameter bool tensor": (lambda: number("g_l", torch.tensor(True)), TypeError, "got a tensor of torch.bool"),
     "parameter array": (lambda: number("g_l", np.zeros(3)), TypeError, "got ndarray; wrap arrays in torch.as_tensor"),
+    **{
+        f"parameter {name} {value}": (
+            lambda name=name, value=value: number(name, value),
+            ValueError,
+            f"{name} must be finite, got {value}; ",
+        )
+        for name in NUMERIC_PARAMETERS
+        for value in (float("nan"), float("inf"), float("-inf"))
+    },
+    **{
+        f"parameter {name} negative": (
+            lambda name=name: number(name, -1),
+            ValueError,
+            f"{name} must not be negative, got -1.0; correct its sign",
+        )
+        for name in ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha")
+    },
+    "parameter of a module": (
+        lambda: CobaLIFCell(3, 2, CobaLIFParameters(g_l=np.float32("nan"))),
+        ValueError,
+        "g_l must be finite, got nan",
+    ),
+    "threshold that is never reached": (lambda: number("v_thresh", float("inf")), ValueError, "never fire, pass .* as 1e9"),
+    "state nan": (
+        lambda: rec(state=CobaLIFState(0.0, float("nan"), 0.0, 0.0)),
+        ValueError,
+        "state.v must be finite, got nan; correct it where it comes from",
+    ),
+    "state negative": (
+        lambda: ff(state=CobaLIFFeedForwardState(-65.0, 0.0, -0.1)),
+        ValueError,
+        "state.g_i must not be negative, got -0.1",
+    ),
+    "rate of a source": (lambda: PoissonSource(float("nan"), 5, (2,)), ValueError, "rate must be finite"),
+    "weight of a source": (lambda: PoissonSource(1.0, 5, (2,), weight=float("inf")), ValueError, "weight must be finite"),
     "weights type": (lambda: rec(w_in=[[1.0]]), TypeError, "input_weights must be a torch.Tensor, got list"),
     "weights dtype": (lambda: rec(w_rec=W_REC.int()), TypeError, "recurrent_weights must be of a floating dtype"),
     "weights rank": (lambda: rec(w_in=torch.zeros(3)), ValueError, r"input_weights must be a matrix.*got shape \[3\]"),
@@ -127,12 +168,38 @@ def test_message(name: str) -> None:
 def test_unstable_step_warns_once() -> None:
     x, state = torch.zeros(2, 3), CobaLIFFeedForwardState(-20.0, torch.tensor([0.0, 5.0, 1.0]), 0.0)
     p = CobaLIFParameters()
-    with pytest.warns(UserWarning, match=r"unstable: dt \* c_m_inv \* .* is 2.62 .* make dt smaller than 0.0762"):
+    with pytest.warns(UserWarning, match=r"unstable: dt \* c_m_inv \* .* is 2.62 .* make dt smaller than 0.0381"):
         ff(x, state, p, 0.1)
+    with pytest.warns(UserWarning, match=r"overshoots: dt \* c_m_inv \* .* is 1.84 at the given state, more than 1; make"):
+        ff(x, state, p, 0.07)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ff(x, state, p, 0.1)
-        ff(x, state, p, 0.07)
+        ff(x, state, p, 0.038)
+
+
+@pytest.mark.parametrize(("dt", "what"), [(0.3, "overshoots"), (0.5, "is unstable")])
+@pytest.mark.parametrize("call", ["function", "recurrent", "module", "cell", "tensor"])
+def test_rates_of_synapses_are_looked_at(call: str, dt: float, what: str) -> None:
+    p = from_pynn({"t_ref": 0.0, "tau_syn_in": 100.0}, model="iaf_cond_exp")
+    with pytest.warns(
+        UserWarning, match=rf"step {what}: dt \* tau_syn_exc_inv is {5 * dt:.3g}, .* smaller than 0.2"
+    ) as seen:
+        match call:
+            case "function":
+                ff(p=p, dt=dt)
+            case "recurrent":
+                rec(p=p, dt=dt)
+            case "module":
+                CobaLIF(p, dt)
+            case "cell":
+                CobaLIFCell(3, 2, p, dt)
+            case "tensor":
+                ff(p=p._replace(tau_syn_exc_inv=torch.tensor([0.1, 5.0, 0.1])), dt=dt)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CobaLIF(p, dt=0.1)(X)
 
 
 def test_unstable_step_warns_of_tensors_and_single_steps() -> None:
