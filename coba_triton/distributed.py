@@ -315,7 +315,7 @@ def coba_lif_integral(
         x, initial, weights, c = prepare(values.get("input_tensor", x), CobaLIFParameters(**numbers, method=p.method))
 
     z, *others = initial
-    default = _spike_dtype(x, z.dtype)
+    default = _spike_dtype(x, z.dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if backend == "reference":
         w = reference.SplitWeights.of(*weights)

@@ -38,8 +38,13 @@ def _compute_dtype(x: Tensor, tensors: list[Any], shape: torch.Size) -> torch.dt
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _spike_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
-    return x.dtype if x.is_floating_point() else compute_dtype
+def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
+    """The dtype of an input of numbers; of one of bytes or integers, that of half-precision weights or of the state."""
+    if x.is_floating_point():
+        return x.dtype
+    if weights and compute_dtype == torch.float32:
+        return functools.reduce(torch.promote_types, (w.dtype for w in weights))
+    return compute_dtype
 
 
 def _numbers(p: Any) -> dict[str, Any]:
@@ -170,7 +175,8 @@ def coba_lif_step(
     )
     w = reference.SplitWeights.of(*weights)
     new = reference.recurrent_step(input_tensor.to(dtype), z, v, g_e, g_i, w, c, False, p.method)
-    return new.z.to(_spike_dtype(input_tensor, dtype)), CobaLIFState(*new)
+    given = input_weights, recurrent_weights
+    return new.z.to(_spike_dtype(input_tensor, dtype, given)), CobaLIFState(*new)
 
 
 def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: int | None, spike_dtype: SpikeDtype) -> None:
@@ -263,7 +269,7 @@ def coba_lif_feed_forward_integral(
         block_steps: steps in one launch; None for all of them. Changes no result.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
-            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype.
+            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype, of one of bool or integers the state's.
         out: contiguous buffer that takes the spikes and is returned, apart in memory from all arguments; not for
             training. Reusing one in a loop saves the first touch of new memory, which costs a CPU more than the neurons
             do.
@@ -430,7 +436,8 @@ def coba_lif_integral(
         block_steps: steps in one launch of a fused backend, rounded up to a multiple of 32; None for about ``sqrt(T)``
             in training, where the state before each block is kept, and else for a bounded scratch.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
-        spike_dtype: as in :func:`coba_lif_feed_forward_integral`.
+        spike_dtype: as in :func:`coba_lif_feed_forward_integral`; None with an input of bool or integers and weights in half
+            precision: theirs.
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
             (events, several programs a batch row; GPUs only), or ``auto``: events, and dense for a block that follows
             one with more than 0.2 spikes per neuron and step.
@@ -456,7 +463,7 @@ def coba_lif_integral(
         input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:]
     )
     initial = CobaLIFState(*tensors)
-    default = _spike_dtype(input_tensor, dtype)
+    default = _spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], tensors[0].shape, spike_dtype, default)

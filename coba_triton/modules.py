@@ -48,6 +48,7 @@ class _Neurons(nn.Module):
         check.check_learn(learn, p)
         check.warn_if_unstable(p, dt, stacklevel=4)  # a call does not wait for the numbers of a module on a GPU
         self.dt = float(dt)
+        self.dtype = torch.get_default_dtype()  # what the module was converted to last
         self.method: str = p.method
         self.learn = tuple(learn)
         given = {name: _floating(getattr(p, name)) for name in NUMERIC_PARAMETERS}
@@ -78,6 +79,11 @@ class _Neurons(nn.Module):
             p = p._replace(**{name: getattr(p, name).item() for name in self._numbers})
         return p
 
+    def _spikes_for(self, x: Any) -> torch.dtype | None:
+        """The spikes' dtype where the input is of bool or integers and says nothing: what the layer behind has."""
+        other = self.dtype != torch.float32 and isinstance(x, Tensor) and not x.is_floating_point()
+        return self.dtype if other else None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         numbers = [self._buffers.get(name) for name in self._numbers]
 
@@ -91,6 +97,7 @@ class _Neurons(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
     def extra_repr(self) -> str:
@@ -209,7 +216,8 @@ class CobaLIFFeedForwardCell(_Neurons):
         super().__init__(p, dt, learn)
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
-        return coba_lif_feed_forward_step(input_tensor, state, self._parameters_for(input_tensor, 0), self.dt)
+        z, state = coba_lif_feed_forward_step(input_tensor, state, self._parameters_for(input_tensor, 0), self.dt)
+        return z.to(self._spikes_for(input_tensor) or z.dtype), state
 
 
 class CobaLIFCell(_RecurrentNeurons):
@@ -274,7 +282,8 @@ class CobaLIF(_WholeSequence, _Neurons):
         order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
         backend: which implementation computes; all give the same bits.
         block_steps: steps in one launch; None for all of them.
-        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype.
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype, of one of bool or integers
+            the dtype of the module (``.half()``).
 
     Shape:
         ``input_tensor [T, *shape]`` in uS and the state, or None to start at rest, to spikes ``[T, *shape]`` and the
@@ -310,7 +319,9 @@ class CobaLIF(_WholeSequence, _Neurons):
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
         p = self._parameters_for(input_tensor, 1)
-        return coba_lif_feed_forward_integral(input_tensor, state, p, self.dt, **self._options())
+        options = self._options()
+        options["spike_dtype"] = options["spike_dtype"] or self._spikes_for(input_tensor)
+        return coba_lif_feed_forward_integral(input_tensor, state, p, self.dt, **options)
 
 
 class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
@@ -330,7 +341,8 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         order: ``decay_first`` or ``jump_first``.
         backend: which implementation computes.
         block_steps: steps in one launch; None for all of them.
-        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype.
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype, of one of bool or integers
+            the dtype of the module (``.half()``).
 
     Attributes:
         input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Drawn

@@ -129,7 +129,7 @@ class Blocks:
             self.steps = int(source.shape[0])
             self.first = _tensor(source[: min(self.steps, FIRST)]).cpu()
         elif isinstance(source, Iterable):
-            chunks = map(_tensor, source)
+            chunks = map(_chunk, source)
             chunk = next(chunks, None)
             if chunk is None:
                 raise ValueError("source must have at least one chunk [t, ...], got an empty iterator")
@@ -220,6 +220,15 @@ def _in_memory(x: Any) -> bool:
     return owner is None or isinstance(owner, Tensor)
 
 
+def _chunk(x: Any) -> Tensor:
+    if not hasattr(x, "shape"):  # numpy would make one array of a list of batches
+        raise TypeError(
+            f"every chunk of source must be a tensor or an array [t, ...], got {type(x).__name__}; of a loader whose "
+            "batches are lists pass what is time first in them, such as (batch[0] for batch in loader)"
+        )
+    return _tensor(x)
+
+
 def _tensor(x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x
@@ -240,8 +249,8 @@ def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "c
 
     Args:
         source: an array ``[T, ...]`` (tensor, numpy array or memmap, zarr or HDF5 array, :class:`PoissonSource`:
-            anything with ``shape`` that gives its steps as slices), or an iterable of chunks ``[t, ...]``, which may
-            have different lengths.
+            anything with ``shape`` that gives its steps as slices), or an iterable of chunks ``[t, ...]``, tensors or
+            arrays, which may have different lengths.
         block_steps: steps in a block.
         device: where the blocks go. To a GPU they are copied from pinned memory on a stream of their own.
 

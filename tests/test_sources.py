@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from coba_triton import PoissonSource, stream_blocks
+from coba_triton import CobaLIF, PoissonSource, simulate, stream_blocks
 from coba_triton._stream_kernels import philox
 
 STEPS = 700
@@ -155,6 +156,14 @@ def test_forms_of_a_source(form: str, tmp_path: Path) -> None:
         assert np.shares_memory(blocks[1].numpy(), source) == (form in ("numpy", "part"))
 
 
+def test_batches_of_a_loader() -> None:
+    x = torch.randn(9, 3)
+    loader = DataLoader(TensorDataset(x), batch_size=4)
+    assert torch.equal(torch.cat(list(stream_blocks((batch[0] for batch in loader), 5))), x)
+    with pytest.raises(TypeError, match=r"got list; .* such as \(batch\[0\] for batch in loader\)"):
+        simulate(CobaLIF(dt=0.1), loader)
+
+
 def test_error_of_a_source_is_passed_on() -> None:
     def broken() -> Iterator[Tensor]:
         yield torch.zeros(10, 2)
@@ -172,6 +181,17 @@ def test_error_of_a_source_is_passed_on() -> None:
         (3, TypeError, "source must be a tensor, an array that gives its steps as slices"),
         (torch.tensor(1.0), ValueError, "source must have a leading time axis [T, ...], got a 0-dim array"),
         ([], ValueError, "source must have at least one chunk [t, ...], got an empty iterator"),
+        *(
+            (source, TypeError, f"every chunk of source must be a tensor or an array [t, ...], got {got}; of a loader whose")
+            for source, got in (
+                (DataLoader(TensorDataset(torch.zeros(8, 3)), batch_size=4), "list"),
+                ([(torch.zeros(4, 3), torch.zeros(4))], "tuple"),
+                ([{"x": torch.zeros(4, 3)}], "dict"),
+                ([[0.0, 1.0], [1.0, 0.0]], "list"),
+                ({"x": torch.zeros(4, 3)}, "str"),
+                ("x.npy", "str"),
+            )
+        ),
         ([torch.zeros(2, 3), torch.zeros(2, 4)], ValueError, "every chunk must be [t, ...] = [t, 3] of torch.float32"),
     ],
 )
