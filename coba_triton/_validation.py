@@ -20,12 +20,14 @@ ORDERS = ("decay_first", "jump_first")
 SpikeDtype = torch.dtype | Literal["bits"] | None
 
 
-def check_dt(dt: Any) -> None:
+def check_dt(dt: Any) -> float:
     if isinstance(dt, bool) or not isinstance(dt, numbers.Real):
         raise TypeError(f"dt must be a positive finite number of ms, got {type(dt).__name__}; pass a Python float")
-    # a compiler that looked at the value would compile again for every other one
-    if not torch.compiler.is_compiling() and not (math.isfinite(dt) and float(dt) > 0):
+    if torch.compiler.is_compiling():  # it would compile again for every other value that is looked at
+        return dt  # type: ignore[return-value]
+    if not (math.isfinite(dt) and float(dt) > 0):
         raise ValueError(f"dt must be a positive finite number of ms, got {dt!r}")
+    return float(dt)  # a number of numpy's would take a product with a tensor for its own
 
 
 def check_order(order: Any) -> None:
@@ -109,11 +111,16 @@ def check_learn(learn: Any, p: Any) -> None:
             )
 
 
-def check_size(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value}")
+def check_int(value: Any, name: str, least: int = 1, most: float = math.inf) -> int:
+    """Any integer, also one of numpy's, as a Python int."""
+    wanted = f"an int of at least {least}" if math.isinf(most) else f"an int from {least} to {most}"
+    wanted = "a positive int" if (least, most) == (1, math.inf) else wanted
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    number = int(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be {wanted}, got {number}")
+    return number
 
 
 def check_input(x: Any, axes: str, rank: int) -> None:
@@ -122,6 +129,8 @@ def check_input(x: Any, axes: str, rank: int) -> None:
         raise TypeError(
             f"input_tensor must be a torch.Tensor {axes}, got {type(x).__name__}; wrap arrays in torch.as_tensor"
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"input_tensor must be dense, got {x.layout}; use .to_dense()")
     if x.is_complex():
         raise TypeError(f"input_tensor must be real, spikes as bool or integers, got {x.dtype}; use .real")
     if x.dim() < rank:
@@ -156,6 +165,8 @@ def check_weights(input_weights: Any, recurrent_weights: Any, x: Tensor, inputs:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(weights).__name__}; use torch.as_tensor")
         if not weights.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, got {weights.dtype}; use .float()")
+        if weights.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got {weights.layout}; use .to_dense()")
         if weights.dim() != 2:
             raise ValueError(f"{name} must be a matrix, rows post-synaptic, got shape {list(weights.shape)}")
         check_device(weights, name, x.device)
@@ -254,13 +265,14 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
         )
 
 
-def check_block_steps(block_steps: Any) -> None:
+def check_block_steps(block_steps: Any) -> int | None:
     if block_steps is None:
-        return
-    if isinstance(block_steps, bool) or not isinstance(block_steps, int):
+        return None
+    if isinstance(block_steps, bool) or not isinstance(block_steps, numbers.Integral):
         raise TypeError(f"block_steps must be a positive int or None, got {type(block_steps).__name__}")
     if block_steps < 1:
         raise ValueError(f"block_steps must be a positive int or None for one block, got {block_steps}")
+    return int(block_steps)
 
 
 _stability_checked: set[tuple[Any, ...]] = set()

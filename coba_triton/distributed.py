@@ -62,7 +62,7 @@ def owned_neurons(neurons: int, group: Group = None) -> slice:
         >>> own = owned_neurons(4000)  # doctest: +SKIP
         >>> recurrent_weights = all_weights[own]  # doctest: +SKIP
     """
-    check.check_size(neurons, "neurons")
+    neurons = check.check_int(neurons, "neurons")
     ranks = _Ranks(group)
     ranks.divide(neurons)
     return ranks.own
@@ -289,7 +289,7 @@ def coba_lif_integral(
     call: dict[str, Any] = {}
     error = None
     try:
-        _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+        block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
         _check_rows(ranks, input_weights, recurrent_weights)
         x, initial, weights, c = prepare(input_tensor, p)
         backend = choose_backend(backend, x.device)

@@ -80,7 +80,7 @@ def _feed_forward_request(
     x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size
 ) -> tuple[torch.Size, list[Tensor], Constants, torch.dtype]:
     check.check_parameters(p)
-    check.check_dt(dt)
+    dt = check.check_dt(dt)
     if state is not None:
         check.check_state(state, FEED_FORWARD_FIELDS, x.device)
     neurons = check.broadcast_neurons(step_shape, _state_fields(state, FEED_FORWARD_FIELDS) | _numbers(p))
@@ -91,7 +91,7 @@ def _recurrent_request(
     x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
 ) -> tuple[list[Tensor], tuple[Tensor, Tensor], Constants, torch.dtype]:
     check.check_parameters(p)
-    check.check_dt(dt)
+    dt = check.check_dt(dt)
     check.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
     neurons = torch.Size([*step_shape[:-1], input_weights.shape[0]])
     if state is not None:
@@ -179,11 +179,13 @@ def coba_lif_step(
     return new.z.to(_spike_dtype(input_tensor, dtype, given)), CobaLIFState(*new)
 
 
-def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: int | None, spike_dtype: SpikeDtype) -> None:
+def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: Any, spike_dtype: SpikeDtype) -> int | None:
+    """Returns ``block_steps``."""
     check.check_input(x, axes, rank)
     check.check_order(order)
-    check.check_block_steps(block_steps)
-    check.check_spike_dtype(spike_dtype, block_steps)
+    steps = check.check_block_steps(block_steps)
+    check.check_spike_dtype(spike_dtype, steps)
+    return steps
 
 
 def _run_reference(
@@ -287,7 +289,7 @@ def coba_lif_feed_forward_integral(
         >>> spikes.shape
         torch.Size([1000, 4])
     """
-    _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
+    block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
     steps, *step_shape = input_tensor.shape
     neurons, tensors, c, dtype = _feed_forward_request(input_tensor, state, p, dt, torch.Size(step_shape))
     default = _spike_dtype(input_tensor, dtype)
@@ -457,7 +459,7 @@ def coba_lif_integral(
         >>> spikes.shape
         torch.Size([100, 8, 2])
     """
-    _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+    block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
     check.check_path(path, _recurrent.PATHS)
     tensors, weights, c, dtype = _recurrent_request(
         input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:]

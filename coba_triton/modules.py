@@ -44,10 +44,9 @@ class _Neurons(nn.Module):
     def __init__(self, p: Any, dt: float, learn: Collection[str]) -> None:
         super().__init__()
         check.check_parameters(p)
-        check.check_dt(dt)
+        self.dt = check.check_dt(dt)
         check.check_learn(learn, p)
-        check.warn_if_unstable(p, dt, stacklevel=4)  # a call does not wait for the numbers of a module on a GPU
-        self.dt = float(dt)
+        check.warn_if_unstable(p, self.dt, stacklevel=4)  # a call does not wait for the numbers of a module on a GPU
         self.dtype = torch.get_default_dtype()  # what the module was converted to last
         self.method: str = p.method
         self.learn = tuple(learn)
@@ -124,10 +123,8 @@ class _RecurrentNeurons(_Neurons):
 
     def __init__(self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]) -> None:
         super().__init__(p, dt, learn)
-        check.check_size(input_size, "input_size")
-        check.check_size(hidden_size, "hidden_size")
-        self.input_size = input_size
-        self.hidden_size = hidden_size
+        self.input_size = input_size = check.check_int(input_size, "input_size")
+        self.hidden_size = hidden_size = check.check_int(hidden_size, "hidden_size")
         self.autapses = autapses
         self.input_weights = nn.Parameter(torch.empty(hidden_size, input_size))
         self.recurrent_weights = nn.Parameter(torch.empty(hidden_size, hidden_size))
@@ -168,7 +165,7 @@ class _WholeSequence(nn.Module):
 
     def _set_options(self, **options: Any) -> None:
         check.check_order(options["order"])
-        check.check_block_steps(options["block_steps"])
+        options["block_steps"] = check.check_block_steps(options["block_steps"])
         check.check_spike_dtype(options["spike_dtype"], options["block_steps"])
         for name, value in options.items():
             setattr(self, name, value)

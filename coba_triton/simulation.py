@@ -197,7 +197,7 @@ class _Run:
                 f"network must be a CobaLIF or a CobaLIFRecurrent, got {type(network).__name__}; give a cell's parameters "
                 "and weights to one of them"
             )
-        check.check_block_steps(block_steps)
+        block_steps = check.check_block_steps(block_steps)
         self.network = cast(Any, network)  # of two kinds, as `recurrent` says
         self.record = record
         self.device: torch.device = self.network.v_thresh.device
@@ -255,7 +255,7 @@ class _Run:
             chosen: Any = members if isinstance(members, slice) else np.asarray(members)
             if not isinstance(chosen, slice) and not chosen.size:
                 chosen = chosen.astype(np.int64)
-            return np.arange(self.shape.numel())[chosen]
+            return np.atleast_1d(np.arange(self.shape.numel())[chosen])
         except (IndexError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{name} must be indices from 0 to {self.shape.numel() - 1} of neurons {list(self.shape)}, got {members!r} "

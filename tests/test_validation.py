@@ -15,6 +15,7 @@ from coba_triton import (
     CobaLIFCell,
     CobaLIFFeedForwardState,
     CobaLIFParameters,
+    CobaLIFRecurrent,
     CobaLIFState,
     PoissonSource,
     coba_lif_feed_forward_integral,
@@ -22,6 +23,7 @@ from coba_triton import (
     coba_lif_integral,
     coba_lif_step,
     from_pynn,
+    simulate,
 )
 from coba_triton.model import NUMERIC_PARAMETERS
 
@@ -136,6 +138,9 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "rate of a source": (lambda: PoissonSource(float("nan"), 5, (2,)), ValueError, "rate must be finite"),
     "weight of a source": (lambda: PoissonSource(1.0, 5, (2,), weight=float("inf")), ValueError, "weight must be finite"),
+    "input sparse": (lambda: ff(X.to_sparse()), TypeError, "must be dense, got torch.sparse_coo; use .to_dense"),
+    "weights sparse": (lambda: rec(w_rec=W_REC.to_sparse()), TypeError, "recurrent_weights must be dense, got torch.sparse"),
+    "size": (lambda: CobaLIFCell(True, 2), TypeError, "input_size must be .* got bool"),
     "weights type": (lambda: rec(w_in=[[1.0]]), TypeError, "input_weights must be a torch.Tensor, got list"),
     "weights dtype": (lambda: rec(w_rec=W_REC.int()), TypeError, "recurrent_weights must be of a floating dtype"),
     "weights rank": (lambda: rec(w_in=torch.zeros(3)), ValueError, r"input_weights must be a matrix.*got shape \[3\]"),
@@ -208,3 +213,18 @@ def test_unstable_step_warns_of_tensors_and_single_steps() -> None:
         coba_lif_feed_forward_step(torch.zeros(2), None, p, 0.1)
     with pytest.warns(UserWarning, match="unstable"):
         coba_lif_step(X[0], None, W_IN, W_REC, p, 0.2)
+
+
+def test_numbers_of_numpy() -> None:
+    x, weights = torch.rand(70, 3), (torch.ones(2, 3) / 8, torch.ones(2, 2) / 8)
+    p = CobaLIFParameters(c_m_inv=torch.tensor(5.0, requires_grad=True))
+    want = coba_lif_integral(x, None, *weights, p, 0.1, block_steps=32)
+    for dt in (np.float64(0.1), np.float64("0.1")):
+        got = coba_lif_integral(x, None, *weights, p, dt, block_steps=np.int64(32))  # type: ignore[arg-type]
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1].v, want[1].v)
+    assert coba_lif_step(x[0], None, *weights, p, np.float64(0.1))[1].v.requires_grad
+    assert ff(x, dt=np.float32(0.1))[1].v.dtype == torch.float32
+    module = CobaLIFRecurrent(np.int64(3), np.uint8(2), dt=np.float64(0.1), block_steps=np.int16(32))  # type: ignore[arg-type]
+    assert type(module.hidden_size) is type(module.block_steps) is int
+    assert module(x)[0].shape == (70, 2)
+    simulate(module, x / 99, block_steps=np.int64(32))  # type: ignore[arg-type]

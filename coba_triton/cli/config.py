@@ -41,7 +41,7 @@ two give every neuron its own, and what one neuron gets in one step is summed be
 
     [input]
     kind = "file"                         # array [steps, neurons], numbers or booleans; a longer one is cut
-    path = "spikes.npz"                   # .npy or .npz, relative to this file
+    path = "spikes.npz"                   # .npy, .npz or a sparse .npz of scipy, relative to this file
     array = "x"                           # which array of an .npz; optional if it has only one
     weight = "2 nS"                       # of one spike; for input in a unit of conductance that unit, "1 uS"
 
@@ -88,7 +88,7 @@ With the table ``recurrent`` the neurons are connected to each other, by random 
 
     [recurrent]
     path = "weights.npy"                  # [neurons, neurons], rows post-synaptic; negative weights inhibit
-    array = "x"                           # as above; an .npz may instead hold row, col and weight of every synapse
+    array = "x"                           # as above; or an .npz of scipy, or one of row, col and weight of every synapse
     weight = "1 nS"                       # what the number 1 in the file stands for
 
 Excitation and inhibition are then kept apart synapse by synapse instead of being summed first: channels reach g_e
