@@ -199,7 +199,7 @@ def read_table(path: Path) -> dict[str, Any]:
         TableError: if it cannot be read or is no table of this version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise TableError(f"cannot be read ({error.strerror or error})") from None
     except ValueError as error:
