@@ -31,6 +31,7 @@ from .functional import (
     _recurrent_request,
     _run_reference,
     _spike_dtype,
+    own_fields,
 )
 from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, Constants
 from .operators import (
@@ -340,9 +341,9 @@ def coba_lif_integral(
     )
     spikes = spikes.reshape(len(spikes), *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *state.reshape(3, *neurons).unbind(0))
+    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(state, neurons))
 
 
 def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> None:

@@ -203,6 +203,8 @@ def _run_reference(
     if record_states:
         fields = zip(*trace, strict=True) if trace else ((),) * len(state)
         state = type(state)(*(_stack(list(rows), initial) for rows, initial in zip(fields, state, strict=True)))
+    else:  # not what was given, nor what autograd has saved: it may be edited in place
+        state = type(state)(*(torch.clone(torch.as_tensor(field)) for field in state))
     return spikes, state
 
 
@@ -338,6 +340,14 @@ def _constants_table(c: Constants, neurons: torch.Size) -> Tensor:
     return torch.stack([constant.expand(neurons) for constant in c]).reshape(len(c), -1)
 
 
+def own_fields(states: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The three fields in ``[3, ...]``, each of ``shape``.
+
+    They lie in one memory, but to autograd each is a tensor of its own, and may be edited in place without the others.
+    """
+    return [field.reshape(shape) for field in states.unsafe_split(1)]
+
+
 def _run_operator(
     x: Tensor,
     state: list[Tensor],
@@ -390,8 +400,8 @@ def _run_operator(
         out = out.reshape(out.shape[0], *neurons)
     if record_states:
         states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
-        return out, CobaLIFFeedForwardState(*states.reshape(3, steps, *neurons).unbind(0))
-    return out, CobaLIFFeedForwardState(*flat.reshape(3, *neurons).unbind(0))
+        return out, CobaLIFFeedForwardState(*own_fields(states, (steps, *neurons)))
+    return out, CobaLIFFeedForwardState(*own_fields(flat, neurons))
 
 
 def coba_lif_integral(
@@ -526,7 +536,7 @@ def _run_recurrent_operator(
         z, flat = torch.ops.coba_triton.recurrent_out(
             x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
         )
-        return out, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
+        return out, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     spikes, z, flat, states, *_ = torch.ops.coba_triton.recurrent(
@@ -535,6 +545,6 @@ def _run_recurrent_operator(
     )  # fmt: skip
     spikes = spikes.reshape(spikes.shape[0], *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
+    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))
