@@ -193,8 +193,8 @@ def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
     inputs, neurons = weights.shape
     drive = weights.new_empty(2, *sources.shape[:-1], neurons)
-    if drive.numel() == 0:
-        return drive
+    if sources.numel() == 0 or neurons == 0:
+        return drive.zero_()
     sources = sources.reshape(-1, inputs)
     rows = sources.shape[0]
     values = _kernel_view(sources)

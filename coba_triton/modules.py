@@ -123,7 +123,7 @@ class _RecurrentNeurons(_Neurons):
 
     def __init__(self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]) -> None:
         super().__init__(p, dt, learn)
-        self.input_size = input_size = check.check_int(input_size, "input_size")
+        self.input_size = input_size = check.check_int(input_size, "input_size", 0)
         self.hidden_size = hidden_size = check.check_int(hidden_size, "hidden_size")
         self.autapses = autapses
         self.input_weights = nn.Parameter(torch.empty(hidden_size, input_size))
@@ -140,7 +140,7 @@ class _RecurrentNeurons(_Neurons):
         with torch.no_grad():
             leak = torch.as_tensor(self.p.g_l).float().mean()
             for weights in (self.input_weights, self.recurrent_weights):
-                weights.normal_().mul_(leak * math.sqrt(2 * math.pi) / weights.shape[1])
+                weights.normal_().mul_(leak * math.sqrt(2 * math.pi) / max(weights.shape[1], 1))
             if not self.autapses:
                 self.recurrent_weights.fill_diagonal_(0)
 
@@ -221,7 +221,7 @@ class CobaLIFCell(_RecurrentNeurons):
     """One step of a recurrent population of conductance-based LIF neurons: :func:`coba_triton.coba_lif_step`.
 
     Args:
-        input_size: number of inputs I.
+        input_size: number of inputs I, 0 for a population that drives itself: its input is ``[*batch, 0]``.
         hidden_size: number of neurons N.
         p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
         dt: time step in ms.
@@ -327,7 +327,7 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
     See :func:`coba_triton.coba_lif_integral`, which it calls.
 
     Args:
-        input_size: number of inputs I.
+        input_size: number of inputs I, 0 for a population that drives itself: its input is ``[T, *batch, 0]``.
         hidden_size: number of neurons N.
         p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
         dt: time step in ms.

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from . import _recurrent, operators
 from . import _validation as check
@@ -84,9 +86,11 @@ def simulate(
     pass ``resume=True``.
 
     Args:
-        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`; its
-            ``record_states`` and ``spike_dtype`` do not matter here. It runs on the device of its parameters.
-        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]``: an array, a
+        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`, also as
+            ``torch.compile`` or ``DistributedDataParallel`` wrap them; its ``record_states`` and ``spike_dtype`` do not
+            matter here. It runs on the device of its parameters.
+        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]`` (``torch.zeros(T, 0)`` for one without
+            input): an array, a
             :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. An iterable is read from its
             beginning when a run is resumed.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
@@ -192,6 +196,7 @@ class _Run:
     """A network that advances block by block, and what is to be known of it beforehand."""
 
     def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:
+        network = _unwrapped(network)
         if not isinstance(network, CobaLIF | CobaLIFRecurrent):
             raise TypeError(
                 f"network must be a CobaLIF or a CobaLIFRecurrent, got {type(network).__name__}; give a cell's parameters "
@@ -203,7 +208,9 @@ class _Run:
         self.device: torch.device = self.network.v_thresh.device
         self.recurrent = isinstance(network, CobaLIFRecurrent)
         self.blocks = Blocks(source, self.device)
-        if not (channels := self.blocks.first.shape[1:]).numel():
+        channels = self.blocks.first.shape[1:]
+        driven = not self.recurrent or self.network.input_size
+        if not (channels if driven else channels[:-1]).numel():
             raise ValueError(
                 f"a step of source must have at least one number, got shape {list(channels)}; leave out what has no neurons"
             )
@@ -458,8 +465,9 @@ class _Run:
         return counts[:, :steps].T
 
     def _mean_inputs(self, x: Tensor) -> tuple[Any, Any]:
-        rows = x.reshape(len(x), -1) if not self.recurrent else x.reshape(len(x), -1, x.shape[-1]).to(self.weights[0].dtype)
+        rows = x.reshape(len(x), -1)
         if self.recurrent:
+            rows = x.reshape(len(x), self.shape[:-1].numel(), x.shape[-1]).to(self.weights[0].dtype)
             means = [(rows @ weights).mean(1) for weights in self.mean_weights]
         else:
             rows = rows.to(self.state.v.dtype)
@@ -500,6 +508,15 @@ class _Run:
                 "them smaller, or raise v_thresh",
                 stacklevel=3,
             )
+
+
+def _unwrapped(network: Any) -> Any:
+    """The module that ``torch.compile`` or data parallelism has wrapped."""
+    while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(
+        network, DistributedDataParallel | DataParallel
+    ):
+        network = network.module if inner is None else inner
+    return network
 
 
 def versions() -> dict[str, str]:

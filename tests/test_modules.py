@@ -250,7 +250,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "block_steps": (lambda: CobaLIFRecurrent(2, 2, block_steps=0), ValueError, "block_steps must be a positive int"),
     "spike_dtype": (lambda: CobaLIF(spike_dtype="bit"), ValueError, "spike_dtype must be a floating dtype"),
     "backend": (lambda: CobaLIF(backend="gpu")(torch.ones(2)), ValueError, "backend must be one of"),
-    "input_size": (lambda: CobaLIFCell(0, 2), ValueError, "input_size must be a positive int, got 0"),
+    "input_size": (lambda: CobaLIFCell(-1, 2), ValueError, "input_size must be an int of at least 0, got -1"),
+    "no neurons": (lambda: CobaLIFCell(2, 0), ValueError, "hidden_size must be a positive int, got 0"),
     "hidden_size": (lambda: CobaLIFRecurrent(2, 2.0), TypeError, "hidden_size must be a positive int, got float"),
     "input": (lambda: CobaLIF()([1.0]), TypeError, "input_tensor must be a torch.Tensor .* got list"),
 }

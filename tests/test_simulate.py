@@ -415,6 +415,49 @@ def test_rates_of_a_module_are_looked_at_when_it_runs() -> None:
         simulate(network, torch.zeros(32, N))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_recurrent_network_without_input(batch: tuple[int, ...], backend: str) -> None:
+    network = CobaLIFRecurrent(0, N, NEURON._replace(v_rest=-45.0), 0.1, backend=backend)
+    network.recurrent_weights.data.copy_(torch.randint(-3, 3, (N, N), generator=torch.Generator().manual_seed(0)) / 1024)
+    x = torch.zeros(T, *batch, 0)
+    spikes, states = whole(network, x)
+    assert spikes.sum() > 50
+    record = Record(neurons=[7, 0], inputs=True)
+    result = simulate(network, x, record=record, block_steps=96)
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
+    np.testing.assert_array_equal(result.traces["v"][:], states.v.flatten(1)[:, [7, 0]].numpy())
+    assert not result.array("input_e").any()
+    with torch.no_grad():
+        network.reset_parameters()
+    assert network.recurrent_weights.any()
+    with pytest.raises(ValueError, match=re.escape("got shape [0, 0]; leave")):
+        simulate(network, torch.zeros(T, 0, 0))
+
+
+@pytest.mark.parametrize("wrap", ["compile", "DataParallel", "both"])
+def test_wrapped_modules(wrap: str) -> None:
+    network, source = recurrent(), drive((INPUTS,))
+    want = simulate(network, source).spikes[:]
+    wrapped: Any = network
+    if wrap != "compile":
+        wrapped = torch.nn.DataParallel(wrapped)
+    if wrap != "DataParallel":
+        wrapped = torch.compile(wrapped)
+    np.testing.assert_array_equal(simulate(wrapped, source).spikes[:], want)
+
+
+def test_distributed_module(tmp_path: Path) -> None:
+    """Wrapped before there is anything to train."""
+    network, source = recurrent(), drive((INPUTS,))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        wrapped: Any = torch.nn.parallel.DistributedDataParallel(network)
+        np.testing.assert_array_equal(simulate(wrapped, source).spikes[:], simulate(network, source).spikes[:])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from coba_triton import CobaLIFFeedForwardState, CobaLIFState, coba_lif_feed_forward_integral, coba_lif_integral
+from coba_triton import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+)
 from coba_triton.problems import problem, recurrent_problem
 from marks import slow
 
@@ -55,3 +61,24 @@ def test_state_of_no_steps_is_not_the_one_that_was_given(backend: str, kind: str
     for field in state:
         field.fill_(7.0)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("path", ["events", "dense"])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("backend", ["cpu", *slow("triton")])
+def test_recurrent_population_without_input(backend: str, batch: tuple[int, ...], path: str) -> None:
+    x, input_weights = torch.zeros(70, *batch, 0), torch.zeros(5, 0, requires_grad=True)
+    weights = torch.randint(-3, 3, (5, 5), generator=torch.Generator().manual_seed(0)) / 1024
+    p = CobaLIFParameters(v_rest=-5.0, method="triangle", alpha=0.3)
+
+    def run(backend: str, **options: Any) -> list[Tensor]:
+        recurrent_weights = weights.clone().requires_grad_()
+        spikes, state = coba_lif_integral(x, None, input_weights, recurrent_weights, p, 0.1, backend=backend, **options)
+        grads = torch.autograd.grad(spikes.sum() + state.v.sum(), [input_weights, recurrent_weights])
+        return [spikes.detach(), *(field.detach() for field in state), *grads]
+
+    *got, grad = run(backend, path=path)
+    *want, wanted = run("reference")
+    assert want[0].sum() > 10
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    torch.testing.assert_close(grad, wanted)
