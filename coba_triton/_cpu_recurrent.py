@@ -64,6 +64,8 @@ def fires_often(spikes: Tensor) -> bool:
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
     drive = weights.new_empty(2, *sources.shape[:-1], weights.shape[1])
+    if sources.numel() == 0:
+        return drive.zero_()
     values = sources.to(weights.dtype).reshape(-1, weights.shape[0])
     rows = values.shape[0]
     _launch(

@@ -59,7 +59,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps:
     if device.type != "cpu" and (on := torch.get_device_module(device)).current_device() != device.index:
         with on.device(device):
             return _launch(kernel, grid, device, num_warps, *args, **meta)
-    if triton.knobs.runtime.interpret:
+    if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
         return
     driver = triton.runtime.driver.active
@@ -73,7 +73,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps:
         compiled[(*grid, 1, 1)[:3]](*args, *[meta[name] for name in last])
         return
     compiled = kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
-    if isinstance(compiled, CompiledKernel):
+    if isinstance(compiled, CompiledKernel):  # not what stands for one
         _compiled[key] = compiled, kernel.arg_names[len(args) :], driver
 
 
@@ -242,8 +242,8 @@ def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
     inputs, neurons = weights.shape
     drive = weights.new_empty(2, *sources.shape[:-1], neurons)
-    if drive.numel() == 0:
-        return drive
+    if sources.numel() == 0 or neurons == 0:
+        return drive.zero_()
     sources = sources.reshape(-1, inputs)
     rows = sources.shape[0]
     values = _kernel_view(sources)

@@ -121,6 +121,7 @@ default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 for _record in (CobaLIFState, CobaLIFFeedForwardState, CobaLIFParameters):
     # an exported program that takes or returns one can be saved
     torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
+    torch.serialization.add_safe_globals([_record])  # torch.load(weights_only=True) reads what holds one
 
 _METHOD = CobaLIFParameters._fields.index("method")
 _DOUBLES = struct.Struct(f"{len(CobaLIFParameters._fields) - 1}d")

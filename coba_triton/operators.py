@@ -699,7 +699,11 @@ def recurrent(
     tensors = x, z, state, input_weights, recurrent_weights, constants
     if not record_states and _is_plain(*tensors):
         spikes = _empty_spikes(x, spike_dtype, z.shape)
-        return spikes, *_recurrent_out(*tensors, backend, jump_first, block_steps, path, spikes), state.new_empty(3, 0, *z.shape)
+        return (
+            spikes,
+            *_recurrent_out(*tensors, backend, jump_first, block_steps, path, spikes),
+            state.new_empty(3, 0, *z.shape),
+        )
     options = RecurrentOptions(backend, jump_first, method, spike_dtype, record_states, block_steps, path, None)
     spikes, z, final, states, *_ = torch.ops.coba_triton.recurrent(*tensors, *options)
     return spikes, z, final, states

@@ -329,7 +329,7 @@ def run_sliced(seed: int = 0, spin_limit: int = 300) -> list[torch.Tensor]:
 @interpreted
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_slices_agree_with_the_reference(seed) -> None:
-    assert _triton.slices_per_row(75, 2, device) > 1
+    assert _triton.slices_per_row(75, 2, torch.device("cpu")) > 1
     expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")
     assert_same_bits(run_sliced(seed, spin_limit=100_000), [expected, *reference])
 
