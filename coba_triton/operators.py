@@ -22,7 +22,7 @@ from torch.autograd.function import _SingleLevelFunction
 from . import _recurrent as _recurrent_blocks
 from ._recurrent import Network, choose_block_steps
 from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
-from .model import Constants, has_tangent, is_tracked
+from .model import Constants, has_tangent, is_tracked, is_watched
 from .spikes import word_count
 from .tuning import launch_parameters
 
@@ -649,9 +649,7 @@ for _rules in (_FeedForward, _FeedForwardBackward, _Recurrent, _RecurrentBackwar
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether nothing follows, transforms, traces or profiles a call."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+        is_watched()
         or torch._C._autograd._profiler_enabled()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) or is_tracked(tensor) for tensor in tensors)
     )
