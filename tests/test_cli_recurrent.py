@@ -85,7 +85,7 @@ def whole_run(settings: Config) -> tuple[torch.Tensor, Any]:
         None,
         torch.from_numpy(source.weights),
         torch.from_numpy(recurrent.weights),
-        job.parameters(settings.neuron),
+        job.parameters(settings),
         0.1,
         backend="reference",
         record_states=True,
@@ -308,7 +308,7 @@ def test_channels_that_do_not_fit(config: str, tmp_path: Path, array: np.ndarray
         ('"w_in.npy", weight = "0.0009765625 uS"', '"w_in.npy", seed = 1', "input.fan_out: unknown key 'seed'; the keys"),
         ('rate = "400 Hz"', 'rate = "-1 Hz"', "input.spikes.rate: must not be negative, got '-1 Hz'"),
         ("channels = 6", "channels = 0", "input.spikes.channels: should be greater than 0, got 0"),
-        ('source = "poisson"', 'source = "poison"', "input.spikes: source must be one of 'poisson', 'file', got"),
+        ('source = "poisson"', 'source = "poison"', "input.spikes: source must be one of 'poisson', 'file', 'events', got"),
         ('notes = ["a note"]', 'notes = "a note"', "notes: should be a valid list, got 'a note'"),
     ],
 )  # fmt: skip
