@@ -265,6 +265,25 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
         )
 
 
+def exports_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is at work."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# A compiler that the exporter may use takes torch's own function for False. This is what the decorator
+# torch.compiler.assume_constant_result does, which would import the compiler.
+exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_exported(backend: str) -> None:
+    """What an ONNX file can hold."""
+    if exports_to_onnx() and backend != "reference":
+        raise RuntimeError(
+            f"backend {backend!r} runs one operator for all steps, which has no ONNX form; export with backend='reference', "
+            "whose steps become ordinary operations, for one length of the input"
+        )
+
+
 def check_block_steps(block_steps: Any) -> int | None:
     if block_steps is None:
         return None

@@ -301,6 +301,7 @@ def coba_lif_feed_forward_integral(
         check.check_out(out, *_spikes_format(steps, neurons, spike_dtype, default), inputs)
 
     backend = choose_backend(backend, input_tensor.device)
+    check.check_exported(backend)
     if backend == "reference":
         initial = CobaLIFFeedForwardState(*tensors)
         rows, final = _run_reference(
@@ -483,6 +484,7 @@ def coba_lif_integral(
         inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
         check.check_out(out, *wanted, inputs)
     backend = choose_backend(backend, input_tensor.device)
+    check.check_exported(backend)
     if backend == "reference":
         w = reference.SplitWeights.of(*weights)
         rows, final = _run_reference(

@@ -11,6 +11,13 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
 - all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
   ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module, and those of
   integers are held as floating ones.
+
+An input of bool or integers gives spikes in the dtype that the module was last converted to, as ``.half()`` does, so that
+they fit the layer behind; any other input gives spikes in its own.
+
+``torch.fx`` traces them as calls of :mod:`coba_triton.functional`, one node each. ONNX takes them with
+``backend="reference"``, for one length of the input. Opacus refuses modules that have buffers: it works with
+``grad_sample_mode="no_op"`` and the gradients of every sample from ``torch.func.vmap(torch.func.grad(...))``.
 """
 
 from __future__ import annotations
@@ -31,6 +38,9 @@ from .functional import (
     coba_lif_step,
 )
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+
+for _function in ("coba_lif_feed_forward_integral", "coba_lif_feed_forward_step", "coba_lif_integral", "coba_lif_step"):
+    torch.fx.wrap(_function)
 
 
 def _floating(value: Any) -> Any:
@@ -74,7 +84,7 @@ class _Neurons(nn.Module):
         There a 0-dim float64 tensor would promote the computation to float64, which a Python number does not.
         """
         p = self.p
-        if getattr(x, "ndim", None) == rank:
+        if not isinstance(x, torch.fx.Proxy) and getattr(x, "ndim", None) == rank:
             p = p._replace(**{name: getattr(p, name).item() for name in self._numbers})
         return p
 
@@ -149,6 +159,9 @@ class _RecurrentNeurons(_Neurons):
         recurrent = self.recurrent_weights
         if self.autapses:
             return self.input_weights, recurrent
+        if check.exports_to_onnx():  # which has no other form of it; this one takes longer
+            diagonal = torch.eye(self.hidden_size, dtype=torch.bool, device=recurrent.device)
+            return self.input_weights, recurrent.masked_fill(diagonal, 0.0)
         return self.input_weights, torch.diagonal_scatter(recurrent, recurrent.new_zeros(self.hidden_size))
 
     def extra_repr(self) -> str:
