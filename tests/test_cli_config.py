@@ -177,7 +177,7 @@ fan_out = { seed = 1, probability = 0.5, weight = "1 nS", excitatory_fraction = 
         ("count = 4", "count = 4.5", "neuron.count: should be a valid integer, got 4.5"),
         ("count = 4", "count = 0", "neuron.count: should be greater than 0, got 0"),
         ("seed = 1", "seed = -1", "input.seed: should be greater than or equal to 0, got -1"),
-        ('"poisson"', '"poison"', "input: kind must be one of 'poisson', 'events', 'file', 'recording', 'channels', got"),
+        ('"poisson"', '"poison"', "input: kind must be one of 'poisson', 'events', 'file', 'recording', 'channels', 'none'"),
         ('kind = "poisson"', "", "input: kind is missing"),
         ("rate =", "rat =", "input.excitatory: unknown key 'rat'; did you mean 'rate'?"),
         ("excitatory =", "# excitatory =", "input: excitatory or inhibitory is missing; add one of them or both"),

@@ -38,7 +38,7 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     neurons = [0, 17]                     # whose traces to keep, the first one's v is drawn
     variables = ["v", "g_e", "g_i"]       # default: v
 
-and one of five inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. The first
+and one of six inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. The first
 three give every neuron its own, and what one neuron gets in one step is summed before it is split by its sign::
 
     [input]
@@ -91,6 +91,12 @@ The other two have channels, which random or given synapses fan out over the pop
     path = "weights.npy"                  # [neurons, channels], relative to this file; positive ones excite
     array = "x"                           # as above
     weight = "1 nS"                       # what the number 1 in the file stands for
+    [[input.more]]                        # optional, several; other channels, such as inhibitory ones, whose
+    spikes = { source = "poisson", seed = 2, channels = 100, rate = "20 Hz" }  # excitatory_fraction is 0
+    fan_out = { seed = 3, probability = 0.5, weight = "4 nS", excitatory_fraction = 0.0 }
+
+    [input]
+    kind = "none"                         # neurons that start above rest, have a current, or drive each other
 
 With the table ``recurrent`` the neurons are connected to each other, by random synapses or by a file's::
 
@@ -469,12 +475,24 @@ class EventSpikes(_Table):
     first: NonNegativeInt = 0
 
 
-class ChannelsInput(_Table):
+class Channels(_Table):
     """Spikes in channels, fanned out."""
 
-    kind: Literal["channels"]
     spikes: Annotated[PoissonSpikes | FileSpikes | EventSpikes, Field(discriminator="source")]
     fan_out: InputWeights
+
+
+class ChannelsInput(Channels):
+    """One group of channels or several."""
+
+    kind: Literal["channels"]
+    more: list[Channels] = []
+
+
+class NoInput(_Table):
+    """Nothing drives the neurons from outside."""
+
+    kind: Literal["none"]
 
 
 class RandomSynapses(_Table):
@@ -507,7 +525,9 @@ class Config(_Table):
     simulation: Simulation
     neuron: Neuron
     population: list[Population] = []
-    input: Annotated[PoissonInput | EventsInput | FileInput | RecordingInput | ChannelsInput, Field(discriminator="kind")]
+    input: Annotated[
+        PoissonInput | EventsInput | FileInput | RecordingInput | ChannelsInput | NoInput, Field(discriminator="kind")
+    ]
     recurrent: RecurrentWeights | None = None
     record: Record = Record()
 

@@ -16,6 +16,7 @@ from coba_triton import EventSource, PoissonSource, read_events
 from coba_triton.sources import MadeSource
 
 from .config import (
+    Channels,
     Config,
     EventsInput,
     EventSpikes,
@@ -24,6 +25,7 @@ from .config import (
     FileSignal,
     FileSpikes,
     FileWeights,
+    NoInput,
     PoissonInput,
     PoissonSpikes,
     RecordingInput,
@@ -125,11 +127,42 @@ def open_source(config: Config) -> Source:
         return FileSource(settings, steps, neurons)
     if isinstance(settings, RecordingInput):
         return RecordingSource(settings, dt, steps, neurons)
-    if isinstance(settings.spikes, PoissonSpikes):
-        return PoissonChannels(settings.spikes, settings.fan_out, dt, steps, neurons)
-    if isinstance(settings.spikes, EventSpikes):
-        return EventChannels(settings.spikes, settings.fan_out, dt, steps, neurons)
-    return FileChannels(settings.spikes, settings.fan_out, steps, neurons)
+    if isinstance(settings, NoInput):
+        return NoChannels(neurons)
+    groups = [_open_channels(group, dt, steps, neurons) for group in (settings, *settings.more)]
+    return groups[0] if len(groups) == 1 else JoinedChannels(groups)
+
+
+def _open_channels(group: Channels, dt: float, steps: int, neurons: int) -> _FannedOut:
+    spikes, fan_out = group.spikes, group.fan_out
+    if isinstance(spikes, PoissonSpikes):
+        return PoissonChannels(spikes, fan_out, dt, steps, neurons)
+    if isinstance(spikes, EventSpikes):
+        return EventChannels(spikes, fan_out, dt, steps, neurons)
+    return FileChannels(spikes, fan_out, steps, neurons)
+
+
+class NoChannels(_FannedOut):
+    """No input."""
+
+    def __init__(self, neurons: int) -> None:
+        self.weights = np.empty((neurons, 0), np.float32)
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        return np.empty((stop - start, 0), np.float32)
+
+
+class JoinedChannels(_FannedOut):
+    """Several groups of channels, side by side."""
+
+    def __init__(self, groups: Sequence[_FannedOut]) -> None:
+        self.groups = groups
+        self.weights = np.concatenate([group.weights for group in groups], axis=1)
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        return np.concatenate([group.channels(start, stop) for group in self.groups], axis=1)
 
 
 class _Made(_Own):
