@@ -56,7 +56,7 @@ class _Neurons(nn.Module):
         check.check_parameters(p)
         self.dt = check.check_dt(dt)
         check.check_learn(learn, p)
-        check.warn_if_unstable(p, self.dt, stacklevel=4)  # a call does not wait for the numbers of a module on a GPU
+        check.warn_if_unstable(p, self.dt)
         self.dtype = torch.get_default_dtype()  # what the module was converted to last
         self.method: str = p.method
         self.learn = tuple(learn)
@@ -72,6 +72,7 @@ class _Neurons(nn.Module):
             else:
                 start = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value)).float()
                 self.register_parameter(name, nn.Parameter(start))
+        check.skip_stability(self.p, self.dt)
 
     @property
     def p(self) -> CobaLIFParameters:
