@@ -138,7 +138,7 @@ class EventSource(MadeSource):
         dt: time step in ms.
         steps: T; None for as many as hold the last spike. Spikes after them are left out.
         weight: what one spike adds to the input, a number or one of each ``[S]``: uS for unconnected neurons, 1 where input
-            weights follow. Those of one channel and step are summed in double precision, in the order of the list.
+            weights follow. Those of one channel and step are summed in double precision.
         first: the number of the first channel in ``neurons``; NEST's begin with 1.
         start: time in ms at which the first step begins; the spikes up to it are left out.
 
