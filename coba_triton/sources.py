@@ -274,7 +274,7 @@ class Blocks:
 
         def advance() -> tuple[Tensor, Any] | None:
             x = next(blocks, None)
-            if x is None or stream is None:
+            if x is None or stream is None or x.device.type != "cpu":  # what is on a device already needs no copy stream
                 return x if x is None else (x.to(self.device), None)
             with torch.cuda.stream(stream):
                 return x.pin_memory().to(self.device, non_blocking=True), stream.record_event()

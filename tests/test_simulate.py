@@ -33,7 +33,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
-from coba_triton._recurrent import DENSE_RATE
+from coba_triton._cpu_recurrent import DENSE_RATE
 
 T, N, INPUTS = 1000, 20, 6
 NEURON = CobaLIFParameters(
