@@ -527,6 +527,11 @@ inhibitory = { rate = "500 Hz", weight = "2 nS" }"""
     np.testing.assert_array_equal(result.spikes[:], want.bool().numpy())
     assert want.any()
 
+    change(config, '"first/result.zarr"', '["spikes.csv", "first/result.zarr"]')  # the spikes twice
+    twice = open_source(cli_config.load(config)[1]).read(0, T)
+    np.testing.assert_array_equal(twice, np.float32(0.03) * spikes.numpy() + np.float32(-0.02) * spikes.numpy())
+    change(config, '["spikes.csv", "first/result.zarr"]', '"first/result.zarr"')
+
     part = '\nstart = "20 ms"\nfirst = 0'
     change(config, '\ninhibitory = { path = "first/result.zarr", weight = "10 nS" }', part)
     source = open_source(cli_config.load(config)[1])

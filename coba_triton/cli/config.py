@@ -50,7 +50,7 @@ three give every neuron its own, and what one neuron gets in one step is summed 
     [input]
     kind = "events"                       # every neuron has spikes that are listed in a file
     excitatory = { path = "spikes.csv", weight = "2 nS" } # .csv, .npz, .dat, .nwb, ..., see coba_triton.read_events
-    inhibitory = { path = "other.npz", weight = "4 nS" }  # one of the two may be left out
+    inhibitory = { path = ["7-0.dat", "7-1.dat"], weight = "4 nS" }  # one of the two may be left out
     start = "0 ms"                        # optional; time in the lists at which the run begins
     first = 0                             # optional; the number that the first neuron has in the lists, NEST's have 1
 
@@ -370,7 +370,7 @@ class PoissonInput(_Signed):
 class EventFile(_Table):
     """A list of spikes of one sign, and what one adds to the conductance."""
 
-    path: InputPath
+    path: InputPath | list[InputPath]
     weight: Conductance
 
 
@@ -469,7 +469,7 @@ class EventSpikes(_Table):
     """A list of spikes."""
 
     source: Literal["events"]
-    path: InputPath
+    path: InputPath | list[InputPath]
     channels: PositiveInt
     start: Time = 0.0
     first: NonNegativeInt = 0

@@ -193,9 +193,15 @@ class PoissonDrive(_Made):
 
 
 def _listed(
-    path: Path, key: str, settings: EventsInput | EventSpikes, channels: int, dt: float, steps: int, weight: float = 1.0
+    path: Path | list[Path],
+    key: str,
+    settings: EventsInput | EventSpikes,
+    channels: int,
+    dt: float,
+    steps: int,
+    weight: float = 1.0,
 ) -> EventSource:
-    """The spikes that a file lists.
+    """The spikes that a file lists, or several.
 
     Raises:
         UserError: if it cannot be read or does not fit.
