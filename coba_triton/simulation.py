@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from . import _recurrent, operators
 from . import _validation as check
@@ -108,10 +109,10 @@ def simulate(
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if shapes do not fit, a file is damaged or something else, or the run to be resumed was begun with
-            another configuration.
+        ValueError: if shapes do not fit, a parameter, weight or initial state is not finite, a file is damaged or something
+            else, or the run to be resumed was begun with another configuration.
         FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
-        FloatingPointError: if the state stops being finite; what was finished is kept.
+        FloatingPointError: if the state stops being finite, with what made it so; what was finished is kept.
         OSError: if the sink cannot be written to; what was finished is kept.
 
     Example:
@@ -518,10 +519,9 @@ def _next_limit(factor: float) -> float:
 
 
 def _unwrapped(network: Any) -> Any:
-    """The module that ``torch.compile`` or data parallelism has wrapped."""
-    while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(
-        network, DistributedDataParallel | DataParallel
-    ):
+    """The module that ``torch.compile``, data parallelism or an average over training has wrapped."""
+    wrappers = DistributedDataParallel | DataParallel | AveragedModel
+    while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(network, wrappers):
         network = network.module if inner is None else inner
     return network
 

@@ -449,14 +449,16 @@ def test_recurrent_network_without_input(batch: tuple[int, ...], backend: str) -
         simulate(network, torch.zeros(T, 0, 0))
 
 
-@pytest.mark.parametrize("wrap", ["compile", "DataParallel", "both"])
+@pytest.mark.parametrize("wrap", ["compile", "DataParallel", "AveragedModel", "both"])
 def test_wrapped_modules(wrap: str) -> None:
     network, source = recurrent(), drive((INPUTS,))
     want = simulate(network, source).spikes[:]
     wrapped: Any = network
-    if wrap != "compile":
+    if wrap in ("DataParallel", "both"):
         wrapped = torch.nn.DataParallel(wrapped)
-    if wrap != "DataParallel":
+    if wrap == "AveragedModel":
+        wrapped = torch.optim.swa_utils.AveragedModel(wrapped)
+    if wrap in ("compile", "both"):
         wrapped = torch.compile(wrapped)
     np.testing.assert_array_equal(simulate(wrapped, source).spikes[:], want)
 
