@@ -520,7 +520,7 @@ def _next_limit(factor: float) -> float:
 
 def _unwrapped(network: Any) -> Any:
     """The module that ``torch.compile``, data parallelism or an average over training has wrapped."""
-    wrappers = DistributedDataParallel | DataParallel | AveragedModel
+    wrappers: tuple[Any, ...] = (DistributedDataParallel, DataParallel, AveragedModel)
     while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(network, wrappers):
         network = network.module if inner is None else inner
     return network
