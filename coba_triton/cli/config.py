@@ -152,6 +152,9 @@ _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s
 _UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # tables of several forms
 
 
+ALL_OTHERS = "all others"  # what the neurons of no population are called
+
+
 class UserError(Exception):
     """What the user can put right: its message is one sentence that says how."""
 
@@ -294,6 +297,12 @@ class Spread(_Table):
     high: Potential
     seed: NonNegativeInt
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got {self.low} mV and {self.high} mV; exchange them")
+        return self
+
 
 def _potential_form(value: Any) -> str:
     """Whether it is one potential or a table of a range."""
@@ -336,6 +345,11 @@ class Population(_Table):
     v_thresh: Potential | None = None
     i_offset: Current | None = None
     v_init: Start | None = None
+
+    def applied_to(self, neuron: Neuron) -> Neuron:
+        """The parameters of these neurons: what the population does not say is as for all."""
+        own = {key: value for key, value in self if key not in ("name", "neurons") and value is not None}
+        return neuron.model_copy(update=own)
 
 
 class Drive(_Table):
@@ -535,8 +549,9 @@ class Config(_Table):
     def _check_populations(self) -> Config:
         count, before = self.neuron.count, ""
         names = [population.name for population in self.population]
-        if len(set(names)) < len(names):
-            raise ValueError(f"population.name must be different in each, got {', '.join(map(repr, names))}")
+        if len({*names, ALL_OTHERS}) <= len(names):
+            got = ", ".join(map(repr, names))
+            raise ValueError(f"population.name must be different in each and not {ALL_OTHERS!r}, got {got}")
         end = 0
         for population in sorted(self.population, key=lambda population: population.neurons):
             first, stop = population.neurons
@@ -551,11 +566,9 @@ class Config(_Table):
                     f"ends at {end}"
                 )
             end, before = stop, population.name
-        for own in (self.neuron, *self.population):
-            g_l, current = (getattr(own, key) if getattr(own, key) is not None else getattr(self.neuron, key)
-                            for key in ("g_l", "i_offset"))  # fmt: skip
-            if current and not g_l:
-                raise ValueError(f"i_offset needs g_l above 0, got i_offset = {current} nA and no leak; leave it out")
+        for own in (self.neuron, *(population.applied_to(self.neuron) for population in self.population)):
+            if own.i_offset and not own.g_l:
+                raise ValueError(f"i_offset needs g_l above 0, got i_offset = {own.i_offset} nA and no leak; leave it out")
         return self
 
     @model_validator(mode="after")

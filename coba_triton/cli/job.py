@@ -26,7 +26,7 @@ from coba_triton import (
 from coba_triton._backends import choose_backend
 from coba_triton.sinks import Sink
 
-from .config import Config, Neuron, Population, Simulation, Spread, UserError
+from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread, UserError
 from .inputs import Source
 from .weights import Recurrent
 
@@ -62,31 +62,16 @@ class Feed:
         return torch.as_tensor(self.read(start, stop))
 
 
-def of_every_neuron(config: Config, value: Callable[[Any], float]) -> float | NDArray[np.float64]:
-    """A number of the neurons, in double precision; ``[N]`` where populations differ in it.
-
-    Args:
-        config: the configuration.
-        value: the number by what has the keys of :class:`Neuron`.
-    """
+def _of_every_neuron(config: Config, value: Callable[[Neuron], float]) -> float | Tensor:
+    """A number of the neurons; where populations differ in it one for each, ``[N]``."""
     shared = value(config.neuron)
-    own = [value(merged(config.neuron, population)) for population in config.population]
+    own = [value(population.applied_to(config.neuron)) for population in config.population]
     if all(number == shared for number in own):
         return shared
-    numbers = np.full(config.neuron.count, shared)
+    numbers = torch.full((config.neuron.count,), shared)
     for population, number in zip(config.population, own, strict=True):
         numbers[slice(*population.neurons)] = number
     return numbers
-
-
-def merged(neuron: Neuron, population: Population) -> Neuron:
-    """The neurons of a population: what it does not say is as for all."""
-    own = {key: value for key, value in population if key not in ("name", "neurons") and value is not None}
-    return neuron.model_copy(update=own)
-
-
-def _tensor(number: float | NDArray[np.float64]) -> float | Tensor:
-    return number if isinstance(number, float) else torch.from_numpy(number).float()
 
 
 def parameters(config: Config) -> CobaLIFParameters:
@@ -102,7 +87,7 @@ def parameters(config: Config) -> CobaLIFParameters:
         "v_reset": lambda n: n.v_reset,
         "v_thresh": lambda n: n.v_thresh,
     }
-    numbers: dict[str, Any] = {name: _tensor(of_every_neuron(config, value)) for name, value in values.items()}
+    numbers: dict[str, Any] = {name: _of_every_neuron(config, value) for name, value in values.items()}
     return CobaLIFParameters(**numbers)
 
 
@@ -115,7 +100,7 @@ def _start(neuron: Neuron, count: int) -> NDArray[np.float64]:
 
 def initial_state(config: Config, connected: bool, device: torch.device) -> CobaLIFState | CobaLIFFeedForwardState | None:
     """Where the neurons start if that is not the resting potential of the parameters."""
-    neuron, own = config.neuron, [merged(config.neuron, population) for population in config.population]
+    neuron, own = config.neuron, [population.applied_to(config.neuron) for population in config.population]
     if all(n.v_init is None and not n.i_offset for n in (neuron, *own)):
         return None
     v = _start(neuron, neuron.count)
@@ -164,7 +149,7 @@ def populations(config: Config, recurrent: Recurrent | None) -> dict[str, NDArra
         return {name: mask.nonzero()[0] for name, mask in recurrent.populations().items()} if recurrent else {}
     found = {population.name: np.arange(*population.neurons) for population in config.population}
     others = np.setdiff1d(np.arange(config.neuron.count), np.concatenate(list(found.values())))
-    return found | ({"all others": others} if others.size else {})
+    return found | ({ALL_OTHERS: others} if others.size else {})
 
 
 def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
