@@ -17,10 +17,10 @@ from rich.table import Table
 import coba_triton
 from coba_triton import _check
 from coba_triton._check import Result
+from coba_triton._files import reason, written_whole
 
 from . import info
 from .config import UserError
-from .report import written_whole
 
 
 def _table(results: list[Result]) -> Table:
@@ -114,7 +114,7 @@ def writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
+        raise UserError(f"cannot write {path}: {reason(error)}; name another file") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         with written_whole(path) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or name another file") from None
+        raise UserError(f"cannot write {path}: {reason(error)}; make room or name another file") from None
 
 
 def _write(path: Path, report: _check.Report, level: str, interrupted: bool) -> None:

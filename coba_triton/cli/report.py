@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
+from coba_triton._files import reason, written_whole
 from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
@@ -34,18 +35,6 @@ RESULTS = ("result.zarr", "result.npz")
 PICTURES = (".png", ".pdf", ".svg")
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: takes its place when the block ends well, goes away otherwise."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def prepare_folder(folder: Path) -> None:
     """Make the output folder.
 
@@ -58,7 +47,7 @@ def prepare_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from None
+        raise UserError(f"cannot write to {folder}: {reason(error)}; give another folder with --out") from None
 
 
 def open_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
@@ -129,7 +118,7 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another folder") from None
+        raise UserError(f"cannot write to {folder}: {reason(error)}; make room or choose another folder") from None
 
 
 def _mean_variation(variation: NDArray[np.float64]) -> dict[str, Any]:
