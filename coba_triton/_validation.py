@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
@@ -90,6 +92,22 @@ def check_size(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be a positive int, got {value}")
+
+
+def check_neurons(chosen: Any, count: int, name: str) -> NDArray[np.int64]:
+    """Indices of the neurons that a slice, a range, indices (negative ones from the end) or a mask of all of them choose."""
+    try:
+        which = chosen if isinstance(chosen, slice) else np.atleast_1d(np.asarray(chosen))
+        if not isinstance(which, slice):
+            which = which if which.size else which.astype(np.int64)
+            if which.ndim > 1:
+                raise ValueError("they have several axes")
+        return np.arange(count)[which]
+    except (IndexError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be indices from 0 to {count - 1} (negative ones count from the end) or one boolean for each of "
+            f"{count} neurons, all their axes as one, got {chosen!r:.200} ({error})"
+        ) from None
 
 
 def check_input(x: Any, axes: str, rank: int) -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from ._validation import check_neurons
 from .results import Result
 
 MAX_EVENTS = 100_000  # of a raster; more are a black area and a slow file
@@ -131,7 +132,7 @@ def plot_traces(
         result: with the variable recorded.
         ax: where to draw.
         variable: ``v``, ``g_e`` or ``g_i``.
-        neurons: which of the recorded neurons, None for the first three.
+        neurons: which of the recorded neurons, by index or mask of all neurons; None for the first three.
         start: in ms.
         stop: in ms.
 
@@ -139,7 +140,7 @@ def plot_traces(
         ValueError: if the variable or a neuron was not recorded.
     """
     first, last = _window(result, start, stop)
-    chosen = result.recorded[:3] if neurons is None else np.asarray(neurons)
+    chosen = result.recorded[:3] if neurons is None else check_neurons(neurons, result.neurons, "neurons")
     if variable not in result.traces or not np.isin(chosen, result.recorded).all():
         raise ValueError(
             f"{variable} of the neurons {chosen.tolist()} must be recorded, got {', '.join(result.traces) or 'nothing'} of "

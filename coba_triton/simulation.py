@@ -218,9 +218,12 @@ class _Run:
             self.p: Any = CobaLIFParameters(*detached)
             self.state = self._integrate(first[:0], state, False)[1]
         self.shape = self.state.v.shape
-        self.neurons = torch.as_tensor(self._indices("record.neurons", record.neurons), device=self.device)
+        cells = self.shape.numel()
+        chosen = check.check_neurons(record.neurons, cells, "record.neurons")
+        self.neurons = torch.as_tensor(chosen, device=self.device)
         self.populations = {
-            name: self._indices(f"record.populations[{name!r}]", members) for name, members in record.populations.items()
+            name: check.check_neurons(members, cells, f"record.populations[{name!r}]")
+            for name, members in record.populations.items()
         }
         unknown = set(record.variables) - set(CobaLIFFeedForwardState._fields)
         if unknown:
@@ -238,19 +241,6 @@ class _Run:
         self.stable = True
         self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
         self.header = self._header(state, block_steps)
-
-    def _indices(self, name: str, members: Members) -> Any:
-        """Indices into the flattened neurons."""
-        try:
-            chosen: Any = members if isinstance(members, slice) else np.asarray(members)
-            if not isinstance(chosen, slice) and not chosen.size:
-                chosen = chosen.astype(np.int64)
-            return np.arange(self.shape.numel())[chosen]
-        except (IndexError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{name} must be indices from 0 to {self.shape.numel() - 1} of neurons {list(self.shape)}, got {members!r} "
-                f"({error})"
-            ) from None
 
     def _chosen_parameters(self) -> CobaLIFParameters:
         """The parameters of the recorded neurons."""
