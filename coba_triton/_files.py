@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -69,6 +70,21 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """A path in the file system, and no address: that of ``s3://bucket`` would be a new folder here, called ``s3:``.
+
+    Raises:
+        ValueError: if it is an address, also one that has been a :class:`Path`, which has lost a slash.
+    """
+    text = os.fspath(path)
+    if "://" in text or re.match(r"[A-Za-z][\w+.:-]+:/", text):
+        raise ValueError(
+            f"{name} must be a path of this machine's file system, got the address {text!r}; leave out a leading file://, "
+            "or write to a local path and copy it there"
+        )
+    return Path(path)
 
 
 def is_there(path: Path) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _validation as check
+from ._files import local_path
 from .sinks import FORMAT, VERSION, _difference, open_group, read
 from .spikes import WORD_BITS, word_count
 
@@ -344,7 +345,7 @@ class Result:
         Args:
             path: of the file, replaced if it is there.
         """
-        path = Path(path)
+        path = local_path(path, "path")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with part.open("w", newline="", encoding="utf-8") as file:
@@ -464,7 +465,7 @@ def open_result(path: str | Path | Sequence[str | Path]) -> Result:
     """
     if not isinstance(path, str | Path):
         return _join([open_result(part) for part in path])
-    path = Path(path)
+    path = local_path(path, "path")
     if not path.exists():
         raise FileNotFoundError(f"there is no result at {path}; give the path of a .zarr folder or an .npz file")
     if path.is_dir():

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _recurrent, operators
 from . import _validation as check
 from ._backends import choose_backend
+from ._files import reason
 from ._versions import package_version
 from .functional import _constants_table, _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
@@ -168,7 +169,7 @@ class _Commits:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot write steps {self.steps:,} to {stop:,} ({error.strerror or error}); {self.steps:,} steps are kept: "
+                f"cannot write steps {self.steps:,} to {stop:,} ({reason(error)}); {self.steps:,} steps are kept: "
                 "make room and continue with resume=True",
                 str(self.sink.path),
             ) from error

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import CobaLIFParameters, ZarrSink, coba_lif_feed_forward_integral, open_result, simulation
+from coba_triton import (
+    CobaLIF,
+    CobaLIFParameters,
+    NpzSink,
+    ZarrSink,
+    coba_lif_feed_forward_integral,
+    open_result,
+    simulate,
+    simulation,
+)
 from coba_triton.cli import config as cli_config
 from coba_triton.cli import main, report
+from coba_triton.cli.config import UserError
 from coba_triton.cli.inputs import open_source
+from coba_triton.cli.weights import read_array
 
 CONFIG = """
 description = "a test"
@@ -375,6 +388,85 @@ def test_full_disk(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "(No space left on device); 0 steps are kept: make room and continue with --resume" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["simulate", config, "--out", str(tmp_path / "out"), "--resume"]) == 0
+
+
+def test_an_error_without_the_system_s_words_is_told_in_its_own(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("Cannot call rmtree on a symbolic link")
+
+    monkeypatch.setattr(ZarrSink, "begin", fail)
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert "result.zarr: Cannot call rmtree on a symbolic link" in printed and "None" not in printed
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large", "deep", "binary"])
+def test_what_is_no_configuration_is_told_in_one_sentence(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    make: dict[str, Callable[[], Any]] = {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "large": lambda: path.write_text("#" * (2**24 + 1)),
+        "deep": lambda: path.write_text("x = " + "[" * 10**5),
+        "binary": lambda: path.write_bytes(b"\xff\xfe\x00x"),
+    }
+    make[kind]()
+    assert main(["simulate", str(path), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("coba-triton: ") and printed.count("\n") == 1 and "; " in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "truncated", "compressed"])
+def test_what_is_no_array_is_told_in_one_sentence(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=np.arange(1000.0))
+    content = bytearray(path.read_bytes())
+    if kind in ("pipe", "folder"):
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    elif kind == "truncated":
+        path.write_bytes(content[:-30])
+    else:
+        content[60:90] = b"\xff" * 30
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot read .* no regular file|is no .npy or .npz file of numbers"):
+        read_array(path, None)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run", "file:///run", "simplecache::s3://bucket/run"])
+def test_an_address_is_no_path(
+    address: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a path it would be a folder called s3:; a Path has already lost one of its slashes."""
+    monkeypatch.chdir(tmp_path)
+    message = "must be a path of this machine's file system, got the address"
+    result = simulate(CobaLIF(dt=0.1), torch.zeros(32, 2), progress=False)
+    for path in (f"{address}.zarr", Path(f"{address}.zarr"), f"{address}.npz"):
+        kind = NpzSink if str(path).endswith("npz") else ZarrSink
+        attempts: list[Callable[[], Any]] = [
+            lambda path=path: simulate(CobaLIF(dt=0.1), torch.zeros(32, 2), sink=path),
+            lambda path=path, kind=kind: kind(path),
+            lambda path=path: open_result(path),
+            lambda path=path: result.to_csv(path),
+        ]
+        for attempt in attempts:
+            with pytest.raises(ValueError, match=message):
+                attempt()
+    for arguments in (
+        ["simulate", config, "--out", address],
+        ["plot", address],
+        ["plot", str(tmp_path), "--out", f"{address}.png"],
+        ["tune", "--neurons", "8", "--out", f"{address}.json"],
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".toml"] == []
 
 
 @pytest.mark.filterwarnings("default")

@@ -17,7 +17,7 @@ from rich.table import Table
 import coba_triton
 from coba_triton import _check
 from coba_triton._check import Result
-from coba_triton._files import reason, written_whole
+from coba_triton._files import local_path, reason, written_whole
 
 from . import info
 from .config import UserError
@@ -107,12 +107,14 @@ def writable(path: Path) -> None:
         UserError: if it cannot.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        local_path(path, "a file").parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; name a file")
         probe = path.with_name(f".{path.name}.{os.getpid()}.part")
         probe.touch()
         probe.unlink()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; name another file") from None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, Record, Result, open_result, simulate
 from coba_triton._backends import choose_backend
+from coba_triton._files import reason
 from coba_triton.sinks import Sink
 
 from .config import Config, Neuron, Simulation, UserError
@@ -141,6 +142,7 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
             result = open_result(path)
         return Run(result, backend, str(device), result.steps - before, time.perf_counter() - begin)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}".replace("resume=True", "--resume")) from error
+        where = error.filename or path or "the result"
+        raise UserError(f"{where}: {reason(error)}".replace("resume=True", "--resume")) from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the simulation failed: {error}") from error

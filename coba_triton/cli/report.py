@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
-from coba_triton._files import reason, written_whole
+from coba_triton._files import local_path, reason, written_whole
 from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
@@ -35,13 +35,20 @@ RESULTS = ("result.zarr", "result.npz")
 PICTURES = (".png", ".pdf", ".svg")
 
 
+def _local(path: Path) -> Path:
+    try:
+        return local_path(path, "a result")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the output folder.
 
     Raises:
         UserError: if it cannot be made or written to.
     """
-    probe = folder / f".{os.getpid()}.part"
+    probe = _local(folder) / f".{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -98,9 +105,9 @@ def plot(path: Path, out: Path | None, start: float | None, stop: float | None) 
     Raises:
         UserError: if there is no such result, it has no spikes or steps, or the file cannot be written.
     """
-    if path.is_dir():
+    if _local(path).is_dir():
         path = next((path / name for name in RESULTS if (path / name).exists()), path)
-    out = out or path.parent / "plot.png"
+    out = _local(out or path.parent / "plot.png")
     if out.suffix not in PICTURES:
         raise UserError(f"--out must end in {', '.join(PICTURES)}, got {str(out)!r}")
     try:
