@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -38,20 +39,40 @@ def _color(name: str, number: int) -> str:
     return COLORS.get(name) or (OTHERS[number % len(OTHERS)] if name else NEUTRAL)
 
 
+def _plain(text: str, most: int = 60) -> str:
+    """A person's text as it can be drawn: printable, of a length that leaves room for the picture."""
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _label(name: str) -> str | None:
+    """A population's name for the legend, which leaves out what begins with an underscore."""
+    return _plain(f" {name}" if name.startswith("_") else name) or None
+
+
+def _word_for_word(*texts: Text) -> None:
+    """Draw texts as they are: a ``$`` begins no formula."""
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_usetex(False)
+
+
 def _window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
     """The steps between two times."""
-    first = 0 if start is None else round(start / result.dt)
-    last = result.steps if stop is None else round(stop / result.dt)
-    if not 0 <= first < last <= result.steps:
+    begin, end = 0.0 if start is None else start / result.dt, result.steps if stop is None else stop / result.dt
+    if not (math.isfinite(begin) and math.isfinite(end) and 0 <= round(begin) < round(end) <= result.steps):
         raise ValueError(
             f"start and stop must be times in ms from 0 to {result.duration:g}, start first, got {start} and {stop}"
         )
-    return first, last
+    return round(begin), round(end)
 
 
 def _legend(ax: Axes) -> None:
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4, frameon=False, fontsize=8, borderaxespad=0.1)
+        legend = ax.legend(
+            loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4, frameon=False, fontsize=8, borderaxespad=0.1
+        )
+        _word_for_word(*legend.get_texts())
 
 
 def plot_raster(
@@ -100,7 +121,7 @@ def plot_rates(
     for number, (name, members) in enumerate(shown.items()):
         edges, rates = result.rates(width, name if name else members)
         filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(rates, edges, color=_color(name, number), label=name or None, **filled)
+        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **filled)
     ax.set_xlim(first * result.dt, last * result.dt)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"population rate\n(Hz, {width:g} ms bins)")
@@ -177,7 +198,7 @@ def plot_intervals(result: Result, ax: Axes) -> None:
         counts = result.interval_counts(edges, members)
         share = counts / max(counts.sum(), 1) / np.diff(np.log10(edges))
         filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(share, edges, color=_color(name, number), label=name or None, **filled)
+        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **filled)
         found |= counts > 0
     ax.set_xscale("log")
     if found.any():
@@ -215,7 +236,7 @@ def statistics(result: Result) -> list[dict[str, Any]]:
 def plot_statistics(result: Result, ax: Axes) -> None:
     """A table of the populations: rate, silent neurons, CV of the intervals, synchrony (:meth:`Result.synchrony`)."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "population": lambda row: str(row["population"]),
+        "population": lambda row: _plain(row["population"], 24),
         "neurons": lambda row: f"{row['neurons']:,}",
         "rate": lambda row: _number(row["rate_hz"], ".1f", " Hz"),
         "silent": lambda row: f"{row['silent']:.0%}",
@@ -225,6 +246,7 @@ def plot_statistics(result: Result, ax: Axes) -> None:
     cells = [[show(row) for show in columns.values()] for row in statistics(result)]
     ax.axis("off")
     table = ax.table(cells, colLabels=list(columns), loc="center", cellLoc="center", edges="horizontal")
+    _word_for_word(*(cell.get_text() for cell in table.get_celld().values()))
     table.auto_set_font_size(False)
     table.set_fontsize(8.5)
     table.scale(1, 1.6)
@@ -255,13 +277,14 @@ def plot_inputs(result: Result, ax: Axes, *, start: float | None = None, stop: f
 def _plot_recording(result: Result, signal: Axes, events: Axes, first: int, last: int) -> None:
     """The recording that drove the run, and the events that it was encoded into."""
     recording = result.attributes["config"]["attributes"]["recording"]
+    unit = _plain(recording["unit"] or "")
     at, values = _extremes(result.array("signal")[first:last], MAX_POINTS)
     signal.plot((first + at) * result.dt, values, color=NEUTRAL, linewidth=0.9)
-    signal.set_ylabel(f"recording\n({recording['unit'] or 'no unit'})")
+    _word_for_word(signal.set_ylabel(f"recording\n({unit or 'no unit'})"))
     times = [(first + np.flatnonzero(channel)) * result.dt for channel in result.array("events")[first:last].T]
     events.eventplot(times, lineoffsets=[1, 0], linelengths=0.8, linewidths=0.6, colors=[EXCITATORY, INHIBITORY])
     events.set_yticks([1, 0], ["ON", "OFF"])
-    events.set_ylabel(f"events of\n{recording['threshold']:g} {recording['unit'] or ''}".rstrip(), fontsize=8)
+    _word_for_word(events.set_ylabel(f"events of\n{recording['threshold']:g} {unit}".rstrip(), fontsize=8))
 
 
 def overview(
@@ -321,8 +344,9 @@ def overview(
         axes = [*axes, histogram]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
+    title = _plain(title or "", 200)
     if not result.finished:
-        title = f"{title or ''}\n(stopped after {result.steps:,} steps)".strip()
+        title = f"{title}\n(stopped after {result.steps:,} steps)".strip()
     if title:
-        figure.suptitle(title, fontsize=12)
+        _word_for_word(figure.suptitle(title, fontsize=12))
     return figure
