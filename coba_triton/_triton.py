@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any, overload
@@ -10,6 +9,7 @@ from typing import Any, overload
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from ._recurrent import Network, send_back
 from .kernels import feed_forward, recurrent
@@ -37,11 +37,35 @@ def threads_per_warp() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
+# By all that Triton compiles for: what a kernel was compiled to, the names of its last arguments, and the driver.
+_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[str], Any]] = {}
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any) -> None:
-    """Every launch of the package: on the tensors' device, without fusing multiplications into additions."""
-    on_device = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-    with on_device:
+    """Every launch of the package: on the tensors' device, without fusing multiplications into additions.
+
+    Triton takes about 10 us to find what a call was compiled to; here it takes 3. This is right for kernels that are not
+    specialized for the values of their numbers, as a test makes sure of.
+    """
+    if device.type != "cpu" and (on := torch.get_device_module(device)).current_device() != device.index:
+        with on.device(device):
+            return _launch(kernel, grid, device, num_warps, *args, **meta)
+    if triton.knobs.runtime.interpret:
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
+        return
+    driver = triton.runtime.driver.active
+    compiled_for = [
+        (arg.dtype, arg.data_ptr() & 15) if isinstance(arg, Tensor) else arg if arg is None else -(2**31) <= arg < 2**31
+        for arg in args
+    ]
+    key = id(kernel), id(driver), device, num_warps, *meta.values(), *compiled_for
+    if (found := _compiled.get(key)) is not None:
+        compiled, last, _ = found
+        compiled[(*grid, 1, 1)[:3]](*args, *[meta[name] for name in last])
+        return
+    compiled = kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
+    if isinstance(compiled, CompiledKernel):
+        _compiled[key] = compiled, kernel.arg_names[len(args) :], driver
 
 
 def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Parameters:
@@ -101,12 +125,12 @@ def feed_forward_forward(
     checkpoint_every: int,
     state: Tensor,
     final: Tensor,
-    spikes: Tensor,
-    words: Tensor,
-    states: Tensor,
-    checkpoints: Tensor,
+    spikes: Tensor | None,
+    words: Tensor | None,
+    states: Tensor | None,
+    checkpoints: Tensor | None,
 ) -> None:
-    """Fill ``final`` and every non-empty output; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
+    """Fill ``final`` and every output that is given; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
     parameters = parameters_of("feed_forward_forward", state, x.shape[1])
     _launch_feed_forward(
         feed_forward.forward_kernel,
@@ -118,7 +142,10 @@ def feed_forward_forward(
         state,
         constants,
         final,
-        *(_kernel_view(_none_if_empty(output)) for output in (spikes, words, states, checkpoints)),
+        _kernel_view(spikes),
+        words,
+        states,
+        checkpoints,
         *x.shape,
         *x.stride(),
         constants.stride(0),

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from .model import NUMERIC_PARAMETERS
+from .model import NUMERIC_PARAMETERS, is_tracked, number_key
 from .spikes import WORD_BITS
 from .surrogate import SURROGATES
 
@@ -40,7 +39,13 @@ def check_path(path: Any, paths: tuple[str, ...]) -> None:
         raise ValueError(f"path must be one of {', '.join(map(repr, paths))}, got {path!r}")
 
 
+_accepted: set[tuple[bytes, Any]] = set()
+
+
 def check_parameters(p: Any) -> None:
+    """A record of parameters with numbers and a method; one of Python numbers alone is looked at once."""
+    if (key := number_key(p)) is not None and (key, p.method) in _accepted:
+        return
     missing = [name for name in (*NUMERIC_PARAMETERS, "method") if not hasattr(p, name)]
     if missing:
         raise TypeError(
@@ -51,6 +56,8 @@ def check_parameters(p: Any) -> None:
         raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {p.method!r}")
     for name in NUMERIC_PARAMETERS:
         check_number(getattr(p, name), name)
+    if key is not None and len(_accepted) < 1024:
+        _accepted.add((key, p.method))
 
 
 def check_number(value: Any, name: str) -> None:
@@ -197,16 +204,7 @@ def check_spike_dtype(spike_dtype: Any, block_steps: int | None) -> None:
         )
 
 
-def is_tracked(tensor: Tensor) -> bool:
-    """Whether autograd follows a tensor, back or forward."""
-    return has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
-
-
-def has_tangent(tensor: Tensor) -> bool:
-    return unpack_dual(tensor).tangent is not None
-
-
-def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[Tensor]) -> None:
+def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[Any]) -> None:
     """``out`` is a buffer for spikes of this shape and dtype, and nothing that it would overwrite or cut off."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}; use torch.empty")
@@ -221,7 +219,7 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[
         raise ValueError("out takes the spikes of a plain call, got one within a torch.func transform; leave out= away")
     if out.numel() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         raise ValueError("out must not share memory with input_tensor, got a view of it; use a buffer of its own")
-    if any(is_tracked(tensor) for tensor in (out, x, *others)):
+    if any(isinstance(value, Tensor) and is_tracked(value) for value in (out, x, *others)):
         raise ValueError(
             "out takes spikes that no gradient flows through, got arguments that require one; call under "
             "torch.no_grad(), or leave out= away"
@@ -264,5 +262,5 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any, g_i: Any) -> None:
         warnings.warn(
             f"the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) is {largest:.3g} at the given state, more "
             f"than 2; make dt smaller than {dt * 2 / largest:.3g}",
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -30,7 +30,7 @@ from .functional import (
     coba_lif_integral,
     coba_lif_step,
 )
-from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, known
 
 
 def _floating(value: Any) -> Any:
@@ -67,15 +67,16 @@ class _Neurons(nn.Module):
         """The parameters as they are now."""
         return CobaLIFParameters(**{name: getattr(self, name) for name in NUMERIC_PARAMETERS}, method=self.method)
 
-    def _parameters_for(self, x: Any, rank: int) -> CobaLIFParameters:
-        """The parameters for an input that drives a single neuron, without axes, if it has ``rank`` axes.
+    def _parameters_for(self, x: Any = None, rank: int = 0) -> CobaLIFParameters:
+        """The parameters, those that were given as Python numbers as such again where their values are at hand.
 
-        There a 0-dim float64 tensor would promote the computation to float64, which a Python number does not.
+        An input of ``rank`` axes drives a single neuron without axes: there a 0-dim float64 tensor would promote the
+        computation to float64, which a Python number does not.
         """
+        single = getattr(x, "ndim", None) == rank
         p = self.p
-        if getattr(x, "ndim", None) == rank:
-            p = p._replace(**{name: getattr(p, name).item() for name in self._numbers})
-        return p
+        numbers: dict[str, Any] = {name: getattr(p, name) for name in self._numbers}
+        return p._replace(**{name: value.item() if single else known(value) for name, value in numbers.items()})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         numbers = [self._buffers.get(name) for name in self._numbers]
@@ -257,7 +258,7 @@ class CobaLIFCell(_RecurrentNeurons):
         super().__init__(input_size, hidden_size, p, dt, autapses, learn)
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
-        return coba_lif_step(input_tensor, state, *self._weights(), self.p, self.dt)
+        return coba_lif_step(input_tensor, state, *self._weights(), self._parameters_for(), self.dt)
 
 
 class CobaLIF(_WholeSequence, _Neurons):
@@ -373,4 +374,4 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         )
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
-        return coba_lif_integral(input_tensor, state, *self._weights(), self.p, self.dt, **self._options())
+        return coba_lif_integral(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, **self._options())

@@ -23,8 +23,8 @@ from . import _validation as check
 from ._backends import choose_backend
 from ._files import reason
 from ._versions import package_version
-from .functional import _constants_table, _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
-from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
+from .functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
+from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, constants_table
 from .modules import CobaLIF, CobaLIFRecurrent
 from .results import Result
 from .sinks import Column, Header, Sink, open_sink
@@ -255,7 +255,7 @@ class _Run:
     def _kernels(self) -> _recurrent.Network:
         """The network as the backend's kernels take it."""
         dtype = self.state.v.dtype
-        constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
+        constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
         kernels = operators.recurrent_kernels(self.backend)
         input_weights, recurrent_weights = (w.to(dtype) for w in self.weights)
         jump_first = self.network.order == "jump_first"
@@ -344,7 +344,7 @@ class _Run:
         from ._cpu import ForwardStream
 
         dtype = self.state.v.dtype
-        constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
+        constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
         state = torch.stack(list(self.state)).reshape(3, -1)
         with closing(ForwardStream(constants, self.network.order == "jump_first", state, self.header.block_steps)) as stream:
             self.stream = stream

@@ -36,7 +36,7 @@ def compact(hits, base, list_ptr, values):
 @triton.jit
 def add_rows(
     drive_e, drive_i, list_ptr, count, source_ptr, source_stride, weights_ptr, N, neurons, mask,
-    UNROLL: tl.constexpr, CACHE: tl.constexpr = "",
+    UNROLL: tl.constexpr, CACHE: tl.constexpr = tl.constexpr(""),
 ):  # fmt: skip
     """Add the weights of the listed sources one after the other, ``UNROLL`` loads ahead.
 
