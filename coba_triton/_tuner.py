@@ -10,12 +10,13 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
 from . import _check, tuning
@@ -331,6 +332,13 @@ def proposals(
                 best = (yield base | {name: value}, total) or best
 
 
+def _let_go(lock: BaseFileLock) -> None:
+    """Release a lock and leave no file behind: whoever has opened it meanwhile sees that it is gone, and makes another."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
 class Journal:
     """One JSON line for each set of parameters; survives a kill after any of them.
 
@@ -353,7 +361,7 @@ class Journal:
         try:
             self._file = self._open(resume)
         except BaseException:
-            self._lock.release()
+            _let_go(self._lock)
             raise
 
     def _open(self, resume: bool) -> IO[str]:
@@ -415,7 +423,7 @@ class Journal:
         self._file.close()
         if finished:
             self.path.unlink(missing_ok=True)
-        self._lock.release()
+        _let_go(self._lock)
 
 
 @dataclass
@@ -593,7 +601,9 @@ def write_table(path: Path, target: tuning.Machine, entries: list[dict[str, Any]
         OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock"), timeout=60):
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=60)
+    lock.acquire()
+    try:
         content = open_table(path, target)
         keys = [[entry[name] for name in ("kernel", "dtype", "neurons", "batch")] for entry in entries]
         kept = [
@@ -603,6 +613,8 @@ def write_table(path: Path, target: tuning.Machine, entries: list[dict[str, Any]
         ]
         with written_whole(path) as part:
             part.write_text(json.dumps(content | {"entries": kept + entries}, indent=1) + "\n", encoding="utf-8")
+    finally:
+        _let_go(lock)
     tuning.forget()
 
 

@@ -246,13 +246,13 @@ def test_builtin_ecg(tmp_path: Path) -> None:
     assert near > 0.9 * summary["spikes"] > 100
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """A real SIGINT before the block that begins at this step is finished."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """A real signal before the block that begins at this step is finished."""
     finish = simulation._Run.finish
 
     def interrupted(self: simulation._Run, running: Any) -> Any:
         if running.start == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return finish(self, running)
 
     monkeypatch.setattr(simulation._Run, "finish", interrupted)
@@ -277,6 +277,15 @@ def test_interrupted_run_is_resumed(
     np.testing.assert_array_equal(open_result(out / "result.zarr").traces["v"][:], states.v[:, [3, 0]].numpy())
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert (summary["interrupted"], summary["steps_done"]) == (False, 600)
+
+
+def test_a_signal_that_ends_processes_leaves_what_was_finished(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 384, signal.SIGTERM)
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 128 + signal.SIGTERM
+    assert "Interrupted after 384 of 600 steps; what was finished is written" in capsys.readouterr().err
+    assert open_result(tmp_path / "out" / "result.zarr").steps == 384
 
 
 def test_changed_configuration_is_not_resumed(
@@ -491,3 +500,24 @@ def test_module_runs_as_a_program() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "poisson" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("module", ["torch", "typer"])
+@pytest.mark.parametrize("program", ["module", "script", "library"])
+def test_ctrl_c_while_it_is_imported(program: str, module: str, tmp_path: Path) -> None:
+    """The command line ends at once and in silence; an import within somebody's program is interrupted as ever."""
+    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    script = Path(sys.executable).with_name("coba-triton")
+    if program == "script" and not script.is_file():
+        pytest.skip("the command is not installed beside Python")
+    command = {
+        "module": ["-m", "coba_triton.cli"],
+        "script": [str(script)],
+        "library": ["-c", "import coba_triton.cli as cli; cli.main(['--help'])"],
+    }[program]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == -signal.SIGINT
+    assert ("KeyboardInterrupt" in done.stderr) == (program == "library")
+    assert program == "library" or done.stdout + done.stderr == ""

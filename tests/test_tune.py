@@ -337,6 +337,31 @@ def test_a_file_that_is_no_table_is_not_replaced(tmp_path, capsys) -> None:
     assert "is for triton on sm_90; remove it, or name another --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeypatch, capsys) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**12)
+    attempt, calls = _tuner._try, []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return attempt(*args)
+
+    monkeypatch.setattr(_tuner, "_try", interrupt)
+    out = tmp_path / "t.json"
+    assert main([*ARGUMENTS, "--out", str(out)]) == 128 + number
+    assert "continue with --resume" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["t.journal.jsonl"]
+    assert len(out.with_suffix(".journal.jsonl").read_text().splitlines()) == 3
+    assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)  # as nohup has it
+    assert main([*ARGUMENTS, "--out", str(out), "--resume"]) == 0
+    signal.signal(number, before)
+
+
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**12)
     attempt = _tuner._try
