@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .model import SPIKES
 from .surrogate import SURROGATES
 
-FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-INPUT = (*FLOATING, torch.bool, torch.uint8)
-SPIKES = INPUT
+INPUT = SPIKES
 COMPUTE = (torch.float32, torch.float64)
 WORDS = (torch.int32,)
 

@@ -27,11 +27,11 @@ from .functional import (
     _check_sequence,
     _format_spikes,
     _kernel_input,
-    _learnable,
     _numbers,
     _recurrent_state,
     _run_reference,
     _spike_dtype,
+    own_fields,
 )
 from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, constants_table, derive_constants
 from .operators import (
@@ -63,7 +63,7 @@ def owned_neurons(neurons: int, group: Group = None) -> slice:
         >>> own = owned_neurons(4000)  # doctest: +SKIP
         >>> recurrent_weights = all_weights[own]  # doctest: +SKIP
     """
-    check.check_size(neurons, "neurons")
+    neurons = check.check_int(neurons, "neurons")
     ranks = _Ranks(group)
     ranks.divide(neurons)
     return ranks.own
@@ -290,11 +290,12 @@ def coba_lif_integral(
     call: dict[str, Any] = {}
     error = None
     try:
-        _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+        block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
+        dt = check.check_dt(dt)
         _check_rows(ranks, input_weights, recurrent_weights)
         x, initial, weights = prepare(input_tensor, p)
         backend = choose_backend(backend, x.device)
-        tracked = (x, initial, *weights, *_learnable(p))
+        tracked = (x, initial, *weights, *(getattr(p, name) for name in check.LEARNABLE))
         train = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in tracked)
         shared = _shared(x, p) if train else {}
         call = {
@@ -318,7 +319,7 @@ def coba_lif_integral(
         x, initial, weights = prepare(values.get("input_tensor", x), p)
 
     z = initial[0]
-    default = _spike_dtype(x, z.dtype)
+    default = _spike_dtype(x, z.dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if backend == "reference":
         c = derive_constants(p, dt, z.dtype, x.device)
@@ -344,9 +345,9 @@ def coba_lif_integral(
     )
     spikes = spikes.reshape(len(spikes), *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *state.reshape(3, *neurons).unbind(0))
+    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(state, neurons))
 
 
 def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -32,17 +33,21 @@ RECURRENT_FIELDS = CobaLIFState._fields
 State = TypeVar("State", CobaLIFState, CobaLIFFeedForwardState)
 
 
-def _spike_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
-    return x.dtype if x.is_floating_point() else compute_dtype
+def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
+    """The dtype of an input of numbers; of one of bytes or integers, that of half-precision weights or of the state."""
+    if x.is_floating_point():
+        return x.dtype
+    if weights and compute_dtype == torch.float32:
+        return functools.reduce(torch.promote_types, (w.dtype for w in weights))
+    return compute_dtype
 
 
 def _numbers(p: Any) -> dict[str, Any]:
     return {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
 
 
-def _learnable(p: Any) -> list[Any]:
-    """The numbers that a gradient can be taken by."""
-    return [getattr(p, name) for name in check.LEARNABLE]
+def _state_fields(state: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    return {} if state is None else {f"state.{name}": getattr(state, name) for name in fields}
 
 
 def _tensors(p: Any) -> dict[str, Any]:
@@ -71,39 +76,39 @@ def _side_by_side(x: Tensor, neurons: torch.Size, fields: list[Any], values: lis
     return torch.stack([tensor.expand(neurons) for tensor in tensors])
 
 
-def _at_rest(fields: tuple[str, ...], p: Any) -> list[Any]:
-    return [p.v_rest if name == "v" else 0.0 for name in fields]
+def _given(state: Any, fields: tuple[str, ...], p: Any) -> list[Any]:
+    """The fields of a state, or of that at rest."""
+    if state is None:
+        return [p.v_rest if name == "v" else 0.0 for name in fields]
+    return [getattr(state, name) for name in fields]
 
 
 def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
     """Check the arguments of a call; returns its state ``[3, *neurons]``."""
-    if (key := number_key(p)) is not None and type(dt) is float:
+
+    def make(state: Any, stacklevel: int) -> Tensor:
+        check.check_parameters(p)
+        if state is not None:
+            check.check_state(state, FEED_FORWARD_FIELDS, x.device)
+        numbers = _tensors(p)
+        neurons = check.broadcast_neurons(step_shape, _state_fields(state, FEED_FORWARD_FIELDS) | numbers)
+        given = _given(state, FEED_FORWARD_FIELDS, p)
+        check.warn_if_unstable(p, dt, given[-2], given[-1], stacklevel)
+        return _side_by_side(x, neurons, given, list(numbers.values()))
+
+    if (key := number_key(p)) is None:
+        return make(state, 5)
+    if state is None:
         made_for = key, p.method, dt, step_shape, x.dtype == torch.float64, x.device
-        at_rest = keep(made_for, x.device, lambda: _checked_feed_forward_state(x, None, p, dt, step_shape))
-        if state is None:
-            return at_rest
-        fields: list[Any] = [getattr(state, name, None) for name in FEED_FORWARD_FIELDS]
-        if all(
-            type(field) is Tensor and field.shape == step_shape and field.dtype == at_rest.dtype and field.device == x.device
-            for field in fields
-        ):
-            return torch.stack(fields)
-    return _checked_feed_forward_state(x, state, p, dt, step_shape)
-
-
-def _checked_feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
+        return keep(made_for, x.device, lambda: make(None, 7))
+    fields: list[Any] = [getattr(state, name, None) for name in FEED_FORWARD_FIELDS]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for field in fields:
+        if not (type(field) is Tensor and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
+            return make(state, 5)
     check.check_parameters(p)
-    check.check_dt(dt)
-    named = _tensors(p)
-    values = list(named.values())
-    fields = _at_rest(FEED_FORWARD_FIELDS, p)
-    if state is not None:
-        check.check_state(state, FEED_FORWARD_FIELDS, x.device)
-        fields = [getattr(state, name) for name in FEED_FORWARD_FIELDS]
-        named = {f"state.{name}": field for name, field in zip(FEED_FORWARD_FIELDS, fields, strict=True)} | named
-    neurons = check.broadcast_neurons(step_shape, named)
     check.warn_if_unstable(p, dt, *fields[-2:])
-    return _side_by_side(x, neurons, fields, values)
+    return torch.stack(fields)
 
 
 def _recurrent_state(
@@ -111,19 +116,15 @@ def _recurrent_state(
 ) -> Tensor:
     """Check the arguments of a call; returns its state ``[4, *batch, N]``."""
     check.check_parameters(p)
-    check.check_dt(dt)
     check.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
     neurons = torch.Size([*step_shape[:-1], input_weights.shape[0]])
-    named = _tensors(p)
-    values = [input_weights, recurrent_weights, *named.values()]
-    fields = _at_rest(RECURRENT_FIELDS, p)
     if state is not None:
         check.check_state(state, RECURRENT_FIELDS, x.device)
-        fields = [getattr(state, name) for name in RECURRENT_FIELDS]
-        named = {f"state.{name}": field for name, field in zip(RECURRENT_FIELDS, fields, strict=True)} | named
-    check.broadcast_neurons(neurons, named, grows=False)
-    check.warn_if_unstable(p, dt, *fields[-2:])
-    return _side_by_side(x, neurons, fields, values)
+    numbers = _tensors(p)
+    check.broadcast_neurons(neurons, _state_fields(state, RECURRENT_FIELDS) | numbers, grows=False)
+    given = _given(state, RECURRENT_FIELDS, p)
+    check.warn_if_unstable(p, dt, *given[-2:])
+    return _side_by_side(x, neurons, given, [input_weights, recurrent_weights, *numbers.values()])
 
 
 def coba_lif_feed_forward_step(
@@ -155,6 +156,7 @@ def coba_lif_feed_forward_step(
         tensor([1., 1., 1.])
     """
     check.check_input(input_tensor, "[...]", 0)
+    dt = check.check_dt(dt)
     before = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
     c = derive_constants(p, dt, before.dtype, input_tensor.device)
     x = input_tensor.to(before.dtype).expand(before.shape[1:])
@@ -197,20 +199,27 @@ def coba_lif_step(
         tensor([3., 3.])
     """
     check.check_input(input_tensor, "[*batch, I]", 1)
+    dt = check.check_dt(dt)
     before = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
     w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
     z, v, g_e, g_i = before.unbind()
     new = reference.recurrent_step(input_tensor.to(dtype), z, v, g_e, g_i, w, c, False, p.method)
-    return new.z.to(_spike_dtype(input_tensor, dtype)), CobaLIFState(*new)
+    given = input_weights, recurrent_weights
+    return new.z.to(_spike_dtype(input_tensor, dtype, given)), CobaLIFState(*new)
 
 
-def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: int | None, spike_dtype: SpikeDtype) -> None:
+def _check_sequence(
+    x: Any, axes: str, rank: int, order: Any, block_steps: Any, record_states: Any, spike_dtype: SpikeDtype
+) -> int | None:
+    """Returns ``block_steps``."""
     check.check_input(x, axes, rank)
     check.check_order(order)
-    check.check_block_steps(block_steps)
-    check.check_spike_dtype(spike_dtype, block_steps)
+    check.check_flag(record_states, "record_states")
+    steps = check.check_block_steps(block_steps)
+    check.check_spike_dtype(spike_dtype, steps)
+    return steps
 
 
 def _run_reference(
@@ -228,6 +237,8 @@ def _run_reference(
     if record_states:
         fields = zip(*trace, strict=True) if trace else ((),) * len(state)
         state = type(state)(*(_stack(list(rows), initial) for rows, initial in zip(fields, state, strict=True)))
+    else:  # not what was given, nor what autograd has saved: it may be edited in place
+        state = type(state)(*(torch.clone(torch.as_tensor(field)) for field in state))
     return spikes, state
 
 
@@ -296,9 +307,10 @@ def coba_lif_feed_forward_integral(
         block_steps: steps in one launch; None for all of them. Changes no result.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
-            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype.
-        out: contiguous buffer that takes the spikes and is returned; not for training. Reusing one in a loop saves the
-            first touch of new memory, which costs a CPU more than the neurons do.
+            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype, of one of bool or integers the state's.
+        out: contiguous buffer that takes the spikes and is returned, apart in memory from all arguments; not for
+            training. Reusing one in a loop saves the first touch of new memory, which costs a CPU more than the neurons
+            do.
 
     Returns:
         Spikes ``[T, *shape]`` and the state; float32 unless an array among the arguments is float64.
@@ -313,7 +325,8 @@ def coba_lif_feed_forward_integral(
         >>> spikes.shape
         torch.Size([1000, 4])
     """
-    _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
+    block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
+    dt = check.check_dt(dt)
     steps, device = input_tensor.shape[0], input_tensor.device
     initial = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
     neurons, dtype = initial.shape[1:], initial.dtype
@@ -321,7 +334,8 @@ def coba_lif_feed_forward_integral(
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(steps, neurons, spike_dtype, default)
-        check.check_out(out, *wanted, [input_tensor, initial, *_learnable(p)])
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **_numbers(p)}
+        check.check_out(out, *wanted, inputs)
 
     backend = choose_backend(backend, device)
     if backend == "reference":
@@ -355,6 +369,14 @@ def _flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
     """The same as the kernels of unconnected neurons take it, ``[T, M]``."""
     x = _kernel_input(x if x.shape[1:] == neurons else _expand_input(x, neurons), dtype)
     return x.reshape(x.shape[0], neurons.numel())
+
+
+def own_fields(states: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The three fields in ``[3, ...]``, each of ``shape``.
+
+    They lie in one memory, but to autograd each is a tensor of its own, and may be edited in place without the others.
+    """
+    return [field.reshape(shape) for field in states.unsafe_split(1)]
 
 
 def _run_operator(
@@ -406,8 +428,8 @@ def _run_operator(
         out = out.reshape(out.shape[0], *neurons)
     if record_states:
         states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
-        return out, CobaLIFFeedForwardState(*states.reshape(3, steps, *neurons).unbind(0))
-    return out, CobaLIFFeedForwardState(*flat.reshape(3, *neurons).unbind(0))
+        return out, CobaLIFFeedForwardState(*own_fields(states, (steps, *neurons)))
+    return out, CobaLIFFeedForwardState(*own_fields(flat, neurons))
 
 
 def coba_lif_integral(
@@ -454,10 +476,11 @@ def coba_lif_integral(
         block_steps: steps in one launch of a fused backend, rounded up to a multiple of 32; None for about ``sqrt(T)``
             in training, where the state before each block is kept, and else for a bounded scratch.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
-        spike_dtype: as in :func:`coba_lif_feed_forward_integral`.
+        spike_dtype: as in :func:`coba_lif_feed_forward_integral`; None with an input of bool or integers and weights in half
+            precision: theirs.
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
-            (events, several programs a batch row; GPUs only), or ``auto``: events, and dense for a block that follows
-            one with more than 0.2 spikes per neuron and step.
+            (events, several programs a batch row; GPUs only), or ``auto``: events, and on a CPU dense for a block that
+            follows one with more than 0.2 spikes per neuron and step. On a GPU no choice waits for a count.
         out: as in :func:`coba_lif_feed_forward_integral`.
 
     Returns:
@@ -474,16 +497,19 @@ def coba_lif_integral(
         >>> spikes.shape
         torch.Size([100, 8, 2])
     """
-    _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+    block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
+    dt = check.check_dt(dt)
     check.check_path(path, _recurrent.PATHS)
-    state = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
-    neurons, dtype, device = state.shape[1:], state.dtype, input_tensor.device
+    initial = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
+    neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
     weights = input_weights.to(dtype), recurrent_weights.to(dtype)
-    default = _spike_dtype(input_tensor, dtype)
+    default = _spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)
-        check.check_out(out, *wanted, [input_tensor, state, *weights, *_learnable(p)])
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **_numbers(p)}
+        inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
+        check.check_out(out, *wanted, inputs)
     backend = choose_backend(backend, device)
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
@@ -491,13 +517,13 @@ def coba_lif_integral(
         rows, final = _run_reference(
             lambda x, z, v, g_e, g_i: reference.recurrent_step(x, z, v, g_e, g_i, w, c, jump_first, p.method),
             input_tensor.to(dtype),
-            CobaLIFState(*state.unbind()),
+            CobaLIFState(*initial.unbind()),
             record_states,
         )
-        return _into(out, _format_spikes(rows, state[0], spike_dtype, default)), final
+        return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
     return _run_recurrent_operator(
         input_tensor,
-        state,
+        initial,
         weights,
         constants_table(p, dt, dtype, device, neurons),
         backend,
@@ -537,15 +563,14 @@ def _run_recurrent_operator(
         z, flat = torch.ops.coba_triton.recurrent_out(
             x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
         )
-        return out, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
+        return out, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
-    spikes, z, flat, states, *_ = torch.ops.coba_triton.recurrent(
-        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path,
-        None,
-    )  # fmt: skip
+    spikes, z, flat, states = operators.recurrent(
+        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path
+    )
     spikes = spikes.reshape(spikes.shape[0], *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
+    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))

@@ -20,6 +20,12 @@ from torch.autograd.forward_ad import unpack_dual
 Number = float | Tensor
 """A Python number, a 0-dim tensor, or a tensor that broadcasts over the neurons."""
 
+# The dtypes that are taken: of numbers that need no scale and have more than a few bits.
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SPIKES = (*FLOATING, torch.bool, torch.uint8)
+INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
+NUMBERS = frozenset((*SPIKES, *INTEGERS))
+
 
 def is_tracked(tensor: Tensor) -> bool:
     """Whether autograd follows a tensor, back or forward."""
@@ -121,6 +127,7 @@ default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 for _record in (CobaLIFState, CobaLIFFeedForwardState, CobaLIFParameters):
     # an exported program that takes or returns one can be saved
     torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
+    torch.serialization.add_safe_globals([_record])  # torch.load(weights_only=True) reads what holds one
 
 _METHOD = CobaLIFParameters._fields.index("method")
 _DOUBLES = struct.Struct(f"{len(CobaLIFParameters._fields) - 1}d")
@@ -161,7 +168,7 @@ def number_key(p: Any) -> bytes | None:
             return None
     try:
         return _DOUBLES.pack(*numbers)  # unlike the numbers themselves, these bytes tell -0.0 from 0.0
-    except OverflowError:  # an int that no double can hold
+    except struct.error:  # an int that no double can hold
         return None
 
 
@@ -175,7 +182,8 @@ def known(value: Any) -> Any:
         and not torch._C._are_functorch_transforms_active()
         and not is_tracked(value)
     ):
-        return value.item()
+        # not .item(), which profilers take for a wait
+        return value.item() if value.dtype == torch.bfloat16 else value.detach().numpy().item()
     return value
 
 

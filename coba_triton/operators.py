@@ -20,11 +20,11 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from . import _recurrent as _recurrent_blocks
-from ._operands import COMPUTE, FLOATING, INPUT, SPIKES, WORDS, Operand, check_options, checked, rows_of
+from ._operands import COMPUTE, INPUT, WORDS, Operand, check_options, checked, rows_of
 from ._recurrent import PATHS, Network, choose_block_steps
 from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
 from ._validation import check_block_steps, check_path
-from .model import Constants, has_tangent, is_tracked
+from .model import FLOATING, SPIKES, Constants, has_tangent, is_tracked
 from .spikes import word_count
 from .tuning import launch_parameters
 
@@ -390,7 +390,7 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *option
     """What ``coba_triton::recurrent`` returns, of any network: also of one whose processes exchange spikes."""
     o = RecurrentOptions(*options)
     outputs = _recurrent_fake(x, z, state, net.input_weights, net.recurrent_weights, net.constants, *options)
-    spikes, z_final, final, states, words, checkpoints = outputs
+    spikes, _, _, states, words, checkpoints = outputs
     _clear_spare(words, x.shape[0])
     if x.shape[0] == 0 or z.numel() == 0:
         return spikes, _copy(z), _copy(state), states, words, checkpoints
@@ -407,9 +407,7 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *option
         choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), bool(o.save)),
         o.path,
     )
-    z_final.copy_(z)
-    final.copy_(state)
-    return outputs
+    return spikes, z, state, states, words, checkpoints
 
 
 def _network(
@@ -465,10 +463,9 @@ def _recurrent_out(
     net = _network(x, input_weights, recurrent_weights, constants, jump_first, backend)
     packed = spikes.dtype == torch.int32
     block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
-    last, final = _recurrent_blocks.forward(
+    return _recurrent_blocks.forward(
         net, x, z, state.contiguous(), None if packed else spikes, spikes if packed else None, None, None, block, path
     )
-    return last.clone(), final.clone()
 
 
 def _recurrent_backward_operands(
@@ -799,9 +796,43 @@ def feed_forward(
     The dispatcher, and what only a gradient needs, take a third of a short call's time.
     """
     if _is_plain(x, state, constants):
-        rows, dtype = (word_count(len(x)), torch.int32) if spike_dtype is None else (len(x), spike_dtype)
-        spikes = x.new_empty(rows, x.shape[1], dtype=dtype)
+        spikes = _empty_spikes(x, spike_dtype, x.shape[1:])
         return spikes, *_feed_forward_out(x, state, constants, backend, jump_first, record_states, spikes)
     options = ForwardOptions(backend, jump_first, method, spike_dtype, record_states, checkpoint_every, None)
     spikes, final, states, *_ = torch.ops.coba_triton.feed_forward(x, state, constants, *options)
     return spikes, final, states
+
+
+def recurrent(
+    x: Tensor,
+    z: Tensor,
+    state: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    spike_dtype: torch.dtype | None,
+    record_states: bool,
+    block_steps: int | None,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Spikes, last spikes, final state and recorded states of the operator, likewise."""
+    tensors = x, z, state, input_weights, recurrent_weights, constants
+    if not record_states and _is_plain(*tensors):
+        spikes = _empty_spikes(x, spike_dtype, z.shape)
+        return (
+            spikes,
+            *_recurrent_out(*tensors, backend, jump_first, block_steps, path, spikes),
+            state.new_empty(3, 0, *z.shape),
+        )
+    options = RecurrentOptions(backend, jump_first, method, spike_dtype, record_states, block_steps, path, None)
+    spikes, z, final, states, *_ = torch.ops.coba_triton.recurrent(*tensors, *options)
+    return spikes, z, final, states
+
+
+def _empty_spikes(x: Tensor, spike_dtype: torch.dtype | None, neurons: torch.Size) -> Tensor:
+    """A buffer for the spikes of a run over ``x [T, ...]``."""
+    rows, dtype = (word_count(len(x)), torch.int32) if spike_dtype is None else (len(x), spike_dtype)
+    return x.new_empty(rows, *neurons, dtype=dtype)

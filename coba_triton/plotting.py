@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ._validation import check_neurons
+from ._validation import check_int, check_neurons, check_time, is_one_of
 from .results import Result
 
 MAX_EVENTS = 100_000  # of a raster; more are a black area and a slow file
@@ -59,12 +59,17 @@ def _word_for_word(*texts: Text) -> None:
 
 def _window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
     """The steps between two times."""
-    begin, end = 0.0 if start is None else start / result.dt, result.steps if stop is None else stop / result.dt
-    if not (math.isfinite(begin) and math.isfinite(end) and 0 <= round(begin) < round(end) <= result.steps):
+    begin, end = 0.0 if start is None else start, result.duration if stop is None else stop
+    steps = [
+        float(t) / result.dt if isinstance(t, float | int | np.floating | np.integer) and abs(t) < 1e300 else math.nan
+        for t in (begin, end)
+    ]
+    if not (math.isfinite(sum(steps)) and 0 <= round(steps[0]) < round(steps[1]) <= result.steps):
         raise ValueError(
-            f"start and stop must be times in ms from 0 to {result.duration:g}, start first, got {start} and {stop}"
+            f"start and stop must be times in ms from 0 to {result.duration:g}, start first, got {start!r:.50} "
+            f"and {stop!r:.50}"
         )
-    return round(begin), round(end)
+    return round(steps[0]), round(steps[1])
 
 
 def _legend(ax: Axes) -> None:
@@ -79,6 +84,7 @@ def plot_raster(
     result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None, max_events: int = MAX_EVENTS
 ) -> None:
     """A dot a spike, at the neuron's index. Of more than ``max_events`` spikes, those of every k-th neuron alone."""
+    max_events = check_int(max_events, "max_events")
     first, last = _window(result, start, stop)
     total = sum(len(steps) for steps, _ in result.event_blocks(first, last))
     every = min(math.ceil(total / max_events), result.neurons) if total else 1
@@ -116,7 +122,7 @@ def plot_rates(
 ) -> None:
     """Mean rate of every population over time; ``bin_ms`` None for a round number that gives about 100 bins or more."""
     first, last = _window(result, start, stop)
-    width = bin_ms or bin_width((last - first) * result.dt, result.dt)
+    width = bin_width((last - first) * result.dt, result.dt) if bin_ms is None else check_time(bin_ms, "bin_ms")
     shown = populations(result)
     for number, (name, members) in enumerate(shown.items()):
         edges, rates = result.rates(width, name if name else members)
@@ -162,10 +168,10 @@ def plot_traces(
     """
     first, last = _window(result, start, stop)
     chosen = result.recorded[:3] if neurons is None else check_neurons(neurons, result.neurons, "neurons")
-    if variable not in result.traces or not np.isin(chosen, result.recorded).all():
+    if not is_one_of(variable, result.traces) or not np.isin(chosen, result.recorded).all():
         raise ValueError(
-            f"{variable} of the neurons {chosen.tolist()} must be recorded, got {', '.join(result.traces) or 'nothing'} of "
-            f"{result.recorded.tolist()}; choose among them"
+            f"{variable!s:.50} of the neurons {chosen.tolist()} must be recorded, got "
+            f"{', '.join(result.traces) or 'nothing'} of {result.recorded.tolist()}; choose among them"
         )
     values = result.traces[variable][first:last]
     threshold = result.parameter("v_thresh")
@@ -310,6 +316,8 @@ def overview(
     Raises:
         ValueError: if the run has no finished step, or start and stop are no times in it.
     """
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be text or None, got {type(title).__name__}")
     first, last = _window(result, start, stop)
     span: dict[str, Any] = {"start": start, "stop": stop}
     recorded = "signal" in result

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _validation as check
-from ._files import local_path
+from ._files import is_there, local_path
 from .sinks import FORMAT, VERSION, _difference, open_group, read
 from .spikes import WORD_BITS, word_count
 
@@ -225,10 +225,8 @@ class Result:
 
     def _width(self, bin_ms: float) -> int:
         """Steps in a time bin."""
-        check.check_number(bin_ms, "bin_ms")
-        if not 0 < bin_ms < math.inf:
-            raise ValueError(f"bin_ms must be a positive finite number of ms, got {bin_ms!r}")
-        return round(min(max(bin_ms / self.dt, 1), max(self.steps, 1)))
+        width = check.check_time(bin_ms, "bin_ms") / self.dt
+        return round(min(max(width, 1), max(self.steps, 1)))
 
     def spike_counts(self) -> Array:
         """Number of spikes of every neuron, ``[N]``."""
@@ -251,12 +249,11 @@ class Result:
         Returns:
             ``[ceil(T / bin_steps)]``.
         """
-        check.check_size(bin_steps, "bin_steps")
-        bin_steps = min(bin_steps, max(self.steps, 1))
+        bin_steps = min(check.check_int(bin_steps, "bin_steps"), max(self.steps, 1))
         bins = -(-self.steps // bin_steps)
         if isinstance(neurons, str):
             if neurons not in self.populations:
-                raise KeyError(f"the result has no population {neurons!r}; it has {', '.join(self.populations) or 'none'}")
+                raise ValueError(f"the result has no population {neurons!r}; it has {', '.join(self.populations) or 'none'}")
             column = Stored(self._arrays["counts"], self.path, self.steps)[:, list(self.populations).index(neurons)]
             return np.add.reduceat(column, np.arange(0, self.steps, bin_steps)) if bins else np.zeros(0, np.int64)
         wanted = self._wanted(neurons)
@@ -463,10 +460,12 @@ def open_result(path: str | Path | Sequence[str | Path]) -> Result:
         >>> result.spikes[10_000:10_100].shape  # doctest: +SKIP
         (100, 1000)
     """
-    if not isinstance(path, str | Path):
+    if isinstance(path, list | tuple) and path:
         return _join([open_result(part) for part in path])
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a path, or a list of at least one, got {type(path).__name__}")
     path = local_path(path, "path")
-    if not path.exists():
+    if not is_there(path):
         raise FileNotFoundError(f"there is no result at {path}; give the path of a .zarr folder or an .npz file")
     if path.is_dir():
         group = open_group(path)

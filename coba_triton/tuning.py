@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._backends import choose_backend
+from ._backends import choose_backend, the_device
 from ._files import is_there, read_json, reason
 
 FORMAT = "coba_triton tuning table"
@@ -302,12 +302,12 @@ def _tables(target: Machine) -> tuple[tuple[Path, list[Entry]], ...]:
 
 
 @functools.lru_cache(4096)
-def _find(target: Machine, kernel: str, dtype: str, neurons: int, batch: int) -> tuple[Path, Entry] | None:
+def _find(target: Machine, kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> tuple[Path, Entry] | None:
     for path, entries in _tables(target):
         near = []
         for entry in entries:
             away = abs(math.log2(entry.neurons / neurons)), abs(math.log2(entry.batch / batch))
-            if (entry.kernel, entry.dtype) == (kernel, dtype) and max(away) <= 1:
+            if (entry.kernel, DTYPES[entry.dtype]) == (kernel, dtype) and max(away) <= 1:
                 near.append((sum(away), entry))
         if near:
             return path, min(near, key=lambda pair: pair[0])[1]
@@ -325,7 +325,7 @@ def launch_parameters(
         return heuristic | forced
     if _named() == "off":
         return heuristic
-    found = _find(machine(backend, device), kernel, str(dtype).removeprefix("torch."), max(1, neurons), max(1, batch))
+    found = _find(machine(backend, device), kernel, dtype, max(1, neurons), max(1, batch))
     return heuristic if found is None else heuristic | found[1].parameters
 
 
@@ -386,14 +386,17 @@ def explain(
         from: heuristic
         why: no table has an entry for ...
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
+    if not isinstance(kernel, str) or kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r:.200}")
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, which state and arithmetic have, got {dtype}")
-    if neurons < 1 or batch < 1:
-        raise ValueError(f"neurons and batch must be positive, got {neurons} and {batch}")
-    device = torch.device(device)
+    if not isinstance(dtype, torch.dtype) or name not in DTYPES:
+        raise ValueError(
+            f"dtype must be torch.float32 or torch.float64, which state and arithmetic have, got {dtype!r:.200}"
+        )
+    for size in (neurons, batch):
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST:
+            raise ValueError(f"neurons and batch must be positive ints, got {neurons!r:.50} and {batch!r:.50}")
+    device = the_device(device)
     backend = choose_backend(backend, device)
     if backend == "reference":
         raise ValueError("backend 'reference' has no launch parameters; pass backend='triton' or 'cpu'")
@@ -401,7 +404,7 @@ def explain(
         neurons, batch = neurons * batch, 1
     target = machine(backend, device)
     rule = heuristic(backend, kernel, dtype, neurons, batch)
-    found = _find(target, kernel, name, neurons, batch)
+    found = _find(target, kernel, dtype, neurons, batch)
     what = f"{kernel}, {name}, neurons={neurons}, batch={batch}"
     if found is not None:
         path, entry = found

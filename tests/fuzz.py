@@ -65,8 +65,9 @@ class Strange:
 
 def numbers() -> list[Any]:
     return [
-        0, 1, -1, 2, 3, 31, 33, 2**31, 2**63, -(2**63), 10**400, True, False, 0.0, -0.0, 0.1, 1e-320, 1e308, -1e308, math.nan,
-        math.inf, -math.inf, 1j, Fraction(1, 3), Decimal("0.1"), np.float64(0.1), np.float32(0.1), np.int64(3), np.int64(-1),
+        0, 1, -1, 2, 3, 31, 33, 2**31, 2**63, -(2**63), 10**400, True, False, 0.0, -0.0, 0.1, 1e-320, 1e308, -1e308,
+        math.nan, math.inf, -math.inf, 1j, Fraction(1, 3), Decimal("0.1"), np.float64(0.1), np.float32(0.1),
+        np.int64(3), np.int64(-1),
         np.bool_(True), np.complex64(1), np.datetime64("2020"), np.float16(np.nan), np.uint8(255),
     ]  # fmt: skip
 
@@ -78,7 +79,8 @@ def objects() -> list[Any]:
         slice(None), slice(0, 5, 0), slice(None, None, -1), slice(10**400), slice("a", "b"), range(3), range(10**30),
         Strange(), Strange, object, int, len, lambda *a: None, iter([]), iter([1]), (x for x in [torch.ones(2, 3)]), ...,
         NotImplemented, Path("/nonexistent/x.zarr"), Path(os.sep), ValueError("x"), torch.float8_e4m3fn, torch.bool,
-        torch.complex64, torch.int16, torch.quint8, torch.float16, torch.float64, torch.device("meta"), torch.nn.Linear(2, 2),
+        torch.complex64, torch.int16, torch.quint8, torch.float16, torch.float64, torch.device("meta"),
+        torch.nn.Linear(2, 2),
         ct.CobaLIFParameters(), ct.CobaLIFState(0, 0, 0, 0), ct.default_bio_parameters, ct.CobaLIF(dt=0.1), ct.Record(),
     ]  # fmt: skip
 
@@ -86,7 +88,8 @@ def objects() -> list[Any]:
 def arrays() -> list[Any]:
     return [
         np.zeros(()), np.zeros(0), np.zeros((0, 3)), np.zeros((3, 0)), np.ones(3), np.ones((5, 3)), np.ones((5, 2, 3), "f4"),
-        np.ones((5, 3), ">f4"), np.ones((5, 3), "f2"), np.ones((5, 3), "c8"), np.ones((5, 3), "U1"), np.ones((5, 3), "M8[s]"),
+        np.ones((5, 3), ">f4"), np.ones((5, 3), "f2"), np.ones((5, 3), "c8"), np.ones((5, 3), "U1"),
+        np.ones((5, 3), "M8[s]"),
         np.ones((5, 3), [("a", "i4")]), np.array([None, 1], object), np.array([10**400]), np.full((5, 3), np.nan, "f4"),
         np.ones((6, 3))[::-1], np.ones((5, 6))[:, ::2], np.broadcast_to(np.float32(1), (5, 3)), np.ones((1,) * 40),
         np.ma.masked_array([1.0, 2.0], [0, 1]), np.ones((5, 3), bool), np.ones((5, 3), "u4"), np.array([-1, 2]),
@@ -104,10 +107,12 @@ def _tensors() -> list[Any]:
         torch.zeros(shape) for shape in ((), (0,), (0, 3), (5, 0), (3,), (5, 1), (1, 3), (5, 2, 3), (3, 3), (2, 2), (1,) * 8)
     ]
     found += [
-        base, base.t(), base.flip(0), base[:, ::2], torch.zeros(1).expand(5, 3), torch.full((5, 3), math.nan), base * math.inf,
+        base, base.t(), base.flip(0), base[:, ::2], torch.zeros(1).expand(5, 3), torch.full((5, 3), math.nan),
+        base * math.inf,
         base.to("meta"), base.to_sparse(), base.to_sparse_csr(), torch.quantize_per_tensor(base, 0.1, 0, torch.qint8),
         torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), torch.complex(base, base).imag, torch.nn.Parameter(base),
-        torch.complex(base, base).conj().imag, torch.zeros(1).expand(2**40, 3), torch.zeros(1).expand(2**62), base.to_mkldnn(),
+        torch.complex(base, base).conj().imag, torch.zeros(1).expand(2**40, 3), torch.zeros(1).expand(2**62),
+        base.to_mkldnn(),
         torch.tensor(1.0, requires_grad=True), torch.tensor(math.nan), torch.tensor(0), torch.tensor(True), torch.tensor(1j),
         torch.empty(5, 3, dtype=torch.int32), torch.zeros(3, dtype=torch.int64), torch.ones(5, 3, requires_grad=True) * 1,
     ]  # fmt: skip
@@ -256,6 +261,10 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         zeros(5, 2, 4),
         zeros(2, 4),
     ]
+    flat = ct.coba_lif_feed_forward_integral
+    poisson = {"weight": 1.0, "seed": 1, "stream": 0, "rows": None}
+    explained = {"dtype": torch.float32, "device": "cpu"}
+    module = {"x": X, "state": STATE, "learn": ("v_thresh",), **SEQUENCE}
     events = {"start": 0, "stop": None, "neurons": [0, 1]}
     run = {"sink": None, "state": None, "block_steps": 32, "record": ct.Record(neurons=[0]), "progress": False}
     times = {"start": None, "stop": None}
@@ -264,9 +273,9 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         ("coba_lif_feed_forward_step", "arguments", ct.coba_lif_feed_forward_step, [X, STATE, P, 0.1], {}),
         ("coba_lif_integral", "arguments", ct.coba_lif_integral, [XR, STATE_R, W, WR, P, 0.1], SEQUENCE | {"path": "auto"}),
         ("coba_lif_integral", "arguments", ct.coba_lif_integral, [XR, None, W, WR, P, 0.1], {"out": zeros(5, 2, 4)}),
-        ("coba_lif_feed_forward_integral", "arguments", ct.coba_lif_feed_forward_integral, [X, STATE, P, 0.1], SEQUENCE),
-        ("coba_lif_feed_forward_integral", "arguments", ct.coba_lif_feed_forward_integral, [X, None, P], {"out": zeros(5, 3)}),
-        ("CobaLIF", "arguments", _module(ct.CobaLIF), [P, 0.1], {"x": X, "state": STATE, "learn": ("v_thresh",), **SEQUENCE}),
+        ("coba_lif_feed_forward_integral", "arguments", flat, [X, STATE, P, 0.1], SEQUENCE),
+        ("coba_lif_feed_forward_integral", "arguments", flat, [X, None, P], {"out": zeros(5, 3)}),
+        ("CobaLIF", "arguments", _module(ct.CobaLIF), [P, 0.1], module),
         ("CobaLIFRecurrent", "arguments", _module(ct.CobaLIFRecurrent), [3, 4, P, 0.1], {"x": XR, "state": STATE_R}),
         ("CobaLIFCell", "arguments", _module(ct.CobaLIFCell), [3, 4, P, 0.1], {"x": X, "state": STATE_R, "autapses": True}),
         ("CobaLIFFeedForwardCell", "arguments", _module(ct.CobaLIFFeedForwardCell), [P, 0.1], {"x": X, "state": STATE}),
@@ -274,7 +283,7 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         ("to_pynn", "arguments", ct.to_pynn, [P, "iaf_cond_exp"], {}),
         ("pack_spikes", "arguments", ct.pack_spikes, [X], {}),
         ("unpack_spikes", "arguments", ct.unpack_spikes, [zeros(1, 3, dtype=torch.int32), 5, torch.bool], {}),
-        ("PoissonSource", "arguments", _poisson, [100.0, 50, (2, 3), 0.1], {"weight": 1.0, "seed": 1, "stream": 0, "rows": None}),
+        ("PoissonSource", "arguments", _poisson, [100.0, 50, (2, 3), 0.1], poisson),
         ("stream_blocks", "arguments", _blocks, [X, 2, "cpu"], {}),
         ("simulate", "arguments", ct.simulate, [ct.CobaLIF(P, 0.1), X], run),
         ("Record in simulate", "arguments", lambda **o: ct.simulate(ct.CobaLIF(P, 0.1), X, record=ct.Record(**o)), [],
@@ -290,7 +299,7 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         ("Result.to_csv", "files", lambda path: result().to_csv(path), [str(folder / "x.csv")], {}),
         ("Result.spikes", "sequence", lambda key: result().spikes[key], [slice(0, 5)], {}),
         ("Result.traces", "sequence", lambda key: result().traces["v"][key], [(slice(0, 5), 0)], {}),
-        ("tuning.explain", "arguments", tuning.explain, ["feed_forward_forward", 10, 2], {"dtype": torch.float32, "device": "cpu"}),
+        ("tuning.explain", "arguments", tuning.explain, ["feed_forward_forward", 10, 2], explained),
         ("tuning.use", "files", lambda path: (tuning.use(path), tuning.use(None)), ["off"], {}),
         ("plot_raster", "arguments", _drawn(plotting.plot_raster), [], {**times, "max_events": 100}),
         ("plot_rates", "arguments", _drawn(plotting.plot_rates), [], {**times, "bin_ms": 5.0}),

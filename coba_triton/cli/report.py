@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
-from coba_triton._files import local_path, reason, written_whole
+from coba_triton._files import is_there, local_path, reason, written_whole
 from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
@@ -105,8 +105,8 @@ def plot(path: Path, out: Path | None, start: float | None, stop: float | None) 
     Raises:
         UserError: if there is no such result, it has no spikes or steps, or the file cannot be written.
     """
-    if _local(path).is_dir():
-        path = next((path / name for name in RESULTS if (path / name).exists()), path)
+    if os.path.isdir(_local(path)):
+        path = next((path / name for name in RESULTS if is_there(path / name)), path)
     out = _local(out or path.parent / "plot.png")
     if out.suffix not in PICTURES:
         raise UserError(f"--out must end in {', '.join(PICTURES)}, got {str(out)!r}")
