@@ -16,7 +16,6 @@ Backend = Literal["auto", "reference", "triton", "cpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot follow what follows, and a process has one driver
 def _triton_device() -> tuple[str, str]:
     """The torch device type that Triton's kernels run on, or an empty one; then why, and what to do."""
     try:
@@ -40,6 +39,11 @@ def _triton_device() -> tuple[str, str]:
             "backend 'triton' needs a GPU that Triton can drive, and it found none; set TRITON_INTERPRET=1 "
             "before the start to run the kernels in Triton's interpreter, or pass backend='auto' or 'reference'"
         )
+
+
+# Compilers cannot follow these lines, and a process has one driver. torch.compiler.assume_constant_result sets just this,
+# but imports all of torch's compiler.
+_triton_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _version(text: str) -> list[int]:

@@ -153,14 +153,18 @@ class Constants(NamedTuple):
     alpha: Tensor
 
 
-def _is_watched() -> bool:
-    """Whether a compiler or a mode looks on, which has to see every tensor being made."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def is_watched() -> bool:
+    """Whether a compiler, a transform or a mode looks on, to which every new tensor belongs."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def number_key(p: Any) -> bytes | None:
     """The numbers of a parameter record as a key for :func:`keep`, or None if one is not a Python number."""
-    if type(p) is not CobaLIFParameters or _is_watched():
+    if type(p) is not CobaLIFParameters or is_watched():
         return None
     numbers: Any = (*p[:_METHOD], *p[_METHOD + 1 :])
     for number in numbers:
@@ -178,8 +182,7 @@ def known(value: Any) -> Any:
         type(value) in (Tensor, torch.nn.Parameter)  # a tensor of a compiler or of a subclass has no value to read
         and value.dim() == 0
         and value.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_watched()
         and not is_tracked(value)
     ):
         # not .item(), which profilers take for a wait
@@ -225,7 +228,7 @@ def numbers_on(device: torch.device, dtype: torch.dtype, numbers: Sequence[float
             return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
         return torch.tensor(numbers, dtype=dtype, device=device)
 
-    if _is_watched():
+    if is_watched():
         return make()
     return keep((struct.pack(f"{len(numbers)}d", *numbers), dtype, device), device, make)
 
@@ -251,7 +254,7 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
         if isinstance(number, Tensor) and number.dtype == torch.float64:
             numbers[i] = known(number)
     # the numbers of a module on a GPU: three operations for all of them, not one or two for each
-    together = [] if _is_watched() else [i for i, number in enumerate(numbers) if _is_double_on(device, number)]
+    together = [] if is_watched() else [i for i, number in enumerate(numbers) if _is_double_on(device, number)]
     if together:
         doubles = torch.stack([numbers[i] for i in together])
         products = doubles * numbers_on(device, torch.float64, [factors[i] for i in together])

@@ -24,7 +24,7 @@ from ._operands import COMPUTE, INPUT, WORDS, Operand, check_options, checked, r
 from ._recurrent import PATHS, Network, choose_block_steps
 from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
 from ._validation import check_block_steps, check_path
-from .model import FLOATING, SPIKES, Constants, has_tangent, is_tracked
+from .model import FLOATING, SPIKES, Constants, has_tangent, is_tracked, is_watched
 from .spikes import word_count
 from .tuning import launch_parameters
 
@@ -772,9 +772,7 @@ for _rules in (_FeedForward, _FeedForwardBackward, _Recurrent, _RecurrentBackwar
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether nothing follows, transforms, traces or profiles a call."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+        is_watched()
         or torch._C._autograd._profiler_enabled()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) or is_tracked(tensor) for tensor in tensors)
     )

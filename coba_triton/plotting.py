@@ -59,11 +59,9 @@ def _word_for_word(*texts: Text) -> None:
 
 def _window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
     """The steps between two times."""
-    begin, end = 0.0 if start is None else start, result.duration if stop is None else stop
-    steps = [
-        float(t) / result.dt if isinstance(t, float | int | np.floating | np.integer) and abs(t) < 1e300 else math.nan
-        for t in (begin, end)
-    ]
+    times = (0.0 if start is None else start, result.duration if stop is None else stop)
+    known = [isinstance(time, float | int | np.floating | np.integer) and abs(time) < 1e300 for time in times]
+    steps = [float(time) / result.dt for time in times] if all(known) else [math.nan]
     if not (math.isfinite(sum(steps)) and 0 <= round(steps[0]) < round(steps[1]) <= result.steps):
         raise ValueError(
             f"start and stop must be times in ms from 0 to {result.duration:g}, start first, got {start!r:.50} "

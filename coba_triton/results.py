@@ -303,6 +303,12 @@ class Result:
         Returns:
             ``[len(edges) - 1]``.
         """
+        try:
+            edges = np.asarray(edges, np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"edges must be numbers in ms, got {edges!r:.100} ({error})") from None
+        if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
+            raise ValueError(f"edges must be at least two numbers in ms, ascending, got {edges!r:.100}")
         wanted = self._wanted(neurons)
         last, histogram = np.full(self.neurons, -1, np.int64), np.zeros(len(edges) - 1, np.int64)
         for steps, found in self.event_blocks():

@@ -120,6 +120,9 @@ def simulate(
         >>> result = simulate(CobaLIF(dt=0.1), source)
         >>> times, neurons = result.events()
     """
+    if not callable(progress):
+        check.check_flag(progress, "progress")
+    check.check_flag(resume, "resume")
     run = _Run(network, source, state, Record() if record is None else record, block_steps)
     sink = open_sink(sink)
     begun = sink.begin(run.header, resume)
@@ -244,9 +247,9 @@ class _Run:
             name: check.check_neurons(members, cells, f"record.populations[{name!r}]")
             for name, members in record.populations.items()
         }
-        unknown = [name for name in record.variables if not check.is_one_of(name, CobaLIFFeedForwardState._fields)]
-        if unknown:
-            raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {unknown!r:.200}")
+        for name in record.variables:
+            if not check.is_one_of(name, CobaLIFFeedForwardState._fields):
+                raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
         self.backend = choose_backend(self.network.backend, self.device)
         self.stream: ForwardStream | None = None
         if len(self.neurons) and not self.recurrent:
@@ -453,7 +456,7 @@ class _Run:
 
     def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
         """Unconnected neurons do not need the others: those that are recorded run again, alone."""
-        chosen = x.expand(len(x), *self.shape).flatten(1)[:, self.neurons]
+        chosen = x.expand(len(x), *self.shape).reshape(len(x), self.shape.numel())[:, self.neurons]
         state = CobaLIFFeedForwardState(*(field.reshape(-1)[self.neurons] for field in before))
         return self._integrate(chosen, state, True, self.chosen)[1]  # type: ignore[no-any-return]  # states by record_states
 
