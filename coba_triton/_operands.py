@@ -60,8 +60,7 @@ def checked(operands: Callable[..., Iterator[Operand]], function: Callable[..., 
     """
     fits = torch.Size.__eq__ if with_data else _may_fit
 
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def check(args: tuple[Any, ...]) -> None:
         device = args[0].device
         if with_data and device.type != "cpu" and "cpu" in args:
             raise ValueError(f"backend 'cpu' serves tensors on 'cpu', got x on {str(device)!r}; pass backend='triton'")
@@ -75,6 +74,13 @@ def checked(operands: Callable[..., Iterator[Operand]], function: Callable[..., 
                     f"{str(device)!r} to fit the others, got {_layout(tensor)} {tensor.dtype} {list(tensor.shape)} on "
                     f"{str(tensor.device)!r}; call the functions of coba_triton, which pass what fits"
                 )
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        try:
+            check(args)
+        except AttributeError:  # PyTorch lets None pass for a tensor
+            raise TypeError("all tensors must be given, the gradients apart, got None; pass every one") from None
         return function(*args)
 
     return run

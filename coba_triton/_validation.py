@@ -139,11 +139,11 @@ LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
 
 def check_learn(learn: Any, p: Any) -> None:
     """``learn`` names numbers that can take a gradient, and all that require one; ``p`` is a checked record."""
-    if isinstance(learn, str) or not isinstance(learn, Collection):
+    if isinstance(learn, str | Tensor) or not isinstance(learn, Collection):
         example = learn if isinstance(learn, str) else "v_thresh"
-        raise TypeError(f"learn must be a tuple of parameter names, got {learn!r}; pass learn=({example!r},)")
+        raise TypeError(f"learn must be a tuple of parameter names, got {learn!r:.200}; pass learn=({example!r:.50},)")
     for name in learn:
-        if name not in LEARNABLE:
+        if not is_one_of(name, LEARNABLE):
             raise ValueError(
                 f"learn must name parameters among {', '.join(LEARNABLE)}, got {name!r}; leave it out, and set its "
                 "value in p"

@@ -305,7 +305,7 @@ class Result:
         """
         try:
             edges = np.asarray(edges, np.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"edges must be numbers in ms, got {edges!r:.100} ({error})") from None
         if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
             raise ValueError(f"edges must be at least two numbers in ms, ascending, got {edges!r:.100}")

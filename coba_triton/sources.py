@@ -142,7 +142,7 @@ class Blocks:
     """
 
     def __init__(self, source: Any, device: torch.device) -> None:
-        if isinstance(source, Tensor) and source.layout != torch.strided:
+        if isinstance(source, Tensor) and (source.layout != torch.strided or source.is_nested):
             raise TypeError(f"source must be dense, got a tensor of {source.layout}; use .to_dense(), or an EventSource")
         source = source.tocsr() if hasattr(source, "tocsr") else source  # of scipy's sparse arrays one that gives its rows
         self.source, self.device = _from_numpy(source) if _in_memory(source) else source, device
@@ -259,7 +259,7 @@ class Blocks:
 
 def check_shape(shape: Any) -> tuple[int, ...]:
     """Sizes of the channels' axes, from one or several integers."""
-    sizes = shape if isinstance(shape, Iterable) else (shape,)
+    sizes = shape if isinstance(shape, list | tuple) else (shape,)
     return tuple(check.check_int(size, "every size in shape") for size in sizes)
 
 

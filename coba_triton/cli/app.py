@@ -124,7 +124,10 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
     from .weights import open_recurrent
 
     report.prepare_folder(out)
-    source, recurrent = open_source(config), open_recurrent(config)
+    try:
+        source, recurrent = open_source(config), open_recurrent(config)
+    except (OverflowError, ValueError) as error:  # a number that has the right sign and unit, and is too large
+        raise UserError(f"{name}: {error}") from None
     sink = report.open_sink(out / f"result.{form.value}", name, config, source)
     with _warnings_in_one_line():
         run = job.run(config, source, recurrent, sink, resume)
