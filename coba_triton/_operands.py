@@ -21,18 +21,24 @@ WORDS = (torch.int32,)
 
 
 class Operand(NamedTuple):
-    """A tensor of an operator, what it must look like, and whether it is written to."""
+    """A tensor of an operator, what it must look like, whether it is written to, and whether it may be None."""
 
     name: str
     tensor: Tensor | None
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     written: bool = False
+    optional: bool = False
 
 
-def rows_of(tensor: Tensor, least: int) -> int:
+def rank(tensor: Tensor | None) -> int:
+    """The number of axes, none of what is not there."""
+    return tensor.dim() if tensor is not None else 0
+
+
+def rows_of(tensor: Tensor | None, least: int) -> int:
     """The rows that a tensor has, or those that it must have at the least."""
-    rows: int = torch.sym_max(tensor.shape[0], least) if tensor.dim() else least
+    rows: int = torch.sym_max(tensor.shape[0], least) if tensor is not None and tensor.dim() else least
     return rows
 
 
@@ -60,13 +66,18 @@ def checked(operands: Callable[..., Iterator[Operand]], function: Callable[..., 
     """
     fits = torch.Size.__eq__ if with_data else _may_fit
 
-    def check(args: tuple[Any, ...]) -> None:
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if args[0] is None:  # which PyTorch lets pass for a tensor
+            raise TypeError("x must be a tensor, got None")
         device = args[0].device
-        if with_data and device.type != "cpu" and "cpu" in args:
+        if with_data and device.type != "cpu" and any(isinstance(arg, str) and arg == "cpu" for arg in args):
             raise ValueError(f"backend 'cpu' serves tensors on 'cpu', got x on {str(device)!r}; pass backend='triton'")
-        for name, tensor, shape, dtypes, written in operands(*args):
-            if tensor is None:
+        for name, tensor, shape, dtypes, written, optional in operands(*args):
+            if tensor is None and optional:
                 continue
+            if tensor is None:
+                raise TypeError(f"{name} must be a tensor, got None")
             well = fits(tensor.shape, shape) and tensor.dtype in dtypes and tensor.device == device
             if not well or tensor.layout is not torch.strided or (written and not tensor.is_contiguous()):
                 raise ValueError(
@@ -74,13 +85,6 @@ def checked(operands: Callable[..., Iterator[Operand]], function: Callable[..., 
                     f"{str(device)!r} to fit the others, got {_layout(tensor)} {tensor.dtype} {list(tensor.shape)} on "
                     f"{str(tensor.device)!r}; call the functions of coba_triton, which pass what fits"
                 )
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        try:
-            check(args)
-        except AttributeError:  # PyTorch lets None pass for a tensor
-            raise TypeError("all tensors must be given, the gradients apart, got None; pass every one") from None
         return function(*args)
 
     return run

@@ -104,7 +104,8 @@ def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: to
     fields: list[Any] = [getattr(state, name, None) for name in FEED_FORWARD_FIELDS]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for field in fields:
-        if not (type(field) is Tensor and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
+        dense = type(field) is Tensor and field.layout is torch.strided and not field.is_nested
+        if not (dense and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
             return make(state, 5)
     check.check_parameters(p)
     check.warn_if_unstable(p, dt, *fields[-2:])
@@ -356,6 +357,8 @@ def coba_lif_feed_forward_integral(
 
 def _kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Half precision and bytes are read as they are; everything else comes in the compute dtype."""
+    if not torch.compiler.is_compiling() and x.is_neg():  # kernels read what is in memory, which has another sign
+        x = x.resolve_neg()
     return x if x.dtype in (torch.float16, torch.bfloat16, torch.bool, torch.uint8) else x.to(dtype)
 
 

@@ -20,7 +20,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from . import _recurrent as _recurrent_blocks
-from ._operands import COMPUTE, INPUT, WORDS, Operand, check_options, checked, rows_of
+from ._operands import COMPUTE, INPUT, WORDS, Operand, check_options, checked, rank, rows_of
 from ._recurrent import PATHS, Network, choose_block_steps
 from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
 from ._validation import check_block_steps, check_path
@@ -133,31 +133,37 @@ class BackwardOptions(NamedTuple):
     constants_grad: bool
 
 
-def _unconnected(x: Tensor, constants: Tensor, state: Tensor | None = None) -> Iterator[Operand]:
-    """The tensors that every operator of unconnected neurons has."""
+def _unconnected(x: Tensor, constants: Tensor, *states: Tensor) -> Iterator[Operand]:
+    """The tensors that every operator of unconnected neurons has, and a state, if it has one."""
     steps, neurons = x.shape if x.dim() == 2 else (0, 0)
     yield Operand("x", x, (steps, neurons), INPUT)
-    yield Operand("state", state, (3, neurons), COMPUTE)
-    yield _table(constants, neurons, COMPUTE if state is None else (state.dtype,))
+    for state in states:
+        yield Operand("state", state, (3, neurons), COMPUTE)
+    yield _table(constants, neurons, (states[0].dtype,) if states else COMPUTE)
 
 
 def _table(constants: Tensor, cells: int, dtypes: tuple[torch.dtype, ...]) -> Operand:
     """The constants, one column for all neurons or one for each."""
-    shared = constants.dim() == 2 and constants.shape[1] == 1
+    shared = rank(constants) == 2 and constants.shape[1] == 1
     return Operand("constants", constants, (NUM_CONSTANTS, 1 if shared else cells), dtypes)
 
 
 def _written(spikes: Tensor, steps: int, shape: tuple[int, ...]) -> Operand:
     """A buffer for spikes, packed or not."""
-    packed = spikes.dtype == torch.int32
+    packed = spikes is not None and spikes.dtype == torch.int32
     dtypes = WORDS if packed else SPIKES
-    return Operand("spikes", spikes, (word_count(steps) if packed else steps, *shape), dtypes, True)
+    return Operand("spikes", spikes, (word_count(steps) if packed else steps, *shape), dtypes, written=True)
+
+
+def _given(name: str, grad: Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> Operand:
+    """A gradient, if there is one."""
+    return Operand(name, grad, shape, dtypes, optional=True)
 
 
 def _recorded(grad: Tensor | None, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> Operand:
     """The gradient by the states of all steps, or by those of none, as none were recorded."""
     none = grad is not None and grad.dim() > 1 and grad.shape[1] == 0
-    return Operand("grad_states", grad, (3, 0 if none else steps, *shape), (dtype,))
+    return _given("grad_states", grad, (3, 0 if none else steps, *shape), dtype)
 
 
 def _feed_forward_operands(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> Iterator[Operand]:
@@ -252,8 +258,8 @@ def _feed_forward_backward_operands(x: Tensor, constants: Tensor, *others: Any) 
     yield Operand("words", words, (rows_of(words, word_count(steps)), neurons), WORDS)
     states = checkpoint_count(steps, o.checkpoint_every, o.backend)
     yield Operand("checkpoints", checkpoints, (3 * states, neurons), (dtype,))
-    yield Operand("grad_spikes", grad_spikes, (steps, neurons), FLOATING)
-    yield Operand("grad_final", grad_final, (3, neurons), (dtype,))
+    yield _given("grad_spikes", grad_spikes, (steps, neurons), *FLOATING)
+    yield _given("grad_final", grad_final, (3, neurons), dtype)
     yield _recorded(grad_states, steps, (neurons,), dtype)
 
 
@@ -340,19 +346,20 @@ def _connected(
     block_steps: int | None,
     x: Tensor,
     z: Tensor,
-    state: Tensor | None,
+    states: tuple[Tensor, ...],
     input_weights: Tensor,
     recurrent_weights: Tensor,
     constants: Tensor,
 ) -> Iterator[Operand]:
-    """The tensors that every operator of recurrent populations has."""
+    """The tensors that every operator of recurrent populations has, and a state, if it has one."""
     check_block_steps(block_steps)
     steps, batch, inputs = x.shape if x.dim() == 3 else (0, 0, 0)
     yield Operand("x", x, (steps, batch, inputs), INPUT)
-    neurons = z.shape[1] if z.dim() == 2 else 0
+    neurons = z.shape[1] if rank(z) == 2 else 0
     yield Operand("z", z, (batch, neurons), COMPUTE)
     dtype = (z.dtype,)
-    yield Operand("state", state, (3, batch, neurons), dtype)
+    for state in states:
+        yield Operand("state", state, (3, batch, neurons), dtype)
     yield Operand("input_weights", input_weights, (neurons, inputs), dtype)
     yield Operand("recurrent_weights", recurrent_weights, (neurons, neurons), dtype)
     yield _table(constants, batch * neurons, dtype)
@@ -362,7 +369,8 @@ def _recurrent_operands(*args: Any) -> Iterator[Operand]:
     o = RecurrentOptions(*args[6:])
     check_options(o.backend, o.method, o.spike_dtype)
     check_path(o.path, PATHS)
-    yield from _connected(o.block_steps, *args[:6])
+    x, z, state, *weights_and_constants = args[:6]
+    yield from _connected(o.block_steps, x, z, (state,), *weights_and_constants)
 
 
 def _recurrent_fake(x: Tensor, z: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -433,10 +441,10 @@ def _recurrent(
 
 
 def _recurrent_out_operands(x: Tensor, z: Tensor, *others: Any) -> Iterator[Operand]:
-    *tensors, backend, _, block_steps, path, spikes = others
+    state, *tensors, backend, _, block_steps, path, spikes = others
     check_options(backend)
     check_path(path, PATHS)
-    yield from _connected(block_steps, x, z, *tensors)
+    yield from _connected(block_steps, x, z, (state,), *tensors)
     yield _written(spikes, x.shape[0], z.shape)
 
 
@@ -474,16 +482,16 @@ def _recurrent_backward_operands(
     words, checkpoints, grad_spikes, grad_z, grad_final, grad_states, *options = others
     o = RecurrentBackwardOptions(*options)
     check_options(o.backend, o.method)
-    yield from _connected(o.block_steps, x, z, None, input_weights, recurrent_weights, constants)
+    yield from _connected(o.block_steps, x, z, (), input_weights, recurrent_weights, constants)
     if o.samples < 1 or z.shape[0] % o.samples:
         raise ValueError(f"samples must divide the rows of the batch, {z.shape[0]}, got {o.samples}")
     steps, shape, dtype = x.shape[0], z.shape, (z.dtype,)
     yield Operand("x, as its gradient is asked for,", x, x.shape, FLOATING if o.x_grad else INPUT)
     yield Operand("words", words, (rows_of(words, word_count(steps)), *shape), WORDS)
     yield Operand("checkpoints", checkpoints, (3 * _block_count(o.block_steps, steps, z), *shape), dtype)
-    yield Operand("grad_spikes", grad_spikes, (steps, *shape), FLOATING)
-    yield Operand("grad_z", grad_z, shape, dtype)
-    yield Operand("grad_final", grad_final, (3, *shape), dtype)
+    yield _given("grad_spikes", grad_spikes, (steps, *shape), *FLOATING)
+    yield _given("grad_z", grad_z, shape, *dtype)
+    yield _given("grad_final", grad_final, (3, *shape), *dtype)
     yield _recorded(grad_states, steps, shape, z.dtype)
 
 

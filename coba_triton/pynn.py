@@ -43,7 +43,10 @@ def _check_model(model: Any) -> None:
 def _number(value: Any, name: str) -> Number:
     """A Python number, or a tensor of an array: of a tensor's own dtype, else of the default one."""
     if isinstance(value, np.ndarray | list | tuple):
-        value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
+        try:
+            value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
+        except (OverflowError, TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be a number or an array of numbers, got {value!r:.200} ({error})") from None
     check_number(value, name)
     check_numbers({name: value})
     number: Number = value if isinstance(value, Tensor) else float(value)

@@ -395,7 +395,7 @@ def explain(
         )
     for size in (neurons, batch):
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST:
-            raise ValueError(f"neurons and batch must be positive ints, got {neurons!r:.50} and {batch!r:.50}")
+            raise ValueError(f"neurons and batch must be positive, got {neurons!r:.50} and {batch!r:.50}")
     device = the_device(device)
     backend = choose_backend(backend, device)
     if backend == "reference":

@@ -321,6 +321,8 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         ["bench", "--suite", "quick", "--rounds", 2, "--only", "nothing of this name", "--compare", folder / "x"],
         ["simulate", "nothing", "--out", folder / "other", "--format", "zarr"],
     ]
+    # the last word: what would measure something does not begin
+    harmless = {name: ["--only", "nothing of this name"] for name in ("check", "bench")} | {"tune": ["--kernel", "nothing"]}
     tables = [key for key, value in CONFIG.items() if isinstance(value, dict)]
     while True:
         name, kind, function, args, options = r.choice(good)
@@ -333,6 +335,7 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         if r.random() < 0.05:
             words = list(r.choice(commands))
             words[r.randrange(1, len(words))] = hostile(r)
+            words += harmless.get(words[0], [])
             yield f"coba-triton {words[0]}", "command", functools.partial(_command, *words)
             continue
         args, options = list(args), dict(options)

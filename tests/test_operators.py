@@ -273,6 +273,21 @@ def test_options_that_do_not_fit_are_refused(name, change, message) -> None:
         getattr(ops, name)(*(change.get(position, arg) for position, arg in enumerate(args)))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_is_missing_is_refused(name) -> None:
+    """PyTorch lets None pass for a tensor; a gradient may be."""
+    args = all_arguments()[name]
+    tensors = [position for position, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    gradients = {"feed_forward_backward": tensors[4:], "recurrent_backward": tensors[7:]}.get(name, [])
+    for position in tensors:
+        given = [*args[:position], None, *args[position + 1 :]]
+        if position in gradients:
+            getattr(ops, name)(*given)
+            continue
+        with pytest.raises(TypeError, match="must be a tensor, got None"):
+            getattr(ops, name.split()[0])(*given)
+
+
 @pytest.mark.parametrize("name", ["feed_forward_backward", "recurrent_backward"])
 def test_input_of_bytes_has_no_gradient(name) -> None:
     """A kernel would write two bytes for each of them."""
