@@ -18,6 +18,7 @@ from . import _validation as check
 from ._backends import the_device
 
 FIRST = 32  # steps that tell one source from another
+LARGEST = 2**48  # steps or channels that can be counted
 MOST_OF_A_CHANNEL = 2**24  # spikes in a step: float32 counts no further
 MOST_OF_A_STEP = 2**26  # spikes of all channels: they take some tenths of a second
 PIECE = 2**22  # spikes and numbers that are made between two looks at whether somebody still waits for them
@@ -69,6 +70,8 @@ class PoissonSource:
         self.dt = check.check_dt(dt)
         steps = check.check_int(steps, "steps")
         shape = check_shape(shape)
+        if max(steps, math.prod(shape)) > LARGEST:
+            raise ValueError(f"steps and channels must be at most {LARGEST:,}, got {steps} of shape {shape!s:.100}")
         check.check_number(weight, "weight")
         self.seed, self.stream = check.check_int(seed, "seed", 0, 2**64 - 1), check.check_int(stream, "stream", 0, 2**32 - 1)
         rates = torch.as_tensor(rate, dtype=torch.float64).detach().cpu() + 0.0  # -0.0 is 0.0
