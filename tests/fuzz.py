@@ -49,9 +49,13 @@ ALLOWED: dict[str, tuple[type[BaseException], ...]] = {
     "sequence": (TypeError, ValueError, IndexError),  # of reading parts of a result: as of an array
     "command": (),  # prints a sentence and returns a status
 }
-# RuntimeError is PyTorch's word for everything: what the package says of a backend, and PyTorch of memory, of tensors that
-# have no numbers, and of an operator's argument that is none of its schema's.
-RUNTIME_ERRORS = ("backend ", "path 'sliced'", "memory", "Storage size", "meta tensors", "Expected a value of type")
+# RuntimeError is PyTorch's word for everything. Allowed are what the package says of a backend, and what PyTorch says of
+# memory, of tensors without numbers or of more than can be counted, and before an operator of ours is called at all.
+RUNTIME_ERRORS = (
+    *("backend ", "path 'sliced'"),
+    *("memory", "Storage size", "integer multiplication overflow", "meta tensors"),
+    *("Expected a value of type", "MathBitsFallback"),
+)
 SECONDS_OF_A_CALL = 60
 
 Call = tuple[str, Callable[..., Any], list[Any], dict[str, Any]]
