@@ -13,7 +13,8 @@ from typing import Any
 
 def _is_command_line() -> bool:
     """Whether this process is ``coba-triton`` or ``python -m coba_triton.cli``."""
-    return Path(sys.argv[0]).stem in ("coba-triton", "coba-triton-script") or "coba_triton.cli" in sys.orig_argv
+    program = next(iter(getattr(sys, "argv", ())), "")  # a program that embeds Python may have none
+    return Path(program).stem in ("coba-triton", "coba-triton-script") or "coba_triton.cli" in sys.orig_argv
 
 
 @contextmanager

@@ -5,12 +5,13 @@ import sys
 import pytest
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("resource", reason="limits of memory")
 
 from fuzz import fuzz, report
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of time and memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads from /proc how much memory is in use")
 def test_calls_end_in_a_result_or_a_sentence() -> None:
     found, failures = fuzz(seconds=60, seed=20261126)
     print(report(found))
