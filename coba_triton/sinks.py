@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ._files import local_path
+
 FORMAT = "coba_triton result"
 VERSION = 1
 BLOSC: Any = {"cname": "lz4", "clevel": 5}  # fast: zstd packs spikes twice as tightly, in twice the time
@@ -151,7 +153,7 @@ class NpzSink(MemorySink):
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, **more: Any) -> None:
         super().__init__(**more)
-        self.path = Path(path)
+        self.path = local_path(path, "path")
         self.overwrite = overwrite
 
     def begin(self, header: Header, resume: bool) -> Checkpoint:
@@ -192,7 +194,7 @@ class ZarrSink(Sink):
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, **more: Any) -> None:
         super().__init__(**more)
-        self.path = Path(path)
+        self.path = local_path(path, "path")
         self.overwrite = overwrite
 
     def begin(self, header: Header, resume: bool) -> Checkpoint:
@@ -430,9 +432,10 @@ def open_sink(sink: Any) -> Sink:
     if isinstance(sink, Sink):
         return sink
     if isinstance(sink, str | Path):
+        path = local_path(sink, "sink")
         kinds = {".zarr": ZarrSink, ".npz": NpzSink}
-        kind = kinds.get(Path(sink).suffix)
+        kind = kinds.get(path.suffix)
         if kind is None:
             raise ValueError(f"sink must be a path that ends in .zarr or .npz, got {str(sink)!r}; or pass a ZarrSink")
-        return kind(sink)
+        return kind(path)
     raise TypeError(f"sink must be None, a path, or a sink such as ZarrSink, got {type(sink).__name__}")

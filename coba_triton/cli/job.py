@@ -24,6 +24,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton._backends import choose_backend
+from coba_triton._files import reason
 from coba_triton.sinks import Sink
 
 from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread, UserError
@@ -198,6 +199,7 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
             result = open_result(path)
         return Run(result, backend, str(device), result.steps - before, time.perf_counter() - begin)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}".replace("resume=True", "--resume")) from error
+        where = error.filename or path or "the result"
+        raise UserError(f"{where}: {reason(error)}".replace("resume=True", "--resume")) from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the simulation failed: {error}") from error

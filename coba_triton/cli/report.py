@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
+from coba_triton._files import is_there, local_path, reason, written_whole
 from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
@@ -34,16 +35,11 @@ RESULTS = ("result.zarr", "result.npz")
 PICTURES = (".png", ".pdf", ".svg")
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: takes its place when the block ends well, goes away otherwise."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _local(path: Path) -> Path:
     try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        return local_path(path, "a result")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def prepare_folder(folder: Path) -> None:
@@ -52,13 +48,13 @@ def prepare_folder(folder: Path) -> None:
     Raises:
         UserError: if it cannot be made or written to.
     """
-    probe = folder / f".{os.getpid()}.part"
+    probe = _local(folder) / f".{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from None
+        raise UserError(f"cannot write to {folder}: {reason(error)}; give another folder with --out") from None
 
 
 def open_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
@@ -109,9 +105,9 @@ def plot(path: Path, out: Path | None, start: float | None, stop: float | None) 
     Raises:
         UserError: if there is no such result, it has no spikes or steps, or the file cannot be written.
     """
-    if path.is_dir():
-        path = next((path / name for name in RESULTS if (path / name).exists()), path)
-    out = out or path.parent / "plot.png"
+    if os.path.isdir(_local(path)):
+        path = next((path / name for name in RESULTS if is_there(path / name)), path)
+    out = _local(out or path.parent / "plot.png")
     if out.suffix not in PICTURES:
         raise UserError(f"--out must end in {', '.join(PICTURES)}, got {str(out)!r}")
     try:
@@ -129,7 +125,7 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another folder") from None
+        raise UserError(f"cannot write to {folder}: {reason(error)}; make room or choose another folder") from None
 
 
 def _mean_variation(variation: NDArray[np.float64]) -> dict[str, Any]:

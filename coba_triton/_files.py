@@ -1,0 +1,101 @@
+"""Small files: read without waiting and without reading on and on, whoever wrote them; written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ._text import decode
+
+MOST = 2**24  # bytes of a file that people write, or that is written for them to read
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """What a regular file holds.
+
+    Raises:
+        OSError: if it cannot be read, is a folder, a pipe or a device, or is larger than ``limit`` bytes.
+    """
+
+    def without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
+
+    with open(path, "rb", opener=without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", os.fspath(path))
+    return content
+
+
+def read_text(path: str | os.PathLike[str], limit: int = MOST) -> str:
+    """The text of a regular file, see :func:`read_bytes` and :func:`coba_triton._text.decode`.
+
+    Raises:
+        OSError: as there.
+        ValueError: if it is no text.
+    """
+    return decode(read_bytes(path, limit))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file says; see :func:`read_bytes`.
+
+    Raises:
+        OSError: as there.
+        ValueError: if it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(read_bytes(path, MOST))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A new, empty file beside ``path``: takes its place when the block ends well, goes away otherwise.
+
+    Its name cannot be guessed and it is made by this process, so that no link that waits there leads elsewhere.
+    """
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.part")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """A path in the file system, and no address: that of ``s3://bucket`` would be a new folder here, called ``s3:``.
+
+    Raises:
+        ValueError: if it is an address, also one that has been a :class:`Path`, which has lost a slash.
+    """
+    text = os.fspath(path)
+    if "://" in text or re.match(r"[A-Za-z][\w+.:-]+:/", text):
+        raise ValueError(
+            f"{name} must be a path of this machine's file system, got the address {text!r}; leave out a leading file://, "
+            "or write to a local path and copy it there"
+        )
+    return Path(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something at a path, as far as one can see: a folder that must not be looked into has nothing."""
+    return os.path.exists(path)
+
+
+def reason(error: OSError) -> str:
+    """Why a file could not be read or written, in words: not every error has those of the system."""
+    return error.strerror or str(error) or type(error).__name__
