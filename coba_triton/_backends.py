@@ -26,7 +26,7 @@ def _triton_device() -> tuple[str, str]:
             "backend='auto' or 'reference'"
         )
     if triton.knobs.runtime.interpret:
-        if _version(triton.__version__) < [3, 7] and _version(numpy.__version__) >= [2, 4]:
+        if version(triton.__version__) < [3, 7] and version(numpy.__version__) >= [2, 4]:
             return "", (
                 f"backend 'triton' runs in the interpreter of triton {triton.__version__} here, which fails with numpy "
                 f"{numpy.__version__}; install triton 3.7 or newer, or numpy below 2.4"
@@ -46,7 +46,7 @@ def _triton_device() -> tuple[str, str]:
 _triton_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _version(text: str) -> list[int]:
+def version(text: str) -> list[int]:
     """The first two numbers of a version."""
     return [int(number) for number in re.findall(r"\d+", text)[:2]]
 

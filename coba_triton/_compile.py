@@ -9,8 +9,10 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,8 @@ class Recorder:
                     constants[name] = value
                 else:
                     signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                if signature[name] == "constexpr" and _backends.version(triton.__version__) >= [3, 7]:
+                    attributes[(position,)] = []  # as this Triton has it: part of a kernel's key in its cache
             source = ASTSource(self.kernel, signature, constants, attributes)
             options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
             if launch_cooperative_grid:
@@ -171,3 +175,65 @@ def occupancy(target: str, registers: int, num_warps: int, shared: int) -> float
             programs = min(programs, memory // shared)
         warps = min(most, programs * num_warps)
     return warps / most
+
+
+def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """What people call: both kinds of networks, inference into every spike format and training with shared parameters."""
+    from . import CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
+
+    options: dict[str, Any] = {"dt": 0.1, "backend": "triton"}
+    x = torch.zeros(33, batch, neurons, dtype=dtype)
+    inputs = torch.zeros(33, batch, min(neurons, 128), dtype=dtype)
+    w_in, w_rec = (torch.zeros(1, dtype=dtype).expand(neurons, columns) for columns in (inputs.shape[-1], neurons))
+    formats: tuple[Any, ...] = (None, torch.bool, torch.uint8, "bits")
+    for spike_dtype in formats:
+        yield functools.partial(coba_lif_feed_forward_integral, x, None, spike_dtype=spike_dtype, **options)
+        yield functools.partial(coba_lif_integral, inputs, None, w_in, w_rec, spike_dtype=spike_dtype, **options)
+
+    def train(function: Callable[..., Any], *args: Any) -> None:
+        function(*args, **options)[0].sum().backward()
+
+    for learned in (False, True):
+        p = CobaLIFParameters(v_thresh=torch.full((), -10.0, dtype=dtype, requires_grad=learned))
+        yield functools.partial(train, coba_lif_feed_forward_integral, x.clone().requires_grad_(), None, p)
+        leaves = [weights.detach().requires_grad_() for weights in (w_in, w_rec)]
+        yield functools.partial(train, coba_lif_integral, inputs, None, *leaves, p)
+
+
+def launches_of(target: str, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> dict[str, tuple[str, Launch]]:
+    """The launches of what people call with so many neurons in so many rows, by their hash; with the kernel's name."""
+    found: dict[str, tuple[str, Launch]] = {}
+    for neurons, batch in sizes:
+        for call in _calls(neurons, batch, dtype):
+            with recorded(target) as recorders:
+                call()
+            for kernel, recorder in recorders.items():
+                for source, options in recorder.launches:
+                    found.setdefault(f"{source.hash()} {sorted(options.items())}", (kernel, (source, options)))
+    return found
+
+
+def compile_ahead(
+    target: str, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, cache: Path | None = None
+) -> Iterator[tuple[int, int, str]]:
+    """Compile what people call into Triton's cache, where a machine with such a GPU finds it.
+
+    The cache serves the same release of Triton, in the same folder, for these kernels.
+
+    Args:
+        target: one of :data:`TARGETS`.
+        sizes: neurons of a row and rows, for each size of a network.
+        dtype: of the input, float32 or float64.
+        cache: the folder; None for Triton's own.
+
+    Yields:
+        How many are compiled, of how many, and the name of the last one.
+    """
+    if cache is not None:
+        triton.knobs.cache.dir = str(cache)
+    every = launches_of(target, sizes, dtype)
+    with ThreadPoolExecutor() as threads:
+        jobs = {threads.submit(compile_launch, launch, target): kernel for kernel, launch in every.values()}
+        for number, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            yield number, len(every), jobs[job]

@@ -117,4 +117,25 @@ def bench(
     return bench.run(suite, backend, device, only, rounds, out, compare)
 
 
-COMMANDS = (info, check, tune, bench)
+@for_users
+def warmup(
+    arch: Annotated[
+        str | None, typer.Option(help="Compile the GPU kernels for sm_80, sm_90, sm_100, gfx942 or gfx1100; needs no GPU.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="With --arch, the folder of Triton's cache; else Triton's own.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="NxB", help="With --arch, neurons and rows, may be repeated: 1024x32.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+) -> int:
+    """Compile kernels ahead: those of the CPU, or with --arch those of a GPU that need not be here.
+
+    So the first job of a cluster, or a machine that is rented by the minute, does not spend its time compiling. The cache
+    serves the same release of Triton, at the same path (TRITON_CACHE_DIR).
+    """
+    from . import warmup
+
+    return warmup.run(arch, cache, size or [], dtype)
+
+
+COMMANDS = (info, check, tune, bench, warmup)

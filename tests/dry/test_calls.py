@@ -5,7 +5,11 @@ These tests are collected only where that driver is installed; ``test_dry.py`` r
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +120,25 @@ def test_torch_compile_takes_a_backend_that_is_a_gpus(kind: str) -> None:
     dry.launches()
     compiled(torch.zeros(40, 3, 64, requires_grad=True)).sum().backward()
     assert {"forward_kernel", "backward_kernel"} <= set(dry.launches())
+
+
+def test_what_is_compiled_ahead_is_found_in_the_cache(tmp_path: Path) -> None:
+    """A machine with such a GPU compiles nothing of it again; here another process takes its place."""
+    folder = str(tmp_path)
+    ahead = "import torch; from pathlib import Path; from coba_triton import _compile; "
+    ahead += f"print(len(list(_compile.compile_ahead('sm_90', [(100, 3)], torch.float32, Path({folder!r})))))"
+    later = (
+        "import dry; dry.install()\n"
+        "import torch, triton\n"
+        "from coba_triton import _compile\n"
+        "found = []\n"
+        "triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)\n"
+        "for call in _compile._calls(100, 3, torch.float32): call()\n"
+        "print(len(found), sum(found))\n"
+    )
+    environment = os.environ | {"TRITON_CACHE_DIR": folder}
+    compiled, counted = (
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
+        for program in (ahead, later)
+    )
+    assert int(compiled) > 10 and counted.split() == [compiled.strip()] * 2
