@@ -8,6 +8,7 @@ from ._signals import silent_start
 with silent_start():
     from ._check import check
     from ._warmup import warmup
+    from .events import read_events
     from .functional import (
         coba_lif_feed_forward_integral,
         coba_lif_feed_forward_step,
@@ -26,7 +27,7 @@ with silent_start():
     from .results import Result, open_result
     from .simulation import Record, simulate
     from .sinks import MemorySink, NpzSink, ZarrSink
-    from .sources import PoissonSource, stream_blocks
+    from .sources import EventSource, PoissonSource, stream_blocks
     from .spikes import pack_spikes, unpack_spikes
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
@@ -46,6 +47,7 @@ __all__ = [
     "CobaLIFParameters",
     "CobaLIFRecurrent",
     "CobaLIFState",
+    "EventSource",
     "MemorySink",
     "NpzSink",
     "PoissonSource",
@@ -63,6 +65,7 @@ __all__ = [
     "from_pynn",
     "open_result",
     "pack_spikes",
+    "read_events",
     "simulate",
     "stream_blocks",
     "to_pynn",

@@ -198,6 +198,10 @@ def _poisson(*args: Any, **options: Any) -> Any:
     return ct.PoissonSource(*args, **options)[:3]
 
 
+def _events(*args: Any, **options: Any) -> Any:
+    return ct.EventSource(*args, **options)[:3]
+
+
 def _drawn(function: Any) -> Callable[..., Any]:
     def call(**options: Any) -> None:
         figure = Figure()
@@ -268,6 +272,7 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
     ]
     flat = ct.coba_lif_feed_forward_integral
     poisson = {"weight": 1.0, "seed": 1, "stream": 0, "rows": None}
+    listed = {"steps": 5, "weight": 1.0, "first": 0, "start": 0.0}
     explained = {"dtype": torch.float32, "device": "cpu"}
     module = {"x": X, "state": STATE, "learn": ("v_thresh",), **SEQUENCE}
     events = {"start": 0, "stop": None, "neurons": [0, 1]}
@@ -289,6 +294,8 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         ("pack_spikes", "arguments", ct.pack_spikes, [X], {}),
         ("unpack_spikes", "arguments", ct.unpack_spikes, [zeros(1, 3, dtype=torch.int32), 5, torch.bool], {}),
         ("PoissonSource", "arguments", _poisson, [100.0, 50, (2, 3), 0.1], poisson),
+        ("EventSource", "arguments", _events, [[0.1, 0.3], [0, 2], 3, 0.1], listed),
+        ("read_events", "files", ct.read_events, ["x.csv"], {}),
         ("stream_blocks", "arguments", _blocks, [X, 2, "cpu"], {}),
         ("simulate", "arguments", ct.simulate, [ct.CobaLIF(P, 0.1), X], run),
         ("Record in simulate", "arguments", lambda **o: ct.simulate(ct.CobaLIF(P, 0.1), X, record=ct.Record(**o)), [],
