@@ -47,7 +47,7 @@ def read_events(source: Any) -> Events:
     if hasattr(source, "segments") or hasattr(source, "spiketrains"):
         return _neo_trains(source, type(source).__name__)
     if not isinstance(source, str | Path):
-        if not isinstance(source, Iterable):
+        if not isinstance(source, Iterable) or hasattr(source, "__array__"):
             raise TypeError(f"source must be a path, a Block or Segment of Neo, or several, got {type(source).__name__}")
         lists = [read_events(one) for one in source] or [(np.empty(0), np.empty(0, np.int64))]
         times, neurons = (np.concatenate(columns) for columns in zip(*lists, strict=True))

@@ -196,7 +196,9 @@ class EventSource(MadeSource):
         self.dt = check.check_dt(dt)
         shape = check_shape(shape)
         check.check_number(start, "start", not_negative=True)
-        first = check.check_int(first, "first", 0)
+        if isinstance(start, Tensor):
+            raise TypeError("start must be one number of ms, got a tensor; pass a Python float")
+        first = check.check_int(first, "first", 0, LARGEST)
         at, channels = _array(times, "times", np.float64), _array(neurons, "neurons")
         channels = channels.astype(np.int64) if channels.size == 0 else channels
         if at.ndim != 1 or at.shape != channels.shape or channels.dtype.kind not in "iu":

@@ -45,7 +45,7 @@ from coba_triton.spikes import word_count
 # What a call may raise. An error of a file's is one where a path is given, one of memory where a size is.
 ALLOWED: dict[str, tuple[type[BaseException], ...]] = {
     "arguments": (TypeError, ValueError, NotImplementedError, MemoryError, FloatingPointError),
-    "files": (TypeError, ValueError, MemoryError, OSError, FloatingPointError),
+    "files": (TypeError, ValueError, MemoryError, OSError, FloatingPointError, ImportError),
     "sequence": (TypeError, ValueError, IndexError),  # of reading parts of a result: as of an array
     "command": (),  # prints a sentence and returns a status
 }
