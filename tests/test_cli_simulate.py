@@ -505,27 +505,6 @@ def test_module_runs_as_a_program() -> None:
     assert "poisson" in done.stdout
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("module", ["torch", "typer"])
-@pytest.mark.parametrize("program", ["module", "script", "library"])
-def test_ctrl_c_while_it_is_imported(program: str, module: str, tmp_path: Path) -> None:
-    """The command line ends at once and in silence; an import within somebody's program is interrupted as ever."""
-    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    script = Path(sys.executable).with_name("coba-triton")
-    if program == "script" and not script.is_file():
-        pytest.skip("the command is not installed beside Python")
-    command = {
-        "module": ["-m", "coba_triton.cli"],
-        "script": [str(script)],
-        "library": ["-c", "import coba_triton.cli as cli; cli.main(['--help'])"],
-    }[program]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == -signal.SIGINT
-    assert ("KeyboardInterrupt" in done.stderr) == (program == "library")
-    assert program == "library" or done.stdout + done.stderr == ""
-
-
 def run_of(config: str, out: Path) -> Any:
     assert main(["simulate", config, "--out", str(out)]) == 0
     return open_result(out / "result.zarr")
@@ -681,3 +660,24 @@ def test_inhibition_alone(config: str, tmp_path: Path) -> None:
     assert got.min() < 0 == got.max() and (both > 0).any()
     result = run_of(config, tmp_path / "out")
     assert result.traces["v"][:].min() < -65.5 and not result.spike_counts().any()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("module", ["torch", "typer"])
+@pytest.mark.parametrize("program", ["module", "script", "library"])
+def test_ctrl_c_while_it_is_imported(program: str, module: str, tmp_path: Path) -> None:
+    """The command line ends at once and in silence; an import within somebody's program is interrupted as ever."""
+    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    script = Path(sys.executable).with_name("coba-triton")
+    if program == "script" and not script.is_file():
+        pytest.skip("the command is not installed beside Python")
+    command = {
+        "module": ["-m", "coba_triton.cli"],
+        "script": [str(script)],
+        "library": ["-c", "import coba_triton.cli as cli; cli.main(['--help'])"],
+    }[program]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == -signal.SIGINT
+    assert ("KeyboardInterrupt" in done.stderr) == (program == "library")
+    assert program == "library" or done.stdout + done.stderr == ""

@@ -156,8 +156,6 @@ _POWER = re.compile(r"\s*(?:\*\*|\^|[⁰¹²³⁴-⁹])\s*")
 _GOOD_POWER = re.compile(r"(?<=[^\W\d])(?:\s*(?:\*\*|\^)\s*-?\d(?!\s*(?:[\d.^]|\*\*))|[⁰¹²³⁴-⁹](?![⁰¹²³⁴-⁹]))")
 _LONGEST = 100  # characters of a quantity
 _UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # tables of several forms
-
-
 ALL_OTHERS = "all others"  # what the neurons of no population are called
 
 
