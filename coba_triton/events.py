@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._files import is_there, local_path
 from ._text import decode, plain_minus
 from .results import open_result
 
@@ -47,14 +47,16 @@ def read_events(source: Any) -> Events:
     if hasattr(source, "segments") or hasattr(source, "spiketrains"):
         return _neo_trains(source, type(source).__name__)
     if not isinstance(source, str | Path):
-        if not isinstance(source, Iterable):
+        if not isinstance(source, Iterable) or hasattr(source, "__array__"):
             raise TypeError(f"source must be a path, a Block or Segment of Neo, or several, got {type(source).__name__}")
         lists = [read_events(one) for one in source] or [(np.empty(0), np.empty(0, np.int64))]
         times, neurons = (np.concatenate(columns) for columns in zip(*lists, strict=True))
         return times, neurons
-    path = Path(source)
-    if not path.exists():
+    path = local_path(source, "source")
+    if not is_there(path):
         raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of a list of spikes")
+    if path.suffix.lower() != ".zarr" and not path.is_file():  # a pipe would wait for a writer
+        raise ValueError(f"{path} is no regular file; give the path of a list of spikes")
     readers: dict[str, Callable[[Path], Any]] = {
         ".csv": _csv, ".npz": _npz, ".zarr": _result, ".dat": _nest, ".gdf": _nest, ".nwb": _nwb,
     }  # fmt: skip
@@ -65,7 +67,8 @@ def read_events(source: Any) -> Events:
             f"{path} must have a time and a neuron for every spike, got {times.dtype} {list(times.shape)} and "
             f"{neurons.dtype} {list(neurons.shape)}; write both as [spikes]"
         )
-    whole = neurons.astype(np.int64)
+    with np.errstate(invalid="ignore"):  # what is no number is no whole one either
+        whole = neurons.astype(np.int64)
     if (whole != neurons).any():
         raise ValueError(f"{path} must number its neurons, got {neurons[whole != neurons][0]}; are the columns exchanged?")
     return times.astype(np.float64), whole
@@ -113,7 +116,9 @@ def _npz(path: Path) -> Any:
             found = next((both for both in NAMES if names >= set(both)), None)
             if found and "attributes" not in names:
                 return [file[name] for name in found]
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # archives and their compression have an exception each for what is damaged
         raise ValueError(f"{path} is no .npz file of numbers, or damaged ({error}); write it with numpy.savez") from None
     if "attributes" in names:
         return _result(path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _validation as check
@@ -195,15 +196,17 @@ class EventSource(MadeSource):
         self.dt = check.check_dt(dt)
         shape = check_shape(shape)
         check.check_number(start, "start", not_negative=True)
-        first = check.check_int(first, "first", 0)
-        at, channels = np.asarray(times, np.float64), np.asarray(neurons)
+        if isinstance(start, Tensor):
+            raise TypeError("start must be one number of ms, got a tensor; pass a Python float")
+        first = check.check_int(first, "first", 0, LARGEST)
+        at, channels = _array(times, "times", np.float64), _array(neurons, "neurons")
         channels = channels.astype(np.int64) if channels.size == 0 else channels
         if at.ndim != 1 or at.shape != channels.shape or channels.dtype.kind not in "iu":
             raise ValueError(
                 f"times and neurons must be a number and an integer for every spike, got {at.dtype} {list(at.shape)} and "
                 f"{channels.dtype} {list(channels.shape)}; for a dense array pass it as the source itself"
             )
-        weights = np.asarray(weight, np.float64)
+        weights = _array(weight, "weight", np.float64)
         if weights.shape not in ((), at.shape):
             raise ValueError(f"weight must be a number or one for every spike, {list(at.shape)}, got {list(weights.shape)}")
         weights = np.broadcast_to(weights, at.shape)
@@ -211,6 +214,8 @@ class EventSource(MadeSource):
             check.check_numbers({name: torch.from_numpy(numbers.copy())})
         if start == 0 and (at < 0).any():
             raise ValueError(f"times must not be negative, got {at.min()} ms; pass start= to leave out what is before it")
+        if at.size and at.max() / self.dt > LARGEST:
+            raise ValueError(f"times must be of the first {LARGEST:,} steps, got {at.max()} ms; give times and dt in ms")
         width = math.prod(shape)
         channels = channels.astype(np.int64) - first
         if ((channels < 0) | (channels >= width)).any():
@@ -373,6 +378,13 @@ class Blocks:
             raise ValueError(f"source must have the {start} steps that are finished already, it ended {skip} steps before")
         if sum(map(len, waiting)):
             yield torch.cat(waiting)
+
+
+def _array(numbers: Any, name: str, dtype: Any = None) -> NDArray[Any]:
+    try:
+        return np.asarray(numbers, dtype)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers, got {numbers!r:.100} ({error})") from None
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:

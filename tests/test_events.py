@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,13 @@ def test_message_for_a_file(name: str, content: Any, message: str, tmp_path: Pat
         read_events(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["e.csv", "e.npz", "e.dat", "e.nwb"])
+def test_a_pipe_is_no_file(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)  # reading it would wait for a writer
+    with pytest.raises(ValueError, match="is no regular file; give the path of a list of spikes"):
+        read_events(tmp_path / name)
+
+
 def test_messages_for_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file 'x.csv'; give the path of a list of spikes"):
         read_events("x.csv")
@@ -264,6 +272,8 @@ def test_messages_for_what_is_no_file(tmp_path: Path) -> None:
         ({"times": [0.1, np.nan, 0.2]}, ValueError, "times must be finite, got nan at [1]"),
         ({"weight": np.inf}, ValueError, "weight must be finite, got inf at [0]"),
         ({"weight": np.ones(2)}, ValueError, "weight must be a number or one for every spike, [3], got [2]"),
+        ({"times": [0.1, 0.2, 1e300]}, ValueError, "times must be of the first 281,474,976,710,656 steps, got 1e+300 ms"),
+        ({"times": [10**400, 0.1, 0.2]}, TypeError, "times must be numbers, got [1000"),
         ({"start": 5.0}, ValueError, "steps must be given where there is no spike, got None"),
         ({"steps": 0}, ValueError, "steps must be a positive int, got 0"),
         ({"dt": -1.0}, ValueError, "dt must be a positive finite number"),
