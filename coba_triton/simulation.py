@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
+import math
 import platform
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +23,14 @@ from torch import Tensor
 from . import _recurrent, operators
 from . import _validation as check
 from ._backends import choose_backend
+from ._files import reason
+from ._store import checksum, columns_of
 from ._versions import package_version
 from .functional import _constants_table, _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
 from .modules import CobaLIF, CobaLIFRecurrent
 from .results import Result
-from .sinks import Column, Header, Sink, open_sink
+from .sinks import Checkpoint, Header, Sink, open_sink
 from .sources import Blocks, digest
 from .spikes import WORD_BITS, word_count
 
@@ -50,6 +54,7 @@ class Record:
         spikes: every spike, one bit for a neuron and step.
         variables: which traces to keep of ``neurons``: ``v`` (mV), ``g_e``, ``g_i`` (uS).
         neurons: whose traces to keep; with several axes of neurons, indices into the flattened ones.
+        every: keep the traces of every n-th step alone, ``n - 1``, ``2 n - 1``, ...: at the times ``n dt``, ``2 n dt``, ...
         populations: name to neurons (a slice, a range, indices) whose spikes are counted in every step.
         inputs: the excitatory and the inhibitory conductance in uS that the input, recurrent synapses apart, adds in
             every step, mean over the neurons.
@@ -58,6 +63,7 @@ class Record:
     spikes: bool = True
     variables: Sequence[Variable] = ("v",)
     neurons: Sequence[int] = ()
+    every: int = 1
     populations: Mapping[str, Members] = field(default_factory=dict)
     inputs: bool = False
 
@@ -80,8 +86,10 @@ def simulate(
 
     A run into a zarr group that is killed loses at most three blocks, two being computed and one being written: called
     again with the same arguments and ``resume=True``, it goes on from the last finished block to a result that is equal
-    bit for bit. A run that was not begun yet is begun, and one that is finished is returned, so that a script may always
-    pass ``resume=True``.
+    bit for bit. A run that was not begun yet is begun, one that is finished is returned, and one whose source is longer by
+    now goes on to its new end, so that a script may always pass ``resume=True``. What has been read before is read again
+    and compared, unless the source is a :class:`PoissonSource`, which its arguments tell: another input is refused. One
+    process at a time writes to a path; docs/reliability.md says what is promised, and at what cost.
 
     Args:
         network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`; its
@@ -91,9 +99,9 @@ def simulate(
             beginning when a run is resumed.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
         state: initial state, None to start at rest.
-        block_steps: steps in a block, rounded up to a multiple of 32; None for as many as hold about 64 MiB, at most 65,536
-            (what unconnected neurons read where it is does not count: a tensor or a numpy array in memory, unless its
-            numbers are converted or inputs are recorded).
+        block_steps: steps in a block, rounded up to a multiple of 32 and of ``record.every``; None for as many as hold
+            about 64 MiB, at most 65,536 (what unconnected neurons read where it is does not count: a tensor or a numpy
+            array in memory, unless its numbers are converted or inputs are recorded).
         record: what to keep; None for the spikes alone.
         progress: show a bar with steps per second and the time left on a terminal, where the package rich is
             installed; or a function that takes the number of finished steps.
@@ -105,8 +113,9 @@ def simulate(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if shapes do not fit, a file is damaged or something else, or the run to be resumed was begun with
-            another configuration.
+            another configuration or another input.
         FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
+        BlockingIOError: if another run is writing to the sink's path.
         FloatingPointError: if the state stops being finite; what was finished is kept.
         OSError: if the sink cannot be written to; what was finished is kept.
 
@@ -117,33 +126,92 @@ def simulate(
     """
     run = _Run(network, source, state, record or Record(), block_steps)
     sink = open_sink(sink)
+    with sink.held():
+        _go_on(run, sink, resume, progress)
+        return Result(*sink.result(), path=sink.path)
+
+
+def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
+    """Make the blocks that the sink does not have yet."""
     begun = sink.begin(run.header, resume)
-    if begun.finished:
-        return Result(*sink.end(begun.steps, finished=True))
-    if begun.state is not None:
-        run.load(begun.state)
-    with (
-        _progress(progress, run.header.steps, begun.steps) as show,
-        ThreadPoolExecutor(1, "coba_triton sink") as thread,
-        run.threads() as ahead,
-    ):
-        commits = _Commits(sink, thread, begun.steps, show)
-        start, running = begun.steps, deque[_Running]()
-        try:
-            for x in run.blocks.read(start, run.header.block_steps, buffers=2 + ahead):
-                running.append(run.begin(x, start))
-                start += len(x)
-                if len(running) > ahead:
+    block_steps, steps = run.header.block_steps, run.header.steps
+    if steps is not None and steps < max(begun.planned or 0, begun.steps):
+        raise ValueError(
+            f"{sink.path} was begun with another configuration: source.steps was {begun.planned or begun.steps} and is "
+            f"{steps}; pass what it was begun with or a longer one, or another path"
+        )
+    with closing(_new_blocks(run.blocks, sink, begun, block_steps, buffers=2 + run.ahead)) as blocks:
+        first = next(blocks, None)
+        if first is None:  # nothing is missing
+            sink.end(begun.steps, finished=True)
+            return
+        start = begun.steps // block_steps * block_steps
+        state = sink.go_on(start // block_steps, steps)
+        if state is not None:
+            run.load(state)
+        with (
+            _progress(progress, steps, start) as show,
+            ThreadPoolExecutor(1, "coba_triton sink") as thread,
+            run.threads(),
+        ):
+            commits, running = _Commits(sink, thread, start, show), deque[_Running]()
+            try:
+                for x, given_sum in itertools.chain([first], blocks):
+                    running.append(run.begin(x, start, given_sum))
+                    start += len(x)
+                    if len(running) > run.ahead:
+                        commits.put(*run.finish(running.popleft()))
+                while running:
                     commits.put(*run.finish(running.popleft()))
-            while running:
-                commits.put(*run.finish(running.popleft()))
-            commits.wait()
-        except BaseException:
-            with contextlib.suppress(OSError):
                 commits.wait()
-            sink.end(commits.steps, finished=False)
-            raise
-    return Result(*sink.end(commits.steps, finished=True))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    commits.wait()
+                sink.end(commits.steps, finished=False)
+                raise
+    sink.end(commits.steps, finished=True)
+
+
+def _new_blocks(
+    blocks: Blocks, sink: Sink, begun: Checkpoint, block_steps: int, buffers: int
+) -> Generator[tuple[Tensor, int], None, None]:
+    """The blocks that are not finished, with their checksums, once those that are are found to be the same.
+
+    The last one that is finished comes again if it has become longer.
+
+    Raises:
+        ValueError: if the source differs from what was read before, or ends before it.
+    """
+    checks = sink.checks_input and not blocks.described
+    if begun.steps and not checks and begun.steps == blocks.steps:
+        return
+    start = 0 if checks else begun.steps // block_steps * block_steps
+    sums = deque[int]()
+
+    def note(x: Tensor) -> None:
+        sums.append(checksum_of(x) if checks else 0)
+
+    for x in blocks.read(start, block_steps, buffers, note):
+        given, number = sums.popleft(), start // block_steps
+        known, expected = begun.inputs[number] if number < len(begun.inputs) else (0, 0)
+        if checks and 0 < known <= len(x) and expected != (given if len(x) == known else checksum_of(x[:known])):
+            raise ValueError(
+                f"{sink.path} was begun with another input: steps {start:,} to {start + known:,} of source differ from what "
+                "was read then; pass what it was begun with, or another path"
+            )
+        start += len(x)
+        if len(x) > known:
+            yield x, given
+    if start < begun.steps:
+        raise ValueError(
+            f"source must have the {begun.steps} steps that are finished already, it ended {begun.steps - start} steps "
+            "before"
+        )
+
+
+def checksum_of(x: Tensor) -> int:
+    """Of a tensor's numbers."""
+    return checksum(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 class _Commits:
@@ -153,10 +221,10 @@ class _Commits:
         self.sink, self.thread, self.steps, self.show = sink, thread, steps, show
         self._pending: tuple[int, Future[None]] | None = None
 
-    def put(self, start: int, stop: int, block: dict[str, Any], state: Any) -> None:
+    def put(self, start: int, stop: int, block: dict[str, Any], state: Any, checksum: int) -> None:
         """Begin to write a block, when the one before it is written."""
         self.wait()
-        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state)
+        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state, checksum)
 
     def wait(self) -> None:
         """Return when everything is written."""
@@ -168,7 +236,7 @@ class _Commits:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot write steps {self.steps:,} to {stop:,} ({error.strerror or error}); {self.steps:,} steps are kept: "
+                f"cannot write steps {self.steps:,} to {stop:,} ({reason(error)}); {self.steps:,} steps are kept: "
                 "make room and continue with resume=True",
                 str(self.sink.path),
             ) from error
@@ -177,10 +245,13 @@ class _Commits:
 
 
 class _Running(NamedTuple):
-    """A block that is begun: its first step, input, states before and after, spikes, traces if there are, and what runs."""
+    """A block that is begun: its first step, input and the checksum of that, states before and after, spikes, traces if
+    there are, and what runs.
+    """
 
     start: int
     x: Tensor
+    checksum: int
     before: Any
     after: Any
     words: Tensor
@@ -219,6 +290,15 @@ class _Run:
             self.state = self._integrate(first[:0], state, False)[1]
         self.shape = self.state.v.shape
         self.neurons = torch.as_tensor(self._indices("record.neurons", record.neurons), device=self.device)
+        check.check_size(record.every, "record.every")
+        if (least := math.lcm(WORD_BITS, record.every)) > MAX_BLOCK_STEPS:
+            raise ValueError(
+                f"record.every must have a common multiple with {WORD_BITS} of at most {MAX_BLOCK_STEPS:,}, got "
+                f"{record.every} with {least:,}; take a number with more factors of 2"
+            )
+        for name in record.populations:
+            if not isinstance(name, str):
+                raise TypeError(f"record.populations must have names that are text, got {name!r}")
         self.populations = {
             name: self._indices(f"record.populations[{name!r}]", members) for name, members in record.populations.items()
         }
@@ -227,6 +307,7 @@ class _Run:
             raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {sorted(unknown)}")
         self.backend = choose_backend(self.network.backend, self.device)
         self.stream: ForwardStream | None = None
+        self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0  # blocks that run ahead of the one to finish
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
         if self.recurrent and self.backend != "reference":
@@ -272,17 +353,13 @@ class _Run:
         return _recurrent.Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
 
     def _header(self, state: Any, block_steps: int | None) -> Header:
-        dtype = str(self.state.v.dtype).removeprefix("torch.")
         cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
-        columns = {"spikes": Column(WORD_BITS, tuple(self.shape), "int32")} if record.spikes else {}
-        columns |= {name: Column(1, (traced,), dtype) for name in record.variables if traced}
-        columns |= {"counts": Column(1, (len(self.populations),), "int32")} if self.populations else {}
-        columns |= {name: Column(1, (), dtype) for name in ("input_e", "input_i") if record.inputs}
         if block_steps is None:
             first, itemsize = self.blocks.first, self.state.v.element_size()
             held = 0 if self._reads_in_place() else first[:1].numel() * first.element_size()
             step = held + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
+        whole = math.lcm(WORD_BITS, record.every)  # steps that fill rows of every array
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
         config: dict[str, Any] = {
@@ -292,32 +369,24 @@ class _Run:
             "order": self.network.order,
             "backend": self.backend,
             "device": self.device.type,
-            "state_dtype": dtype,
+            "state_dtype": str(self.state.v.dtype).removeprefix("torch."),
             "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
             "weights": dict(zip(("input", "recurrent"), self.digests, strict=False)),
-            "source": self.blocks.describe() | {"steps": self.blocks.steps},
+            "source": self.blocks.describe(),
             "initial_state": None if state is None else digest(torch.stack(list(self.state))),
             "record": {
                 "spikes": record.spikes,
                 "variables": list(record.variables),
                 "neurons": self.neurons.tolist(),
+                "every": record.every,
                 "populations": {name: digest(torch.from_numpy(members)) for name, members in self.populations.items()},
                 "inputs": record.inputs,
             },
-            "block_steps": max(word_count(block_steps), 1) * WORD_BITS,
+            "block_steps": max(-(-block_steps // whole), 1) * whole,
         }
         arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
-        arrays |= {f"population_{name}": members for name, members in self.populations.items()}
-        return Header(
-            config,
-            columns,
-            arrays,
-            self.blocks.steps,
-            config["block_steps"],
-            (len(self.state), *self.shape),
-            dtype,
-            versions(),
-        )
+        arrays |= {f"population_{number}": members for number, members in enumerate(self.populations.values())}
+        return Header(config, columns_of(config), arrays, self.blocks.steps, config["block_steps"], versions())
 
     def _reads_in_place(self) -> bool:
         """Whether a block of the input is a view of a tensor, which no one copies or converts."""
@@ -345,10 +414,10 @@ class _Run:
         return coba_lif_feed_forward_integral(x, state, p or self.p, self.network.dt, **options)
 
     @contextmanager
-    def threads(self) -> Iterator[int]:
-        """Have threads for the kernels, where the run needs them; yields how many blocks run ahead of the one to finish."""
-        if self.backend != "cpu" or self.recurrent:
-            yield 0
+    def threads(self) -> Iterator[None]:
+        """Have threads for the kernels, where blocks run ahead."""
+        if not self.ahead:
+            yield
             return
         from ._cpu import ForwardStream
 
@@ -357,10 +426,10 @@ class _Run:
         state = torch.stack(list(self.state)).reshape(3, -1)
         with closing(ForwardStream(constants, self.network.order == "jump_first", state, self.header.block_steps)) as stream:
             self.stream = stream
-            yield 1
+            yield
 
     @torch.no_grad()
-    def begin(self, x: Tensor, start: int) -> _Running:
+    def begin(self, x: Tensor, start: int, checksum: int) -> _Running:
         """Simulate the steps that ``x`` drives, from step ``start`` on, or have threads do so."""
         before, traces = self.state, None
         jobs: Sequence[Future[None]] = ()
@@ -374,12 +443,14 @@ class _Run:
             words, traces = self._with_all_states(x)
         else:
             words, self.state = self._integrate(x, before, False)
-        return _Running(start, x, before, self.state, words, traces, jobs)
+        return _Running(start, x, checksum, before, self.state, words, traces, jobs)
 
     @torch.no_grad()
-    def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any]:
-        """The first step of a block and the first after it, the rows of every column, and the state, fields first."""
-        start, x, before, after, words, traces, jobs = running
+    def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any, int]:
+        """The first step of a block and the first after it, the rows of every column, the state, fields first, and the
+        checksum of the input.
+        """
+        start, x, checksum, before, after, words, traces, jobs = running
         for job in jobs:
             job.result()
         stop = start + len(x)
@@ -390,12 +461,13 @@ class _Run:
         on_cpu = words.cpu().numpy()
         block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
         if traces is not None:
-            block |= {name: getattr(traces, name).cpu().numpy() for name in self.record.variables}
+            kept = slice(self.record.every - 1, None, self.record.every)  # a block begins with a multiple of it
+            block |= {name: getattr(traces, name)[kept].cpu().numpy() for name in self.record.variables}
         if self.populations:
             block["counts"] = self._count(on_cpu, len(x))
         if self.record.inputs:
             block["input_e"], block["input_i"] = self._mean_inputs(x)
-        return start, stop, block, state
+        return start, stop, block, state, checksum
 
     def _connected(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState | None]:
         """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""

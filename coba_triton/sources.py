@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,15 @@ from . import _validation as check
 FIRST = 32  # steps that tell one source from another
 
 
-class PoissonSource:
+class Described:
+    """A source that its description tells from every other: it need not be compared to know that it is the same."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its source; plain JSON."""
+        raise NotImplementedError
+
+
+class PoissonSource(Described):
     """Independent Poisson spikes in every channel, the same ones whatever blocks they are read in.
 
     A step's spikes are a function of the seed, the stream and the number of the step alone (Philox4x32-10, a
@@ -118,11 +126,13 @@ class Blocks:
     Attributes:
         steps: T, None for an iterable of chunks.
         first: the first steps on the CPU, at most :data:`FIRST`.
+        described: whether :meth:`describe` tells the source from every other.
     """
 
     def __init__(self, source: Any, device: torch.device) -> None:
         self.source, self.device = torch.from_numpy(source) if _in_memory(source) else source, device
         self.steps: int | None = None
+        self.described = isinstance(source, Described)
         if hasattr(source, "shape") and hasattr(source, "__getitem__"):
             if len(source.shape) < 1:
                 raise ValueError("source must have a leading time axis [T, ...], got a 0-dim array; reshape it")
@@ -142,23 +152,28 @@ class Blocks:
             )
 
     def describe(self) -> dict[str, Any]:
-        """What the source is, and a checksum of how it begins."""
+        """What the source is, as far as that can be said in advance."""
         described = {"kind": "chunks" if self.steps is None else "array"}
-        described |= self.source.describe() if isinstance(self.source, PoissonSource) else {}
+        described |= self.source.describe() if isinstance(self.source, Described) else {}
         dtype = str(self.first.dtype).removeprefix("torch.")
-        return {**described, "channels": list(self.first.shape[1:]), "dtype": dtype, "begins_with": digest(self.first)}
+        return {**described, "channels": list(self.first.shape[1:]), "dtype": dtype}
 
-    def read(self, start: int, block_steps: int, buffers: int | None = None) -> Iterator[Tensor]:
-        """Blocks from step ``start`` on, of ``block_steps`` each, the last one shorter.
+    def read(
+        self, start: int, block_steps: int, buffers: int | None = None, note: Callable[[Tensor], None] | None = None
+    ) -> Iterator[Tensor]:
+        """Blocks from step ``start`` on, of ``block_steps`` each, the last one shorter; an iterable's from its beginning.
 
         Given a number of ``buffers``, blocks take turns in their memory: one that is being read, and those in use.
+        The thread that reads gives every block to ``note`` before it is used.
         """
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         array = self.steps is not None
-        blocks = self._from_array(start, block_steps, buffers) if array else self._from_chunks(start, block_steps)
+        blocks = self._from_array(start, block_steps, buffers) if array else self._from_chunks(block_steps)
 
         def advance() -> tuple[Tensor, Any] | None:
             x = next(blocks, None)
+            if x is not None and note is not None:
+                note(x)
             if x is None or stream is None:
                 return x if x is None else (x.to(self.device), None)
             with torch.cuda.stream(stream):
@@ -188,24 +203,19 @@ class Blocks:
                 block = _tensor(self.source[begin:end])
             yield block
 
-    def _from_chunks(self, start: int, block_steps: int) -> Iterator[Tensor]:
+    def _from_chunks(self, block_steps: int) -> Iterator[Tensor]:
         waiting: list[Tensor] = []
-        skip = start
         for chunk in self._chunks:
             if chunk.shape[1:] != self.first.shape[1:] or chunk.dtype != self.first.dtype:
                 raise ValueError(
                     f"every chunk must be [t, ...] = [t, {', '.join(map(str, self.first.shape[1:]))}] of "
                     f"{self.first.dtype} like the first, got {list(chunk.shape)} of {chunk.dtype}"
                 )
-            skipped = min(skip, len(chunk))
-            skip -= skipped
-            waiting.append(chunk[skipped:])
+            waiting.append(chunk)
             while sum(map(len, waiting)) >= block_steps:
                 joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
                 yield joined[:block_steps]
                 waiting = [joined[block_steps:]]
-        if skip:
-            raise ValueError(f"source must have the {start} steps that are finished already, it ended {skip} steps before")
         if sum(map(len, waiting)):
             yield torch.cat(waiting)
 

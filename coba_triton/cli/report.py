@@ -8,10 +8,9 @@ in :mod:`coba_triton.sinks`; of a recording it also has ``signal [T]``, at the s
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
+from coba_triton._files import held, reason
+from coba_triton._files import written_whole as written_whole
 from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
@@ -35,36 +36,29 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: takes its place when the block ends well, goes away otherwise."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder.
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the output folder, and be the only command that writes to it.
 
     Raises:
-        UserError: if it cannot be made or written to.
+        UserError: if it cannot be made or written to, or another command writes to it.
     """
-    probe = folder / f".{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from None
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder / FILES[-1]))
+        except BlockingIOError:
+            raise UserError(f"another command is writing to {folder}; wait for its end, or give another --out") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {reason(error)}; give another folder with --out") from None
+        yield
 
 
 def open_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
     """Where a run's result goes; an earlier one is replaced, unless it is resumed."""
     recording = source.encoded if isinstance(source, RecordingSource) else None
-    attributes: dict[str, Any] = {"configuration": name, "settings": config.model_dump(mode="json"), "recording": None}
+    settings = config.model_dump(mode="json")
+    del settings["simulation"]["duration"]  # the result has its steps, and may be resumed to more of them
+    attributes: dict[str, Any] = {"configuration": name, "settings": settings, "recording": None}
     arrays: dict[str, Any] = {}
     if recording is not None:
         facts = {"unit": recording.unit, "threshold": recording.threshold, "provenance": recording.provenance}
@@ -129,7 +123,7 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another folder") from None
+        raise UserError(f"cannot write to {folder}: {reason(error)}; make room or choose another folder") from None
 
 
 def _mean_variation(variation: NDArray[np.float64]) -> dict[str, Any]:
