@@ -27,9 +27,10 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
 
     with open(path, "rb", opener=without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
-        content = file.read(limit + 1)
+        content = file.read(min(found.st_size, limit) + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", os.fspath(path))
     return content
@@ -105,6 +106,8 @@ def held(path: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if not path.parent.is_dir():  # which the lock would make
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; make it, or choose another path")
     beside = path.with_name(f".{path.name}.lock")
     lock = FileLock(beside, timeout=0, thread_local=False)
     try:

@@ -153,7 +153,7 @@ class Blocks:
 
     def describe(self) -> dict[str, Any]:
         """What the source is, as far as that can be said in advance."""
-        described = {"kind": "chunks" if self.steps is None else "array"}
+        described = {"kind": "data"}
         described |= self.source.describe() if isinstance(self.source, Described) else {}
         dtype = str(self.first.dtype).removeprefix("torch.")
         return {**described, "channels": list(self.first.shape[1:]), "dtype": dtype}

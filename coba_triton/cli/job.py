@@ -116,6 +116,7 @@ def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
     return Record(
         variables=settings.variables if settings.neurons else (),
         neurons=settings.neurons if settings.variables else (),
+        every=settings.every,
         populations={name: mask.nonzero()[0] for name, mask in recurrent.populations().items()} if recurrent else {},
         inputs=True,
     )
