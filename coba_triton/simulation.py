@@ -140,7 +140,7 @@ def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int],
             f"{sink.path} was begun with another configuration: source.steps was {begun.planned or begun.steps} and is "
             f"{steps}; pass what it was begun with or a longer one, or another path"
         )
-    with closing(_new_blocks(run.blocks, sink, begun, block_steps, buffers=2 + run.ahead)) as blocks:
+    with closing(_new_blocks(run, sink, begun)) as blocks:
         first = next(blocks, None)
         if first is None:  # nothing is missing
             sink.end(begun.steps, finished=True)
@@ -172,26 +172,27 @@ def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int],
     sink.end(commits.steps, finished=True)
 
 
-def _new_blocks(
-    blocks: Blocks, sink: Sink, begun: Checkpoint, block_steps: int, buffers: int
-) -> Generator[tuple[Tensor, int], None, None]:
-    """The blocks that are not finished, with their checksums, once those that are are found to be the same.
+def _new_blocks(run: _Run, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
+    """The blocks that are not finished, once those that are are found to be the same.
 
-    The last one that is finished comes again if it has become longer.
+    With their checksums, None where the kernels make them. The last one that is finished comes again if it has become
+    longer.
 
     Raises:
         ValueError: if the source differs from what was read before, or ends before it.
     """
+    blocks, block_steps = run.blocks, run.header.block_steps
     checks = sink.checks_input and not blocks.described
     if begun.steps and not checks and begun.steps == blocks.steps:
         return
     start = 0 if checks else begun.steps // block_steps * block_steps
-    sums = deque[int]()
+    sums, noted = deque[int | None](), itertools.count(start // block_steps)
 
     def note(x: Tensor) -> None:
-        sums.append(checksum_of(x) if checks else 0)
+        later = next(noted) >= len(begun.inputs) and run.sums_up(x)
+        sums.append(None if later and checks else checksum_of(x) if checks else 0)
 
-    for x in blocks.read(start, block_steps, buffers, note):
+    for x in blocks.read(start, block_steps, buffers=2 + run.ahead, note=note):
         given, number = sums.popleft(), start // block_steps
         known, expected = begun.inputs[number] if number < len(begun.inputs) else (0, 0)
         if checks and 0 < known <= len(x) and expected != (given if len(x) == known else checksum_of(x[:known])):
@@ -210,8 +211,10 @@ def _new_blocks(
 
 
 def checksum_of(x: Tensor) -> int:
-    """Of a tensor's numbers."""
-    return checksum(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    """Of the numbers in the rows of a block."""
+    from ._cpu import row_sums
+
+    return checksum(row_sums(x.detach().cpu()))
 
 
 class _Commits:
@@ -245,13 +248,13 @@ class _Commits:
 
 
 class _Running(NamedTuple):
-    """A block that is begun: its first step, input and the checksum of that, states before and after, spikes, traces if
-    there are, and what runs.
+    """A block that is begun: its first step, input and the checksum of that or what becomes it, states before and after,
+    spikes, traces if there are, and what runs.
     """
 
     start: int
     x: Tensor
-    checksum: int
+    given: Any
     before: Any
     after: Any
     words: Tensor
@@ -396,6 +399,11 @@ class _Run:
         as_it_is = _flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
         return as_it_is and isinstance(source, Tensor) and source.device == self.device
 
+    def sums_up(self, x: Tensor) -> bool:
+        """Whether the kernels make the checksum of a block of the input, as it is what they read."""
+        plain = x.dtype == self.state.v.dtype == torch.float32 and x.is_contiguous()
+        return bool(self.ahead) and plain and x[:1].numel() == self.shape.numel()
+
     def load(self, state: Any) -> None:
         """Go on from a checkpoint."""
         self.state = type(self.state)(*torch.from_numpy(state).to(self.device))
@@ -429,13 +437,19 @@ class _Run:
             yield
 
     @torch.no_grad()
-    def begin(self, x: Tensor, start: int, checksum: int) -> _Running:
+    def begin(self, x: Tensor, start: int, given: int | None = 0) -> _Running:
         """Simulate the steps that ``x`` drives, from step ``start`` on, or have threads do so."""
         before, traces = self.state, None
         jobs: Sequence[Future[None]] = ()
         if self.stream is not None:
             words = torch.empty(word_count(len(x)), *self.shape, dtype=torch.int32)
-            state, jobs = self.stream.submit(_flat_input(x, self.shape, before.v.dtype), words.view(len(words), -1))
+            sums = None
+            if given is None:
+                from ._cpu import lanes
+
+                given = sums = lanes(self.shape.numel())
+            flat = _flat_input(x, self.shape, before.v.dtype)
+            state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
             self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
         elif self.recurrent and self.backend != "reference":
             words, traces = self._connected(x)
@@ -443,14 +457,14 @@ class _Run:
             words, traces = self._with_all_states(x)
         else:
             words, self.state = self._integrate(x, before, False)
-        return _Running(start, x, checksum, before, self.state, words, traces, jobs)
+        return _Running(start, x, given, before, self.state, words, traces, jobs)
 
     @torch.no_grad()
     def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any, int]:
         """The first step of a block and the first after it, the rows of every column, the state, fields first, and the
         checksum of the input.
         """
-        start, x, checksum, before, after, words, traces, jobs = running
+        start, x, given, before, after, words, traces, jobs = running
         for job in jobs:
             job.result()
         stop = start + len(x)
@@ -467,7 +481,7 @@ class _Run:
             block["counts"] = self._count(on_cpu, len(x))
         if self.record.inputs:
             block["input_e"], block["input_i"] = self._mean_inputs(x)
-        return start, stop, block, state, checksum
+        return start, stop, block, state, given if isinstance(given, int) else checksum(given)
 
     def _connected(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState | None]:
         """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""

@@ -38,9 +38,11 @@ from coba_triton import (
     sinks,
 )
 from coba_triton._store import Store, describe_group
+from coba_triton.simulation import checksum_of
 
 zarr = pytest.importorskip("zarr")
 
+from fuzz_stores import everything, fuzz, same  # noqa: E402 - after the check for zarr
 from test_resume import BLOCK, Stop, assert_same, begin, contents, run, stop_at  # noqa: E402
 from test_simulate import INPUTS, NEURON, RECORD, N, T, drive, recurrent, whole  # noqa: E402
 
@@ -112,6 +114,64 @@ def test_inputs_of_every_dtype_are_compared(dtype: torch.dtype, tmp_path: Path) 
     x[99, 0] = 1 - x[99, 0].to(torch.float32)
     with pytest.raises(ValueError, match="steps 96 to 100 of source differ"):
         run(tmp_path / "run.zarr", network=network, source=x, resume=True)
+
+
+@pytest.mark.parametrize(("threads", "tile"), [(1, 64), (1, 1024), (2, 64), (2, 128)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 64), (96, 200), (33, 130)])
+def test_whoever_reads_the_input_makes_the_same_checksum(shape: tuple[int, int], threads: int, tile: int) -> None:
+    """The kernels, by tiles and threads of any size, and what reads it alone."""
+    from coba_triton import tuning
+    from coba_triton._cpu import ForwardStream, lanes, row_sums
+    from coba_triton.functional import _constants_table
+    from coba_triton.model import derive_constants
+
+    x, neurons = torch.randn(shape, generator=torch.Generator().manual_seed(0)), shape[1]
+    constants = _constants_table(derive_constants(NEURON, 0.1, torch.float32, x.device), x.shape[1:])
+    before, sums = torch.get_num_threads(), lanes(neurons)
+    torch.set_num_threads(threads)
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            tuning.forced("feed_forward_forward", {"tile": tile, "threads": threads}),
+        ):
+            patch.setattr("coba_triton._cpu.MIN_STEPS_PER_THREAD", 1)
+            with contextlib.closing(ForwardStream(constants, False, torch.zeros(3, neurons), len(x))) as stream:
+                for job in stream.submit(x, torch.empty(-(-len(x) // 32), neurons, dtype=torch.int32), sums)[1]:
+                    job.result()
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(sums, row_sums(x))
+    assert sums.any()
+
+
+@pytest.mark.parametrize("kind", ["numbers", "spikes"])
+@pytest.mark.parametrize("columns", [1, 20, 64, 130])
+def test_changes_of_the_input_change_its_checksum(kind: str, columns: int) -> None:
+    """Every bit, and what people do to a matrix: exchange, shift, mirror, negate, scale."""
+    x = torch.randn(96, columns, generator=torch.Generator().manual_seed(1))
+    if kind == "spikes":
+        x = (x > 1).float()
+    others = [
+        -x,
+        2 * x,
+        x + 1,
+        x.flip(0),
+        x[:-1],
+        *(x.roll(k, 0) for k in (1, 5, 32, 48)),
+        *(x.roll(k, 1) for k in (1, 16, 17)),
+    ]
+    others += [x.flip(1), x.roll(columns // 2, 1), torch.cat([x[:, columns // 2 :], x[:, : columns // 2] * 0], 1)]
+    for step in range(95):
+        others.append(torch.cat([x[:step], x[step + 1 : step + 2], x[step : step + 1], x[step + 2 :]]))
+    for place in range(0, x.numel(), 7):
+        for bit in (0, 1, 13, 22, 23, 30, 31):
+            others.append(x.clone())
+            others[-1].view(torch.int32).view(-1)[place] ^= 1 << bit if bit < 31 else -(2**31)
+    said = checksum_of(x)
+    different = [
+        other for other in others if other.shape != x.shape or not torch.equal(other.view(torch.int32), x.view(torch.int32))
+    ]
+    assert len(different) > 100 and all(checksum_of(other) != said for other in different)
 
 
 def test_a_described_source_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,20 +270,6 @@ def test_an_interval_that_no_block_can_hold_is_refused() -> None:
 
 
 # Damage
-
-
-def everything(path: Path) -> dict[str, Any]:
-    """All that a result says."""
-    result = open_result(path)
-    said = {name: array[:] for name, array in result.traces.items()} | {"spikes": result.spikes[:], **result.populations}
-    said |= {f"counts {name}": result.counts(1, name) for name in result.populations}
-    said |= {name: result.array(name) for name in ("input_e", "input_i", "recorded", "v_thresh", "signal") if name in result}
-    said |= {"parameter": result.parameter("v_thresh"), "steps": result.steps, "finished": result.finished, "dt": result.dt}
-    return said | ({"state": np.stack([field.numpy() for field in result.state])} if result.steps else {})
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def part(path: Path, blocks: int = 5, seed: int = 2, **changes: Any) -> None:
@@ -863,3 +909,11 @@ def test_the_public_names_stay(tmp_path: Path) -> None:
     assert {"MemorySink", "NpzSink", "ZarrSink", "open_result"} <= set(coba_triton.__all__)
     run(tmp_path / "run.zarr")
     assert Store(tmp_path / "run.zarr").steps == T and sinks.VERSION == 2
+
+
+@pytest.mark.slow
+def test_damaged_stores_give_the_right_data_or_a_sentence(tmp_path: Path) -> None:
+    """A few hundred of them, always the same ones; python tests/fuzz_stores.py 4000 tries more."""
+    outcomes = fuzz(300, 1, tmp_path)
+    print(outcomes)
+    assert sum(outcomes.values()) == 300 and not any("WRONG" in kind for kind in outcomes)

@@ -131,11 +131,11 @@ def test_at_most_three_blocks_are_lost(network: str, slow: str, tmp_path: Path, 
     begun, on_their_way = [0], set()
     begin = _Run.begin
 
-    def noted(self: _Run, x: torch.Tensor, start: int, checksum: int) -> Any:
+    def noted(self: _Run, x: torch.Tensor, start: int, given: int | None) -> Any:
         begun[0] = start // BLOCK + 1
         if slow == "kernels":
             time.sleep(0.005)
-        return begin(self, x, start, checksum)
+        return begin(self, x, start, given)
 
     class Noting(ZarrSink):
         def write(self, start: int, *others: Any) -> None:
