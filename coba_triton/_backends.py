@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
+import re
 from typing import Literal, get_args
 
+import numpy
 import torch
 
 logger = logging.getLogger("coba_triton")
@@ -15,28 +16,52 @@ Backend = Literal["auto", "reference", "triton", "cpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
+def _triton_device() -> tuple[str, str]:
+    """The torch device type that Triton's kernels run on, or an empty one; then why, and what to do."""
+    try:
+        import triton
+    except ImportError:
+        return "", (
+            "backend 'triton' needs the triton package, which is not installed; install coba-triton[interp], or pass "
+            "backend='auto' or 'reference'"
+        )
+    if triton.knobs.runtime.interpret:
+        if _version(triton.__version__) < [3, 7] and _version(numpy.__version__) >= [2, 4]:
+            return "", (
+                f"backend 'triton' runs in the interpreter of triton {triton.__version__} here, which fails with numpy "
+                f"{numpy.__version__}; install triton 3.7 or newer, or numpy below 2.4"
+            )
+        return "cpu", ""
+    try:
+        return str(triton.runtime.driver.active.get_active_torch_device().type), ""
+    except RuntimeError:
+        return "", (
+            "backend 'triton' needs a GPU that Triton can drive, and it found none; set TRITON_INTERPRET=1 "
+            "before the start to run the kernels in Triton's interpreter, or pass backend='auto' or 'reference'"
+        )
+
+
+# Compilers cannot follow these lines, and a process has one driver. torch.compiler.assume_constant_result sets just this,
+# but imports all of torch's compiler.
+_triton_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _version(text: str) -> list[int]:
+    """The first two numbers of a version."""
+    return [int(number) for number in re.findall(r"\d+", text)[:2]]
+
+
 def triton_device_type() -> str:
     """The torch device type that Triton's kernels run on: its active driver's, or ``cpu`` under its interpreter.
 
     Raises:
         RuntimeError: if triton is not installed or has no driver; the message says what to do.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
-            "backend 'triton' needs the triton package, which is not installed; install coba-triton[interp], or pass "
-            "backend='auto' or 'reference'"
-        )
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return "cpu"
-    try:
-        return str(triton.runtime.driver.active.get_active_torch_device().type)
-    except RuntimeError:
-        raise RuntimeError(
-            "backend 'triton' needs a GPU that Triton can drive, and it found none; set TRITON_INTERPRET=1 "
-            "before the start to run the kernels in Triton's interpreter, or pass backend='auto' or 'reference'"
-        ) from None
+    device_type: str
+    device_type, problem = _triton_device()
+    if problem:
+        raise RuntimeError(problem)
+    return device_type
 
 
 @functools.cache

@@ -87,7 +87,7 @@ def recorded(target: str) -> Iterator[dict[str, Recorder]]:
     kept = _backends.triton_device_type, _triton.threads_per_warp, _triton.resident_programs
     _backends.triton_device_type = lambda: "cpu"
     _triton.threads_per_warp = functools.cache(lambda: TARGETS[target].warp_size)
-    _triton.resident_programs = lambda: 132
+    _triton.resident_programs = lambda device: 132
     for kernel, (module, function) in KERNELS.items():
         setattr(module, function, recorders[kernel])
     try:

@@ -134,30 +134,31 @@ def _forward_arguments(
     checkpoint_every: int,
     state: Tensor,
     final: Tensor,
-    spikes: Tensor,
-    words: Tensor,
-    states: Tensor,
-    checkpoints: Tensor,
+    spikes: Tensor | None,
+    words: Tensor | None,
+    states: Tensor | None,
+    checkpoints: Tensor | None,
 ) -> tuple[Any, ...]:
     """What the forward kernel takes before the tile."""
-    _ask_for_huge_pages(spikes, words, states, checkpoints)
+    _ask_for_huge_pages(*(output for output in (spikes, words, states, checkpoints) if output is not None))
+    none = state[:0]
     return (
         _strided(x),
         _rows(state),
         *_constants(constants),
         _rows(final),
-        _strided(spikes if spikes.numel() else None),
-        _one(spikes.dtype),
-        _rows(words),
-        _rows(states),
-        _rows(checkpoints),
+        _strided(spikes),
+        _one(torch.uint8 if spikes is None else spikes.dtype),
+        _rows(none.int() if words is None else words),
+        _rows(none if states is None else states),
+        _rows(none if checkpoints is None else checkpoints),
         checkpoint_every,
         jump_first,
     )
 
 
 def feed_forward_forward(x: Tensor, constants: Tensor, *others: Any) -> None:
-    """Fill ``final`` and every non-empty output; shapes as in ``kernels/feed_forward.py``.
+    """Fill ``final`` and every output that is given; shapes as in ``kernels/feed_forward.py``.
 
     Args: see :func:`_forward_arguments`.
     """
@@ -174,7 +175,7 @@ def lanes(words: int) -> Any:
 
 def row_sums(x: Tensor) -> Any:
     """The checksum of the rows ``x [T, ...]``, of any dtype, on the CPU: many numbers, of which each change changes some."""
-    rows = x.contiguous().view(len(x), -1).view(torch.uint8)
+    rows = x.contiguous().view(len(x), x[:1].numel()).view(torch.uint8)
     if rows.shape[1] % 4:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
     sums = lanes(rows.shape[1] // 4)
@@ -205,8 +206,7 @@ class ForwardStream:
         ``sums``: None, or where the checksum of ``x`` goes, see :func:`lanes`.
         """
         before, self._state = self._state, torch.empty_like(self._state)
-        none = before.new_empty(0, *before.shape)
-        outputs = self._state, none[:, 0], words, none, none
+        outputs = self._state, None, words, None, None
         arguments = _forward_arguments(x, self._constants, self._jump_first, 0, before, *outputs)
         kernel = functools.partial(kernels.forward_kernel(), *arguments, sums, self._tile, len(x))
         shares = zip(self._threads, self._shares, strict=True)

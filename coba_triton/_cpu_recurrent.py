@@ -15,6 +15,10 @@ from . import _cpu_recurrent_kernels as kernels
 from ._cpu import _ask_for_huge_pages, _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
 from ._recurrent import Network, send_back
 
+# A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
+EVENT_DENSITY = 0.25
+# A block follows the dense path if the one before it had a higher rate of spikes per neuron and step.
+DENSE_RATE = 0.2
 # Weights are read as dense rows where a larger part of them is not 0,
 SYNAPSE_DENSITY = 1 / 16
 # or where they serve fewer steps a source.
@@ -47,9 +51,21 @@ def synapses(rows: Tensor, uses: int) -> kernels.Synapses:
     return kernels.Synapses(*kernels.synapses_kernel()(_array(rows), int(SYNAPSE_DENSITY * rows.numel())))
 
 
+def is_sparse(sources: Tensor) -> bool:
+    """Whether a projection is a sum over events, not a matrix product: those of fewer events than a share of the sources."""
+    return int(torch.count_nonzero(sources)) <= EVENT_DENSITY * sources.numel()
+
+
+def fires_often(spikes: Tensor) -> bool:
+    """Whether the block after one with these spikes takes a matrix product a step."""
+    return int(torch.count_nonzero(spikes)) > DENSE_RATE * spikes.numel()
+
+
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
     drive = weights.new_empty(2, *sources.shape[:-1], weights.shape[1])
+    if sources.numel() == 0:
+        return drive.zero_()
     values = sources.to(weights.dtype).reshape(-1, weights.shape[0])
     rows = values.shape[0]
     _launch(

@@ -24,10 +24,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PATHS = ("auto", "events", "sliced", "dense")
-# A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
-EVENT_DENSITY = 0.25
-# A block follows the dense path if the one before it had a higher rate of spikes per neuron and step.
-DENSE_RATE = 0.2
 # Scratch for the drive of one inference block, in bytes.
 DRIVE_BYTES = 2**26
 
@@ -94,11 +90,6 @@ def choose_block_steps(block_steps: int | None, steps: int, cells: int, itemsize
     return word_count(block_steps) * WORD_BITS
 
 
-def is_sparse(sources: Tensor) -> bool:
-    """Whether events are fewer than :data:`EVENT_DENSITY`; reads one number back from the device."""
-    return int(torch.count_nonzero(sources)) <= EVENT_DENSITY * sources.numel()
-
-
 def split(weights: Tensor) -> Tensor:
     """``[N, K]`` to ``[2 N, K]``: excitatory rows, then the magnitudes of the inhibitory ones."""
     return torch.cat([torch.relu(weights), torch.relu(-weights)])
@@ -116,11 +107,6 @@ def spikes_before(words: Tensor, last: Tensor, steps: int, dtype: torch.dtype) -
     before = unpack_spikes(words, steps, dtype).roll(1, 0)
     before[0] = (last >> (WORD_BITS - 1)) & 1 if last.dtype == torch.int32 else last
     return before
-
-
-def spike_rate(spikes: Tensor) -> float:
-    """Spikes per neuron and step; reads one number back from the device."""
-    return int(torch.count_nonzero(spikes)) / max(1, spikes.numel())
 
 
 def step_by_step(net: Network, drive: Tensor, z: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None) -> Tensor:
@@ -186,7 +172,7 @@ def forward(
 
     With ``chosen [K]``, ascending indices into the neurons of all rows, ``states`` are theirs alone, ``[3, T, K]``.
     """
-    events = is_sparse(x)
+    events = net.kernels.is_sparse(x)
     dense = path == "dense"
     for number, start in enumerate(range(0, x.shape[0], block_steps)):
         here = slice(start, min(start + block_steps, x.shape[0]))
@@ -216,7 +202,7 @@ def forward(
             )
         z = block_spikes[-1].to(net.dtype, copy=True)
         if path == "auto" and here.stop < x.shape[0]:
-            dense = spike_rate(block_spikes) > DENSE_RATE
+            dense = net.kernels.fires_often(block_spikes)
     return z, state
 
 
@@ -278,7 +264,7 @@ def backward(
     recurrent_sums = sums_of(net.recurrent_weights, recurrent_weights_grad)
     grad_x = x.new_zeros(x.shape if x_grad else (0, *x.shape[1:]))
     grad_constants = z.new_zeros(net.constants.shape[0], z.numel() if constants_grad else 0)
-    input_events = is_sparse(x)
+    input_events = net.kernels.is_sparse(x)
     for start in reversed(range(0, steps if z.numel() else 0, block_steps)):
         here = slice(start, min(start + block_steps, steps))
         block_words = words[start // WORD_BITS : start // WORD_BITS + word_count(here.stop - start)]
@@ -286,7 +272,7 @@ def backward(
         if net.exchange is not None:
             sent, last = net.exchange.gather(sent), net.exchange.gather(last)
         before = spikes_before(sent, last, here.stop - start, net.dtype)
-        events = is_sparse(before)
+        events = net.kernels.is_sparse(before)
         recurrent_drive = None if events else project(net.recurrent_weights, before)
         if events and net.exchange is not None:
             recurrent_drive = net.kernels.project_events(before, net.recurrent_rows)

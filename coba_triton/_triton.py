@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any, overload
@@ -10,6 +9,7 @@ from typing import Any, overload
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from ._recurrent import Network, send_back
 from .kernels import feed_forward, recurrent
@@ -29,6 +29,15 @@ def warps_per_program(neurons: int) -> int:
     return 1 if neurons <= 32768 else 4
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The least one that is not less than ``n``, which is positive."""
+    return 1 << (n - 1).bit_length()
+
+
 @functools.cache
 def threads_per_warp() -> int:
     """32 on NVIDIA and in the interpreter, 64 on AMD's data-centre GPUs."""
@@ -37,11 +46,35 @@ def threads_per_warp() -> int:
     return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
+# By all that Triton compiles for: what a kernel was compiled to, the names of its last arguments, and the driver.
+_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[str], Any]] = {}
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any) -> None:
-    """Every launch of the package: on the tensors' device, without fusing multiplications into additions."""
-    on_device = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-    with on_device:
+    """Every launch of the package: on the tensors' device, without fusing multiplications into additions.
+
+    Triton takes about 10 us to find what a call was compiled to; here it takes 3. This is right for kernels that are not
+    specialized for the values of their numbers, as a test makes sure of.
+    """
+    if device.type != "cpu" and (on := torch.get_device_module(device)).current_device() != device.index:
+        with on.device(device):
+            return _launch(kernel, grid, device, num_warps, *args, **meta)
+    if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
+        return
+    driver = triton.runtime.driver.active
+    compiled_for = [
+        (arg.dtype, arg.data_ptr() & 15) if isinstance(arg, Tensor) else arg if arg is None else -(2**31) <= arg < 2**31
+        for arg in args
+    ]
+    key = id(kernel), id(driver), device, num_warps, *meta.values(), *compiled_for
+    if (found := _compiled.get(key)) is not None:
+        compiled, last, _ = found
+        compiled[(*grid, 1, 1)[:3]](*args, *[meta[name] for name in last])
+        return
+    compiled = kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
+    if isinstance(compiled, CompiledKernel):  # not what stands for one
+        _compiled[key] = compiled, kernel.arg_names[len(args) :], driver
 
 
 def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Parameters:
@@ -51,7 +84,7 @@ def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Para
     if kernel == "feed_forward_backward":
         return {"num_warps": warps_per_program(neurons), "steps": replay_steps(dtype)}
     if kernel == "recurrent_forward":
-        block = triton.next_power_of_2(neurons) if neurons <= ROW_IN_REGISTERS else TILE
+        block = _power_of_2(neurons) if neurons <= ROW_IN_REGISTERS else TILE
         return {"num_warps": _warps_for(block), "events_ahead": EVENTS_AHEAD, "tile": TILE}
     return {"num_warps": 4, "replay_warps": warps_per_program(neurons * batch)}
 
@@ -69,7 +102,7 @@ def _launch_feed_forward(
     block = threads_per_warp() * num_warps
     _launch(
         kernel,
-        (triton.cdiv(neurons, block),),
+        (_cdiv(neurons, block),),
         x.device,
         num_warps,
         *args,
@@ -101,12 +134,12 @@ def feed_forward_forward(
     checkpoint_every: int,
     state: Tensor,
     final: Tensor,
-    spikes: Tensor,
-    words: Tensor,
-    states: Tensor,
-    checkpoints: Tensor,
+    spikes: Tensor | None,
+    words: Tensor | None,
+    states: Tensor | None,
+    checkpoints: Tensor | None,
 ) -> None:
-    """Fill ``final`` and every non-empty output; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
+    """Fill ``final`` and every output that is given; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
     parameters = parameters_of("feed_forward_forward", state, x.shape[1])
     _launch_feed_forward(
         feed_forward.forward_kernel,
@@ -118,7 +151,10 @@ def feed_forward_forward(
         state,
         constants,
         final,
-        *(_kernel_view(_none_if_empty(output)) for output in (spikes, words, states, checkpoints)),
+        _kernel_view(spikes),
+        words,
+        states,
+        checkpoints,
         *x.shape,
         *x.stride(),
         constants.stride(0),
@@ -171,6 +207,9 @@ def feed_forward_backward(
 
 # Loads on their way while weights are added; the order of the sum does not depend on it.
 EVENTS_AHEAD = 4
+# Rows of sources that a program projects, if there are enough of them to fill a GPU, else one.
+ROWS_TOGETHER = 4
+MANY_ROWS = 2048
 # A program of the event-driven kernel keeps so many neurons in registers; a larger row is swept tile by tile.
 ROW_IN_REGISTERS = 2048
 TILE = 2048
@@ -186,30 +225,41 @@ def _warps_for(block: int) -> int:
 
 
 def synapses(rows: Tensor, uses: int) -> None:
-    """Of weights, dense rows are all that the kernels read."""
+    """The kernels read dense rows of weights."""
+
+
+def is_sparse(sources: Tensor) -> bool:
+    """The kernels sum over the events of any sources, and decide on the device how: the host does not wait for a count."""
+    return True
+
+
+def fires_often(spikes: Tensor) -> bool:
+    """The host does not wait for a count: where neurons fire often, ``path="dense"`` is the caller's choice."""
+    return False
 
 
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
     inputs, neurons = weights.shape
     drive = weights.new_empty(2, *sources.shape[:-1], neurons)
-    if drive.numel() == 0:
-        return drive
+    if sources.numel() == 0 or neurons == 0:
+        return drive.zero_()
     sources = sources.reshape(-1, inputs)
     rows = sources.shape[0]
     values = _kernel_view(sources)
     lists = torch.empty(rows, max(1, inputs), dtype=torch.int32, device=weights.device)
     counts = torch.empty(rows, dtype=torch.int32, device=weights.device)
-    block = min(1024, triton.next_power_of_2(max(1, inputs)))
+    block = min(1024, _power_of_2(max(1, inputs)))
     _launch(
         recurrent.compact_kernel, (rows,), weights.device, _warps_for(block),
         values, lists, counts, inputs, *values.stride(), BLOCK=block,
     )  # fmt: skip
-    block = min(1024, triton.next_power_of_2(neurons))
+    block = min(1024, _power_of_2(neurons))
+    together = ROWS_TOGETHER if rows >= MANY_ROWS else 1
     _launch(
-        recurrent.projection_kernel, (rows, triton.cdiv(neurons, block)), weights.device, _warps_for(block),
-        values, lists, counts, weights, drive, inputs, neurons, rows, *values.stride(),
-        BLOCK=block, UNROLL=EVENTS_AHEAD,
+        recurrent.projection_kernel, (_cdiv(rows, together), _cdiv(neurons, block)), weights.device,
+        _warps_for(block), values, lists, counts, weights, drive, inputs, neurons, rows, *values.stride(),
+        BLOCK=block, UNROLL=EVENTS_AHEAD, ROWS=together,
     )  # fmt: skip
     return drive
 
@@ -239,13 +289,13 @@ def recurrent_block(
     drive = project_events(x, net.input_rows) if drive is None else drive
     first = project_events(z, net.recurrent_rows)
     _, steps, batch, neurons = drive.shape
-    slices = slices_per_row(neurons, batch) if sliced else 1
+    slices = slices_per_row(neurons, batch, state.device) if sliced else 1
     if slices > 1:
         return _sliced_block(net, drive, first, state, spikes, words, states, slices)
     final = torch.empty_like(state)
     parameters = parameters_of("recurrent_forward", state, neurons, batch)
     one_tile = neurons <= ROW_IN_REGISTERS
-    block = triton.next_power_of_2(neurons) if one_tile else parameters["tile"]
+    block = _power_of_2(neurons) if one_tile else parameters["tile"]
     scratch = torch.empty(3, batch, neurons, dtype=torch.int32, device=state.device)
     _launch(
         recurrent.forward_kernel, (batch,), state.device, parameters["num_warps"],
@@ -258,18 +308,18 @@ def recurrent_block(
     return final
 
 
-def resident_programs() -> int:
+def resident_programs(device: torch.device) -> int:
     """Programs that surely run at the same time: one for each of the device's multiprocessors."""
     if triton.knobs.runtime.interpret:
         return 8
-    active = triton.runtime.driver.active
-    return int(active.utils.get_device_properties(active.get_current_device())["multiprocessor_count"])
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(properties["multiprocessor_count"])
 
 
-def slices_per_row(neurons: int, batch: int) -> int:
+def slices_per_row(neurons: int, batch: int, device: torch.device) -> int:
     """Programs that share a batch row, none of fewer than 32 neurons; the sum over synapses does not depend on it."""
-    wanted = max(1, min(neurons // 32, resident_programs() // max(1, batch)))
-    return int(triton.cdiv(neurons, triton.next_power_of_2(triton.cdiv(neurons, wanted))))
+    wanted = max(1, min(neurons // 32, resident_programs(device) // max(1, batch)))
+    return _cdiv(neurons, _power_of_2(_cdiv(neurons, wanted)))
 
 
 def _sliced_block(
@@ -285,7 +335,7 @@ def _sliced_block(
     """As :func:`recurrent_block`, by several programs a row that wait for each other after every step."""
     _, steps, batch, neurons = drive.shape
     final = torch.empty_like(state)
-    block = triton.next_power_of_2(triton.cdiv(neurons, slices))
+    block = _power_of_2(_cdiv(neurons, slices))
     integers = functools.partial(torch.empty, dtype=torch.int32, device=state.device)
     arrived, failed = (torch.zeros(size, dtype=torch.int32, device=state.device) for size in (batch, 1))
     _launch(
@@ -297,11 +347,11 @@ def _sliced_block(
         BLOCK=block, SLICES=slices, UNROLL=EVENTS_AHEAD,
         PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, launch_cooperative_grid=True,
     )  # fmt: skip
-    if int(failed):
-        raise RuntimeError(
-            f"path 'sliced': a program waited for another of its batch row for more than {SPIN_LIMIT} looks and gave "
-            f"up; expected all {slices * batch} programs to run at once; pass path='events'"
-        )
+    torch._assert_async(  # on the device: the host does not wait for it
+        failed == 0,
+        f"path 'sliced': a program waited for another of its batch row for more than {SPIN_LIMIT} looks and gave "
+        f"up; expected all {slices * batch} programs to run at once; pass path='events'",
+    )
     return final
 
 
@@ -321,7 +371,7 @@ def _launch_driven(
     num_warps = parameters_of("recurrent_backward", state, state.shape[2], state.shape[1])["replay_warps"]
     block = threads_per_warp() * num_warps
     _launch(
-        recurrent.driven_kernel, (triton.cdiv(cells, block),), state.device, num_warps,
+        recurrent.driven_kernel, (_cdiv(cells, block),), state.device, num_warps,
         drive, recurrent_drive, state, net.constants, words, final, spikes, states, trajectory,
         steps, cells, net.constants.stride(0), 0 if states is None else states.stride(0),
         BLOCK=block, PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
@@ -380,7 +430,7 @@ def recurrent_sweep(
     in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH and net.exchange is None
     # one neuron a thread: no layout conversions between the loads
     if in_one_launch:
-        num_warps = max(1, triton.next_power_of_2(neurons) // threads_per_warp())
+        num_warps = max(1, _power_of_2(neurons) // threads_per_warp())
     else:
         num_warps = parameters_of("recurrent_backward", lam, neurons, batch)["num_warps"]
     block = num_warps * threads_per_warp()
@@ -388,7 +438,7 @@ def recurrent_sweep(
 
     def launch(begin: int, end: int) -> None:
         _launch(
-            recurrent.backward_kernel, (batch, triton.cdiv(neurons, block)), lam.device, num_warps,
+            recurrent.backward_kernel, (batch, _cdiv(neurons, block)), lam.device, num_warps,
             trajectory, words, net.constants, grad_spikes, grad_states,
             net.recurrent_weights if in_one_launch else None, lam, lam_z, adjoints, grad_constants,
             begin, end, start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from .model import NUMERIC_PARAMETERS
+from .model import NUMERIC_PARAMETERS, is_tracked, number_key
 from .spikes import WORD_BITS
 from .surrogate import SURROGATES
 
@@ -20,12 +19,14 @@ ORDERS = ("decay_first", "jump_first")
 SpikeDtype = torch.dtype | Literal["bits"] | None
 
 
-def check_dt(dt: Any) -> None:
+def check_dt(dt: Any) -> float:
     if isinstance(dt, bool) or not isinstance(dt, numbers.Real):
         raise TypeError(f"dt must be a positive finite number of ms, got {type(dt).__name__}; pass a Python float")
-    # a compiler that looked at the value would compile again for every other one
-    if not torch.compiler.is_compiling() and not (math.isfinite(dt) and float(dt) > 0):
+    if torch.compiler.is_compiling():  # it would compile again for every other value that is looked at
+        return dt  # type: ignore[return-value]
+    if not (math.isfinite(dt) and float(dt) > 0):
         raise ValueError(f"dt must be a positive finite number of ms, got {dt!r}")
+    return float(dt)  # a number of numpy's would take a product with a tensor for its own
 
 
 def check_order(order: Any) -> None:
@@ -38,7 +39,13 @@ def check_path(path: Any, paths: tuple[str, ...]) -> None:
         raise ValueError(f"path must be one of {', '.join(map(repr, paths))}, got {path!r}")
 
 
+_accepted: set[tuple[bytes, Any]] = set()
+
+
 def check_parameters(p: Any) -> None:
+    """A record of parameters with numbers and a method; one of Python numbers alone is looked at once."""
+    if (key := number_key(p)) is not None and (key, p.method) in _accepted:
+        return
     missing = [name for name in (*NUMERIC_PARAMETERS, "method") if not hasattr(p, name)]
     if missing:
         raise TypeError(
@@ -48,11 +55,16 @@ def check_parameters(p: Any) -> None:
     if p.method not in SURROGATES:
         raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {p.method!r}")
     for name in NUMERIC_PARAMETERS:
-        check_number(getattr(p, name), name)
+        check_number(getattr(p, name), name, name in NOT_NEGATIVE)
+    if key is not None and len(_accepted) < 1024:
+        _accepted.add((key, p.method))
 
 
-def check_number(value: Any, name: str) -> None:
-    """A real Python number or a real tensor."""
+NOT_NEGATIVE = ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha")
+
+
+def check_number(value: Any, name: str, not_negative: bool = False) -> None:
+    """A real tensor, or a real Python number that is finite; to look at a tensor's numbers would wait for a GPU."""
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name} must be a real number or tensor, got a tensor of {value.dtype}; use .float()")
@@ -60,6 +72,27 @@ def check_number(value: Any, name: str) -> None:
         raise TypeError(
             f"{name} must be a real number or a torch.Tensor, got {type(value).__name__}; wrap arrays in torch.as_tensor"
         )
+    elif not torch.compiler.is_compiling():  # see check_dt
+        _check_finite(value, name, not_negative)
+
+
+def _check_finite(value: Any, name: str, not_negative: bool, where: str = "") -> None:
+    if not math.isfinite(value):
+        out = "; for neurons that never fire, pass one that they do not reach, such as 1e9" if name == "v_thresh" else ""
+        raise ValueError(f"{name} must be finite, got {float(value)}{where}{out or '; correct it where it comes from'}")
+    if not_negative and value < 0:
+        raise ValueError(f"{name} must not be negative, got {float(value)}{where}; correct its sign")
+
+
+def check_numbers(named: dict[str, Any]) -> None:
+    """The same of every number of tensors, which it reads back."""
+    for name, value in named.items():
+        tensor, not_negative = torch.as_tensor(value).detach(), name in NOT_NEGATIVE
+        wrong = ~torch.isfinite(tensor)
+        if not_negative:
+            wrong |= tensor < 0
+        for index in wrong.nonzero()[:1].tolist():
+            _check_finite(tensor[tuple(index)].item(), name, not_negative, f" at {index}" if index else "")
 
 
 LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
@@ -85,11 +118,16 @@ def check_learn(learn: Any, p: Any) -> None:
             )
 
 
-def check_size(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value}")
+def check_int(value: Any, name: str, least: int = 1, most: float = math.inf) -> int:
+    """Any integer, also one of numpy's, as a Python int."""
+    wanted = f"an int of at least {least}" if math.isinf(most) else f"an int from {least} to {most}"
+    wanted = "a positive int" if (least, most) == (1, math.inf) else wanted
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    number = int(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be {wanted}, got {number}")
+    return number
 
 
 def check_input(x: Any, axes: str, rank: int) -> None:
@@ -98,6 +136,8 @@ def check_input(x: Any, axes: str, rank: int) -> None:
         raise TypeError(
             f"input_tensor must be a torch.Tensor {axes}, got {type(x).__name__}; wrap arrays in torch.as_tensor"
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"input_tensor must be dense, got {x.layout}; use .to_dense()")
     if x.is_complex():
         raise TypeError(f"input_tensor must be real, spikes as bool or integers, got {x.dtype}; use .real")
     if x.dim() < rank:
@@ -113,7 +153,7 @@ def check_state(state: Any, fields: tuple[str, ...], device: torch.device) -> No
         )
     for name in fields:
         value = getattr(state, name)
-        check_number(value, f"state.{name}")
+        check_number(value, f"state.{name}", name in ("g_e", "g_i"))
         check_device(value, f"state.{name}", device)
 
 
@@ -132,6 +172,8 @@ def check_weights(input_weights: Any, recurrent_weights: Any, x: Tensor, inputs:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(weights).__name__}; use torch.as_tensor")
         if not weights.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, got {weights.dtype}; use .float()")
+        if weights.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got {weights.layout}; use .to_dense()")
         if weights.dim() != 2:
             raise ValueError(f"{name} must be a matrix, rows post-synaptic, got shape {list(weights.shape)}")
         check_device(weights, name, x.device)
@@ -179,72 +221,99 @@ def check_spike_dtype(spike_dtype: Any, block_steps: int | None) -> None:
         )
 
 
-def is_tracked(tensor: Tensor) -> bool:
-    """Whether autograd follows a tensor, back or forward."""
-    return has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
 
 
-def has_tangent(tensor: Tensor) -> bool:
-    return unpack_dual(tensor).tangent is not None
+def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str, Any]) -> None:
+    """``out`` is a buffer for spikes of this shape and dtype, and nothing that it would overwrite or cut off.
 
-
-def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: Iterable[Tensor]) -> None:
-    """``out`` is a buffer for spikes of this shape and dtype, and nothing that it would overwrite or cut off."""
+    ``inputs``: every argument by its name, ``input_tensor`` first.
+    """
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}; use torch.empty")
-    x, *others = inputs
-    if (out.shape, out.dtype, out.device) != (shape, dtype, x.device) or not out.is_contiguous():
+    device = inputs["input_tensor"].device
+    if (out.shape, out.dtype, out.device) != (shape, dtype, device) or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else "strided"
         raise ValueError(
-            f"out must be contiguous {dtype} {list(shape)} on {str(x.device)!r} for this input and spike_dtype, got "
+            f"out must be contiguous {dtype} {list(shape)} on {str(device)!r} for this input and spike_dtype, got "
             f"{layout} {out.dtype} {list(out.shape)} on {str(out.device)!r}; make it with torch.empty"
         )
     if torch._C._are_functorch_transforms_active():
         raise ValueError("out takes the spikes of a plain call, got one within a torch.func transform; leave out= away")
-    if out.numel() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        raise ValueError("out must not share memory with input_tensor, got a view of it; use a buffer of its own")
-    if any(is_tracked(tensor) for tensor in (out, x, *others)):
+    if (
+        out.numel() and not torch.compiler.is_compiling() and device.type != "meta"
+    ):  # a compiler keeps memory apart by itself
+        begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or value.device != device:
+                continue
+            at = value.data_ptr()
+            if at < end and begin < at + _extent(value):
+                raise ValueError(f"out must not share memory with {name}, got a view of it; use a buffer of its own")
+    # alpha takes no gradient
+    if is_tracked(out) or any(is_tracked(v) for name, v in inputs.items() if isinstance(v, Tensor) and name != "alpha"):
         raise ValueError(
             "out takes spikes that no gradient flows through, got arguments that require one; call under "
             "torch.no_grad(), or leave out= away"
         )
 
 
-def check_block_steps(block_steps: Any) -> None:
+def check_block_steps(block_steps: Any) -> int | None:
     if block_steps is None:
-        return
-    if isinstance(block_steps, bool) or not isinstance(block_steps, int):
+        return None
+    if isinstance(block_steps, bool) or not isinstance(block_steps, numbers.Integral):
         raise TypeError(f"block_steps must be a positive int or None, got {type(block_steps).__name__}")
     if block_steps < 1:
         raise ValueError(f"block_steps must be a positive int or None for one block, got {block_steps}")
+    return int(block_steps)
 
 
 _stability_checked: set[tuple[Any, ...]] = set()
 
 
-def warn_if_unstable(p: Any, dt: float, g_e: Any, g_i: Any) -> None:
-    """Warn once for each kind of parameters if the Euler step diverges at the given conductances.
+def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklevel: int = 4) -> None:
+    """Warn once for each kind of parameters of what the Euler step makes of them at the given conductances.
 
-    The step multiplies ``v`` by ``1 - dt c_m_inv (g_l + g_e + g_i)``, which grows without bound where it is below -1.
-    Looked at once for each ``dt`` and parameters (tensors count by their shape), as it must read tensors back.
+    A step multiplies a conductance by ``1 - dt tau_syn_inv``, and the distance of ``v`` from where it is drawn to by
+    ``1 - dt c_m_inv (g_l + g_e + g_i)``: below 0 they change their sign in every step, below -1 they grow without bound.
+    Looked at once for each ``dt`` and parameters (tensors count by their shape, and those on a GPU are not waited for).
     """
     if torch.compiler.is_compiling():
         return
-    rates = (p.c_m_inv, p.g_l)
+    rates = (p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l)
     key = (dt, *(tuple(r.shape) if isinstance(r, Tensor) else r for r in rates))
     if key in _stability_checked:
         return
-    with torch.no_grad():
-        c_m_inv, g_l, g_e, g_i = (torch.as_tensor(value).detach().double().cpu() for value in (*rates, g_e, g_i))
-        factor = dt * c_m_inv * (g_l + g_e + g_i)
-        try:
-            largest = float(factor.max()) if factor.numel() else 0.0
-        except RuntimeError:  # torch.func.vmap cannot read back
-            return
+    try:
+        excitatory, inhibitory, c_m_inv, g_l, *g = (_known(value) for value in (*rates, g_e, g_i))
+        found = {"tau_syn_exc_inv": excitatory, "tau_syn_inh_inv": inhibitory}
+        if c_m_inv is not None and g_l is not None:
+            found["c_m_inv * (g_l + g_e + g_i)"] = c_m_inv * sum((known for known in g if known is not None), start=g_l)
+        factors = {name: dt * float(rate.max()) for name, rate in found.items() if rate is not None and rate.numel()}
+    except RuntimeError:  # torch.func.vmap cannot read back
+        return
     _stability_checked.add(key)
-    if largest > 2:
-        warnings.warn(
-            f"the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) is {largest:.3g} at the given state, more "
-            f"than 2; make dt smaller than {dt * 2 / largest:.3g}",
-            stacklevel=4,
-        )
+    for name, factor in factors.items():
+        if factor > 1:
+            where = " at the given state" if "g_e" in name else ""
+            warnings.warn(
+                f"{instability(factor)}: dt * {name} is {factor:.3g}{where}, more than {2 if factor > 2 else 1}; make dt "
+                f"smaller than {dt / factor:.3g}",
+                stacklevel=stacklevel,
+            )
+
+
+def instability(factor: float) -> str:
+    """What the Euler step does where ``dt`` times a rate is more than 1."""
+    return "the Euler step is unstable" if factor > 2 else "the Euler step overshoots"
+
+
+def _known(value: Any) -> Tensor | None:
+    """A number or tensor in double precision, None if it is elsewhere."""
+    tensor = torch.as_tensor(value).detach()
+    return tensor.double() if tensor.device.type == "cpu" else None

@@ -25,14 +25,15 @@ from ._recurrent import Network
 from ._validation import SpikeDtype
 from .functional import (
     _check_sequence,
-    _constants_table,
     _format_spikes,
     _kernel_input,
-    _recurrent_request,
+    _numbers,
+    _recurrent_state,
     _run_reference,
     _spike_dtype,
+    own_fields,
 )
-from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, Constants
+from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, constants_table, derive_constants
 from .operators import (
     RecurrentBackwardOptions,
     RecurrentOptions,
@@ -62,7 +63,7 @@ def owned_neurons(neurons: int, group: Group = None) -> slice:
         >>> own = owned_neurons(4000)  # doctest: +SKIP
         >>> recurrent_weights = all_weights[own]  # doctest: +SKIP
     """
-    check.check_size(neurons, "neurons")
+    neurons = check.check_int(neurons, "neurons")
     ranks = _Ranks(group)
     ranks.divide(neurons)
     return ranks.own
@@ -281,24 +282,26 @@ def coba_lif_integral(
     """
     ranks = _Ranks(group)
 
-    def prepare(x: Tensor, p: Any) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor], Constants]:
+    def prepare(x: Tensor, p: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         square = recurrent_weights[:, ranks.own]  # the checks are those of one process with these neurons
-        tensors, (w_in, _), c, dtype = _recurrent_request(x, state, input_weights, square, p, dt, x.shape[1:])
-        return x, tensors, (w_in, recurrent_weights.to(dtype)), c
+        initial = _recurrent_state(x, state, input_weights, square, p, dt, x.shape[1:])
+        return x, initial, (input_weights.to(initial.dtype), recurrent_weights.to(initial.dtype))
 
     call: dict[str, Any] = {}
     error = None
     try:
-        _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+        block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+        dt = check.check_dt(dt)
         _check_rows(ranks, input_weights, recurrent_weights)
-        x, initial, weights, c = prepare(input_tensor, p)
+        x, initial, weights = prepare(input_tensor, p)
         backend = choose_backend(backend, x.device)
-        train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *initial, *weights, *c))
+        tracked = (x, initial, *weights, *(getattr(p, name) for name in check.LEARNABLE))
+        train = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in tracked)
         shared = _shared(x, p) if train else {}
         call = {
             "the number of neurons": ranks.neurons,
             "[T, *batch]": list(x.shape[:-1]),
-            "the dtype of the state": initial[0].dtype,
+            "the dtype of the state": initial.dtype,
             "order": order,
             "backend": backend,
             "block_steps": block_steps,
@@ -311,38 +314,40 @@ def coba_lif_integral(
     if shared:
         copies = _Shared.apply(group, x.device, *shared.values())  # type: ignore[no-untyped-call]  # torch has no types here
         values = dict(zip(shared, copies, strict=True))
-        numbers = {name: values.get(name, getattr(p, name)) for name in NUMERIC_PARAMETERS}
-        x, initial, weights, c = prepare(values.get("input_tensor", x), CobaLIFParameters(**numbers, method=p.method))
+        numbers = {name: values.get(name, value) for name, value in _numbers(p).items()}
+        p = CobaLIFParameters(**numbers, method=p.method)
+        x, initial, weights = prepare(values.get("input_tensor", x), p)
 
-    z, *others = initial
-    default = _spike_dtype(x, z.dtype)
+    z = initial[0]
+    default = _spike_dtype(x, z.dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if backend == "reference":
+        c = derive_constants(p, dt, z.dtype, x.device)
         w = reference.SplitWeights.of(*weights)
 
         def step(x: Tensor, z: Tensor, v: Tensor, g_e: Tensor, g_i: Tensor) -> reference.Step:
             every = _Gather.apply(z, ranks)  # type: ignore[no-untyped-call]  # torch has no types here
             return reference.recurrent_step(x, every, v, g_e, g_i, w, c, jump_first, p.method)
 
-        rows, final = _run_reference(step, x.to(z.dtype), CobaLIFState(*initial), record_states)
+        rows, final = _run_reference(step, x.to(z.dtype), CobaLIFState(*initial.unbind()), record_states)
         return _format_spikes(rows, z, spike_dtype, default), final
 
     steps, neurons = len(x), z.shape
     z = z.reshape(-1, neurons[-1])
-    state = torch.stack(others).reshape(3, *z.shape)
+    state = initial[1:].reshape(3, *z.shape).contiguous()
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = z.dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     block = _recurrent.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train)
     options = RecurrentOptions(backend, jump_first, p.method, wanted, record_states, block, "events", train)
     x = _kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
     spikes, z, state, states = _Recurrent.apply(  # type: ignore[no-untyped-call]  # torch has no types here
-        ranks, options, x, z, state, *weights, _constants_table(c, neurons)
+        ranks, options, x, z, state, *weights, constants_table(p, dt, z.dtype, x.device, neurons)
     )
     spikes = spikes.reshape(len(spikes), *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *state.reshape(3, *neurons).unbind(0))
+    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(state, neurons))
 
 
 def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> None:

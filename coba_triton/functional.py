@@ -18,8 +18,12 @@ from .model import (
     CobaLIFFeedForwardState,
     CobaLIFParameters,
     CobaLIFState,
-    Constants,
+    constants_table,
     derive_constants,
+    keep,
+    known,
+    number_key,
+    numbers_on,
 )
 from .spikes import WORD_BITS, pack_spikes, word_count
 
@@ -29,74 +33,98 @@ RECURRENT_FIELDS = CobaLIFState._fields
 State = TypeVar("State", CobaLIFState, CobaLIFFeedForwardState)
 
 
-def _compute_dtype(x: Tensor, tensors: list[Any], shape: torch.Size) -> torch.dtype:
-    """float32, or float64 where eager PyTorch would promote to it: single numbers do not promote whole arrays."""
-    dtypes = [torch.float32, *([x.dtype] if x.is_floating_point() else [])]
-    for value in tensors:
-        if isinstance(value, Tensor) and value.is_floating_point() and (value.dim() > 0 or not shape):
-            dtypes.append(value.dtype)
-    return functools.reduce(torch.promote_types, dtypes)
-
-
-def _spike_dtype(x: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
-    return x.dtype if x.is_floating_point() else compute_dtype
+def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
+    """The dtype of an input of numbers; of one of bytes or integers, that of half-precision weights or of the state."""
+    if x.is_floating_point():
+        return x.dtype
+    if weights and compute_dtype == torch.float32:
+        return functools.reduce(torch.promote_types, (w.dtype for w in weights))
+    return compute_dtype
 
 
 def _numbers(p: Any) -> dict[str, Any]:
     return {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
 
 
-def _prepare(
-    x: Tensor,
-    neurons: torch.Size,
-    state: Any,
-    fields: tuple[str, ...],
-    weights: list[Tensor],
-    p: Any,
-    dt: float,
-) -> tuple[list[Tensor], Constants, torch.dtype]:
-    """State fields as tensors of the neurons' shape, the constants, and the compute dtype."""
-    given = [] if state is None else [getattr(state, name) for name in fields]
-    dtype = _compute_dtype(x, [*given, *weights, *_numbers(p).values()], neurons)
-    c = derive_constants(p, dt, dtype, x.device)
+def _state_fields(state: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    return {} if state is None else {f"state.{name}": getattr(state, name) for name in fields}
+
+
+def _tensors(p: Any) -> dict[str, Any]:
+    """The numbers of a parameter record that are not known to be Python numbers."""
+    return {} if number_key(p) is not None else _numbers(p)
+
+
+def _is_wide(x: Tensor, values: list[Any], shape: torch.Size) -> bool:
+    """Whether eager PyTorch would promote to float64: single numbers do not promote whole arrays."""
+    return x.dtype == torch.float64 or any(
+        isinstance(value, Tensor) and value.dtype == torch.float64 and (value.dim() > 0 or not shape) for value in values
+    )
+
+
+def _side_by_side(x: Tensor, neurons: torch.Size, fields: list[Any], values: list[Any]) -> Tensor:
+    """The fields of a state as one tensor ``[F, *neurons]`` of the compute dtype, which they and ``values`` decide."""
+    dtype = torch.float64 if _is_wide(x, [*fields, *values], neurons) else torch.float32
+    fields = [known(field) if isinstance(field, Tensor) else field for field in fields]
+    singles = numbers_on(x.device, dtype, [0.0 if isinstance(field, Tensor) else field for field in fields])
+    if not any(isinstance(field, Tensor) for field in fields):
+        return singles.reshape(-1, *(1,) * len(neurons)).expand(-1, *neurons)
+    tensors = [
+        field.to(device=x.device, dtype=dtype) if isinstance(field, Tensor) else single
+        for field, single in zip(fields, singles.unbind(), strict=True)
+    ]
+    return torch.stack([tensor.expand(neurons) for tensor in tensors])
+
+
+def _given(state: Any, fields: tuple[str, ...], p: Any) -> list[Any]:
+    """The fields of a state, or of that at rest."""
     if state is None:
-        zero = torch.zeros((), dtype=dtype, device=x.device)
-        given = [c.v_rest if name == "v" else zero for name in fields]
-    tensors = [torch.as_tensor(value, dtype=dtype, device=x.device).expand(neurons) for value in given]
-    if state is not None:
-        check.warn_if_unstable(p, dt, *given[-2:])
-    else:
-        check.warn_if_unstable(p, dt, 0.0, 0.0)
-    return tensors, c, dtype
+        return [p.v_rest if name == "v" else 0.0 for name in fields]
+    return [getattr(state, name) for name in fields]
 
 
-def _feed_forward_request(
-    x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size
-) -> tuple[torch.Size, list[Tensor], Constants, torch.dtype]:
+def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
+    """Check the arguments of a call; returns its state ``[3, *neurons]``."""
+
+    def make(state: Any, stacklevel: int) -> Tensor:
+        check.check_parameters(p)
+        if state is not None:
+            check.check_state(state, FEED_FORWARD_FIELDS, x.device)
+        numbers = _tensors(p)
+        neurons = check.broadcast_neurons(step_shape, _state_fields(state, FEED_FORWARD_FIELDS) | numbers)
+        given = _given(state, FEED_FORWARD_FIELDS, p)
+        check.warn_if_unstable(p, dt, given[-2], given[-1], stacklevel)
+        return _side_by_side(x, neurons, given, list(numbers.values()))
+
+    if (key := number_key(p)) is None:
+        return make(state, 5)
+    if state is None:
+        made_for = key, p.method, dt, step_shape, x.dtype == torch.float64, x.device
+        return keep(made_for, x.device, lambda: make(None, 7))
+    fields: list[Any] = [getattr(state, name, None) for name in FEED_FORWARD_FIELDS]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for field in fields:
+        if not (type(field) is Tensor and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
+            return make(state, 5)
     check.check_parameters(p)
-    check.check_dt(dt)
-    named = _numbers(p)
-    if state is not None:
-        check.check_state(state, FEED_FORWARD_FIELDS, x.device)
-        named = {f"state.{name}": getattr(state, name) for name in FEED_FORWARD_FIELDS} | named
-    neurons = check.broadcast_neurons(step_shape, named)
-    return neurons, *_prepare(x, neurons, state, FEED_FORWARD_FIELDS, [], p, dt)
+    check.warn_if_unstable(p, dt, *fields[-2:])
+    return torch.stack(fields)
 
 
-def _recurrent_request(
+def _recurrent_state(
     x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
-) -> tuple[list[Tensor], tuple[Tensor, Tensor], Constants, torch.dtype]:
+) -> Tensor:
+    """Check the arguments of a call; returns its state ``[4, *batch, N]``."""
     check.check_parameters(p)
-    check.check_dt(dt)
     check.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
     neurons = torch.Size([*step_shape[:-1], input_weights.shape[0]])
-    named = _numbers(p)
     if state is not None:
         check.check_state(state, RECURRENT_FIELDS, x.device)
-        named = {f"state.{name}": getattr(state, name) for name in RECURRENT_FIELDS} | named
-    check.broadcast_neurons(neurons, named, grows=False)
-    tensors, c, dtype = _prepare(x, neurons, state, RECURRENT_FIELDS, [input_weights, recurrent_weights], p, dt)
-    return tensors, (input_weights.to(dtype), recurrent_weights.to(dtype)), c, dtype
+    numbers = _tensors(p)
+    check.broadcast_neurons(neurons, _state_fields(state, RECURRENT_FIELDS) | numbers, grows=False)
+    given = _given(state, RECURRENT_FIELDS, p)
+    check.warn_if_unstable(p, dt, *given[-2:])
+    return _side_by_side(x, neurons, given, [input_weights, recurrent_weights, *numbers.values()])
 
 
 def coba_lif_feed_forward_step(
@@ -128,10 +156,13 @@ def coba_lif_feed_forward_step(
         tensor([1., 1., 1.])
     """
     check.check_input(input_tensor, "[...]", 0)
-    neurons, (v, g_e, g_i), c, dtype = _feed_forward_request(input_tensor, state, p, dt, input_tensor.shape)
-    x = input_tensor.to(dtype).expand(neurons)
+    dt = check.check_dt(dt)
+    before = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
+    c = derive_constants(p, dt, before.dtype, input_tensor.device)
+    x = input_tensor.to(before.dtype).expand(before.shape[1:])
+    v, g_e, g_i = before.unbind()
     new = reference.feed_forward_step(x, v, g_e, g_i, c, False, p.method)
-    return new.z.to(_spike_dtype(input_tensor, dtype)), CobaLIFFeedForwardState(new.v, new.g_e, new.g_i)
+    return new.z.to(_spike_dtype(input_tensor, before.dtype)), CobaLIFFeedForwardState(new.v, new.g_e, new.g_i)
 
 
 def coba_lif_step(
@@ -168,19 +199,24 @@ def coba_lif_step(
         tensor([3., 3.])
     """
     check.check_input(input_tensor, "[*batch, I]", 1)
-    (z, v, g_e, g_i), weights, c, dtype = _recurrent_request(
-        input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape
-    )
-    w = reference.SplitWeights.of(*weights)
+    dt = check.check_dt(dt)
+    before = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
+    dtype = before.dtype
+    c = derive_constants(p, dt, dtype, input_tensor.device)
+    w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
+    z, v, g_e, g_i = before.unbind()
     new = reference.recurrent_step(input_tensor.to(dtype), z, v, g_e, g_i, w, c, False, p.method)
-    return new.z.to(_spike_dtype(input_tensor, dtype)), CobaLIFState(*new)
+    given = input_weights, recurrent_weights
+    return new.z.to(_spike_dtype(input_tensor, dtype, given)), CobaLIFState(*new)
 
 
-def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: int | None, spike_dtype: SpikeDtype) -> None:
+def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: Any, spike_dtype: SpikeDtype) -> int | None:
+    """Returns ``block_steps``."""
     check.check_input(x, axes, rank)
     check.check_order(order)
-    check.check_block_steps(block_steps)
-    check.check_spike_dtype(spike_dtype, block_steps)
+    steps = check.check_block_steps(block_steps)
+    check.check_spike_dtype(spike_dtype, steps)
+    return steps
 
 
 def _run_reference(
@@ -198,6 +234,8 @@ def _run_reference(
     if record_states:
         fields = zip(*trace, strict=True) if trace else ((),) * len(state)
         state = type(state)(*(_stack(list(rows), initial) for rows, initial in zip(fields, state, strict=True)))
+    else:  # not what was given, nor what autograd has saved: it may be edited in place
+        state = type(state)(*(torch.clone(torch.as_tensor(field)) for field in state))
     return spikes, state
 
 
@@ -266,9 +304,10 @@ def coba_lif_feed_forward_integral(
         block_steps: steps in one launch; None for all of them. Changes no result.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
-            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype.
-        out: contiguous buffer that takes the spikes and is returned; not for training. Reusing one in a loop saves the
-            first touch of new memory, which costs a CPU more than the neurons do.
+            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype, of one of bool or integers the state's.
+        out: contiguous buffer that takes the spikes and is returned, apart in memory from all arguments; not for
+            training. Reusing one in a loop saves the first touch of new memory, which costs a CPU more than the neurons
+            do.
 
     Returns:
         Spikes ``[T, *shape]`` and the state; float32 unless an array among the arguments is float64.
@@ -283,27 +322,32 @@ def coba_lif_feed_forward_integral(
         >>> spikes.shape
         torch.Size([1000, 4])
     """
-    _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
-    steps, *step_shape = input_tensor.shape
-    neurons, tensors, c, dtype = _feed_forward_request(input_tensor, state, p, dt, torch.Size(step_shape))
+    block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
+    dt = check.check_dt(dt)
+    steps, device = input_tensor.shape[0], input_tensor.device
+    initial = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
+    neurons, dtype = initial.shape[1:], initial.dtype
     default = _spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
     if out is not None:
-        check.check_out(out, *_spikes_format(steps, neurons, spike_dtype, default), [input_tensor, *tensors, *c])
+        wanted = _spikes_format(steps, neurons, spike_dtype, default)
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **_numbers(p)}
+        check.check_out(out, *wanted, inputs)
 
-    backend = choose_backend(backend, input_tensor.device)
+    backend = choose_backend(backend, device)
     if backend == "reference":
-        initial = CobaLIFFeedForwardState(*tensors)
+        c = derive_constants(p, dt, dtype, device)
         rows, final = _run_reference(
             lambda x, v, g_e, g_i: reference.feed_forward_step(x, v, g_e, g_i, c, jump_first, p.method),
             _expand_input(input_tensor, neurons).to(dtype),
-            initial,
+            CobaLIFFeedForwardState(*initial.unbind()),
             record_states,
         )
-        return _into(out, _format_spikes(rows, tensors[0], spike_dtype, default)), final
+        return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
     x = _flat_input(input_tensor, neurons, dtype)
+    constants = constants_table(p, dt, dtype, device, neurons)
     return _run_operator(
-        x, tensors, c, neurons, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default, out
+        x, initial, constants, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default, out
     )
 
 
@@ -320,22 +364,22 @@ def _expand_input(x: Tensor, neurons: torch.Size) -> Tensor:
 
 def _flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
     """The same as the kernels of unconnected neurons take it, ``[T, M]``."""
-    x = _kernel_input(_expand_input(x, neurons), dtype)
+    x = _kernel_input(x if x.shape[1:] == neurons else _expand_input(x, neurons), dtype)
     return x.reshape(x.shape[0], neurons.numel())
 
 
-def _constants_table(c: Constants, neurons: torch.Size) -> Tensor:
-    """``[10, 1]`` where one number serves all neurons for every constant, else ``[10, neurons]``."""
-    if all(constant.dim() == 0 for constant in c):
-        return torch.stack(c).unsqueeze(1)
-    return torch.stack([constant.expand(neurons) for constant in c]).reshape(len(c), -1)
+def own_fields(states: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The three fields in ``[3, ...]``, each of ``shape``.
+
+    They lie in one memory, but to autograd each is a tensor of its own, and may be edited in place without the others.
+    """
+    return [field.reshape(shape) for field in states.unsafe_split(1)]
 
 
 def _run_operator(
     x: Tensor,
-    state: list[Tensor],
-    c: Constants,
-    neurons: torch.Size,
+    state: Tensor,
+    constants: Tensor,
     backend: str,
     jump_first: bool,
     method: str,
@@ -346,10 +390,9 @@ def _run_operator(
     out: Tensor | None,
 ) -> tuple[Tensor, CobaLIFFeedForwardState]:
     """Call the operator once a time block of the input ``x [T, M]``, and put the blocks together."""
-    steps, dtype = x.shape[0], state[0].dtype
-    flat = torch.stack(state).reshape(3, -1)
-    constants = _constants_table(c, neurons)
-    every = operators.checkpoint_interval(dtype, backend, flat.shape[1])
+    steps, neurons = x.shape[0], state.shape[1:]
+    flat = state.reshape(3, -1).contiguous()
+    every = operators.checkpoint_interval(flat.dtype, backend, flat.shape[1])
     # a split of one block would still copy the gradient
     split = block_steps if block_steps and block_steps < steps else None
     blocks = x.split(split) if split else (x,)
@@ -360,7 +403,7 @@ def _run_operator(
     outputs = []
     for block, part in zip(blocks, parts, strict=True):
         if part is None:
-            spikes, flat, states, *_ = torch.ops.coba_triton.feed_forward(
+            spikes, flat, states = operators.feed_forward(
                 block,
                 flat,
                 constants,
@@ -370,7 +413,6 @@ def _run_operator(
                 None if spike_dtype == "bits" else spike_dtype or default,
                 record_states,
                 every,
-                None,
             )
         else:
             spikes = part
@@ -383,8 +425,8 @@ def _run_operator(
         out = out.reshape(out.shape[0], *neurons)
     if record_states:
         states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
-        return out, CobaLIFFeedForwardState(*states.reshape(3, steps, *neurons).unbind(0))
-    return out, CobaLIFFeedForwardState(*flat.reshape(3, *neurons).unbind(0))
+        return out, CobaLIFFeedForwardState(*own_fields(states, (steps, *neurons)))
+    return out, CobaLIFFeedForwardState(*own_fields(flat, neurons))
 
 
 def coba_lif_integral(
@@ -431,10 +473,11 @@ def coba_lif_integral(
         block_steps: steps in one launch of a fused backend, rounded up to a multiple of 32; None for about ``sqrt(T)``
             in training, where the state before each block is kept, and else for a bounded scratch.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
-        spike_dtype: as in :func:`coba_lif_feed_forward_integral`.
+        spike_dtype: as in :func:`coba_lif_feed_forward_integral`; None with an input of bool or integers and weights in half
+            precision: theirs.
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
-            (events, several programs a batch row; GPUs only), or ``auto``: events, and dense for a block that follows
-            one with more than 0.2 spikes per neuron and step.
+            (events, several programs a batch row; GPUs only), or ``auto``: events, and on a CPU dense for a block that
+            follows one with more than 0.2 spikes per neuron and step. On a GPU no choice waits for a count.
         out: as in :func:`coba_lif_feed_forward_integral`.
 
     Returns:
@@ -451,32 +494,35 @@ def coba_lif_integral(
         >>> spikes.shape
         torch.Size([100, 8, 2])
     """
-    _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+    block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+    dt = check.check_dt(dt)
     check.check_path(path, _recurrent.PATHS)
-    tensors, weights, c, dtype = _recurrent_request(
-        input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:]
-    )
-    initial = CobaLIFState(*tensors)
-    default = _spike_dtype(input_tensor, dtype)
+    initial = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
+    neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
+    weights = input_weights.to(dtype), recurrent_weights.to(dtype)
+    default = _spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if out is not None:
-        wanted = _spikes_format(input_tensor.shape[0], tensors[0].shape, spike_dtype, default)
-        check.check_out(out, *wanted, [input_tensor, *tensors, *weights, *c])
-    backend = choose_backend(backend, input_tensor.device)
+        wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **_numbers(p)}
+        inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
+        check.check_out(out, *wanted, inputs)
+    backend = choose_backend(backend, device)
     if backend == "reference":
+        c = derive_constants(p, dt, dtype, device)
         w = reference.SplitWeights.of(*weights)
         rows, final = _run_reference(
             lambda x, z, v, g_e, g_i: reference.recurrent_step(x, z, v, g_e, g_i, w, c, jump_first, p.method),
             input_tensor.to(dtype),
-            initial,
+            CobaLIFState(*initial.unbind()),
             record_states,
         )
-        return _into(out, _format_spikes(rows, tensors[0], spike_dtype, default)), final
+        return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
     return _run_recurrent_operator(
         input_tensor,
         initial,
         weights,
-        c,
+        constants_table(p, dt, dtype, device, neurons),
         backend,
         jump_first,
         p.method,
@@ -491,9 +537,9 @@ def coba_lif_integral(
 
 def _run_recurrent_operator(
     x: Tensor,
-    state: CobaLIFState,
+    state: Tensor,
     weights: tuple[Tensor, Tensor],
-    c: Constants,
+    constants: Tensor,
     backend: str,
     jump_first: bool,
     method: str,
@@ -505,26 +551,23 @@ def _run_recurrent_operator(
     out: Tensor | None,
 ) -> tuple[Tensor, CobaLIFState]:
     """Flatten the batch to one axis, call the operator, and give the result its shape."""
-    z, *others = (torch.as_tensor(field) for field in state)
-    steps, neurons, dtype = x.shape[0], z.shape, z.dtype
+    steps, neurons, dtype = x.shape[0], state.shape[1:], state.dtype
     batch = neurons[:-1].numel()
     x = _kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
-    z = z.reshape(batch, neurons[-1])
-    flat = torch.stack(others).reshape(3, batch, neurons[-1])
-    constants = _constants_table(c, neurons)
+    z = state[0].reshape(batch, neurons[-1])
+    flat = state[1:].reshape(3, batch, neurons[-1]).contiguous()
     if out is not None and not record_states:
         z, flat = torch.ops.coba_triton.recurrent_out(
             x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
         )
-        return out, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
+        return out, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
-    spikes, z, flat, states, *_ = torch.ops.coba_triton.recurrent(
-        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path,
-        None,
-    )  # fmt: skip
+    spikes, z, flat, states = operators.recurrent(
+        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path
+    )
     spikes = spikes.reshape(spikes.shape[0], *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *states.reshape(3, steps, *neurons).unbind(0))
+        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *flat.reshape(3, *neurons).unbind(0))
+    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))

@@ -9,14 +9,26 @@ conductance-based leaky integrate-and-fire neuron with exponential synapses as i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 Number = float | Tensor
 """A Python number, a 0-dim tensor, or a tensor that broadcasts over the neurons."""
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether autograd follows a tensor, back or forward."""
+    return has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows a tensor."""
+    return unpack_dual(tensor).tangent is not None
 
 
 def _detach(value: Number) -> Number:
@@ -109,7 +121,10 @@ default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 for _record in (CobaLIFState, CobaLIFFeedForwardState, CobaLIFParameters):
     # an exported program that takes or returns one can be saved
     torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
+    torch.serialization.add_safe_globals([_record])  # torch.load(weights_only=True) reads what holds one
 
+_METHOD = CobaLIFParameters._fields.index("method")
+_DOUBLES = struct.Struct(f"{len(CobaLIFParameters._fields) - 1}d")
 NUMERIC_PARAMETERS = tuple(name for name in CobaLIFParameters._fields if name != "method")
 
 
@@ -132,11 +147,84 @@ class Constants(NamedTuple):
     alpha: Tensor
 
 
-def _on_device(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+def is_watched() -> bool:
+    """Whether a compiler, a transform or a mode looks on, to which every new tensor belongs."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def number_key(p: Any) -> bytes | None:
+    """The numbers of a parameter record as a key for :func:`keep`, or None if one is not a Python number."""
+    if type(p) is not CobaLIFParameters or is_watched():
+        return None
+    numbers: Any = (*p[:_METHOD], *p[_METHOD + 1 :])
+    for number in numbers:
+        if type(number) is not float and type(number) is not int:
+            return None
+    try:
+        return _DOUBLES.pack(*numbers)  # unlike the numbers themselves, these bytes tell -0.0 from 0.0
+    except OverflowError:  # an int that no double can hold
+        return None
+
+
+def known(value: Any) -> Any:
+    """A tensor whose value can be read without waiting for a device, and which nothing follows, as a Python number."""
+    if (
+        type(value) in (Tensor, torch.nn.Parameter)  # a tensor of a compiler or of a subclass has no value to read
+        and value.dim() == 0
+        and value.device.type == "cpu"
+        and not is_watched()
+        and not is_tracked(value)
+    ):
+        # not .item(), which profilers take for a wait
+        return value.item() if value.dtype == torch.bfloat16 else value.detach().numpy().item()
+    return value
+
+
+_kept: dict[tuple[Any, ...], Tensor] = {}
+_KEPT_AT_MOST = 1024
+
+
+def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` made for this key before, else what it makes now; it must follow from the key alone, and not be changed.
+
+    So nothing that is kept can be out of date, and the host waits for a device only where a key is new.
+    """
+    if (found := _kept.get(key)) is not None:
+        return found
+    with torch.inference_mode(False):  # so that any later call may save it for a gradient
+        made = make()
+    if _is_capturing(device):
+        return made  # the memory is the graph's
+    if len(_kept) >= _KEPT_AT_MOST:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()  # a kernel may still read what is given up
+        _kept.clear()
+    _kept[key] = made
+    return made
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def numbers_on(device: torch.device, dtype: torch.dtype, numbers: Sequence[float]) -> Tensor:
+    """Python numbers as a tensor ``[len(numbers)]``, which must not be changed."""
     if torch.compiler.is_compiling():  # products, which a compiler keeps for any dt, where it would freeze tensor(dt)
         one = torch.ones((), dtype=torch.float64, device=device)
-        return [(one * number).to(dtype) for number in numbers]
-    return torch.tensor([float(number) for number in numbers], dtype=dtype, device=device).unbind()  # one transfer
+        return torch.stack([(one * number).to(dtype) for number in numbers])
+
+    def make() -> Tensor:
+        if _is_capturing(device):  # a graph may not copy from the host
+            return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
+        return torch.tensor(numbers, dtype=dtype, device=device)
+
+    if is_watched():
+        return make()
+    return keep((struct.pack(f"{len(numbers)}d", *numbers), dtype, device), device, make)
 
 
 def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device) -> Constants:
@@ -151,22 +239,43 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
         dtype: compute dtype, float32 or float64.
         device: where the state lives.
     """
-    values = dict(
-        decay_e=-dt * p.tau_syn_exc_inv,
-        decay_i=-dt * p.tau_syn_inh_inv,
-        k=dt * p.c_m_inv,
-        g_l=p.g_l,
-        e_rev_I=p.e_rev_I,
-        e_rev_E=p.e_rev_E,
-        v_rest=p.v_rest,
-        v_reset=p.v_reset,
-        v_thresh=p.v_thresh,
-        alpha=p.alpha.detach() if isinstance(p.alpha, Tensor) else p.alpha,
-    )
-    on_device = iter(_on_device([0.0 if isinstance(value, Tensor) else value for value in values.values()], dtype, device))
+    factors = (-dt, -dt, dt, *(1.0,) * 7)
+    numbers: list[Any] = [
+        p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l, p.e_rev_I, p.e_rev_E, p.v_rest, p.v_reset, p.v_thresh,
+        _detach(p.alpha),
+    ]  # fmt: skip
+    for i, number in enumerate(numbers):
+        if isinstance(number, Tensor) and number.dtype == torch.float64:
+            numbers[i] = known(number)
+    # the numbers of a module on a GPU: three operations for all of them, not one or two for each
+    together = [] if is_watched() else [i for i, number in enumerate(numbers) if _is_double_on(device, number)]
+    if together:
+        doubles = torch.stack([numbers[i] for i in together])
+        products = doubles * numbers_on(device, torch.float64, [factors[i] for i in together])
+        for i, product in zip(together, products.to(dtype).unbind(), strict=True):
+            numbers[i] = product
+    for i in {0, 1, 2}.difference(together):
+        numbers[i] = factors[i] * numbers[i]
+    numbers = [known(number) if isinstance(number, Tensor) else number for number in numbers]
+    singles = numbers_on(device, dtype, [0.0 if isinstance(number, Tensor) else number for number in numbers]).unbind()
     return Constants(
         *(
-            value.to(device=device, dtype=dtype) if isinstance(value, Tensor) else number
-            for value, number in zip(values.values(), on_device, strict=True)
+            number.to(device=device, dtype=dtype) if isinstance(number, Tensor) else single
+            for number, single in zip(numbers, singles, strict=True)
         )
     )
+
+
+def _is_double_on(device: torch.device, number: Any) -> bool:
+    return isinstance(number, Tensor) and number.dtype == torch.float64 and number.dim() == 0 and number.device == device
+
+
+def constants_table(p: Any, dt: float, dtype: torch.dtype, device: torch.device, neurons: torch.Size) -> Tensor:
+    """The constants as the kernels take them: ``[10, 1]`` where every one is a single number, else ``[10, neurons]``."""
+    if (key := number_key(p)) is not None and type(dt) is float:
+        made = keep((key, dt, dtype, device), device, lambda: torch.stack(derive_constants(p, dt, dtype, device)))
+        return made.unsqueeze(1)
+    c = derive_constants(p, dt, dtype, device)
+    if all(constant.dim() == 0 for constant in c):
+        return torch.stack(c).unsqueeze(1)
+    return torch.stack([constant.expand(neurons) for constant in c]).reshape(len(c), -1)

@@ -30,7 +30,7 @@ from .functional import (
     coba_lif_integral,
     coba_lif_step,
 )
-from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, known
 
 
 def _floating(value: Any) -> Any:
@@ -44,9 +44,10 @@ class _Neurons(nn.Module):
     def __init__(self, p: Any, dt: float, learn: Collection[str]) -> None:
         super().__init__()
         check.check_parameters(p)
-        check.check_dt(dt)
+        self.dt = check.check_dt(dt)
         check.check_learn(learn, p)
-        self.dt = float(dt)
+        check.warn_if_unstable(p, self.dt, stacklevel=4)  # a call does not wait for the numbers of a module on a GPU
+        self.dtype = torch.get_default_dtype()  # what the module was converted to last
         self.method: str = p.method
         self.learn = tuple(learn)
         given = {name: _floating(getattr(p, name)) for name in NUMERIC_PARAMETERS}
@@ -67,15 +68,21 @@ class _Neurons(nn.Module):
         """The parameters as they are now."""
         return CobaLIFParameters(**{name: getattr(self, name) for name in NUMERIC_PARAMETERS}, method=self.method)
 
-    def _parameters_for(self, x: Any, rank: int) -> CobaLIFParameters:
-        """The parameters for an input that drives a single neuron, without axes, if it has ``rank`` axes.
+    def _parameters_for(self, x: Any = None, rank: int = 0) -> CobaLIFParameters:
+        """The parameters, those that were given as Python numbers as such again where their values are at hand.
 
-        There a 0-dim float64 tensor would promote the computation to float64, which a Python number does not.
+        An input of ``rank`` axes drives a single neuron without axes: there a 0-dim float64 tensor would promote the
+        computation to float64, which a Python number does not.
         """
+        single = getattr(x, "ndim", None) == rank
         p = self.p
-        if getattr(x, "ndim", None) == rank:
-            p = p._replace(**{name: getattr(p, name).item() for name in self._numbers})
-        return p
+        numbers: dict[str, Any] = {name: getattr(p, name) for name in self._numbers}
+        return p._replace(**{name: value.item() if single else known(value) for name, value in numbers.items()})
+
+    def _spikes_for(self, x: Any) -> torch.dtype | None:
+        """The spikes' dtype where the input is of bool or integers and says nothing: what the layer behind has."""
+        other = self.dtype != torch.float32 and isinstance(x, Tensor) and not x.is_floating_point()
+        return self.dtype if other else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         numbers = [self._buffers.get(name) for name in self._numbers]
@@ -90,6 +97,7 @@ class _Neurons(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
     def extra_repr(self) -> str:
@@ -116,10 +124,8 @@ class _RecurrentNeurons(_Neurons):
 
     def __init__(self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]) -> None:
         super().__init__(p, dt, learn)
-        check.check_size(input_size, "input_size")
-        check.check_size(hidden_size, "hidden_size")
-        self.input_size = input_size
-        self.hidden_size = hidden_size
+        self.input_size = input_size = check.check_int(input_size, "input_size", 0)
+        self.hidden_size = hidden_size = check.check_int(hidden_size, "hidden_size")
         self.autapses = autapses
         self.input_weights = nn.Parameter(torch.empty(hidden_size, input_size))
         self.recurrent_weights = nn.Parameter(torch.empty(hidden_size, hidden_size))
@@ -135,7 +141,7 @@ class _RecurrentNeurons(_Neurons):
         with torch.no_grad():
             leak = torch.as_tensor(self.p.g_l).float().mean()
             for weights in (self.input_weights, self.recurrent_weights):
-                weights.normal_().mul_(leak * math.sqrt(2 * math.pi) / weights.shape[1])
+                weights.normal_().mul_(leak * math.sqrt(2 * math.pi) / max(weights.shape[1], 1))
             if not self.autapses:
                 self.recurrent_weights.fill_diagonal_(0)
 
@@ -160,7 +166,7 @@ class _WholeSequence(nn.Module):
 
     def _set_options(self, **options: Any) -> None:
         check.check_order(options["order"])
-        check.check_block_steps(options["block_steps"])
+        options["block_steps"] = check.check_block_steps(options["block_steps"])
         check.check_spike_dtype(options["spike_dtype"], options["block_steps"])
         for name, value in options.items():
             setattr(self, name, value)
@@ -208,14 +214,15 @@ class CobaLIFFeedForwardCell(_Neurons):
         super().__init__(p, dt, learn)
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
-        return coba_lif_feed_forward_step(input_tensor, state, self._parameters_for(input_tensor, 0), self.dt)
+        z, state = coba_lif_feed_forward_step(input_tensor, state, self._parameters_for(input_tensor, 0), self.dt)
+        return z.to(self._spikes_for(input_tensor) or z.dtype), state
 
 
 class CobaLIFCell(_RecurrentNeurons):
     """One step of a recurrent population of conductance-based LIF neurons: :func:`coba_triton.coba_lif_step`.
 
     Args:
-        input_size: number of inputs I.
+        input_size: number of inputs I, 0 for a population that drives itself: its input is ``[*batch, 0]``.
         hidden_size: number of neurons N.
         p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
         dt: time step in ms.
@@ -257,7 +264,7 @@ class CobaLIFCell(_RecurrentNeurons):
         super().__init__(input_size, hidden_size, p, dt, autapses, learn)
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
-        return coba_lif_step(input_tensor, state, *self._weights(), self.p, self.dt)
+        return coba_lif_step(input_tensor, state, *self._weights(), self._parameters_for(), self.dt)
 
 
 class CobaLIF(_WholeSequence, _Neurons):
@@ -273,7 +280,8 @@ class CobaLIF(_WholeSequence, _Neurons):
         order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
         backend: which implementation computes; all give the same bits.
         block_steps: steps in one launch; None for all of them.
-        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype.
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype, of one of bool or integers
+            the dtype of the module (``.half()``).
 
     Shape:
         ``input_tensor [T, *shape]`` in uS and the state, or None to start at rest, to spikes ``[T, *shape]`` and the
@@ -309,7 +317,9 @@ class CobaLIF(_WholeSequence, _Neurons):
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
         p = self._parameters_for(input_tensor, 1)
-        return coba_lif_feed_forward_integral(input_tensor, state, p, self.dt, **self._options())
+        options = self._options()
+        options["spike_dtype"] = options["spike_dtype"] or self._spikes_for(input_tensor)
+        return coba_lif_feed_forward_integral(input_tensor, state, p, self.dt, **options)
 
 
 class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
@@ -318,7 +328,7 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
     See :func:`coba_triton.coba_lif_integral`, which it calls.
 
     Args:
-        input_size: number of inputs I.
+        input_size: number of inputs I, 0 for a population that drives itself: its input is ``[T, *batch, 0]``.
         hidden_size: number of neurons N.
         p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
         dt: time step in ms.
@@ -329,7 +339,8 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         order: ``decay_first`` or ``jump_first``.
         backend: which implementation computes.
         block_steps: steps in one launch; None for all of them.
-        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype.
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype, of one of bool or integers
+            the dtype of the module (``.half()``).
 
     Attributes:
         input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Drawn
@@ -373,4 +384,4 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         )
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
-        return coba_lif_integral(input_tensor, state, *self._weights(), self.p, self.dt, **self._options())
+        return coba_lif_integral(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, **self._options())

@@ -7,6 +7,7 @@ the state before every ``checkpoint_every``-th step (recurrent: before every blo
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -21,8 +22,7 @@ from torch.autograd.function import _SingleLevelFunction
 from . import _recurrent as _recurrent_blocks
 from ._recurrent import Network, choose_block_steps
 from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
-from ._validation import has_tangent, is_tracked
-from .model import Constants
+from .model import Constants, has_tangent, is_tracked, is_watched
 from .spikes import word_count
 from .tuning import launch_parameters
 
@@ -64,11 +64,13 @@ _library.define(
 )
 
 
+@functools.cache
 def feed_forward_kernels(backend: str) -> ModuleType:
     """The module that launches a backend's kernels of unconnected neurons, imported when first needed."""
     return importlib.import_module({"triton": "._triton", "cpu": "._cpu"}[backend], __package__)
 
 
+@functools.cache
 def recurrent_kernels(backend: str) -> ModuleType:
     """The same for recurrent populations."""
     return importlib.import_module({"triton": "._triton", "cpu": "._cpu_recurrent"}[backend], __package__)
@@ -148,6 +150,7 @@ def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) ->
     _clear_spare(words, x.shape[0])
     if x.numel() == 0:
         return spikes, state.clone(), states, words, checkpoints
+    packed = words if o.save else None
     feed_forward_kernels(o.backend).feed_forward_forward(
         x,
         constants.contiguous(),
@@ -155,10 +158,10 @@ def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) ->
         o.checkpoint_every if o.save else 0,
         state,
         final,
-        spikes if o.spike_dtype is not None else words,
-        words if o.spike_dtype is not None else spikes,
-        states,
-        checkpoints.unflatten(0, (-1, 3)),
+        spikes if o.spike_dtype is not None else None,
+        packed if o.spike_dtype is not None else spikes,
+        states if o.record_states else None,
+        checkpoints.unflatten(0, (-1, 3)) if o.save else None,
     )
     return spikes, final, states, words, checkpoints
 
@@ -175,7 +178,6 @@ def _feed_forward_out(
     final, states = _feed_forward_out_fake(x, state, record_states, spikes)
     if x.numel() == 0:
         return state.clone(), states
-    none = spikes.new_empty(0, x.shape[1])
     packed = spikes.dtype == torch.int32
     feed_forward_kernels(backend).feed_forward_forward(
         x,
@@ -184,10 +186,10 @@ def _feed_forward_out(
         0,
         state,
         final,
-        none if packed else spikes,
-        spikes if packed else none.int(),
-        states,
-        state.new_empty(0, *state.shape),
+        None if packed else spikes,
+        spikes if packed else None,
+        states if record_states else None,
+        None,
     )
     return final, states
 
@@ -292,7 +294,7 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *option
     """What ``coba_triton::recurrent`` returns, of any network: also of one whose processes exchange spikes."""
     o = RecurrentOptions(*options)
     outputs = _recurrent_fake(x, z, state, net.input_weights, net.recurrent_weights, net.constants, *options)
-    spikes, z_final, final, states, words, checkpoints = outputs
+    spikes, _, _, states, words, checkpoints = outputs
     _clear_spare(words, x.shape[0])
     if x.shape[0] == 0 or z.numel() == 0:
         return spikes, z.clone(), state.clone(), states, words, checkpoints
@@ -309,9 +311,7 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *option
         choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), bool(o.save)),
         o.path,
     )
-    z_final.copy_(z)
-    final.copy_(state)
-    return outputs
+    return spikes, z, state, states, words, checkpoints
 
 
 def _network(
@@ -359,10 +359,9 @@ def _recurrent_out(
     net = _network(x, input_weights, recurrent_weights, constants, jump_first, backend)
     packed = spikes.dtype == torch.int32
     block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
-    last, final = _recurrent_blocks.forward(
+    return _recurrent_blocks.forward(
         net, x, z, state, None if packed else spikes, spikes if packed else None, None, None, block, path
     )
-    return last.clone(), final.clone()
 
 
 def _recurrent_backward_fake(
@@ -645,3 +644,70 @@ for _operator, _implementation, _fake in (
     torch.library.register_fake(f"coba_triton::{_operator}", _fake, lib=_library)
 for _rules in (_FeedForward, _FeedForwardBackward, _Recurrent, _RecurrentBackward):
     _rules.register()
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing follows, transforms, traces or profiles a call."""
+    return not (
+        is_watched()
+        or torch._C._autograd._profiler_enabled()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or is_tracked(tensor) for tensor in tensors)
+    )
+
+
+def feed_forward(
+    x: Tensor,
+    state: Tensor,
+    constants: Tensor,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    spike_dtype: torch.dtype | None,
+    record_states: bool,
+    checkpoint_every: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Spikes, final state and recorded states of the operator. A plain call goes straight to the kernels.
+
+    The dispatcher, and what only a gradient needs, take a third of a short call's time.
+    """
+    if _is_plain(x, state, constants):
+        spikes = _empty_spikes(x, spike_dtype, x.shape[1:])
+        return spikes, *_feed_forward_out(x, state, constants, backend, jump_first, record_states, spikes)
+    options = ForwardOptions(backend, jump_first, method, spike_dtype, record_states, checkpoint_every, None)
+    spikes, final, states, *_ = torch.ops.coba_triton.feed_forward(x, state, constants, *options)
+    return spikes, final, states
+
+
+def recurrent(
+    x: Tensor,
+    z: Tensor,
+    state: Tensor,
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+    backend: str,
+    jump_first: bool,
+    method: str,
+    spike_dtype: torch.dtype | None,
+    record_states: bool,
+    block_steps: int | None,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Spikes, last spikes, final state and recorded states of the operator, likewise."""
+    tensors = x, z, state, input_weights, recurrent_weights, constants
+    if not record_states and _is_plain(*tensors):
+        spikes = _empty_spikes(x, spike_dtype, z.shape)
+        return (
+            spikes,
+            *_recurrent_out(*tensors, backend, jump_first, block_steps, path, spikes),
+            state.new_empty(3, 0, *z.shape),
+        )
+    options = RecurrentOptions(backend, jump_first, method, spike_dtype, record_states, block_steps, path, None)
+    spikes, z, final, states, *_ = torch.ops.coba_triton.recurrent(*tensors, *options)
+    return spikes, z, final, states
+
+
+def _empty_spikes(x: Tensor, spike_dtype: torch.dtype | None, neurons: torch.Size) -> Tensor:
+    """A buffer for the spikes of a run over ``x [T, ...]``."""
+    rows, dtype = (word_count(len(x)), torch.int32) if spike_dtype is None else (len(x), spike_dtype)
+    return x.new_empty(rows, *neurons, dtype=dtype)

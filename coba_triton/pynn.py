@@ -1,6 +1,7 @@
 """Parameter sets of PyNN's ``IF_cond_exp`` and NEST's ``iaf_cond_exp``, to and from :class:`CobaLIFParameters`.
 
-Both are this package's neuron with a refractory period and an offset current, which it does not have: they must be zero.
+Both are this package's neuron with a refractory period, which it does not have: it must be zero. An offset current ``I`` is
+a resting potential of ``v_rest + I / g_l``: the same equation.
 
 Source: the standard cell ``IF_cond_exp`` of PyNN (Davison et al. 2009, doi:10.3389/neuro.11.011.2008) and the model
 ``iaf_cond_exp`` of NEST.
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._validation import check_number, check_parameters
+from ._validation import check_number, check_numbers, check_parameters
 from .model import CobaLIFParameters, Number
 
 # Names and defaults as the simulators have them.
@@ -30,9 +31,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
         E_ex=0.0, E_in=-85.0, V_th=-55.0, V_reset=-60.0, I_e=0.0,
     ),
 }  # fmt: skip
-MUST_BE_ZERO = {
-    "tau_refrac": "refractory period", "t_ref": "refractory period", "i_offset": "offset current", "I_e": "offset current",
-}  # fmt: skip
+MUST_BE_ZERO = ("tau_refrac", "t_ref")
 POSITIVE = {"cm", "tau_m", "tau_syn_E", "tau_syn_I", "C_m", "g_L", "tau_syn_ex", "tau_syn_in"}
 
 
@@ -46,14 +45,20 @@ def _number(value: Any, name: str) -> Number:
     if isinstance(value, np.ndarray | list | tuple):
         value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
     check_number(value, name)
+    check_numbers({name: value})
     number: Number = value if isinstance(value, Tensor) else float(value)
     if name in MUST_BE_ZERO and bool(torch.as_tensor(number != 0).any()):
         raise ValueError(
-            f"{name} must be 0, as this neuron has no {MUST_BE_ZERO[name]}, got {number}; pass {name}=0 to do without"
+            f"{name} must be 0, as this neuron has no refractory period, got {number}; pass {name}=0 to do without"
         )
     if name in POSITIVE and not bool(torch.as_tensor(number > 0).all()):
         raise ValueError(f"{name} must be positive, got {number}")
     return number
+
+
+def _resting(v_rest: Number, current: Number, g_l: Number) -> Number:
+    """Where a current in nA moves the resting potential."""
+    return v_rest if isinstance(current, float) and current == 0 else v_rest + current / g_l
 
 
 def from_pynn(
@@ -62,6 +67,9 @@ def from_pynn(
     """The parameters of a PyNN or NEST population, in this package's names and units (ms, mV, nF, uS).
 
     Weights are not among them: those of PyNN are in uS like ours, those of NEST in nS.
+
+    An offset current moves ``v_rest`` of the result to ``v_rest + I / g_l``, where a run begins that is given no state; the
+    simulators begin at their own: pass a state that has it.
 
     Args:
         parameters: by the simulator's names, in its units: for ``IF_cond_exp`` nF, ms and mV, for ``iaf_cond_exp`` pF,
@@ -76,8 +84,8 @@ def from_pynn(
 
     Raises:
         TypeError: if a value is no number and no array of numbers.
-        ValueError: if the model or a name is unknown, a refractory period or an offset current is not 0, or a time
-            constant, capacitance or conductance is not positive.
+        ValueError: if the model or a name is unknown, a refractory period is not 0, a time constant, capacitance or
+            conductance is not positive, or a number is not finite.
 
     Example:
         >>> p = from_pynn({"cm": 0.25, "tau_m": 10.0, "tau_refrac": 0.0})
@@ -102,7 +110,7 @@ def from_pynn(
             g_l=q["cm"] / q["tau_m"],
             e_rev_I=q["e_rev_I"],
             e_rev_E=q["e_rev_E"],
-            v_rest=q["v_rest"],
+            v_rest=_resting(q["v_rest"], q["i_offset"], q["cm"] / q["tau_m"]),
             v_reset=q["v_reset"],
             v_thresh=q["v_thresh"],
             method=method,
@@ -116,7 +124,7 @@ def from_pynn(
             g_l=q["g_L"] / 1000,
             e_rev_I=q["E_in"],
             e_rev_E=q["E_ex"],
-            v_rest=q["E_L"],
+            v_rest=_resting(q["E_L"], q["I_e"] / 1000, q["g_L"] / 1000),
             v_reset=q["V_reset"],
             v_thresh=q["V_th"],
             method=method,

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from . import _recurrent, operators
 from . import _validation as check
@@ -26,8 +28,8 @@ from ._backends import choose_backend
 from ._files import reason
 from ._store import checksum, columns_of
 from ._versions import package_version
-from .functional import _constants_table, _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
-from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
+from .functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
+from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, constants_table
 from .modules import CobaLIF, CobaLIFRecurrent
 from .results import Result
 from .sinks import Checkpoint, Header, Sink, open_sink
@@ -92,9 +94,11 @@ def simulate(
     process at a time writes to a path; docs/reliability.md says what is promised, and at what cost.
 
     Args:
-        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`; its
-            ``record_states`` and ``spike_dtype`` do not matter here. It runs on the device of its parameters.
-        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]``: an array, a
+        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`, also as
+            ``torch.compile`` or ``DistributedDataParallel`` wrap them; its ``record_states`` and ``spike_dtype`` do not
+            matter here. It runs on the device of its parameters.
+        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]`` (``torch.zeros(T, 0)`` for one without
+            input): an array, a
             :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. An iterable is read from its
             beginning when a run is resumed.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
@@ -266,18 +270,21 @@ class _Run:
     """A network that advances block by block, and what is to be known of it beforehand."""
 
     def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:
+        network = _unwrapped(network)
         if not isinstance(network, CobaLIF | CobaLIFRecurrent):
             raise TypeError(
                 f"network must be a CobaLIF or a CobaLIFRecurrent, got {type(network).__name__}; give a cell's parameters "
                 "and weights to one of them"
             )
-        check.check_block_steps(block_steps)
+        block_steps = check.check_block_steps(block_steps)
         self.network = cast(Any, network)  # of two kinds, as `recurrent` says
         self.record = record
         self.device: torch.device = self.network.v_thresh.device
         self.recurrent = isinstance(network, CobaLIFRecurrent)
         self.blocks = Blocks(source, self.device)
-        if not (channels := self.blocks.first.shape[1:]).numel():
+        channels = self.blocks.first.shape[1:]
+        driven = not self.recurrent or self.network.input_size
+        if not (channels if driven else channels[:-1]).numel():
             raise ValueError(
                 f"a step of source must have at least one number, got shape {list(channels)}; leave out what has no neurons"
             )
@@ -290,14 +297,15 @@ class _Run:
             p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
             detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
             self.p: Any = CobaLIFParameters(*detached)
+            self._check_numbers(state)
             self.state = self._integrate(first[:0], state, False)[1]
         self.shape = self.state.v.shape
         self.neurons = torch.as_tensor(self._indices("record.neurons", record.neurons), device=self.device)
-        check.check_size(record.every, "record.every")
-        if (least := math.lcm(WORD_BITS, record.every)) > MAX_BLOCK_STEPS:
+        self.every = check.check_int(record.every, "record.every")
+        if (least := math.lcm(WORD_BITS, self.every)) > MAX_BLOCK_STEPS:
             raise ValueError(
                 f"record.every must have a common multiple with {WORD_BITS} of at most {MAX_BLOCK_STEPS:,}, got "
-                f"{record.every} with {least:,}; take a number with more factors of 2"
+                f"{self.every} with {least:,}; take a number with more factors of 2"
             )
         for name in record.populations:
             if not isinstance(name, str):
@@ -319,9 +327,18 @@ class _Run:
             self.ascending, self.places = self.neurons[order], order.argsort()
         if record.inputs and self.recurrent:
             self.mean_weights = [w.mean(0) for w in (self.weights[0].relu(), (-self.weights[0]).relu())]
-        self.stable = True
+        self.limit, self.fires_always = 1.0, False  # what a run warns of once
         self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
         self.header = self._header(state, block_steps)
+
+    def _check_numbers(self, state: Any) -> None:
+        """Refuse what would make the state infinite or NaN from the start, and warn of what an Euler step cannot follow."""
+        numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
+        given = () if state is None else type(state)._fields if hasattr(state, "_fields") else ()
+        weights = dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False))
+        check.check_numbers(numbers | {f"state.{name}": getattr(state, name) for name in given} | weights)
+        single = {n: v.item() for n, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
+        check.warn_if_unstable(self.p._replace(**single), self.network.dt, stacklevel=6)
 
     def _indices(self, name: str, members: Members) -> Any:
         """Indices into the flattened neurons."""
@@ -329,7 +346,7 @@ class _Run:
             chosen: Any = members if isinstance(members, slice) else np.asarray(members)
             if not isinstance(chosen, slice) and not chosen.size:
                 chosen = chosen.astype(np.int64)
-            return np.arange(self.shape.numel())[chosen]
+            return np.atleast_1d(np.arange(self.shape.numel())[chosen])
         except (IndexError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{name} must be indices from 0 to {self.shape.numel() - 1} of neurons {list(self.shape)}, got {members!r} "
@@ -348,7 +365,7 @@ class _Run:
     def _kernels(self) -> _recurrent.Network:
         """The network as the backend's kernels take it."""
         dtype = self.state.v.dtype
-        constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
+        constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
         kernels = operators.recurrent_kernels(self.backend)
         input_weights, recurrent_weights = (w.to(dtype) for w in self.weights)
         jump_first = self.network.order == "jump_first"
@@ -362,7 +379,7 @@ class _Run:
             held = 0 if self._reads_in_place() else first[:1].numel() * first.element_size()
             step = held + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
-        whole = math.lcm(WORD_BITS, record.every)  # steps that fill rows of every array
+        whole = math.lcm(WORD_BITS, self.every)  # steps that fill rows of every array
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
         config: dict[str, Any] = {
@@ -381,7 +398,7 @@ class _Run:
                 "spikes": record.spikes,
                 "variables": list(record.variables),
                 "neurons": self.neurons.tolist(),
-                "every": record.every,
+                "every": self.every,
                 "populations": {name: digest(torch.from_numpy(members)) for name, members in self.populations.items()},
                 "inputs": record.inputs,
             },
@@ -430,7 +447,7 @@ class _Run:
         from ._cpu import ForwardStream
 
         dtype = self.state.v.dtype
-        constants = _constants_table(derive_constants(self.p, self.network.dt, dtype, self.device), self.shape)
+        constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
         state = torch.stack(list(self.state)).reshape(3, -1)
         with closing(ForwardStream(constants, self.network.order == "jump_first", state, self.header.block_steps)) as stream:
             self.stream = stream
@@ -469,13 +486,14 @@ class _Run:
             job.result()
         stop = start + len(x)
         state = torch.stack(list(after)).cpu().numpy()
-        self._check(state, stop)
+        self._check(state, x, start, stop)
         if traces is None and len(self.neurons):
             traces = self._chosen_traces(x, before)
         on_cpu = words.cpu().numpy()
+        self._warn_of_constant_spikes(on_cpu, start, stop)
         block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
         if traces is not None:
-            kept = slice(self.record.every - 1, None, self.record.every)  # a block begins with a multiple of it
+            kept = slice(self.every - 1, None, self.every)  # a block begins with a multiple of it
             block |= {name: getattr(traces, name)[kept].cpu().numpy() for name in self.record.variables}
         if self.populations:
             block["counts"] = self._count(on_cpu, len(x))
@@ -533,32 +551,58 @@ class _Run:
         return counts[:, :steps].T
 
     def _mean_inputs(self, x: Tensor) -> tuple[Any, Any]:
-        rows = x.reshape(len(x), -1) if not self.recurrent else x.reshape(len(x), -1, x.shape[-1]).to(self.weights[0].dtype)
+        rows = x.reshape(len(x), -1)
         if self.recurrent:
+            rows = x.reshape(len(x), self.shape[:-1].numel(), x.shape[-1]).to(self.weights[0].dtype)
             means = [(rows @ weights).mean(1) for weights in self.mean_weights]
         else:
             rows = rows.to(self.state.v.dtype)
             means = [rows.relu().mean(1), (-rows).relu().mean(1)]
         return means[0].cpu().numpy(), means[1].cpu().numpy()
 
-    def _check(self, state: Any, stop: int) -> None:
+    def _check(self, state: Any, x: Tensor, start: int, stop: int) -> None:
         """Refuse a state that is not finite, and warn once of conductances at which the Euler step diverges."""
         if not np.isfinite(state).all():
+            for step, *channel in (~torch.isfinite(x)).nonzero()[:1].tolist():
+                raise FloatingPointError(
+                    f"the state is no longer finite after step {stop}, as the source has {x[step, *channel].item()} in step "
+                    f"{start + step}, channel {channel}; correct it there"
+                )
             raise FloatingPointError(
-                f"the state is no longer finite after step {stop}, as the Euler step is unstable at these conductances; "
-                "make dt or the weights smaller"
+                f"the state is no longer finite after step {stop}, as the Euler step is unstable at these conductances "
+                "(input, weights, initial state and parameters are finite); make dt, the weights or the input smaller"
             )
-        if not self.stable:
-            return
         rate, g_l = self.rates
         at_rest, factor = (float(np.max(rate * (g_l + g))) for g in (0.0, state[-2] + state[-1]))
-        if factor > 2 >= at_rest:  # a call of the network has warned of the one at rest
-            self.stable = False
+        if factor > self.limit >= at_rest:  # of the one at rest there is a warning already
+            self.limit, wild = (np.inf, ", and the spikes mean nothing") if factor > 2 else (2.0, "")
             warnings.warn(
-                f"the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) has reached {factor:.3g} by step {stop}, "
-                "more than 2, and the spikes mean nothing; make dt or the weights smaller",
+                f"{check.instability(factor)}: dt * c_m_inv * (g_l + g_e + g_i) has reached {factor:.3g} by step {stop}, "
+                f"more than {2 if factor > 2 else 1}{wild}; make dt or the weights smaller",
                 stacklevel=3,
             )
+
+    def _warn_of_constant_spikes(self, words: Any, start: int, stop: int) -> None:
+        """Warn once of neurons that fire in every step, looking at a few of the words of a block ``[W, *shape]``."""
+        whole = words[: (stop - start) // WORD_BITS]
+        always = int((whole[:: max(len(whole) // 8, 1)] == -1).any(0).sum())
+        if always and not self.fires_always:
+            self.fires_always = True
+            warnings.warn(
+                f"{always} of {self.shape.numel()} neurons fire in every step ({WORD_BITS} in a row by step {stop}): the "
+                "input or the weights, which are in uS (1 nS is 0.001 uS), are too strong, or v_thresh is too low; make "
+                "them smaller, or raise v_thresh",
+                stacklevel=3,
+            )
+
+
+def _unwrapped(network: Any) -> Any:
+    """The module that ``torch.compile`` or data parallelism has wrapped."""
+    while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(
+        network, DistributedDataParallel | DataParallel
+    ):
+        network = network.module if inner is None else inner
+    return network
 
 
 def versions() -> dict[str, str]:

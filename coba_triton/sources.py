@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +36,7 @@ class PoissonSource(Described):
     Args:
         rate: in Hz, a number or a tensor that broadcasts to the channels.
         steps: T.
-        shape: of the channels, ``(I,)`` or ``(B, I)``.
+        shape: of the channels, ``I``, ``(I,)`` or ``(B, I)``.
         dt: time step in ms.
         weight: what one spike adds to the input: uS for unconnected neurons, 1 where input weights follow.
         seed: from 0 to 2**64 - 1.
@@ -58,7 +58,7 @@ class PoissonSource(Described):
         self,
         rate: float | Tensor,
         steps: int,
-        shape: tuple[int, ...],
+        shape: int | Sequence[int],
         dt: float = 0.001,
         *,
         weight: float = 1.0,
@@ -67,14 +67,11 @@ class PoissonSource(Described):
         rows: slice | None = None,
     ) -> None:
         check.check_number(rate, "rate")
-        check.check_dt(dt)
-        check.check_size(steps, "steps")
-        for size in shape:
-            check.check_size(size, "every size in shape")
+        self.dt = check.check_dt(dt)
+        steps = check.check_int(steps, "steps")
+        shape = check_shape(shape)
         check.check_number(weight, "weight")
-        for name, value, bits in (("seed", seed, 64), ("stream", stream, 32)):
-            if not isinstance(value, int) or not 0 <= value < 2**bits:
-                raise ValueError(f"{name} must be an int from 0 to 2**{bits} - 1, got {value!r}")
+        self.seed, self.stream = check.check_int(seed, "seed", 0, 2**64 - 1), check.check_int(stream, "stream", 0, 2**32 - 1)
         rates = torch.as_tensor(rate, dtype=torch.float64).detach().cpu()
         if not bool((torch.isfinite(rates) & (rates >= 0)).all()):
             raise ValueError(f"rate must be finite and not negative, in Hz, got {rate!r}")
@@ -87,7 +84,7 @@ class PoissonSource(Described):
         self._first, self._last = made.start * width, made.stop * width
         self.shape = (steps, len(made), *shape[1:]) if shape else (steps,)
         self.dtype = torch.float32
-        self.rate, self.dt, self.weight, self.seed, self.stream = rates, float(dt), float(weight), seed, stream
+        self.rate, self.weight = rates, float(weight)
         expected = rates.numpy() * (self.dt / 1000)
         self._expected = float(expected) if expected.ndim == 0 else 0.0
         each = np.broadcast_to(expected, shape).ravel() if expected.ndim else np.empty(0)
@@ -130,7 +127,10 @@ class Blocks:
     """
 
     def __init__(self, source: Any, device: torch.device) -> None:
-        self.source, self.device = torch.from_numpy(source) if _in_memory(source) else source, device
+        if isinstance(source, Tensor) and source.layout != torch.strided:
+            raise TypeError(f"source must be dense, got a tensor of {source.layout}; use .to_dense(), or an EventSource")
+        source = source.tocsr() if hasattr(source, "tocsr") else source  # of scipy's sparse arrays one that gives its rows
+        self.source, self.device = _from_numpy(source) if _in_memory(source) else source, device
         self.steps: int | None = None
         self.described = isinstance(source, Described)
         if hasattr(source, "shape") and hasattr(source, "__getitem__"):
@@ -139,7 +139,7 @@ class Blocks:
             self.steps = int(source.shape[0])
             self.first = _tensor(source[: min(self.steps, FIRST)]).cpu()
         elif isinstance(source, Iterable):
-            chunks = map(_tensor, source)
+            chunks = map(_chunk, source)
             chunk = next(chunks, None)
             if chunk is None:
                 raise ValueError("source must have at least one chunk [t, ...], got an empty iterator")
@@ -174,7 +174,7 @@ class Blocks:
             x = next(blocks, None)
             if x is not None and note is not None:
                 note(x)
-            if x is None or stream is None:
+            if x is None or stream is None or x.device.type != "cpu":  # what is on a device already needs no copy stream
                 return x if x is None else (x.to(self.device), None)
             with torch.cuda.stream(stream):
                 return x.pin_memory().to(self.device, non_blocking=True), stream.record_event()
@@ -220,9 +220,17 @@ class Blocks:
             yield torch.cat(waiting)
 
 
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """Sizes of the channels' axes, from one or several integers."""
+    sizes = shape if isinstance(shape, Iterable) else (shape,)
+    return tuple(check.check_int(size, "every size in shape") for size in sizes)
+
+
 def _in_memory(x: Any) -> bool:
     """Whether an array can be a tensor as it is: in memory and no file's, and laid out as tensors are."""
-    if not isinstance(x, np.ndarray) or not x.flags.writeable or any(s < 0 or s % x.itemsize for s in x.strides):
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray) or not (x.flags.writeable and x.dtype.isnative):
+        return False
+    if any(stride < 0 or stride % x.itemsize for stride in x.strides):
         return False
     owner: Any = x
     while isinstance(owner, np.ndarray) and not isinstance(owner, np.memmap):
@@ -230,12 +238,32 @@ def _in_memory(x: Any) -> bool:
     return owner is None or isinstance(owner, Tensor)
 
 
+def _chunk(x: Any) -> Tensor:
+    if not hasattr(x, "shape"):  # numpy would make one array of a list of batches
+        raise TypeError(
+            f"every chunk of source must be a tensor or an array [t, ...], got {type(x).__name__}; of a loader whose "
+            "batches are lists pass what is time first in them, such as (batch[0] for batch in loader)"
+        )
+    return _tensor(x)
+
+
 def _tensor(x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x
-    array = np.asarray(x)
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise ValueError("source must have a number everywhere, got a masked array; put one there with .filled(0)")
+    array = np.asarray(x.toarray() if hasattr(x, "toarray") else x)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     # torch shares memory with arrays that it may write to; a memory-mapped file is read here and not in the kernels
-    return torch.from_numpy(array if array.flags.writeable and array.base is None else array.copy())
+    return _from_numpy(array if array.flags.writeable and array.base is None else array.copy())
+
+
+def _from_numpy(array: Any) -> Tensor:
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise TypeError(f"source must be of numbers that torch has, got {array.dtype}; convert it with .astype") from None
 
 
 def digest(x: Tensor) -> str:
@@ -249,9 +277,9 @@ def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "c
     For truncated backpropagation through time: carry the state from block to block with ``state.detach()``.
 
     Args:
-        source: an array ``[T, ...]`` (tensor, numpy array or memmap, zarr or HDF5 array, :class:`PoissonSource`:
-            anything with ``shape`` that gives its steps as slices), or an iterable of chunks ``[t, ...]``, which may
-            have different lengths.
+        source: an array ``[T, ...]`` (tensor, numpy array or memmap, sparse array of scipy, zarr or HDF5 array,
+            :class:`PoissonSource`: anything with ``shape`` that gives its steps as slices), or an iterable of chunks
+            ``[t, ...]``, tensors or arrays, which may have different lengths.
         block_steps: steps in a block.
         device: where the blocks go. To a GPU they are copied from pinned memory on a stream of their own.
 
@@ -269,5 +297,4 @@ def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "c
         ...     spikes, state = network(x, state)
         ...     state = state.detach()
     """
-    check.check_size(block_steps, "block_steps")
-    return Blocks(source, torch.device(device)).read(0, block_steps)
+    return Blocks(source, torch.device(device)).read(0, check.check_int(block_steps, "block_steps"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 WORD_BITS = 32
+# Spikes that are packed or unpacked at a time.
+PART = 2**20
 
 
 def word_count(steps: int) -> int:
@@ -28,10 +32,12 @@ def pack_spikes(spikes: Tensor) -> Tensor:
     """
     if spikes.dim() == 0:
         raise ValueError("spikes must have a leading time axis [T, ...], got a 0-dim tensor")
-    words = torch.zeros(word_count(spikes.shape[0]), *spikes.shape[1:], dtype=torch.int32, device=spikes.device)
-    for bit in range(min(WORD_BITS, spikes.shape[0])):
-        column = (spikes[bit::WORD_BITS] != 0).to(torch.int32) << bit
-        words[: column.shape[0]] |= column
+    words = torch.empty(word_count(spikes.shape[0]), *spikes.shape[1:], dtype=torch.int32, device=spikes.device)
+    for some in _parts(words):
+        steps = spikes[some.start * WORD_BITS : some.stop * WORD_BITS] != 0
+        last = steps.new_zeros(-steps.shape[0] % WORD_BITS, *steps.shape[1:])
+        bits = torch.cat([steps, last]).unflatten(0, (some.stop - some.start, WORD_BITS)).to(torch.int32)
+        words[some] = (bits << _shifts(words)).sum(1, dtype=torch.int32)  # no two steps share a bit: the sum is their union
     return words
 
 
@@ -62,7 +68,22 @@ def unpack_spikes(words: Tensor, steps: int, dtype: torch.dtype = torch.bool) ->
             "pass the T that was packed"
         )
     spikes = torch.empty(steps, *words.shape[1:], dtype=dtype, device=words.device)
-    for bit in range(min(WORD_BITS, steps)):
-        column = spikes[bit::WORD_BITS]
-        column.copy_((words[: column.shape[0]] >> bit) & 1)
+    for some in _parts(words):
+        out = spikes[some.start * WORD_BITS : some.stop * WORD_BITS]
+        out.copy_(((words[some].unsqueeze(1) >> _shifts(words)) & 1).flatten(0, 1)[: out.shape[0]])
     return spikes
+
+
+def _shifts(words: Tensor) -> Tensor:
+    """The places of the bits of a word, along the axis after that of the words."""
+    return torch.arange(WORD_BITS, dtype=torch.int32, device=words.device).view(-1, *(1,) * (words.dim() - 1))
+
+
+def _parts(words: Tensor) -> Iterator[slice]:
+    """Words that are packed or unpacked together: few operations, and little memory beside the result."""
+    if torch.compiler.is_compiling():  # a graph must not depend on how many there are
+        yield slice(0, words.shape[0])
+        return
+    rows = max(1, PART // (WORD_BITS * max(1, words[:1].numel())))
+    for start in range(0, words.shape[0], rows):
+        yield slice(start, min(start + rows, words.shape[0]))

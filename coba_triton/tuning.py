@@ -199,7 +199,7 @@ def read_table(path: Path) -> dict[str, Any]:
         TableError: if it cannot be read or is no table of this version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise TableError(f"cannot be read ({error.strerror or error})") from None
     except ValueError as error:
@@ -295,12 +295,12 @@ def _tables(target: Machine) -> tuple[tuple[Path, list[Entry]], ...]:
 
 
 @functools.lru_cache(4096)
-def _find(target: Machine, kernel: str, dtype: str, neurons: int, batch: int) -> tuple[Path, Entry] | None:
+def _find(target: Machine, kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> tuple[Path, Entry] | None:
     for path, entries in _tables(target):
         near = []
         for entry in entries:
             away = abs(math.log2(entry.neurons / neurons)), abs(math.log2(entry.batch / batch))
-            if (entry.kernel, entry.dtype) == (kernel, dtype) and max(away) <= 1:
+            if (entry.kernel, DTYPES[entry.dtype]) == (kernel, dtype) and max(away) <= 1:
                 near.append((sum(away), entry))
         if near:
             return path, min(near, key=lambda pair: pair[0])[1]
@@ -318,7 +318,7 @@ def launch_parameters(
         return heuristic | forced
     if _named() == "off":
         return heuristic
-    found = _find(machine(backend, device), kernel, str(dtype).removeprefix("torch."), max(1, neurons), max(1, batch))
+    found = _find(machine(backend, device), kernel, dtype, max(1, neurons), max(1, batch))
     return heuristic if found is None else heuristic | found[1].parameters
 
 
@@ -394,7 +394,7 @@ def explain(
         neurons, batch = neurons * batch, 1
     target = machine(backend, device)
     rule = heuristic(backend, kernel, dtype, neurons, batch)
-    found = _find(target, kernel, name, neurons, batch)
+    found = _find(target, kernel, dtype, neurons, batch)
     what = f"{kernel}, {name}, neurons={neurons}, batch={batch}"
     if found is not None:
         path, entry = found

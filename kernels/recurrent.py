@@ -36,7 +36,7 @@ def compact(hits, base, list_ptr, values):
 @triton.jit
 def add_rows(
     drive_e, drive_i, list_ptr, count, source_ptr, source_stride, weights_ptr, N, neurons, mask,
-    UNROLL: tl.constexpr, CACHE: tl.constexpr = "",
+    UNROLL: tl.constexpr, CACHE: tl.constexpr = tl.constexpr(""),
 ):  # fmt: skip
     """Add the weights of the listed sources one after the other, ``UNROLL`` loads ahead.
 
@@ -81,20 +81,58 @@ def compact_kernel(sources_ptr, lists_ptr, counts_ptr, K, row_stride, source_str
 @triton.jit(do_not_specialize=["K", "N", "R", "row_stride", "source_stride"])
 def projection_kernel(
     sources_ptr, lists_ptr, counts_ptr, weights_ptr, drive_ptr, K, N, R, row_stride, source_stride,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``relu(W) x`` and ``relu(-W) x`` for every row of sources; ``drive`` is ``[2, R, N]``."""
-    row = tl.program_id(0).to(tl.int64)
+    """``relu(W) x`` and ``relu(-W) x`` for every row of sources; ``drive`` is ``[2, R, N]``.
+
+    A program has ``ROWS`` rows. Where these have more events than there are sources, it goes through all sources and
+    reads each one's weights once for all rows, else row by row through the events. The sums have one order and the same
+    terms either way: their bits do not depend on the choice.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    K = tl.cast(K, tl.int64)
     N = tl.cast(N, tl.int64)
     neurons = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = neurons < N
     zeros = tl.zeros([BLOCK], weights_ptr.dtype.element_ty)
-    drive_e, drive_i = add_rows(
-        zeros, zeros, lists_ptr + row * K, tl.load(counts_ptr + row), sources_ptr + row * row_stride, source_stride,
-        weights_ptr, N, neurons, mask, UNROLL,
-    )  # fmt: skip
-    tl.store(drive_ptr + row * N + neurons, drive_e, mask=mask)
-    tl.store(drive_ptr + (R + row) * N + neurons, drive_i, mask=mask)
+    events = tl.cast(0, tl.int64)
+    for i in tl.static_range(ROWS):
+        events += tl.load(counts_ptr + first + i, mask=first + i < R, other=0)
+    if events <= K:
+        for row in range(first, tl.minimum(first + ROWS, R)):
+            row = tl.cast(row, tl.int64)
+            drive_e, drive_i = add_rows(
+                zeros, zeros, lists_ptr + row * K, tl.load(counts_ptr + row), sources_ptr + row * row_stride, source_stride,
+                weights_ptr, N, neurons, mask, UNROLL,
+            )  # fmt: skip
+            tl.store(drive_ptr + row * N + neurons, drive_e, mask=mask)
+            tl.store(drive_ptr + (R + row) * N + neurons, drive_i, mask=mask)
+    else:
+        drives_e = ()
+        drives_i = ()
+        for _ in tl.static_range(ROWS):
+            drives_e = drives_e + (zeros,)
+            drives_i = drives_i + (zeros,)
+        for source in range(0, K):
+            source = tl.cast(source, tl.int64)
+            weights = tl.load(weights_ptr + source * N + neurons, mask=mask, other=0.0)
+            excitatory = relu(weights)
+            inhibitory = relu(-weights)
+            sums_e = ()
+            sums_i = ()
+            for i in tl.static_range(ROWS):
+                value = tl.load(
+                    sources_ptr + (first + i) * row_stride + source * source_stride, mask=first + i < R, other=0
+                ).to(zeros.dtype)
+                # where there is no event, 0 is added, whatever the weight is
+                sums_e = sums_e + (drives_e[i] + tl.where(value != 0, excitatory, 0.0) * value,)
+                sums_i = sums_i + (drives_i[i] + tl.where(value != 0, inhibitory, 0.0) * value,)
+            drives_e = sums_e
+            drives_i = sums_i
+        for i in tl.static_range(ROWS):
+            row = first + i
+            tl.store(drive_ptr + row * N + neurons, drives_e[i], mask=mask & (row < R))
+            tl.store(drive_ptr + (R + row) * N + neurons, drives_i[i], mask=mask & (row < R))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ os.environ["COBA_TRITON_TUNING"] = "off"  # no table of the machine's user
 import pytest
 import torch
 
-from coba_triton import _validation
+from coba_triton import _validation, model
 from coba_triton._backends import triton_device_type
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -42,6 +42,7 @@ def device() -> torch.device:
 def forget_stability_checks() -> None:
     """Every test sees the warnings that a new process would see."""
     _validation._stability_checked.clear()
+    model._kept.clear()
 
 
 @pytest.fixture

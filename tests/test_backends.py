@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -69,7 +69,7 @@ def test_no_driver(monkeypatch, caplog) -> None:
 
 
 def test_no_triton(monkeypatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RuntimeError, match=r"not installed; install coba-triton\[interp\]"):
         choose_backend("triton", CPU)
     assert choose_backend("auto", GPU) == "reference"

@@ -64,6 +64,42 @@ def test_units_are_converted_to_the_models(tmp_path: Path, line: str, table: str
         assert getattr(getattr(read(tmp_path, text), table), key) == value
 
 
+MINUS, EN_DASH, NO_BREAK = "\u2212", "\u2013", "\u00a0"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with a mark"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_encodings(tmp_path: Path, encoding: str, newline: str) -> None:
+    text = BASE.replace("\n", newline).replace("10 nS", "0.01 µS")
+    mark = b"\xff\xfe" if "mark" in encoding else b""
+    (tmp_path / "c.toml").write_bytes(mark + text.encode(encoding.split()[0]))
+    assert load(str(tmp_path / "c.toml"))[1] == read(tmp_path, BASE)
+
+
+@pytest.mark.parametrize("sign", [MINUS, EN_DASH, "\u2010", "\u2011", "\uff0d", "\ufe63"])
+def test_minus_signs_of_papers(tmp_path: Path, sign: str) -> None:
+    text = BASE.replace('"-50 mV"', f'"{sign}5e{sign}2{NO_BREAK}V"').replace('"-80 mV"', f'"{sign}80\u202fmV"')
+    neuron = read(tmp_path, text).neuron
+    assert (neuron.v_thresh, neuron.e_rev_I) == (-50.0, -80.0)
+    with pytest.raises(UserError, match=r"neuron.g_l: must not be negative, got"):
+        read(tmp_path, BASE.replace('"10 nS"', f'"{sign}10 nS"'))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("seed = 1", f"seed = {MINUS}1", f"'{MINUS}' is U+2212 MINUS SIGN: write '-'"),
+        ('"5 ms"', "\u201c5 ms\u201d", "'\u201c' is U+201C LEFT DOUBLE QUOTATION MARK: write '\"'"),
+        ('"5 ms"', "\u20185 ms\u2019", "'\u2018' is U+2018 LEFT SINGLE QUOTATION MARK: write \"'\""),
+        ("count = 4", f"count{NO_BREAK}= 4", "'\\xa0' is U+00A0 NO-BREAK SPACE: write ' '"),
+    ],
+)
+def test_look_alikes_are_named(tmp_path: Path, old: str, new: str, name: str) -> None:
+    line = BASE.split(old)[0].count("\n") + 1
+    with pytest.raises(UserError, match=re.escape(f"; in line {line}, {name}")):
+        read(tmp_path, BASE.replace(old, new))
+
+
 def test_rates_and_weights(tmp_path: Path) -> None:
     settings = read(tmp_path, BASE).input
     assert settings.kind == "poisson"

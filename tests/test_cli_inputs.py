@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import sparse
 
-from coba_triton.cli.config import FanOut, FileInput, PoissonInput, RecordingInput, UserError
+from coba_triton.cli.config import FanOut, FileInput, FileSpikes, PoissonInput, RecordingInput, UserError
 from coba_triton.cli.inputs import (
+    FileChannels,
     FileSource,
     PoissonDrive,
     RecordingSource,
@@ -61,6 +63,9 @@ def test_inhibition_is_negative_and_leaves_excitation_as_it_was() -> None:
     assert ((inhibition < 0) & (excitation > 0)).sum() < 0.2 * (inhibition < 0).sum()  # independent of each other
 
 
+FAN_OUT = {"seed": 1, "probability": 0.5, "weight": "1 nS", "excitatory_fraction": 0.8}
+
+
 def file_input(path: Path, array: str | None = None) -> FileInput:
     return FileInput.model_validate({"kind": "file", "path": str(path), "weight": "2 nS", "array": array})
 
@@ -80,6 +85,21 @@ def test_npz_file(tmp_path: Path, array: str | None) -> None:
     np.savez(tmp_path / "x.npz", x=SPIKES)
     source = FileSource(file_input(tmp_path / "x.npz", array), 30, 4)
     np.testing.assert_array_equal(source.read(0, 30), np.float32(0.002) * SPIKES)
+
+
+@pytest.mark.parametrize("form", ["coo", "csr", "csc", "dia"])
+def test_sparse_npz_file(form: str, tmp_path: Path) -> None:
+    sparse.save_npz(tmp_path / "x.npz", getattr(sparse, f"{form}_array")(SPIKES.astype(np.uint8)))
+    source = FileSource(file_input(tmp_path / "x.npz"), 20, 4)
+    np.testing.assert_array_equal(source.read(3, 20), np.float32(0.002) * SPIKES[3:20])
+    spikes = FileSpikes.model_validate({"source": "file", "path": str(tmp_path / "x.npz")})
+    channels = FileChannels(spikes, FanOut.model_validate(FAN_OUT), 20, 6)
+    np.testing.assert_array_equal(channels.channels(3, 20), SPIKES[3:20])
+    with pytest.raises(UserError, match=re.escape("at least [20, 5], got [30, 4]")):
+        FileSource(file_input(tmp_path / "x.npz"), 20, 5)
+    np.savez(tmp_path / "x.npz", format=b"csr", shape=(30, 4), data=np.ones(3))
+    with pytest.raises(UserError, match=r"is a damaged sparse array, without .*; write it with save_npz"):
+        FileSource(file_input(tmp_path / "x.npz"), 20, 4)
 
 
 def test_conductances_keep_their_sign(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from coba_triton import MemorySink, Result, coba_lif_integral, open_result
 from coba_triton.cli import job, main
@@ -217,21 +218,26 @@ def test_one_population_only(fraction: float, names: list[str]) -> None:
 DENSE = np.array([[0, -2, 1], [3, 0, -1], [0.5, -1, 0]])
 
 
-@pytest.mark.parametrize("form", ["npy", "npz", "synapses"])
+@pytest.mark.parametrize("form", ["npy", "npz", "weight", "data", "coo", "csr", "csc", "bsr", "dia"])
 def test_weights_from_a_file(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"w.{'npy' if form == 'npy' else 'npz'}"
     if form == "npy":
         np.save(path, DENSE)
     elif form == "npz":
         np.savez(path, w=DENSE, other=0)
+    elif form not in ("weight", "data"):
+        sparse.save_npz(path, getattr(sparse, f"{form}_array")(DENSE))
     else:
         row, col = DENSE.nonzero()
         weight = DENSE[row, col]
         half = weight / 2  # listed twice: they add up
-        np.savez(path, row=np.tile(row, 2), col=np.tile(col, 2), weight=np.concatenate([half, half]))
+        np.savez(path, row=np.tile(row, 2), col=np.tile(col, 2), **{form: np.concatenate([half, half])})
     settings = {"path": str(path), "weight": "2 nS", "array": "w" if form == "npz" else None}
     w = read_weights(FileWeights.model_validate(settings), (3, 3), "recurrent")
     np.testing.assert_array_equal(w, (DENSE * 0.002).astype(np.float32))
+    if form not in ("npy", "npz", "weight", "data"):
+        with pytest.raises(UserError, match=re.escape("recurrent: " + str(path) + " must have the shape [3, 4]")):
+            read_weights(FileWeights.model_validate(settings), (3, 4), "recurrent")
 
 
 def test_populations_of_a_file_follow_the_signs(config: str, tmp_path: Path) -> None:
@@ -339,11 +345,11 @@ def test_summary_and_table(config: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_runaway_is_warned_about_once(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(config, '"0.001953125 uS"', '"2 uS"')
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1
-    assert printed.startswith(
+    unstable, constant = capsys.readouterr().err.splitlines()
+    assert unstable.startswith(
         "coba-triton: warning: the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) has reached"
     )
+    assert "neurons fire in every step" in constant
 
 
 def test_not_enough_memory(

@@ -97,14 +97,12 @@ def test_an_error_in_a_thread_is_raised(threads, monkeypatch) -> None:
 def test_in_a_stream_of_blocks_no_thread_waits_for_another(threads) -> None:
     """While one thread is busy with something else, the other one goes on to the next blocks; the bits are the same."""
     from coba_triton import _cpu
-    from coba_triton.functional import _constants_table
-    from coba_triton.model import derive_constants
+    from coba_triton.model import constants_table
 
     threads(2)
     case = large(4096, 1000)
     expected, final = case.run("reference", spike_dtype="bits")
-    constants = derive_constants(case.record("super"), case.dt, torch.float32, torch.device("cpu"))
-    table = _constants_table(constants, torch.Size([1000]))
+    table = constants_table(case.record("super"), case.dt, torch.float32, torch.device("cpu"), torch.Size([1000]))
     busy = threading.Event()
     with closing(_cpu.ForwardStream(table, False, torch.stack(list(case.state)), 2048)) as stream, ExitStack() as at_last:
         at_last.callback(busy.set)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import CobaLIFState
+from coba_triton import CobaLIFState, _cpu_recurrent
 from coba_triton.problems import recurrent_problem
 from coba_triton.surrogate import SURROGATES
 from marks import slow
@@ -187,3 +187,25 @@ def test_synapses_are_looked_for_where_they_are_few_and_used_often(monkeypatch) 
 def test_slices_are_for_gpus() -> None:
     with pytest.raises(RuntimeError, match="path 'sliced' is for GPUs .* got backend 'cpu'; pass path='events'"):
         recurrent_problem(3, 1, 4).run("cpu", path="sliced")
+
+
+def test_busy_blocks_take_the_dense_path(monkeypatch) -> None:
+    """The path changes between blocks by the rate of the block before, and the bits stay."""
+    case = recurrent_problem(100, 1, 20)
+    case.x[40:] = 1
+    case.input_weights.abs_()
+    case.recurrent_weights.zero_()
+    taken = []
+    for name in ("recurrent_block", "recurrent_step"):
+        function = getattr(_cpu_recurrent, name)
+        monkeypatch.setattr(
+            _cpu_recurrent, name, lambda *a, name=name, function=function, **k: (taken.append(name), function(*a, **k))[1]
+        )
+    ours, theirs = case.run("cpu", block_steps=32), case.run("reference")
+    rates = [block.mean().item() for block in theirs[0].split(32)]
+    expected = ["recurrent_block"]
+    for rate in rates[:-1]:
+        expected.append("recurrent_step" if rate > _cpu_recurrent.DENSE_RATE else "recurrent_block")
+    assert list(dict.fromkeys(taken)) == ["recurrent_block", "recurrent_step"]
+    assert taken.count("recurrent_block") == expected.count("recurrent_block")
+    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])

@@ -74,7 +74,8 @@ def grid(*shape: int, seed: int, step: float = 0.25) -> Tensor:
 def exact_problem(steps: int, batch: int, neurons: int) -> RecurrentProblem:
     """Whatever is computed of it, gradients by the surrogate ``triangle`` included, is exact."""
     spikes, v = (grid(batch, neurons, seed=1) > 0.25).double(), grid(batch, neurons, seed=2, step=1.0)
-    state = CobaLIFState(spikes, v, grid(batch, neurons, seed=3).abs(), grid(batch, neurons, seed=4).abs())
+    g_e, g_i = (grid(batch, neurons, seed=seed, step=0.125).abs() for seed in (3, 4))
+    state = CobaLIFState(spikes, v, g_e, g_i)
     weights = grid(neurons, 5, seed=5), grid(neurons, neurons, seed=6)
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in EXACT.items()}
     x = (grid(steps, batch, 5, seed=7) > 0).double()

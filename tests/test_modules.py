@@ -20,6 +20,7 @@ from coba_triton import (
     CobaLIFFeedForwardCell,
     CobaLIFParameters,
     CobaLIFRecurrent,
+    CobaLIFState,
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
     coba_lif_integral,
@@ -249,7 +250,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "block_steps": (lambda: CobaLIFRecurrent(2, 2, block_steps=0), ValueError, "block_steps must be a positive int"),
     "spike_dtype": (lambda: CobaLIF(spike_dtype="bit"), ValueError, "spike_dtype must be a floating dtype"),
     "backend": (lambda: CobaLIF(backend="gpu")(torch.ones(2)), ValueError, "backend must be one of"),
-    "input_size": (lambda: CobaLIFCell(0, 2), ValueError, "input_size must be a positive int, got 0"),
+    "input_size": (lambda: CobaLIFCell(-1, 2), ValueError, "input_size must be an int of at least 0, got -1"),
+    "no neurons": (lambda: CobaLIFCell(2, 0), ValueError, "hidden_size must be a positive int, got 0"),
     "hidden_size": (lambda: CobaLIFRecurrent(2, 2.0), TypeError, "hidden_size must be a positive int, got float"),
     "input": (lambda: CobaLIF()([1.0]), TypeError, "input_tensor must be a torch.Tensor .* got list"),
 }
@@ -448,3 +450,33 @@ def test_examples_run() -> None:
     results = doctest.testmod(modules, extraglobs={"torch": torch})
     assert results.attempted >= 12
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("module", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+@pytest.mark.parametrize("given", [torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_spikes_of_bytes_fit_the_layer_behind(backend: str, given: torch.dtype, module: torch.dtype) -> None:
+    x = torch.randint(0, 2, (40, 2, 3)).to(given)
+    layers: list[torch.nn.Module] = [
+        CobaLIF(dt=0.1, backend=backend),
+        CobaLIFRecurrent(3, 3, dt=0.1, backend=backend),
+        CobaLIFFeedForwardCell(dt=0.1),
+        CobaLIFCell(3, 3, dt=0.1),
+    ]
+    for layer in layers:
+        twice = copy.deepcopy(layer.to(module)).to(torch.float32).to(module)
+        spikes, state = twice(x)
+        assert spikes.dtype == module
+        assert torch.nn.Linear(3, 2).to(module)(spikes).dtype == module
+        assert state.v.dtype == (
+            torch.float64 if module == torch.float64 and hasattr(layer, "input_size") else torch.float32
+        )
+        assert twice(x.half())[0].dtype == torch.float16  # an input of numbers says itself
+        assert layer.to("meta").dtype == module
+
+
+def test_spikes_of_half_weights_and_a_double_state() -> None:
+    x, weights = torch.ones(5, 3, dtype=torch.uint8), (torch.ones(2, 3).half(), torch.ones(2, 2).bfloat16())
+    assert coba_lif_integral(x, None, *weights)[0].dtype == torch.float32
+    state = CobaLIFState(0.0, torch.zeros(2).double(), 0.0, 0.0)
+    assert coba_lif_integral(x, state, weights[0], weights[0][:, :2])[0].dtype == torch.float64

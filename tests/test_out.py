@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from coba_triton import coba_lif_feed_forward_integral
+from coba_triton import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+)
 from coba_triton.problems import problem, recurrent_problem
 from marks import slow
 
@@ -49,10 +56,48 @@ def test_a_buffer_that_is_no_tensor() -> None:
         coba_lif_feed_forward_integral(torch.zeros(8, 3), out=[])
 
 
-def test_out_over_the_input() -> None:
-    x = torch.zeros(8, 3)
+NUMBERS = ("tau_syn_exc_inv", "v_thresh", "alpha")
+
+
+@pytest.mark.parametrize("over", ["input_tensor", "state.z", "state.v", "input_weights", "recurrent_weights", *NUMBERS])
+@pytest.mark.parametrize("shift", [0, -2, 2], ids=["on", "before", "behind"])
+def test_out_over_an_argument(over: str, shift: int) -> None:
+    """Also in part, and over one storage by way of numpy, where every tensor has one of its own."""
+    memory = np.zeros(200, np.float32)
+    sizes = {"input_tensor": (8, 3), "input_weights": (3, 3), "recurrent_weights": (3, 3)}
+    arguments = {name: torch.zeros(sizes.get(name, (3,))) for name in (
+        "input_tensor", "state.z", "state.v", "input_weights", "recurrent_weights", *NUMBERS)}  # fmt: skip
+    shape = arguments[over].shape
+    arguments[over] = torch.from_numpy(memory[100 : 100 + shape.numel()].reshape(shape))
+
+    def run(begin: int) -> Tensor:
+        out = torch.from_numpy(memory[begin : begin + 24].reshape(8, 3))
+        a = arguments
+        state = CobaLIFState(a["state.z"], a["state.v"], 0.0, 0.0)
+        p = CobaLIFParameters(**{name: a[name] for name in NUMBERS})
+        weights = a["input_weights"], a["recurrent_weights"]
+        return coba_lif_integral(a["input_tensor"], state, *weights, p, 0.1, out=out)[0]
+
+    inside = {0: 100, -2: 100 - 24 + 1, 2: 100 + shape.numel() - 1}[shift]
+    with pytest.raises(ValueError, match=f"out must not share memory with {over}, got a view of it; use a buffer"):
+        run(inside)
+    run(100 - 24)  # side by side, in one buffer
+    run(100 + shape.numel())
+
+
+def test_out_over_the_input_of_unconnected_neurons() -> None:
+    memory = torch.rand(60, 3)
+    x = memory[:40]
     with pytest.raises(ValueError, match="out must not share memory with input_tensor"):
-        coba_lif_feed_forward_integral(x, out=x)
+        coba_lif_feed_forward_integral(x, dt=0.1, out=memory[20:])
+    with pytest.raises(ValueError, match="out must not share memory with state.g_e"):
+        state = CobaLIFFeedForwardState(-20.0, memory[50], 0.0)
+        coba_lif_feed_forward_integral(x[:20], state, dt=0.1, out=memory[40:])
+    want = coba_lif_feed_forward_integral(x[:20], dt=0.1)[0]
+    assert torch.equal(coba_lif_feed_forward_integral(x[:20], dt=0.1, out=memory[20:40])[0], want)
+    coba_lif_feed_forward_integral(x[5:5], dt=0.1, out=x[7:7])
+    meta = x.to("meta")  # which has no addresses
+    coba_lif_feed_forward_integral(meta, dt=0.1, backend="reference", out=torch.empty_like(meta))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import CobaLIFParameters, default_bio_parameters, from_pynn, to_pynn
+from coba_triton import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    coba_lif_feed_forward_integral,
+    default_bio_parameters,
+    from_pynn,
+    to_pynn,
+)
 from coba_triton.model import NUMERIC_PARAMETERS
 from coba_triton.pynn import DEFAULTS
 
@@ -59,19 +66,50 @@ def test_gradients_reach_the_simulators_parameters() -> None:
     ("model", "change", "message"),
     [
         ("IF_cond_exp", {"tau_refrac": 2.0}, r"tau_refrac must be 0, as this neuron has no refractory period, got 2\.0"),
-        ("IF_cond_exp", {"i_offset": np.array([0.0, 0.1])}, "i_offset must be 0, as this neuron has no offset current"),
+        (
+            "IF_cond_exp",
+            {"tau_refrac": np.array([0.0, 0.1])},
+            "tau_refrac must be 0, as this neuron has no refractory period",
+        ),
         ("iaf_cond_exp", {"t_ref": 1.0}, "t_ref must be 0"),
-        ("iaf_cond_exp", {"I_e": -1.0}, "I_e must be 0"),
+        ("iaf_cond_exp", {"I_e": float("inf")}, "I_e must be finite, got inf"),
         ("IF_cond_exp", {"tau_syn_e": 5.0}, "got 'tau_syn_e'; the nearest is 'tau_syn_E'"),
         ("iaf_cond_exp", {"g_l": 5.0}, "got 'g_l'; the nearest is 'g_L'"),
         ("IF_cond_exp", {"cm": 0.0}, r"cm must be positive, got 0\.0"),
-        ("iaf_cond_exp", {"C_m": float("nan")}, "C_m must be positive, got nan"),
+        ("iaf_cond_exp", {"C_m": float("nan")}, "C_m must be finite, got nan; correct it where it comes from"),
+        ("iaf_cond_exp", {"E_L": [-70.0, float("-inf")]}, r"E_L must be finite, got -inf at \[1\]; correct"),
         ("iaf_psc_exp", {}, r"model must be 'IF_cond_exp' \(PyNN\) or 'iaf_cond_exp' \(NEST\), got 'iaf_psc_exp'"),
     ],
 )
 def test_what_does_not_fit_raises(model: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_pynn(dict(SETS).get(model, {}) | change, model)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one", "each"])
+@pytest.mark.parametrize(("model", "values"), SETS)
+def test_offset_current_is_the_same_equation(model: str, values: dict[str, float], each: bool) -> None:
+    """Against the neuron's equation with its current, step by step in double precision."""
+    current, steps, dt = np.array([0.05, 0.12, -0.3, 0.3]), 3000, 0.1  # nA: two of them fire
+    given = {"IF_cond_exp": ("i_offset", 1), "iaf_cond_exp": ("I_e", 1000)}[model]
+    x = 0.002 * (np.random.default_rng(0).random((steps, 4)) < 0.01)
+    v, g, fired = np.full(4, -60.0), np.zeros(4), np.zeros((steps, 4), bool)
+    for t in range(steps):
+        g = g - dt / 5 * g + x[t]
+        v = v + dt / 0.2 * (0.01 * (-60.0 - v) + g * (0.0 - v) + current)
+        fired[t] = v > -50
+        v[fired[t]] = -60.0
+    assert (fired.sum(0) > 5).tolist() == [False, True, False, True]
+    start = CobaLIFFeedForwardState(-60.0, 0.0, 0.0)
+    for n in range(1 if each else 4):
+        one = torch.tensor(current) if each else current[n]
+        p = from_pynn(values | {given[0]: one * given[1]}, model)
+        assert each or p.v_rest == pytest.approx(-60 + current[n] / 0.01)
+        spikes, state = coba_lif_feed_forward_integral(torch.tensor(x if each else x[:, n]), start, p, dt)
+        np.testing.assert_array_equal(spikes.bool().numpy(), fired if each else fired[:, n])
+        np.testing.assert_allclose(state.v, v if each else v[n], rtol=1e-9)
+    assert from_pynn(values | {given[0]: 0.0}, model).v_rest == -60.0
+    assert isinstance(from_pynn(values | {given[0]: [0.0, 0.1]}, model).v_rest, torch.Tensor)
 
 
 def test_defaults_are_the_simulators_and_have_a_refractory_period() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,9 @@ from coba_triton import (
     coba_lif_feed_forward_step,
     coba_lif_integral,
     coba_lif_step,
+    default_bio_parameters,
+    default_bio_state,
+    from_pynn,
     simulate,
     to_pynn,
 )
@@ -153,3 +157,41 @@ def test_modules_hold_integers_as_floating_numbers(theirs: tuple[Any, Any, Any])
 def test_what_is_no_record() -> None:
     with pytest.raises(TypeError, match="got SimpleNamespace without tau_syn_exc_inv.*; build them with CobaLIFParameters"):
         check(drive(), p=SimpleNamespace(v_rest=-60.0))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        CobaLIFParameters(v_thresh=torch.linspace(-55.0, -50.0, 3), method="tanh"),
+        default_bio_parameters,
+        from_pynn({"tau_refrac": 0.0}),
+        CobaLIFState(torch.zeros(2), torch.full((2,), -65.0), 0.0, torch.rand(2, dtype=torch.float64)),
+        CobaLIFFeedForwardState(*torch.rand(3, 2)),
+        default_bio_state,
+    ],
+    ids=lambda record: type(record).__name__,
+)
+def test_saved_records_are_loaded_by_default(record: Any, tmp_path: Path) -> None:
+    """Alone, in a checkpoint, and as hyperparameters of Lightning, which saves what its module was made with."""
+    model = CobaLIF(dt=0.1)
+    saved = {
+        "alone": record,
+        "checkpoint": {"epoch": 3, "model": model.state_dict(), "state": record, "history": [record, (record,)]},
+        "lightning": {
+            "state_dict": model.state_dict(),
+            "hyper_parameters": {"p": record, "dt": 0.1},
+            "hparams_name": "kwargs",
+        },
+    }
+    read: dict[str, Callable[[Any], Any]] = {
+        "alone": lambda content: content,
+        "checkpoint": lambda content: content["history"][1][0],
+        "lightning": lambda content: content["hyper_parameters"]["p"],
+    }
+    for name, content in saved.items():
+        torch.save(content, tmp_path / name)
+        back = read[name](torch.load(tmp_path / name))
+        assert type(back) is type(record)
+        for a, b in zip(back, record, strict=True):
+            assert type(a) is type(b)
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b

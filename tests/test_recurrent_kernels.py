@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
 
-from coba_triton import CobaLIFParameters, CobaLIFState, _recurrent, _triton, coba_lif_integral, coba_lif_step
+from coba_triton import CobaLIFParameters, CobaLIFState, _triton, coba_lif_integral, coba_lif_step
 from coba_triton import kernels as kernels_package
 from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.problems import DT, VALUES, recurrent_problem
@@ -59,11 +59,9 @@ def test_spike_dtypes(spike_dtype, path, record, device) -> None:
 @pytest.mark.parametrize("x_dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("density", [0.05, 0.8])
 def test_input_dtypes_and_densities(x_dtype, density, device) -> None:
-    """Few input spikes are gathered, many are a matrix product."""
     case = recurrent_problem(12, 2, 20, device=device, inputs=30)
     g = torch.Generator().manual_seed(5)
     case.x = (torch.rand(case.x.shape, generator=g) < density).to(device, x_dtype)
-    assert _recurrent.is_sparse(case.x) == (density < 0.5)
     ours, theirs = case.run("triton"), case.run("reference")
     assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
 
@@ -74,7 +72,6 @@ def test_sparse_and_strided_inputs(binary, device) -> None:
     case = recurrent_problem(12, 3, 20, device=device, binary=binary, inputs=9)
     case.x = torch.where(torch.arange(12, device=device)[:, None, None] % 5 == 0, case.x, 0.0)
     case.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert _recurrent.is_sparse(case.x)
     ours, theirs = case.run("triton"), case.run("reference")
     assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
 
@@ -148,26 +145,21 @@ def test_rows_larger_than_a_tile(spike_dtype, device, monkeypatch) -> None:
     assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
 
 
-def test_busy_blocks_take_the_dense_path(device, monkeypatch) -> None:
-    """The path changes between blocks by the rate of the block before, and the bits stay."""
-    case = recurrent_problem(100, 1, 20, device=device)
-    case.x[40:] = 1
-    case.input_weights.abs_()
-    case.recurrent_weights.zero_()
-    taken = []
-    for name in ("recurrent_block", "recurrent_step"):
-        function = getattr(_triton, name)
-        monkeypatch.setattr(
-            _triton, name, lambda *a, name=name, function=function, **k: (taken.append(name), function(*a, **k))[1]
-        )
-    ours, theirs = case.run("triton", block_steps=32), case.run("reference")
-    rates = [block.mean().item() for block in theirs[0].split(32)]
-    expected = ["recurrent_block"]
-    for rate in rates[:-1]:
-        expected.append("recurrent_step" if rate > _recurrent.DENSE_RATE else "recurrent_block")
-    assert list(dict.fromkeys(taken)) == ["recurrent_block", "recurrent_step"]
-    assert taken.count("recurrent_block") == expected.count("recurrent_block")
-    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_projections_have_the_same_bits_however_dense_their_sources_are(density, rows, device, monkeypatch) -> None:
+    """Rows with many events read each weight once for several rows; those with few go through their events alone."""
+    g = torch.Generator().manual_seed(3)
+    sources = torch.randn(rows, 11, generator=g) * (torch.rand(rows, 11, generator=g) < density)
+    weights = torch.randn(11, 40, generator=g)
+    weights[1, 3] = float("inf")
+    expected = torch.zeros(2, rows, 40)
+    for row, source in (sources != 0).nonzero().tolist():  # ascending: the order in which every sum is added
+        signed = torch.stack([weights[source].relu(), (-weights[source]).relu()])
+        expected[:, row] += signed * sources[row, source]
+    for many in (1, 1000):  # four rows a program, and one
+        monkeypatch.setattr(_triton, "MANY_ROWS", many)
+        assert_same_bits([_triton.project_events(sources.to(device), weights.to(device)).cpu()], [expected])
 
 
 @pytest.mark.slow
@@ -337,7 +329,7 @@ def run_sliced(seed: int = 0, spin_limit: int = 300) -> list[torch.Tensor]:
 @interpreted
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_slices_agree_with_the_reference(seed) -> None:
-    assert _triton.slices_per_row(75, 2) > 1
+    assert _triton.slices_per_row(75, 2, torch.device("cpu")) > 1
     expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")
     assert_same_bits(run_sliced(seed, spin_limit=100_000), [expected, *reference])
 

@@ -27,6 +27,7 @@ import coba_triton
 from coba_triton import (
     CobaLIF,
     CobaLIFFeedForwardState,
+    CobaLIFRecurrent,
     CobaLIFState,
     MemorySink,
     NpzSink,
@@ -122,11 +123,10 @@ def test_whoever_reads_the_input_makes_the_same_checksum(shape: tuple[int, int],
     """The kernels, by tiles and threads of any size, and what reads it alone."""
     from coba_triton import tuning
     from coba_triton._cpu import ForwardStream, lanes, row_sums
-    from coba_triton.functional import _constants_table
-    from coba_triton.model import derive_constants
+    from coba_triton.model import constants_table
 
     x, neurons = torch.randn(shape, generator=torch.Generator().manual_seed(0)), shape[1]
-    constants = _constants_table(derive_constants(NEURON, 0.1, torch.float32, x.device), x.shape[1:])
+    constants = constants_table(NEURON, 0.1, torch.float32, x.device, x.shape[1:])
     before, sums = torch.get_num_threads(), lanes(neurons)
     torch.set_num_threads(threads)
     try:
@@ -267,6 +267,15 @@ def test_an_interval_that_no_block_can_hold_is_refused() -> None:
         simulate(CobaLIF(NEURON, 0.1), drive(), record=Record(every=2049))
     with pytest.raises(ValueError, match="record.every must be a positive int"):
         simulate(CobaLIF(NEURON, 0.1), drive(), record=Record(every=0))
+
+
+def test_a_network_without_input_is_resumed(tmp_path: Path) -> None:
+    network = CobaLIFRecurrent(0, N, NEURON._replace(v_rest=-45.0), 0.1)
+    for name in ("run.zarr", "whole.zarr"):
+        if name == "run.zarr":
+            begin(tmp_path / name, network=network, source=torch.zeros(T, 0))
+        assert run(tmp_path / name, network=network, source=torch.zeros(T, 0), resume=True).spikes[:].any()
+    assert_same(tmp_path / "run.zarr", tmp_path / "whole.zarr")
 
 
 # Damage

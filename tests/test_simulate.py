@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from coba_triton import (
     CobaLIFFeedForwardState,
     CobaLIFParameters,
     CobaLIFRecurrent,
+    CobaLIFState,
     MemorySink,
     NpzSink,
     PoissonSource,
@@ -31,7 +33,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
-from coba_triton._recurrent import DENSE_RATE
+from coba_triton._cpu_recurrent import DENSE_RATE
 
 T, N, INPUTS = 1000, 20, 6
 NEURON = CobaLIFParameters(
@@ -322,18 +324,138 @@ def test_progress_is_told(tmp_path: Path) -> None:
     assert told == [0, 320, 640, 960, 1000]
 
 
-def test_state_that_is_not_finite_ends_the_run() -> None:
+BACKENDS = ["cpu", "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_that_is_not_finite_ends_the_run(backend: str) -> None:
     x = torch.zeros(T, N)
     x[500] = 1e38
     with pytest.raises(FloatingPointError, match="the state is no longer finite after step 512, as the Euler step"):
-        simulate(CobaLIF(NEURON, 0.1), x, block_steps=64)
+        simulate(CobaLIF(NEURON, 0.1, backend=backend), x, block_steps=64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_cause_in_the_input_is_named(value: float, backend: str) -> None:
+    x = torch.zeros(T, 2, 10)
+    x[501, 1, 3] = value
+    message = f"no longer finite after step 512, as the source has {value} in step 501, channel [1, 3]; correct it"
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
+        simulate(CobaLIF(NEURON, 0.1, backend=backend), x, block_steps=64)
+    network = CobaLIFRecurrent(10, N, NEURON, 0.1, backend=backend)
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
+        simulate(network, x, block_steps=64)
+
+
+def with_nan(name: str) -> CobaLIFRecurrent:
+    network = recurrent(learn=("g_l",))
+    with torch.no_grad():
+        getattr(network, name).view(-1)[2 if "weights" in name else 0] = torch.nan
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "state", "message"),
+    [
+        (lambda: with_nan("input_weights"), None, "input_weights must be finite, got nan at [0, 2]"),
+        (lambda: with_nan("recurrent_weights"), None, "recurrent_weights must be finite, got nan at [0, 2]"),
+        (lambda: with_nan("g_l"), None, "g_l must be finite, got nan; correct it"),
+        (
+            lambda: recurrent(NEURON._replace(g_l=torch.linspace(0.01, -0.01, N))),
+            None,
+            "g_l must not be negative, got -0.0005",
+        ),
+        (
+            recurrent,
+            CobaLIFState(0.0, torch.full((N,), torch.inf), 0.0, 0.0),
+            "state.v must be finite, got inf at [0]",
+        ),
+    ],
+    ids=["input weights", "weights", "parameter", "parameters", "state"],
+)
+def test_cause_in_an_argument_is_named(network: Callable[[], Any], state: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        simulate(network(), drive((INPUTS,)), state=state)
+
+
+def warned(network: Any, source: Any, **options: Any) -> list[str]:
+    """The warnings of a run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        simulate(network, source, **options)
+    return [str(warning.message) for warning in caught]
 
 
 def test_unstable_conductances_are_warned_of_once() -> None:
-    x = torch.full((T, N), 2.0)
-    with pytest.warns(UserWarning, match="dt \\* c_m_inv \\* \\(g_l \\+ g_e \\+ g_i\\) has reached") as caught:
-        simulate(CobaLIF(NEURON, 0.1), x, block_steps=64)
-    assert len(caught) == 1
+    found = warned(CobaLIF(NEURON, 0.1), torch.full((T, N), 2.0), block_steps=64)
+    assert [m[:56] for m in found if "Euler" in m] == ["the Euler step is unstable: dt * c_m_inv * (g_l + g_e + "]
+    found = warned(CobaLIF(NEURON, 0.1), torch.linspace(0, 0.3, T)[:, None].expand(T, N), block_steps=64)
+    reached = "dt * c_m_inv * (g_l + g_e + g_i) has reached # by step #, more than #"
+    assert [re.sub("[0-9.]+", "#", m) for m in found if "Euler" in m] == [
+        f"the Euler step overshoots: {reached}; make dt or the weights smaller",
+        f"the Euler step is unstable: {reached}, and the spikes mean nothing; make dt or the weights smaller",
+    ]
+
+
+@pytest.mark.parametrize("steps", [64, T], ids=["blocks", "one block"])
+def test_neurons_that_fire_in_every_step(steps: int) -> None:
+    """A weight in nS that is given as one in uS."""
+    source = PoissonSource(100.0, T, (N,), 0.1, weight=2.0, seed=2)
+    found = warned(CobaLIF(NEURON, 0.1), source, block_steps=steps)
+    (message,) = (m for m in found if "every step" in m)
+    assert re.search(r"\d+ of 20 neurons fire in every step \(32 in a row by step .* in uS \(1 nS is 0.001 uS\)", message)
+    assert not warned(CobaLIF(NEURON, 0.1), drive(), block_steps=steps)
+
+
+def test_rates_of_a_module_are_looked_at_when_it_runs() -> None:
+    network = CobaLIF(NEURON, 0.1)
+    network.tau_syn_exc_inv.fill_(11.0)
+    with pytest.warns(UserWarning, match=r"dt \* tau_syn_exc_inv is 1.1, more than 1"):
+        simulate(network, torch.zeros(32, N))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_recurrent_network_without_input(batch: tuple[int, ...], backend: str) -> None:
+    network = CobaLIFRecurrent(0, N, NEURON._replace(v_rest=-45.0), 0.1, backend=backend)
+    network.recurrent_weights.data.copy_(torch.randint(-3, 3, (N, N), generator=torch.Generator().manual_seed(0)) / 1024)
+    x = torch.zeros(T, *batch, 0)
+    spikes, states = whole(network, x)
+    assert spikes.sum() > 50
+    record = Record(neurons=[7, 0], inputs=True)
+    result = simulate(network, x, record=record, block_steps=96)
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
+    np.testing.assert_array_equal(result.traces["v"][:], states.v.flatten(1)[:, [7, 0]].numpy())
+    assert not result.array("input_e").any()
+    with torch.no_grad():
+        network.reset_parameters()
+    assert network.recurrent_weights.any()
+    with pytest.raises(ValueError, match=re.escape("got shape [0, 0]; leave")):
+        simulate(network, torch.zeros(T, 0, 0))
+
+
+@pytest.mark.parametrize("wrap", ["compile", "DataParallel", "both"])
+def test_wrapped_modules(wrap: str) -> None:
+    network, source = recurrent(), drive((INPUTS,))
+    want = simulate(network, source).spikes[:]
+    wrapped: Any = network
+    if wrap != "compile":
+        wrapped = torch.nn.DataParallel(wrapped)
+    if wrap != "DataParallel":
+        wrapped = torch.compile(wrapped)
+    np.testing.assert_array_equal(simulate(wrapped, source).spikes[:], want)
+
+
+def test_distributed_module(tmp_path: Path) -> None:
+    """Wrapped before there is anything to train."""
+    network, source = recurrent(), drive((INPUTS,))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        wrapped: Any = torch.nn.parallel.DistributedDataParallel(network)
+        np.testing.assert_array_equal(simulate(wrapped, source).spikes[:], simulate(network, source).spikes[:])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -371,6 +493,7 @@ def test_spikes_that_were_not_recorded(tmp_path: Path) -> None:
         result.events()
 
 
+@pytest.mark.filterwarnings("ignore:.*neurons fire in every step", "ignore:the Euler step overshoots")
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize(("rate", "threshold"), [(600.0, -50.0), (6000.0, -64.9)], ids=["events", "matrix-products"])
 def test_traces_of_connected_neurons_in_several_rows(rate: float, threshold: float, backend: str) -> None:

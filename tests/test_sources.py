@@ -1,5 +1,6 @@
 """Poisson spikes and the reading of sources in blocks."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from coba_triton import PoissonSource, stream_blocks
+from coba_triton import CobaLIF, PoissonSource, Record, simulate, stream_blocks
 from coba_triton._stream_kernels import philox
 
 STEPS = 700
@@ -91,6 +93,43 @@ def test_rows_are_those_of_the_whole(rate: Any) -> None:
     assert poisson(rate, shape=(5, 3), rows=slice(-2, None)).describe()["rows"] == (3, 5, 5)
 
 
+def test_integers_of_numpy_and_one_size() -> None:
+    want = PoissonSource(2000.0, 50, (3,), 0.1, seed=7, stream=2)
+    numbers = {"steps": np.int64(50), "shape": np.int32(3), "seed": np.uint64(7), "stream": np.uint8(2)}
+    source = PoissonSource(np.float32(2000.0), dt=np.float64(0.1), weight=np.float32(1), **numbers)  # type: ignore[arg-type]
+    assert torch.equal(source[np.int64(0) : np.int64(50)], want[:])
+    assert json.dumps(source.describe()) == json.dumps(want.describe())
+    assert PoissonSource(1.0, 5, 3).shape == PoissonSource(1.0, 5, [3]).shape == (5, 3)  # type: ignore[comparison-overlap]
+    blocks = [len(block) for block in stream_blocks(source, np.int16(20))]  # type: ignore[arg-type]
+    assert blocks == [20, 20, 10]
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i2", ">u4", ">f2", "<f4", "u2", "?"])
+def test_byte_orders_and_kinds_of_numbers(dtype: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 3, (50, 3)).astype(dtype)
+    x.tofile(tmp_path / "x.bin")
+    mapped = np.memmap(tmp_path / "x.bin", dtype, "r", shape=(50, 3))
+    for source in (x, mapped, [x[:30], x[30:]]):
+        got = torch.cat(list(stream_blocks(source, 20)))
+        np.testing.assert_array_equal(got.numpy(), x)
+        assert got.numpy().dtype == x.dtype.newbyteorder("=")
+    weak = x.astype(float) / 100
+    want = simulate(CobaLIF(dt=0.1), weak.astype(np.float32), record=Record(neurons=[0]))
+    for source in (weak.astype(">f4"), mapped / np.float32(100)):
+        got = simulate(CobaLIF(dt=0.1), source.astype(np.float32), record=Record(neurons=np.int64(0)))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(got.traces["v"][:], want.traces["v"][:])
+
+
+@pytest.mark.parametrize("form", ["coo", "csr", "csc", "lil", "dia", "bsr"])
+@pytest.mark.parametrize("kind", ["array", "matrix"])
+def test_sparse_arrays(form: str, kind: str) -> None:
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    x = np.random.default_rng(0).random((50, 8)).astype(np.float32)
+    x[x < 0.8] = 0
+    source = getattr(sparse, f"{form}_{kind}")(x)
+    assert torch.equal(torch.cat(list(stream_blocks(source, 20))), torch.from_numpy(x))
+
+
 def test_add_adds() -> None:
     source, other = poisson(weight=1.0), poisson(weight=-2.0, stream=1)
     x = source[:]
@@ -105,8 +144,11 @@ def test_add_adds() -> None:
         ({"rate": math.inf}, ValueError, "rate must be finite"),
         ({"rate": "1"}, TypeError, "rate must be a real number or a torch.Tensor, got str"),
         ({"rate": torch.ones(3)}, ValueError, "rate must broadcast to the neurons [7], got [3]"),
-        ({"seed": -1}, ValueError, "seed must be an int from 0 to 2**64 - 1, got -1"),
-        ({"stream": 2**32}, ValueError, "stream must be an int from 0 to 2**32 - 1"),
+        ({"seed": -1}, ValueError, f"seed must be an int from 0 to {2**64 - 1}, got -1"),
+        ({"stream": 2**32}, ValueError, f"stream must be an int from 0 to {2**32 - 1}, got {2**32}"),
+        ({"seed": 1.0}, TypeError, "seed must be an int from 0 to"),
+        ({"shape": 5.0}, TypeError, "every size in shape must be a positive int, got float"),
+        ({"shape": (2, 0)}, ValueError, "every size in shape must be a positive int, got 0"),
         ({"steps": 0}, ValueError, "steps must be a positive int, got 0"),
         (
             {"rows": slice(7, 9)},
@@ -155,6 +197,14 @@ def test_forms_of_a_source(form: str, tmp_path: Path) -> None:
         assert np.shares_memory(blocks[1].numpy(), source) == (form in ("numpy", "part"))
 
 
+def test_batches_of_a_loader() -> None:
+    x = torch.randn(9, 3)
+    loader = DataLoader(TensorDataset(x), batch_size=4)
+    assert torch.equal(torch.cat(list(stream_blocks((batch[0] for batch in loader), 5))), x)
+    with pytest.raises(TypeError, match=r"got list; .* such as \(batch\[0\] for batch in loader\)"):
+        simulate(CobaLIF(dt=0.1), loader)
+
+
 def test_error_of_a_source_is_passed_on() -> None:
     def broken() -> Iterator[Tensor]:
         yield torch.zeros(10, 2)
@@ -171,7 +221,23 @@ def test_error_of_a_source_is_passed_on() -> None:
     [
         (3, TypeError, "source must be a tensor, an array that gives its steps as slices"),
         (torch.tensor(1.0), ValueError, "source must have a leading time axis [T, ...], got a 0-dim array"),
+        (torch.eye(3).to_sparse(), TypeError, "source must be dense, got a tensor of torch.sparse_coo; use .to_dense()"),
+        (np.array(["a"]), TypeError, "source must be of numbers that torch has, got <U1; convert it with .astype"),
+        (np.zeros((4, 2), object), TypeError, "source must be of numbers that torch has, got object"),
+        ([np.zeros((4, 2), np.longdouble)], TypeError, "source must be of numbers that torch has, got float128"),
+        (np.ma.masked_equal([[0, 1.0]], 1.0), ValueError, "got a masked array; put one there with .filled(0)"),
         ([], ValueError, "source must have at least one chunk [t, ...], got an empty iterator"),
+        *(
+            (source, TypeError, f"every chunk of source must be a tensor or an array [t, ...], got {got}; of a loader whose")
+            for source, got in (
+                (DataLoader(TensorDataset(torch.zeros(8, 3)), batch_size=4), "list"),
+                ([(torch.zeros(4, 3), torch.zeros(4))], "tuple"),
+                ([{"x": torch.zeros(4, 3)}], "dict"),
+                ([[0.0, 1.0], [1.0, 0.0]], "list"),
+                ({"x": torch.zeros(4, 3)}, "str"),
+                ("x.npy", "str"),
+            )
+        ),
         ([torch.zeros(2, 3), torch.zeros(2, 4)], ValueError, "every chunk must be [t, ...] = [t, 3] of torch.float32"),
     ],
 )

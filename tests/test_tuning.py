@@ -69,6 +69,14 @@ def test_first_table_with_an_entry_wins(tmp_path, monkeypatch) -> None:
     assert "its entry for neurons=1024" in choice.reason and "tile=128" in str(choice)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_table_that_an_editor_marked(encoding: str) -> None:
+    path = write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(tile=64))
+    path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+    tuning.forget()
+    assert tile() == 64
+
+
 def test_the_nearest_entry_within_a_factor_of_two_serves() -> None:
     write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(1000, 64), entry(1500, 128))
     assert [tile(n) for n in (499, 500, 1000, 1200, 1300, 3000, 3001)] == [1024, 64, 64, 64, 128, 128, 1024]

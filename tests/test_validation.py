@@ -11,13 +11,21 @@ import pytest
 import torch
 
 from coba_triton import (
+    CobaLIF,
+    CobaLIFCell,
     CobaLIFFeedForwardState,
     CobaLIFParameters,
+    CobaLIFRecurrent,
+    CobaLIFState,
+    PoissonSource,
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
     coba_lif_integral,
     coba_lif_step,
+    from_pynn,
+    simulate,
 )
+from coba_triton.model import NUMERIC_PARAMETERS
 
 X = torch.zeros(4, 3)
 W_IN, W_REC = torch.zeros(2, 3), torch.zeros(2, 2)
@@ -95,6 +103,44 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "parameter bool": (lambda: number("g_l", True), TypeError, "g_l must be a real number .* got bool"),
     "parameter bool tensor": (lambda: number("g_l", torch.tensor(True)), TypeError, "got a tensor of torch.bool"),
     "parameter array": (lambda: number("g_l", np.zeros(3)), TypeError, "got ndarray; wrap arrays in torch.as_tensor"),
+    **{
+        f"parameter {name} {value}": (
+            lambda name=name, value=value: number(name, value),
+            ValueError,
+            f"{name} must be finite, got {value}; ",
+        )
+        for name in NUMERIC_PARAMETERS
+        for value in (float("nan"), float("inf"), float("-inf"))
+    },
+    **{
+        f"parameter {name} negative": (
+            lambda name=name: number(name, -1),
+            ValueError,
+            f"{name} must not be negative, got -1.0; correct its sign",
+        )
+        for name in ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha")
+    },
+    "parameter of a module": (
+        lambda: CobaLIFCell(3, 2, CobaLIFParameters(g_l=np.float32("nan"))),
+        ValueError,
+        "g_l must be finite, got nan",
+    ),
+    "threshold that is never reached": (lambda: number("v_thresh", float("inf")), ValueError, "never fire, pass .* as 1e9"),
+    "state nan": (
+        lambda: rec(state=CobaLIFState(0.0, float("nan"), 0.0, 0.0)),
+        ValueError,
+        "state.v must be finite, got nan; correct it where it comes from",
+    ),
+    "state negative": (
+        lambda: ff(state=CobaLIFFeedForwardState(-65.0, 0.0, -0.1)),
+        ValueError,
+        "state.g_i must not be negative, got -0.1",
+    ),
+    "rate of a source": (lambda: PoissonSource(float("nan"), 5, (2,)), ValueError, "rate must be finite"),
+    "weight of a source": (lambda: PoissonSource(1.0, 5, (2,), weight=float("inf")), ValueError, "weight must be finite"),
+    "input sparse": (lambda: ff(X.to_sparse()), TypeError, "must be dense, got torch.sparse_coo; use .to_dense"),
+    "weights sparse": (lambda: rec(w_rec=W_REC.to_sparse()), TypeError, "recurrent_weights must be dense, got torch.sparse"),
+    "size": (lambda: CobaLIFCell(True, 2), TypeError, "input_size must be .* got bool"),
     "weights type": (lambda: rec(w_in=[[1.0]]), TypeError, "input_weights must be a torch.Tensor, got list"),
     "weights dtype": (lambda: rec(w_rec=W_REC.int()), TypeError, "recurrent_weights must be of a floating dtype"),
     "weights rank": (lambda: rec(w_in=torch.zeros(3)), ValueError, r"input_weights must be a matrix.*got shape \[3\]"),
@@ -127,12 +173,38 @@ def test_message(name: str) -> None:
 def test_unstable_step_warns_once() -> None:
     x, state = torch.zeros(2, 3), CobaLIFFeedForwardState(-20.0, torch.tensor([0.0, 5.0, 1.0]), 0.0)
     p = CobaLIFParameters()
-    with pytest.warns(UserWarning, match=r"unstable: dt \* c_m_inv \* .* is 2.62 .* make dt smaller than 0.0762"):
+    with pytest.warns(UserWarning, match=r"unstable: dt \* c_m_inv \* .* is 2.62 .* make dt smaller than 0.0381"):
         ff(x, state, p, 0.1)
+    with pytest.warns(UserWarning, match=r"overshoots: dt \* c_m_inv \* .* is 1.84 at the given state, more than 1; make"):
+        ff(x, state, p, 0.07)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ff(x, state, p, 0.1)
-        ff(x, state, p, 0.07)
+        ff(x, state, p, 0.038)
+
+
+@pytest.mark.parametrize(("dt", "what"), [(0.3, "overshoots"), (0.5, "is unstable")])
+@pytest.mark.parametrize("call", ["function", "recurrent", "module", "cell", "tensor"])
+def test_rates_of_synapses_are_looked_at(call: str, dt: float, what: str) -> None:
+    p = from_pynn({"t_ref": 0.0, "tau_syn_in": 100.0}, model="iaf_cond_exp")
+    with pytest.warns(
+        UserWarning, match=rf"step {what}: dt \* tau_syn_exc_inv is {5 * dt:.3g}, .* smaller than 0.2"
+    ) as seen:
+        match call:
+            case "function":
+                ff(p=p, dt=dt)
+            case "recurrent":
+                rec(p=p, dt=dt)
+            case "module":
+                CobaLIF(p, dt)
+            case "cell":
+                CobaLIFCell(3, 2, p, dt)
+            case "tensor":
+                ff(p=p._replace(tau_syn_exc_inv=torch.tensor([0.1, 5.0, 0.1])), dt=dt)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CobaLIF(p, dt=0.1)(X)
 
 
 def test_unstable_step_warns_of_tensors_and_single_steps() -> None:
@@ -141,3 +213,18 @@ def test_unstable_step_warns_of_tensors_and_single_steps() -> None:
         coba_lif_feed_forward_step(torch.zeros(2), None, p, 0.1)
     with pytest.warns(UserWarning, match="unstable"):
         coba_lif_step(X[0], None, W_IN, W_REC, p, 0.2)
+
+
+def test_numbers_of_numpy() -> None:
+    x, weights = torch.rand(70, 3), (torch.ones(2, 3) / 8, torch.ones(2, 2) / 8)
+    p = CobaLIFParameters(c_m_inv=torch.tensor(5.0, requires_grad=True))
+    want = coba_lif_integral(x, None, *weights, p, 0.1, block_steps=32)
+    for dt in (np.float64(0.1), np.float64("0.1")):
+        got = coba_lif_integral(x, None, *weights, p, dt, block_steps=np.int64(32))  # type: ignore[arg-type]
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1].v, want[1].v)
+    assert coba_lif_step(x[0], None, *weights, p, np.float64(0.1))[1].v.requires_grad
+    assert ff(x, dt=np.float32(0.1))[1].v.dtype == torch.float32
+    module = CobaLIFRecurrent(np.int64(3), np.uint8(2), dt=np.float64(0.1), block_steps=np.int16(32))  # type: ignore[arg-type]
+    assert type(module.hidden_size) is type(module.block_steps) is int
+    assert module(x)[0].shape == (70, 2)
+    simulate(module, x / 99, block_steps=np.int64(32))  # type: ignore[arg-type]

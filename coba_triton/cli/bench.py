@@ -242,7 +242,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: if the file cannot be read or is no result of this command.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a file that coba-triton bench --out wrote") from None
     except ValueError:

