@@ -225,13 +225,13 @@ class NpzSink(MemorySink):
         except OSError as error:
             from .results import Result
 
-            saved = None
-            with contextlib.suppress(OSError):
-                saved = Path(tempfile.mkdtemp(prefix="coba_triton-")) / self.path.name
+            saved = Path(tempfile.mkdtemp(prefix="coba_triton-")) / self.path.name
+            kept = f"the result is kept in {saved}"
+            try:
                 _write_npz(saved, *self.result(), False)
-            kept = (
-                f"the result is kept in {saved}" if saved and saved.is_file() else "the result is in this error's `result`"
-            )
+            except OSError:
+                shutil.rmtree(saved.parent, ignore_errors=True)
+                kept = "the result is in this error's `result`"
             failure = OSError(error.errno, f"cannot be written ({reason(error)}); {kept}", str(self.path))
             failure.result = Result(*self.result())  # type: ignore[attr-defined]
             raise failure from error
@@ -354,7 +354,7 @@ class ZarrSink(Sink):
             if folder.is_symlink() or not folder.is_dir():
                 raise kept.damaged(f"the array {name!r} is {'a link' if folder.is_symlink() else 'missing'}")
         rows = kept.check_blocks()
-        self._kept, self._described = kept, kept.attributes["steps"] or 0
+        self._kept, self._described = kept, -1  # who died may not have come to it
         return Checkpoint(kept.steps, kept.attributes["steps"], [(row.steps, row.input) for row in rows])
 
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
@@ -385,11 +385,11 @@ class ZarrSink(Sink):
         self._put_progress(stop)
 
     def end(self, steps: int, finished: bool) -> None:
-        if not finished:
-            return
-        if self._described != steps:
-            self._describe_columns(steps)
-        self._describe_group(steps=steps, finished=True)
+        attributes = self._kept.attributes
+        if finished and not (attributes["finished"] and attributes["steps"] == steps):
+            if self._described != steps:
+                self._describe_columns(steps)
+            self._describe_group(steps=steps, finished=True)
 
     def result(self) -> tuple[dict[str, Any], Mapping[str, Any]]:
         return Store(self.path).result()

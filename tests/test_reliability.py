@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -216,6 +217,47 @@ def test_a_run_is_extended_bit_for_bit(form: str, steps: int, tmp_path: Path) ->
     run(tmp_path / "whole.zarr", record=record, **changes(T))
     assert_same(tmp_path / "run.zarr", tmp_path / "whole.zarr")
     assert zarr.open_group(tmp_path / "run.zarr", mode="r")["v"].shape == (T // 3, 2)
+
+
+@pytest.mark.parametrize("steps", [0, BLOCK, 2 * BLOCK + 40])
+def test_whenever_a_run_dies_it_is_resumed(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is begun (0), or extended, before each of the writes that it makes."""
+
+    class Died(BaseException):
+        pass
+
+    put, replace_text = ZarrSink._put, sinks._replace_text
+    total = 3 * BLOCK + 7
+    path, writes, x = tmp_path / "run.zarr", [0], input_of(total)
+    record = Record(neurons=[3])
+
+    def dying(write: Callable[..., None], limit: int) -> Callable[..., None]:
+        def count(*arguments: Any) -> None:
+            writes[0] += 1
+            if writes[0] > limit:
+                raise Died
+            write(*arguments)
+
+        return count
+
+    run(tmp_path / "whole.zarr", source=x, record=record)
+    for limit in itertools.count():
+        shutil.rmtree(path, ignore_errors=True)
+        if steps:
+            run(path, source=x[:steps], record=record)
+        writes[0] = 0
+        monkeypatch.setattr(ZarrSink, "_put", dying(put, limit))
+        monkeypatch.setattr(sinks, "_replace_text", dying(replace_text, limit))
+        with contextlib.suppress(Died):
+            run(path, source=x, resume=True, record=record)
+        monkeypatch.undo()
+        assert not path.exists() or open_result(path).steps >= steps // BLOCK * BLOCK
+        assert run(path, source=x, resume=True, record=record).steps == total
+        assert_same(path, tmp_path / "whole.zarr")
+        if writes[0] <= limit:
+            break
+    assert limit > 15
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.zarr", "whole.zarr"]
 
 
 @pytest.mark.parametrize("steps", [BLOCK, T - 1])
