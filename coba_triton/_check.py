@@ -236,22 +236,31 @@ def run_check(check: Check, device: torch.device) -> Result:
         if check.gib > free:
             needs = "no interpreter" if check.gib == math.inf else f"{check.gib:.1f} GiB, {free:.1f} are free"
             return result("skipped", f"needs {needs}")
-    case = check.build(device)
 
     def failure(of: AnyProblem) -> str:
         try:
             found = find_mismatch(of, check)
-        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:  # whatever a compiler or a driver raises is a result, too
+            return _first_lines(error)
         return "" if found is None else str(found)
 
-    detail = failure(case)
-    if not detail:
-        return result("passed")
-    if check.gib:
-        return result("failed", detail, snippet(case, check))
-    small = shrink(case, lambda of: bool(failure(of)))
-    return result("failed", failure(small) or detail, snippet(small, check))
+    try:
+        case = check.build(device)
+        detail = failure(case)
+        if not detail:
+            return result("passed")
+        if check.gib:
+            return result("failed", detail, snippet(case, check))
+        small = shrink(case, lambda of: bool(failure(of)))
+        return result("failed", failure(small) or detail, snippet(small, check))
+    except Exception as error:  # after a fault on a device, nothing works there any more
+        return result("failed", _first_lines(error))
+
+
+def _first_lines(error: Exception) -> str:
+    """An error in a few lines: those of a compiler may be hundreds."""
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return "\n".join([*lines[:3], *(["..."] if len(lines) > 4 else []), *lines[3:][-1:]])
 
 
 def default_device() -> torch.device:

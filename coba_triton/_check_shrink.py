@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,9 @@ from .problems import Problem, RecurrentProblem
 
 # A snippet spells out so many numbers at the most.
 SNIPPET_NUMBERS = 400
-# A failing case is run again so often at the most to make it smaller.
+# A failing case is run again so often and so many seconds at the most to make it smaller; every size may compile anew.
 SHRINK_RUNS = 150
+SHRINK_SECONDS = 20.0
 
 
 def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slice) -> AnyProblem:
@@ -63,7 +65,7 @@ def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
     """The smallest part of a failing problem that was found to fail: fewer steps, neurons, rows, inputs, in turns."""
     case = flatten(case)
     everything = slice(None)
-    left = SHRINK_RUNS
+    left, until = SHRINK_RUNS, time.monotonic() + SHRINK_SECONDS
 
     def sizes(of: AnyProblem) -> dict[str, int]:
         found = {"steps": of.x.shape[0], "neurons": torch.as_tensor(of.state.v).shape[-1]}
@@ -82,7 +84,7 @@ def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
         nonlocal left
         for axis, size in sizes(of).items():
             for candidate in candidates(axis, size):
-                if left == 0:
+                if left == 0 or time.monotonic() > until:
                     return None
                 left -= 1
                 arguments: dict[str, Any] = {

@@ -7,6 +7,7 @@ are timed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,7 +116,7 @@ def problem(
     def rand(*size: int) -> Tensor:
         return torch.rand(*size, generator=g, dtype=compute)
 
-    drive = 0.35 * randn(steps, *shape)
+    drive = _drawn(steps, shape, compute, torch.device(device), g).mul_(0.35)
     x = (drive.abs() < 0.1).to(dtype) if not dtype.is_floating_point else drive.to(dtype)
     state = CobaLIFFeedForwardState(-0.2 + 0.05 * randn(*shape), 0.3 * rand(*shape), 0.3 * rand(*shape))
     parameters = {
@@ -127,6 +128,20 @@ def problem(
         CobaLIFFeedForwardState(*(torch.as_tensor(s).to(device) for s in state)),
         {name: value.to(device) for name, value in parameters.items()},
     )
+
+
+# More numbers than these are drawn where they are needed: a CPU would take minutes for them. They differ between devices.
+DRAWN_ON_CPU = 2**24
+
+
+def _drawn(
+    steps: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    """Normal random numbers ``[steps, *shape]``; the same on every device if they are not too many."""
+    if steps * math.prod(shape) <= DRAWN_ON_CPU:
+        return torch.randn(steps, *shape, generator=generator, dtype=dtype).to(device)
+    there = torch.Generator(device).manual_seed(generator.initial_seed())
+    return torch.randn(steps, *shape, generator=there, dtype=dtype, device=device)
 
 
 @dataclass

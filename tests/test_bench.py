@@ -1,7 +1,9 @@
 """``coba-triton bench``: what it writes, what it refuses, and which change of time is a regression."""
 
 import copy
+import functools
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from coba_triton import contenders
 from coba_triton.cli import bench, main
 from coba_triton.contenders import Contender
-from coba_triton.problems import Case
+from coba_triton.problems import VALUES, Case, recurrent_problem
 
 CASES = (
     Case("inference-tiny", "feed_forward", 30, 2, 10),
@@ -169,3 +171,26 @@ def test_ctrl_c_keeps_the_cases_that_are_finished(monkeypatch, tmp_path, capsys)
     assert main([*ARGUMENTS, "--out", str(out)]) == 130
     assert "Interrupted after 1 of 3 cases." in capsys.readouterr().out
     assert len(json.loads(out.read_text())["cases"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["feed_forward", "recurrent"])
+def test_spikes_that_rounding_moved_are_told_from_wrong_ones(kind) -> None:
+    """A compiler that fuses operations may move a spike where the potential is as close to the threshold as rounding."""
+    case = Case("case", kind, 1000, 3, 100)
+    each = case.build() if kind == "feed_forward" else recurrent_problem(1000, 3, 100)
+    expected, trace = each.run("reference", order=contenders.ORDER[kind], record_states=True)
+    quiet = torch.where(expected > 0, math.inf, (trace.v - VALUES["v_thresh"]).abs())
+    for place, explained in ((quiet.argmin(), True), (quiet.isfinite().nonzero()[0], False)):
+        index = torch.unravel_index(place, quiet.shape) if explained else tuple(place)
+        spikes = expected.clone()
+        spikes[index] = 1
+        message = contenders._wrong_flips(case, each, spikes, expected)
+        assert (message == "") == explained, message
+        moved = Contender(
+            "fused", lambda spikes=spikes: spikes, flips=functools.partial(contenders._wrong_flips, case, each)
+        )
+        if explained:
+            contenders.assert_same(case, moved, expected)
+        else:
+            with pytest.raises(AssertionError, match=r"spikes of fused \(one differs where the potential is"):
+                contenders.assert_same(case, moved, expected)

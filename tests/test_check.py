@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import coba_triton
-from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _check, _cpu, _cpu_recurrent
+from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _check, _check_process, _cpu, _cpu_recurrent
 from coba_triton._check import find_mismatch, sums_are_exact
 from coba_triton._check_cases import Check, Run
 from coba_triton._check_shrink import shrink
@@ -220,3 +221,57 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path) -> None:
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in out + error
+
+
+class CompilerError(Exception):
+    """As Triton's own, which are no RuntimeErrors."""
+
+
+def test_what_a_compiler_or_a_driver_raises_is_a_failed_case_in_few_lines(monkeypatch, tmp_path) -> None:
+    def fail(*args, **kwargs):
+        raise CompilerError("\n".join(["at 11:23:", *(f"line {i}" for i in range(100)), "no attribute 'type'"]))
+
+    monkeypatch.setattr(_cpu, "feed_forward_forward", fail)
+    path = tmp_path / "report.json"
+    assert main(["check", "--device", "cpu", "--only", "on the threshold", "--report", str(path)]) == 1
+    report = json.loads(path.read_text())
+    assert [result["status"] for result in report["results"]] == ["failed"] * 2
+    assert report["results"][0]["detail"] == "CompilerError: at 11:23:\nline 0\nline 1\n...\nno attribute 'type'"
+
+
+def test_making_a_failing_case_smaller_has_a_time_limit(monkeypatch) -> None:
+    monkeypatch.setattr("coba_triton._check_shrink.SHRINK_SECONDS", 0.0)
+    tried = []
+    assert shrink(problem(20, (30,)), lambda case: not tried.append(case)).x.shape == (20, 30)
+    assert len(tried) == 1
+
+
+def serve_badly(backend, device, level, only, requests) -> None:
+    """In the place of the process that runs checks: one passes, one crashes, one hangs, one fails."""
+    requests.send(None)
+    while (number := requests.recv()) is not None:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if number == 2:
+            time.sleep(60)
+        requests.send(_check.Result("group", str(number), "failed" if number == 3 else "passed", 0.0, "wrong"))
+
+
+@pytest.mark.slow
+def test_a_case_that_takes_its_process_along_leaves_the_others_alone(monkeypatch) -> None:
+    monkeypatch.setattr(_check_process, "_serve", serve_badly)
+    monkeypatch.setattr(_check_process, "CASE_SECONDS", 15.0)
+    results = list(_check_process.run_checks("cpu", CPU, "quick", "input dtypes"))
+    assert [result.status for result in results] == ["passed", "failed", "failed", "failed", "passed"]
+    assert results[1].detail == "the process that ran it died of SIGSEGV"
+    assert results[2].detail == "the process that ran it did not end within 15 s, and was killed"
+    assert results[3].detail == "wrong"
+
+
+@pytest.mark.slow
+def test_cases_that_run_apart_are_the_same(tmp_path, capfd) -> None:
+    for name in ("--apart", "--in-process"):
+        path = tmp_path / f"{name}.json"
+        assert main(["check", "--device", "cpu", "--only", "spike formats, t", name, "--report", str(path)]) == 0
+    apart, here = (json.loads(path.read_text())["results"] for path in sorted(tmp_path.iterdir()))
+    assert [(r["name"], r["status"]) for r in apart] == [(r["name"], r["status"]) for r in here]

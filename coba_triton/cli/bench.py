@@ -80,14 +80,11 @@ def run(
         except KeyboardInterrupt:
             interrupted = True
             break
-        except AssertionError as error:
-            different = True
-            print(f"not timed: {error} differ from the reference's")
-            continue
         result["cases"].append(measured)
         console.print(_table(measured))
-        for failure in measured["failed"]:
+        for failure in (*measured["failed"], *measured["different"]):
             print(f"not timed: {failure}")
+        different |= bool(measured["different"])
     if out is not None and result["cases"]:
         write_json(out, result)
         picture = out.with_suffix(".png")
@@ -112,6 +109,7 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
     """
     problem = case.build(device)
     failed: list[str] = []
+    different: list[str] = []
     able: list[Contender] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
@@ -128,6 +126,8 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
                 results[contender.name] = contender.run()
             except (RuntimeError, ImportError) as error:  # a package or a compiler that does not work here
                 failed.append(f"{contender.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            except AssertionError as error:
+                different.append(f"{error} differ from the reference's")
             else:
                 able.append(contender)
         runs = {contender.name: contender.run for contender in able}
@@ -171,6 +171,7 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
         "spikes_per_neuron_step": float(spikes.mean()) if spikes is not None else None,
         "contenders": rows,
         "failed": failed,
+        "different": different,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import coba_triton
-from coba_triton import _check
+from coba_triton import _check, _check_process
 from coba_triton._check import Result
 
 from . import info
@@ -41,7 +42,9 @@ def _table(results: list[Result]) -> Table:
     return table
 
 
-def run(device: str | None, backend: str, level: str, only: str | None, report: Path | None) -> int:
+def run(
+    device: str | None, backend: str, level: str, only: str | None, report: Path | None, apart: bool | None = None
+) -> int:
     """Run the checks; returns the exit status."""
     try:
         used, where = _check.resolve(backend, device)
@@ -60,23 +63,31 @@ def run(device: str | None, backend: str, level: str, only: str | None, report: 
     task = progress.add_task("", total=len(checks))
     started = time.perf_counter()
     interrupted = False
-    with Live(console=console, auto_refresh=console.is_terminal, transient=True) as live:
-        for each in checks:
-            progress.update(task, description=f"{each.group}, {each.name}"[:60])
-            live.update(Group(_table(results), progress))
-            try:
-                results.append(_check.run_check(each, where))
-            except KeyboardInterrupt:
-                interrupted = True
-                break
-            progress.advance(task)
+    if where.type != "cpu" if apart is None else apart:
+        running = _check_process.run_checks(used, where, level, only)
+    else:
+        running = (_check.run_check(each, where) for each in checks)
+    written = 0.0
+    with Live(console=console, auto_refresh=console.is_terminal, transient=True) as live, closing(running):
+        try:
+            for each in checks:
+                progress.update(task, description=f"{each.group}, {each.name}"[:60])
+                live.update(Group(_table(results), progress))
+                results.append(next(running))
+                progress.advance(task)
+                if report is not None and time.monotonic() > written + 1:
+                    _write(report, _check.Report(used, str(where), tuple(results)), level, interrupted=True)
+                    written = time.monotonic()
+        except KeyboardInterrupt:
+            interrupted = True
     console.print(_table(results))
     done = _check.Report(used, str(where), tuple(results))
     for result in results:
         if result.status == "skipped":
             print(f"skipped: {result.group}, {result.name}: {result.detail}")
     for result in done.failures:
-        print(f"\nMISMATCH: {result.group}, {result.name}\n{result.detail}\nThe smallest case found:\n\n{result.snippet}\n")
+        shown = f"The smallest case found:\n\n{result.snippet}\n" if result.snippet else ""
+        print(f"\nMISMATCH: {result.group}, {result.name}\n{result.detail}\n{shown}")
     if report is not None:
         _write(report, done, level, interrupted)
         print(f"Wrote {report}")

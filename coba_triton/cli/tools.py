@@ -48,7 +48,14 @@ def check(
     backend: Annotated[str, typer.Option(help="What to check: auto, triton or cpu.")] = "auto",
     full: Annotated[bool, typer.Option("--full/--quick", help="All cases, or a selection (the default).")] = False,
     only: Annotated[str | None, typer.Option(metavar="TEXT", help="Only cases whose names contain this.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a JSON report to this file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a JSON report to this file, after every case.")] = None,
+    apart: Annotated[
+        bool | None,
+        typer.Option(
+            "--apart/--in-process",
+            help="Run the cases in another process, which may crash; by default on all devices but the CPU.",
+        ),
+    ] = None,
 ) -> int:
     """Compare a backend with the reference, bit by bit where it must be; exit status 1 on a mismatch.
 
@@ -57,7 +64,7 @@ def check(
     """
     from . import check
 
-    return check.run(device, backend, "full" if full else "quick", only, report)
+    return check.run(device, backend, "full" if full else "quick", only, report, apart)
 
 
 @_for_users

@@ -1,0 +1,117 @@
+"""What calls on a GPU launch, and that the host never waits for it, on a driver that executes nothing.
+
+These tests are collected only where that driver is installed; ``test_dry.py`` runs them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+import dry
+from coba_triton import (
+    CobaLIF,
+    CobaLIFParameters,
+    CobaLIFRecurrent,
+    _triton,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+)
+from coba_triton.kernels import feed_forward, recurrent
+from coba_triton.problems import sparse_problem
+
+P = CobaLIFParameters()
+X = torch.zeros(40, 3, 64)
+W_IN, W_REC = torch.zeros(100, 64), torch.zeros(100, 100)
+CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
+    "feed-forward": (
+        lambda: coba_lif_feed_forward_integral(X, None, P, 0.1, backend="triton"), {"forward_kernel": 1},
+    ),
+    "feed-forward, training": (
+        lambda: coba_lif_feed_forward_integral(X.clone().requires_grad_(), None, P, 0.1, backend="triton")[0].sum().backward(),
+        {"forward_kernel": 1, "backward_kernel": 1},
+    ),
+    "module": (lambda: CobaLIF(dt=0.1, backend="triton")(X), {"forward_kernel": 1}),
+    "recurrent": (
+        lambda: coba_lif_integral(X, None, W_IN, W_REC, P, 0.1, backend="triton"),
+        {"compact_kernel": 2, "projection_kernel": 2, "forward_kernel": 1},
+    ),
+    "recurrent, in two blocks": (
+        lambda: coba_lif_integral(X, None, W_IN, W_REC, P, 0.1, backend="triton", block_steps=32),
+        {"compact_kernel": 4, "projection_kernel": 4, "forward_kernel": 2},
+    ),
+    "recurrent, sliced": (
+        lambda: coba_lif_integral(X, None, W_IN, W_REC, P, 0.1, backend="triton", path="sliced"),
+        {"compact_kernel": 2, "projection_kernel": 2, "sliced_forward_kernel": 1},
+    ),
+    "recurrent, dense": (
+        lambda: coba_lif_integral(X, None, W_IN, W_REC, P, 0.1, backend="triton", path="dense"),
+        {"compact_kernel": 1, "projection_kernel": 1, "driven_kernel": 40},
+    ),
+    "recurrent module, training": (
+        lambda: CobaLIFRecurrent(64, 100, dt=0.1, backend="triton")(X)[0].sum().backward(),
+        {"compact_kernel": 8, "projection_kernel": 8, "forward_kernel": 2, "driven_kernel": 2, "backward_kernel": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches_and_no_wait(name: str) -> None:
+    run, expected = CASES[name]
+    run()  # compiles, and makes what is kept
+    dry.launches()
+    run()
+    assert dry.launches() == expected
+    operations = dry.operations(run)
+    asserted = operations["aten::_assert_async"]  # waits on a CPU only
+    assert operations and not {wait: operations[wait] for wait in dry.WAITS if operations[wait] > asserted}
+
+
+def test_a_training_step_makes_few_operations_beside_its_launches() -> None:
+    """Spike words are unpacked a block at a time: an operation for every bit would be thousands."""
+    case = sparse_problem(1000, 2, 256)
+    case.recurrent_weights.requires_grad_()
+    operations = dry.operations(lambda: case.run("triton")[0].sum().backward())
+    shifts = operations["aten::__rshift__"]
+    assert 0 < shifts <= 2 * 32  # one for each of 32 blocks, and one for the word before each
+
+
+def test_the_host_takes_the_compiled_kernel_that_triton_would_take() -> None:
+    """What is kept is found by dtypes, alignment and widths: other values of the numbers compile nothing, these do."""
+    kernels = [
+        kernel
+        for module in (feed_forward, recurrent)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
+    ]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
+        assert numbers and all(p.do_not_specialize for p in numbers), kernel
+    for steps in (40, 1, 16):
+        coba_lif_feed_forward_integral(X[:steps], None, P, 0.1, backend="triton")
+    before = set(_triton._compiled)
+    coba_lif_feed_forward_integral(X[:17], None, P, 0.2, backend="triton")
+    assert set(_triton._compiled) == before
+    buffer = torch.zeros(X[:17].numel() + 1)
+    coba_lif_feed_forward_integral(buffer[1:].view(17, 3, 64), None, P, 0.2, backend="triton")  # not aligned
+    assert len(_triton._compiled) == len(before) + 1
+
+
+@pytest.mark.parametrize("kind", ["feed-forward", "recurrent"])
+def test_torch_compile_takes_a_backend_that_is_a_gpus(kind: str) -> None:
+    """A compiler cannot follow how the package finds Triton's driver, and need not."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if kind == "feed-forward":
+            return coba_lif_feed_forward_integral(x, None, P, 0.1, backend="triton")[0]
+        return coba_lif_integral(x, None, W_IN, W_REC, P, 0.1, backend="triton")[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    dry.launches()
+    compiled(torch.zeros(40, 3, 64, requires_grad=True)).sum().backward()
+    assert {"forward_kernel", "backward_kernel"} <= set(dry.launches())
