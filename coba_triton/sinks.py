@@ -289,11 +289,15 @@ class ZarrSink(Sink):
         self._columns, self._block_steps = header.columns, header.block_steps
         if self.path.is_symlink():
             raise ValueError(f"{self.path} is a symbolic link; give the path that it leads to")
-        if not self.path.exists():
+        if self.path.exists():
+            if resume:
+                return self._reopen(attributes)
+            self._check_replaceable()
+        with self._kept_so_far(0):
             self._create(attributes, fixed, kept, header)
-            return Checkpoint()
-        if resume:
-            return self._reopen(attributes)
+        return Checkpoint()
+
+    def _check_replaceable(self) -> None:
         if not self.overwrite:
             raise FileExistsError(
                 f"{self.path} exists; continue it with resume=True, replace it with ZarrSink(path, overwrite=True), or "
@@ -304,8 +308,6 @@ class ZarrSink(Sink):
                 f"{foreign} is no part of the result {self.path}, which is not replaced for that; move it away, or choose "
                 "another path"
             )
-        self._create(attributes, fixed, kept, header)
-        return Checkpoint()
 
     def _create(self, attributes: dict[str, Any], fixed: dict[str, Array], kept: dict[str, Fixed], header: Header) -> None:
         """Build the empty result beside its place and move it there: it is there whole or not at all."""
@@ -360,13 +362,23 @@ class ZarrSink(Sink):
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
         kept = self._kept
         state = kept.state(blocks) if blocks else None
-        self._describe_group(steps=steps, finished=False)
-        if kept.steps != blocks * self._block_steps:  # the last block is made anew, with the steps that it lacked
-            self._put_progress(blocks * self._block_steps)
-        planned = steps if steps is not None else kept.steps + self._block_steps
-        if planned != self._described:
-            self._describe_columns(planned)
+        with self._kept_so_far(blocks * self._block_steps):
+            self._describe_group(steps=steps, finished=False)
+            if kept.steps != blocks * self._block_steps:  # the last block is made anew, with the steps that it lacked
+                self._put_progress(blocks * self._block_steps)
+            planned = steps if steps is not None else kept.steps + self._block_steps
+            if planned != self._described:
+                self._describe_columns(planned)
         return state
+
+    @contextlib.contextmanager
+    def _kept_so_far(self, steps: int) -> Iterator[None]:
+        """Say what an error of the disk leaves."""
+        try:
+            yield
+        except OSError as error:
+            kept = f"{steps:,} steps are kept: make room and continue with resume=True"
+            raise OSError(error.errno, f"cannot write ({reason(error)}); {kept}", str(self.path)) from error
 
     def write(self, start: int, stop: int, block: dict[str, Array], state: Array, given: int) -> None:
         number = start // self._block_steps
@@ -387,9 +399,10 @@ class ZarrSink(Sink):
     def end(self, steps: int, finished: bool) -> None:
         attributes = self._kept.attributes
         if finished and not (attributes["finished"] and attributes["steps"] == steps):
-            if self._described != steps:
-                self._describe_columns(steps)
-            self._describe_group(steps=steps, finished=True)
+            with self._kept_so_far(steps):
+                if self._described != steps:
+                    self._describe_columns(steps)
+                self._describe_group(steps=steps, finished=True)
 
     def result(self) -> tuple[dict[str, Any], Mapping[str, Any]]:
         return Store(self.path).result()
@@ -445,6 +458,9 @@ class ZarrSink(Sink):
 
 
 def _replace_text(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == text.encode():
+            return
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
 

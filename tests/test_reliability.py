@@ -877,10 +877,11 @@ def test_a_zarr_that_finds_no_room_at_the_end_is_resumed(tmp_path: Path, monkeyp
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ZarrSink, "_describe_group", fail)
-    monkeypatch.setattr(ZarrSink, "go_on", lambda *_: None)
-    with pytest.raises(OSError, match="No space left"):
-        run(tmp_path / "run.zarr")
+    begin(tmp_path / "run.zarr")
+    monkeypatch.setattr(sinks, "written_whole", fail)
+    message = r"cannot write \(No space left on device\); 1,000 steps are kept: make room and continue with resume=True"
+    with pytest.raises(OSError, match=message):
+        run(tmp_path / "run.zarr", resume=True)
     monkeypatch.undo()
     assert open_result(tmp_path / "run.zarr").steps == T
     run(tmp_path / "run.zarr", resume=True)
