@@ -159,7 +159,8 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
             result = open_result(path)
         return Run(result, backend, str(device), result.steps - before, time.perf_counter() - begin)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{where}{reason(error)}".replace("resume=True", "--resume")) from error
+        where, told = error.filename or path, reason(error)
+        told = told if str(where) in told else f"{where}: {told}"
+        raise UserError(told.replace("resume=True", "--resume")) from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the simulation failed: {error}") from error
