@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test budgets mutants lint clean
+.PHONY: help demo test matrix gpu budgets mutants lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -18,6 +18,12 @@ demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 
 test: $(STAMP) ## run the tests; ARGS="-m 'not slow'" leaves out what takes long, and takes a minute
 	$(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark $(ARGS)
+
+matrix: ## run the tests that depend on them with the lowest and the newest torch, triton and numpy; downloads gigabytes
+	$(PYTHON) tests/matrix.py $(ARGS)
+
+gpu: ## check and measure on this machine's GPU, nine minutes at most; installs nothing
+	$(PYTHON) bench/gpu.py $(ARGS)
 
 budgets: $(STAMP) ## rewrite tests/budgets.json with what the compiled kernels need now, and print what changed
 	TRITON_INTERPRET=0 $(BIN)/python tests/budgets.py --write

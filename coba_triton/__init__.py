@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ._check import check
 from ._warmup import warmup
+from .events import read_events
 from .functional import (
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
@@ -23,7 +24,7 @@ from .pynn import from_pynn, to_pynn
 from .results import Result, open_result
 from .simulation import Record, simulate
 from .sinks import MemorySink, NpzSink, ZarrSink
-from .sources import PoissonSource, stream_blocks
+from .sources import EventSource, PoissonSource, stream_blocks
 from .spikes import pack_spikes, unpack_spikes
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
@@ -43,6 +44,7 @@ __all__ = [
     "CobaLIFParameters",
     "CobaLIFRecurrent",
     "CobaLIFState",
+    "EventSource",
     "MemorySink",
     "NpzSink",
     "PoissonSource",
@@ -60,6 +62,7 @@ __all__ = [
     "from_pynn",
     "open_result",
     "pack_spikes",
+    "read_events",
     "simulate",
     "stream_blocks",
     "to_pynn",

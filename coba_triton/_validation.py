@@ -263,6 +263,25 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
         )
 
 
+def exports_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is at work."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# A compiler that the exporter may use takes torch's own function for False. This is what the decorator
+# torch.compiler.assume_constant_result does, which would import the compiler.
+exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_exported(backend: str) -> None:
+    """What an ONNX file can hold."""
+    if exports_to_onnx() and backend != "reference":
+        raise RuntimeError(
+            f"backend {backend!r} runs one operator for all steps, which has no ONNX form; export with backend='reference', "
+            "whose steps become ordinary operations, for one length of the input"
+        )
+
+
 def check_block_steps(block_steps: Any) -> int | None:
     if block_steps is None:
         return None
@@ -285,11 +304,11 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklev
     """
     if torch.compiler.is_compiling():
         return
-    rates = (p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l)
-    key = (dt, *(tuple(r.shape) if isinstance(r, Tensor) else r for r in rates))
+    key = _stability_key(p, dt)
     if key in _stability_checked:
         return
     try:
+        rates = p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l
         excitatory, inhibitory, c_m_inv, g_l, *g = (_known(value) for value in (*rates, g_e, g_i))
         found = {"tau_syn_exc_inv": excitatory, "tau_syn_inh_inv": inhibitory}
         if c_m_inv is not None and g_l is not None:
@@ -306,6 +325,16 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklev
                 f"smaller than {dt / factor:.3g}",
                 stacklevel=stacklevel,
             )
+
+
+def _stability_key(p: Any, dt: float) -> tuple[Any, ...]:
+    rates = p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l
+    return (dt, *(tuple(rate.shape) if isinstance(rate, Tensor) else rate for rate in rates))
+
+
+def skip_stability(p: Any, dt: float) -> None:
+    """Do not look at this kind of parameters, as another one with their numbers was looked at."""
+    _stability_checked.add(_stability_key(p, dt))
 
 
 def instability(factor: float) -> str:

@@ -347,7 +347,7 @@ def coba_lif_integral(
     if record_states:
         trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(state, neurons))
+    return spikes, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(state, neurons))
 
 
 def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> None:

@@ -335,6 +335,7 @@ def coba_lif_feed_forward_integral(
         check.check_out(out, *wanted, inputs)
 
     backend = choose_backend(backend, device)
+    check.check_exported(backend)
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
         rows, final = _run_reference(
@@ -368,12 +369,14 @@ def _flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
     return x.reshape(x.shape[0], neurons.numel())
 
 
-def own_fields(states: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    """The three fields in ``[3, ...]``, each of ``shape``.
+def own_fields(states: Tensor, shape: Sequence[int], count: int = 3) -> Sequence[Tensor]:
+    """The fields in ``[count, ...]``, each of ``shape``.
 
     They lie in one memory, but to autograd each is a tensor of its own, and may be edited in place without the others.
     """
-    return [field.reshape(shape) for field in states.unsafe_split(1)]
+    if not shape or torch.compiler.is_compiling():
+        return [field.reshape(shape) for field in states.reshape(count, *shape).unsafe_split(1)]
+    return states.reshape(count * shape[0], *shape[1:]).unsafe_chunk(count)
 
 
 def _run_operator(
@@ -508,6 +511,7 @@ def coba_lif_integral(
         inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
         check.check_out(out, *wanted, inputs)
     backend = choose_backend(backend, device)
+    check.check_exported(backend)
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
         w = reference.SplitWeights.of(*weights)
@@ -560,7 +564,7 @@ def _run_recurrent_operator(
         z, flat = torch.ops.coba_triton.recurrent_out(
             x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
         )
-        return out, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))
+        return out, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     spikes, z, flat, states = operators.recurrent(
@@ -570,4 +574,4 @@ def _run_recurrent_operator(
     if record_states:
         trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
         return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
-    return spikes, CobaLIFState(z.reshape(neurons), *own_fields(flat, neurons))
+    return spikes, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons))

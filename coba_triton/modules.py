@@ -11,6 +11,13 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
 - all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
   ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module, and those of
   integers are held as floating ones.
+
+An input of bool or integers gives spikes in the dtype that the module was last converted to, as ``.half()`` does, so that
+they fit the layer behind; any other input gives spikes in its own.
+
+``torch.fx`` traces them as calls of :mod:`coba_triton.functional`, one node each. ONNX takes them with
+``backend="reference"``, for one length of the input. Opacus refuses modules that have buffers: it works with
+``grad_sample_mode="no_op"`` and the gradients of every sample from ``torch.func.vmap(torch.func.grad(...))``.
 """
 
 from __future__ import annotations
@@ -32,6 +39,9 @@ from .functional import (
 )
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, known
 
+for _function in ("coba_lif_feed_forward_integral", "coba_lif_feed_forward_step", "coba_lif_integral", "coba_lif_step"):
+    torch.fx.wrap(_function)
+
 
 def _floating(value: Any) -> Any:
     """Tensors of integers, which norse's defaults are, as floating ones: they can be learned, and take any number."""
@@ -46,7 +56,7 @@ class _Neurons(nn.Module):
         check.check_parameters(p)
         self.dt = check.check_dt(dt)
         check.check_learn(learn, p)
-        check.warn_if_unstable(p, self.dt, stacklevel=4)  # a call does not wait for the numbers of a module on a GPU
+        check.warn_if_unstable(p, self.dt)
         self.dtype = torch.get_default_dtype()  # what the module was converted to last
         self.method: str = p.method
         self.learn = tuple(learn)
@@ -62,6 +72,7 @@ class _Neurons(nn.Module):
             else:
                 start = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value)).float()
                 self.register_parameter(name, nn.Parameter(start))
+        check.skip_stability(self.p, self.dt)
 
     @property
     def p(self) -> CobaLIFParameters:
@@ -74,7 +85,7 @@ class _Neurons(nn.Module):
         An input of ``rank`` axes drives a single neuron without axes: there a 0-dim float64 tensor would promote the
         computation to float64, which a Python number does not.
         """
-        single = getattr(x, "ndim", None) == rank
+        single = not isinstance(x, torch.fx.Proxy) and getattr(x, "ndim", None) == rank
         p = self.p
         numbers: dict[str, Any] = {name: getattr(p, name) for name in self._numbers}
         return p._replace(**{name: value.item() if single else known(value) for name, value in numbers.items()})
@@ -150,6 +161,9 @@ class _RecurrentNeurons(_Neurons):
         recurrent = self.recurrent_weights
         if self.autapses:
             return self.input_weights, recurrent
+        if check.exports_to_onnx():  # which has no other form of it; this one takes longer
+            diagonal = torch.eye(self.hidden_size, dtype=torch.bool, device=recurrent.device)
+            return self.input_weights, recurrent.masked_fill(diagonal, 0.0)
         return self.input_weights, torch.diagonal_scatter(recurrent, recurrent.new_zeros(self.hidden_size))
 
     def extra_repr(self) -> str:

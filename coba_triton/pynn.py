@@ -1,7 +1,7 @@
 """Parameter sets of PyNN's ``IF_cond_exp`` and NEST's ``iaf_cond_exp``, to and from :class:`CobaLIFParameters`.
 
-Both are this package's neuron with a refractory period, which it does not have: it must be zero. An offset current ``I`` is
-a resting potential of ``v_rest + I / g_l``: the same equation.
+Both are this package's neuron with a refractory period, which it does not have: it must be zero. An offset current ``I``
+is a resting potential of ``v_rest + I / g_l``: the same equation.
 
 Source: the standard cell ``IF_cond_exp`` of PyNN (Davison et al. 2009, doi:10.3389/neuro.11.011.2008) and the model
 ``iaf_cond_exp`` of NEST.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from . import _recurrent, operators
 from . import _validation as check
@@ -116,11 +117,12 @@ def simulate(
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if shapes do not fit, a file is damaged or something else, or the run to be resumed was begun with
-            another configuration or another input.
+        ValueError: if shapes do not fit, a parameter, weight or initial state is not finite, a file is damaged or something
+            else, or the run to be resumed was begun with another configuration or
+            another input.
         FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
         BlockingIOError: if another run is writing to the sink's path.
-        FloatingPointError: if the state stops being finite; what was finished is kept.
+        FloatingPointError: if the state stops being finite, with what made it so; what was finished is kept.
         OSError: if the sink cannot be written to; what was finished is kept.
 
     Example:
@@ -297,8 +299,10 @@ class _Run:
             p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
             detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
             self.p: Any = CobaLIFParameters(*detached)
-            self._check_numbers(state)
+            self._check_numbers()
             self.state = self._integrate(first[:0], state, False)[1]
+            if state is not None:
+                check.check_numbers({f"state.{name}": field for name, field in self.state._asdict().items()})
         self.shape = self.state.v.shape
         self.neurons = torch.as_tensor(self._indices("record.neurons", record.neurons), device=self.device)
         self.every = check.check_int(record.every, "record.every")
@@ -327,18 +331,17 @@ class _Run:
             self.ascending, self.places = self.neurons[order], order.argsort()
         if record.inputs and self.recurrent:
             self.mean_weights = [w.mean(0) for w in (self.weights[0].relu(), (-self.weights[0]).relu())]
-        self.limit, self.fires_always = 1.0, False  # what a run warns of once
         self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
+        self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # of what is beyond it at rest there was a warning
+        self.fires_always = False
         self.header = self._header(state, block_steps)
 
-    def _check_numbers(self, state: Any) -> None:
+    def _check_numbers(self) -> None:
         """Refuse what would make the state infinite or NaN from the start, and warn of what an Euler step cannot follow."""
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
-        given = () if state is None else type(state)._fields if hasattr(state, "_fields") else ()
-        weights = dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False))
-        check.check_numbers(numbers | {f"state.{name}": getattr(state, name) for name in given} | weights)
-        single = {n: v.item() for n, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
-        check.warn_if_unstable(self.p._replace(**single), self.network.dt, stacklevel=6)
+        check.check_numbers(numbers | dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False)))
+        single = {name: v.item() for name, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
+        check.warn_if_unstable(self.p._replace(**single), self.network.dt)
 
     def _indices(self, name: str, members: Members) -> Any:
         """Indices into the flattened neurons."""
@@ -573,9 +576,10 @@ class _Run:
                 "(input, weights, initial state and parameters are finite); make dt, the weights or the input smaller"
             )
         rate, g_l = self.rates
-        at_rest, factor = (float(np.max(rate * (g_l + g))) for g in (0.0, state[-2] + state[-1]))
-        if factor > self.limit >= at_rest:  # of the one at rest there is a warning already
-            self.limit, wild = (np.inf, ", and the spikes mean nothing") if factor > 2 else (2.0, "")
+        factor = float(np.max(rate * (g_l + (state[-2] + state[-1]))))
+        if factor > self.limit:
+            self.limit = _next_limit(factor)
+            wild = ", and the spikes mean nothing" if factor > 2 else ""
             warnings.warn(
                 f"{check.instability(factor)}: dt * c_m_inv * (g_l + g_e + g_i) has reached {factor:.3g} by step {stop}, "
                 f"more than {2 if factor > 2 else 1}{wild}; make dt or the weights smaller",
@@ -596,11 +600,15 @@ class _Run:
             )
 
 
+def _next_limit(factor: float) -> float:
+    """What ``dt`` times the rate of the potential has to exceed to be worth a warning, once it was as much as ``factor``."""
+    return 1.0 if factor <= 1 else 2.0 if factor <= 2 else np.inf
+
+
 def _unwrapped(network: Any) -> Any:
-    """The module that ``torch.compile`` or data parallelism has wrapped."""
-    while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(
-        network, DistributedDataParallel | DataParallel
-    ):
+    """The module that ``torch.compile``, data parallelism or an average over training has wrapped."""
+    wrappers: tuple[Any, ...] = (DistributedDataParallel, DataParallel, AveragedModel)
+    while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(network, wrappers):
         network = network.module if inner is None else inner
     return network
 

@@ -1,10 +1,11 @@
-"""What drives a long run: arrays, iterators of chunks, and Poisson spikes, read in time blocks ahead of their use."""
+"""What drives a long run: arrays, chunks, Poisson spikes and lists of spikes, read in time blocks ahead of their use."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,17 +17,45 @@ from torch import Tensor
 from . import _validation as check
 
 FIRST = 32  # steps that tell one source from another
+ROUNDING = 1e-3  # of a step, by which a time in a list may be off
 
 
-class Described:
+class Described(ABC):
     """A source that its description tells from every other: it need not be compared to know that it is the same."""
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What a result says of its source; plain JSON."""
-        raise NotImplementedError
 
 
-class PoissonSource(Described):
+class MadeSource(ABC):
+    """An input that is made step by step when it is read, float32, the same whatever blocks it is read in.
+
+    Attributes:
+        shape: steps T, and of the channels.
+    """
+
+    shape: tuple[int, ...]
+    dtype = torch.float32
+
+    @abstractmethod
+    def fill(self, start: int, out: Tensor, add: bool = False) -> None:
+        """Write steps ``start``, ``start + 1``, ... to ``out [t, *shape]``, contiguous float32, or add them to it."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its source."""
+
+    def __getitem__(self, steps: slice) -> Tensor:
+        start, stop, stride = steps.indices(self.shape[0])
+        if stride != 1:
+            raise ValueError(f"a {type(self).__name__} is read in slices of consecutive steps, got a stride of {stride}")
+        out = torch.empty(max(stop - start, 0), *self.shape[1:])
+        self.fill(start, out)
+        return out
+
+
+class PoissonSource(MadeSource, Described):
     """Independent Poisson spikes in every channel, the same ones whatever blocks they are read in.
 
     A step's spikes are a function of the seed, the stream and the number of the step alone (Philox4x32-10, a
@@ -83,7 +112,6 @@ class PoissonSource(Described):
         width = math.prod(shape[1:])
         self._first, self._last = made.start * width, made.stop * width
         self.shape = (steps, len(made), *shape[1:]) if shape else (steps,)
-        self.dtype = torch.float32
         self.rate, self.weight = rates, float(weight)
         expected = rates.numpy() * (self.dt / 1000)
         self._expected = float(expected) if expected.ndim == 0 else 0.0
@@ -91,26 +119,113 @@ class PoissonSource(Described):
         self._cumulative = np.concatenate([np.zeros(1), np.cumsum(each)]) if each.size else each
 
     def fill(self, start: int, out: Tensor, add: bool = False) -> None:
-        """Write steps ``start``, ``start + 1``, ... to ``out [t, *shape]``, contiguous float32, or add them to it."""
         from ._stream_kernels import poisson_kernel
 
         rows = out.view(out.shape[0], math.prod(self.shape[1:])).numpy()
         key, stream = np.uint64(self.seed), np.uint32(self.stream)
         poisson_kernel(rows, start, self._first, self._last, key, stream, self._expected, self._cumulative, self.weight, add)
 
-    def __getitem__(self, steps: slice) -> Tensor:
-        start, stop, stride = steps.indices(self.shape[0])
-        if stride != 1:
-            raise ValueError(f"a PoissonSource is read in slices of consecutive steps, got a stride of {stride}")
-        out = torch.empty(max(stop - start, 0), *self.shape[1:])
-        self.fill(start, out)
-        return out
-
     def describe(self) -> dict[str, Any]:
-        """What a result says of its source."""
         rate = self.rate.item() if self.rate.dim() == 0 else digest(self.rate)
         numbers = {name: getattr(self, name) for name in ("dt", "weight", "seed", "stream")}
         return {"kind": "poisson", "rate_hz": rate, **numbers, **({"rows": self.rows} if self.rows else {})}
+
+
+class EventSource(MadeSource):
+    """Spikes that are listed, ``(times, neurons)``, without an array of all steps: 12 bytes a spike.
+
+    Step k has the spikes after ``k dt`` and up to its end, ``(k + 1) dt``, where results list theirs; the first step also
+    those at time 0. A thousandth of a step counts as rounding. So the events of a result give its spikes again. Spikes of
+    a channel that fall into one step add up.
+
+    Args:
+        times: in ms, ``[S]``, in any order.
+        neurons: the channel of every spike, ``[S]``; with several axes of channels, indices into the flattened ones. A
+            list from a file: ``EventSource(*read_events(path), ...)``.
+        shape: of the channels, ``I``, ``(I,)`` or ``(B, I)``.
+        dt: time step in ms.
+        steps: T; None for as many as hold the last spike. Spikes after them are left out.
+        weight: what one spike adds to the input, a number or one of each ``[S]``: uS for unconnected neurons, 1 where input
+            weights follow. Those of one channel and step are summed in double precision.
+        first: the number of the first channel in ``neurons``; NEST's begin with 1.
+        start: time in ms at which the first step begins; the spikes up to it are left out.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if there is not one neuron a time, a neuron is no channel, a time is negative or not finite, or there is
+            neither a spike nor a number of steps.
+
+    Example:
+        >>> source = EventSource([0.1, 0.35, 0.4], [0, 2, 2], shape=3, dt=0.1, weight=0.002)
+        >>> source.shape, source[3:4]
+        ((4, 3), tensor([[0.0000, 0.0000, 0.0040]]))
+    """
+
+    def __init__(
+        self,
+        times: Any,
+        neurons: Any,
+        shape: int | Sequence[int],
+        dt: float = 0.001,
+        *,
+        steps: int | None = None,
+        weight: Any = 1.0,
+        first: int = 0,
+        start: float = 0.0,
+    ) -> None:
+        self.dt = check.check_dt(dt)
+        shape = check_shape(shape)
+        check.check_number(start, "start", not_negative=True)
+        first = check.check_int(first, "first", 0)
+        at, channels = np.asarray(times, np.float64), np.asarray(neurons)
+        channels = channels.astype(np.int64) if channels.size == 0 else channels
+        if at.ndim != 1 or at.shape != channels.shape or channels.dtype.kind not in "iu":
+            raise ValueError(
+                f"times and neurons must be a number and an integer for every spike, got {at.dtype} {list(at.shape)} and "
+                f"{channels.dtype} {list(channels.shape)}; for a dense array pass it as the source itself"
+            )
+        weights = np.asarray(weight, np.float64)
+        if weights.shape not in ((), at.shape):
+            raise ValueError(f"weight must be a number or one for every spike, {list(at.shape)}, got {list(weights.shape)}")
+        weights = np.broadcast_to(weights, at.shape)
+        for name, numbers in (("times", at), ("weight", weights)):
+            check.check_numbers({name: torch.from_numpy(numbers.copy())})
+        if start == 0 and (at < 0).any():
+            raise ValueError(f"times must not be negative, got {at.min()} ms; pass start= to leave out what is before it")
+        width = math.prod(shape)
+        channels = channels.astype(np.int64) - first
+        if ((channels < 0) | (channels >= width)).any():
+            got = f"{channels.min() + first} to {channels.max() + first}"
+            raise ValueError(
+                f"neurons must be from {first} to {first + width - 1} for channels {list(shape)}, got {got}; change shape "
+                "or first, or take the spikes of some"
+            )
+        number = np.ceil((at - start) / self.dt - ROUNDING).astype(np.int64) - 1
+        if start == 0:
+            number = np.maximum(number, 0)
+        if steps is None and not (number >= 0).any():
+            raise ValueError("steps must be given where there is no spike, got None")
+        steps = int(number.max()) + 1 if steps is None else check.check_int(steps, "steps")
+        kept = (number >= 0) & (number < steps)
+        cells = number[kept] * width + channels[kept]
+        order = np.argsort(cells, kind="stable")
+        self._cells, begins = np.unique(cells[order], return_index=True)
+        sums = np.add.reduceat(weights[kept][order], begins) if len(begins) else np.empty(0)
+        self._values = sums.astype(np.float32)
+        self._width = width
+        self.shape = (steps, *shape)
+
+    def fill(self, start: int, out: Tensor, add: bool = False) -> None:
+        begin = start * self._width
+        first, last = np.searchsorted(self._cells, (begin, begin + len(out) * self._width))
+        cells, flat = self._cells[first:last] - begin, out.view(-1).numpy()
+        if not add:
+            flat[:] = 0
+        flat[cells] += self._values[first:last]
+
+    def describe(self) -> dict[str, Any]:
+        lists = digest(torch.from_numpy(self._cells)), digest(torch.from_numpy(self._values))
+        return {"kind": "events", "dt": self.dt, "events": len(self._cells), "digest": "".join(lists)}
 
 
 class Blocks:
@@ -147,8 +262,8 @@ class Blocks:
             self.first = chunk[:FIRST].cpu()
         else:
             raise TypeError(
-                "source must be a tensor, an array that gives its steps as slices, a PoissonSource, or an iterable of "
-                f"chunks [t, ...], got {type(source).__name__}"
+                "source must be a tensor, an array that gives its steps as slices, a PoissonSource, an EventSource, or an "
+                f"iterable of chunks [t, ...], got {type(source).__name__}"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -194,7 +309,7 @@ class Blocks:
         memory: list[Tensor] = []
         for number, begin in enumerate(range(start, steps, block_steps)):
             end = min(begin + block_steps, steps)
-            if buffers and isinstance(self.source, PoissonSource):
+            if buffers and isinstance(self.source, MadeSource):
                 if len(memory) < buffers:
                     memory.append(torch.empty(block_steps, *self.source.shape[1:]))
                 block = memory[number % buffers][: end - begin]
@@ -278,8 +393,8 @@ def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "c
 
     Args:
         source: an array ``[T, ...]`` (tensor, numpy array or memmap, sparse array of scipy, zarr or HDF5 array,
-            :class:`PoissonSource`: anything with ``shape`` that gives its steps as slices), or an iterable of chunks
-            ``[t, ...]``, tensors or arrays, which may have different lengths.
+            :class:`PoissonSource`, :class:`EventSource`: anything with ``shape`` that gives its steps as slices), or an
+            iterable of chunks ``[t, ...]``, tensors or arrays, which may have different lengths.
         block_steps: steps in a block.
         device: where the blocks go. To a GPU they are copied from pinned memory on a stream of their own.
 

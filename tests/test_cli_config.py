@@ -29,6 +29,9 @@ excitatory = { rate = "1 kHz", weight = "2 nS" }
 """
 
 
+POPULATION = "[[population]]\nname = 'a'\nneurons = [{}, {}]\nv_thresh = '-48 mV'\n[input]"
+
+
 def write(folder: Path, text: str) -> str:
     path = folder / "c.toml"
     path.write_text(text, encoding="utf-8")
@@ -124,6 +127,15 @@ def test_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     assert Config.model_validate(resolved) == config
 
 
+def test_populations_and_starts_read_back_the_same(tmp_path: Path) -> None:
+    more = 'i_offset = "100 pA"\nv_init = { low = "-65 mV", high = "-0.05 V", seed = 3 }\n'
+    config = read(tmp_path, BASE.replace("[input]", more + POPULATION.format(1, 3)))
+    assert (config.neuron.i_offset, config.population[0].v_thresh, config.population[0].g_l) == (0.1, -48.0, None)
+    resolved = config.model_dump(mode="json")
+    assert resolved["neuron"]["v_init"] == {"low": "-65.0 mV", "high": "-50.0 mV", "seed": 3}
+    assert Config.model_validate(resolved) == config
+
+
 def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
     text = BASE[: BASE.index("[input]")] + '[input]\nkind = "file"\npath = "x.npy"\nweight = "1 nS"\n'
     settings = read(tmp_path, text).input
@@ -165,9 +177,22 @@ fan_out = { seed = 1, probability = 0.5, weight = "1 nS", excitatory_fraction = 
         ("count = 4", "count = 4.5", "neuron.count: should be a valid integer, got 4.5"),
         ("count = 4", "count = 0", "neuron.count: should be greater than 0, got 0"),
         ("seed = 1", "seed = -1", "input.seed: should be greater than or equal to 0, got -1"),
-        ('"poisson"', '"poison"', "input: kind must be one of 'poisson', 'file', 'recording', 'channels', got"),
+        ('"poisson"', '"poison"', "input: kind must be one of 'poisson', 'events', 'file', 'recording', 'channels', 'none'"),
         ('kind = "poisson"', "", "input: kind is missing"),
         ("rate =", "rat =", "input.excitatory: unknown key 'rat'; did you mean 'rate'?"),
+        ("excitatory =", "# excitatory =", "input: excitatory or inhibitory is missing; add one of them or both"),
+        ("[input]", 'i_offset = "1 mV"\n[input]', "neuron.i_offset: 'mV' does not measure a current; expected a c"),
+        ("[input]", 'v_init = "1 nA"\n[input]', "neuron.v_init: 'nA' does not measure a potential"),
+        ("[input]", 'v_init = { low = "1 nA" }\n[input]', "neuron.v_init: high is missing"),
+        ("[input]", 'v_init = { low = "1 mV", high = "0 mV", seed = 1 }\n[input]', "neuron.v_init: low must not be above"),
+        ("[input]", POPULATION.format(0, 5), "population.neurons of 'a' must be a first neuron and the one after the last"),
+        ("[input]", POPULATION.format(2, 2), "up to neuron.count = 4, got [2, 2]"),
+        ("[input]", POPULATION.format(0, 3).replace("[input]", "") + POPULATION.format(2, 4).replace("'a'", "'b'"),
+         "population.neurons must be apart, got [2, 4] of 'b', and 'a' ends at 3"),
+        ("[input]", POPULATION.format(0, 1).replace("[input]", "") + POPULATION.format(2, 4), "'all others', got 'a', 'a'"),
+        ("[input]", POPULATION.format(0, 1).replace("v_thresh", "v_tresh"), "population.0: unknown key 'v_tresh'; did"),
+        ("[input]", POPULATION.format(0, 1).replace("v_thresh = '-48 mV'", "i_offset = '1 nA'\ng_l = '0 nS'"),
+         "i_offset needs g_l above 0, got i_offset = 1.0 nA and no leak"),
         ("[input]", "[inputs]", "unknown key 'inputs'; did you mean 'input'?"),
         ("[input]", "[record]\nneurons = [0, 4]\n[input]", "record.neurons must be below neuron.count = 4, got"),
         ("[input]", '[record]\nvariables = ["w"]\n[input]', "variables.0: should be 'v', 'g_e' or 'g_i', got 'w'"),

@@ -12,7 +12,14 @@ import pytest
 import torch
 from scipy import sparse
 
-from coba_triton import MemorySink, Result, coba_lif_integral, open_result
+from coba_triton import (
+    MemorySink,
+    PoissonSource,
+    Result,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+    open_result,
+)
 from coba_triton.cli import job, main
 from coba_triton.cli.config import Config, FileWeights, RandomSynapses, UserError, builtins, load
 from coba_triton.cli.inputs import open_source
@@ -85,7 +92,7 @@ def whole_run(settings: Config) -> tuple[torch.Tensor, Any]:
         None,
         torch.from_numpy(source.weights),
         torch.from_numpy(recurrent.weights),
-        job.parameters(settings.neuron),
+        job.parameters(settings),
         0.1,
         backend="reference",
         record_states=True,
@@ -308,7 +315,7 @@ def test_channels_that_do_not_fit(config: str, tmp_path: Path, array: np.ndarray
         ('"w_in.npy", weight = "0.0009765625 uS"', '"w_in.npy", seed = 1', "input.fan_out: unknown key 'seed'; the keys"),
         ('rate = "400 Hz"', 'rate = "-1 Hz"', "input.spikes.rate: must not be negative, got '-1 Hz'"),
         ("channels = 6", "channels = 0", "input.spikes.channels: should be greater than 0, got 0"),
-        ('source = "poisson"', 'source = "poison"', "input.spikes: source must be one of 'poisson', 'file', got"),
+        ('source = "poisson"', 'source = "poison"', "input.spikes: source must be one of 'poisson', 'file', 'events', got"),
         ('notes = ["a note"]', 'notes = "a note"', "notes: should be a valid list, got 'a note'"),
     ],
 )  # fmt: skip
@@ -377,3 +384,55 @@ def test_builtin_cobanet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert summary["recurrent"]["synapses"] == pytest.approx(0.02 * 4000 * 3999, rel=0.01)
     assert 5 < summary["rates_hz"]["mean"] < 50
     assert any("refractory" in note for note in summary["config"]["notes"])
+
+
+def test_groups_of_channels(config: str, tmp_path: Path) -> None:
+    """Excitatory ones and inhibitory ones, each with a rate and weights of its own."""
+    only = open_source(load(config)[1])
+    text = Path(config).read_text(encoding="utf-8")
+    more = """
+[[input.more]]
+spikes = { source = "poisson", seed = 9, channels = 3, rate = "900 Hz" }
+fan_out = { seed = 8, probability = 0.9, weight = "1 nS", excitatory_fraction = 0.0 }
+"""
+    Path(config).write_text(text + more, encoding="utf-8")
+    source = open_source(load(config)[1])
+    other = PoissonSource(900.0, T, 3, 0.1, seed=9)[:].numpy()
+    np.testing.assert_array_equal(source.channels(0, T), np.concatenate([only.channels(0, T), other], axis=1))
+    np.testing.assert_array_equal(source.weights[:, :CHANNELS], only.weights)
+    assert source.weights.shape == (N, CHANNELS + 3) and source.weights[:, CHANNELS:].max() <= 0 > source.weights.min()
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
+    result = open_result(tmp_path / "out" / "result.zarr")
+    p, recurrent = job.parameters(load(config)[1]), open_recurrent(load(config)[1])
+    assert recurrent is not None
+    weights = torch.from_numpy(source.weights), torch.from_numpy(recurrent.weights)
+    spikes, _ = coba_lif_integral(torch.from_numpy(source.channels(0, T)), None, *weights, p, 0.1, path="events")
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_no_input(connected: bool, config: str, tmp_path: Path) -> None:
+    """A current and the neurons' own activity are all there is."""
+    text = Path(config).read_text(encoding="utf-8")
+    before, _, rest = text.partition("[input]")
+    if not connected:
+        before = before.partition("[recurrent]")[0]
+    before = before.replace(
+        "[neuron]", '[neuron]\ni_offset = "0.2 nA"\nv_init = { low = "-60 mV", high = "-50 mV", seed = 1 }'
+    )
+    record = rest[rest.index("[record]") :] if "[record]" in rest else ""
+    Path(config).write_text(before + '[input]\nkind = "none"\n' + record, encoding="utf-8")
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
+    result = open_result(tmp_path / "out" / "result.zarr")
+    assert (result.spike_counts() > 0).sum() > N / 2
+    assert not result.array("input_e").any() and not result.array("input_i").any()
+    settings = load(config)[1]
+    p, state = job.parameters(settings), job.initial_state(settings, connected, torch.device("cpu"))
+    if connected:
+        recurrent = open_recurrent(settings)
+        assert recurrent is not None
+        weights = torch.zeros(N, 0), torch.from_numpy(recurrent.weights)
+        spikes = coba_lif_integral(torch.zeros(T, 0), state, *weights, p, 0.1)[0]
+    else:
+        spikes = coba_lif_feed_forward_integral(torch.zeros(T, N), state, p, 0.1)[0]
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())

@@ -13,10 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import CobaLIFParameters, ZarrSink, coba_lif_feed_forward_integral, open_result, simulation
+from coba_triton import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    ZarrSink,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+    open_result,
+    simulation,
+)
 from coba_triton.cli import config as cli_config
-from coba_triton.cli import main, report
+from coba_triton.cli import job, main, report
 from coba_triton.cli.inputs import open_source
+from coba_triton.cli.weights import open_recurrent
 
 CONFIG = """
 description = "a test"
@@ -468,3 +478,160 @@ def test_module_runs_as_a_program() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "poisson" in done.stdout
+
+
+def run_of(config: str, out: Path) -> Any:
+    assert main(["simulate", config, "--out", str(out)]) == 0
+    return open_result(out / "result.zarr")
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_populations_offsets_and_starts(connected: bool, config: str, tmp_path: Path) -> None:
+    change(
+        config,
+        "[input]",
+        """i_offset = "50 pA"
+[[population]]
+name = "late"
+neurons = [8, 12]
+tau_syn_exc = "8 ms"
+c_m = "300 pF"
+i_offset = "-0.02 nA"
+v_init = { low = "-60 mV", high = "-52 mV", seed = 3 }
+[input]""",
+    )
+    if connected:
+        change(config, "[input]", """[recurrent]
+seed = 1
+probability = 0.4
+excitatory_fraction = 0.5
+excitatory_weight = "0.0009765625 uS"
+inhibitory_weight = "0.001953125 uS"
+[input]""")  # fmt: skip
+    result = run_of(config, tmp_path / "out")
+    settings = cli_config.load(config)[1]
+    late = torch.arange(N) >= 8
+
+    def each(all_others: float, own: float) -> torch.Tensor:
+        return torch.where(late, own, torch.full((N,), all_others, dtype=torch.float64)).float()
+
+    p = CobaLIFParameters(
+        tau_syn_exc_inv=each(1 / 5, 1 / 8),
+        tau_syn_inh_inv=1 / 10,
+        c_m_inv=each(1 / 0.2, 1 / 0.3),
+        g_l=0.01,
+        e_rev_I=-80.0,
+        e_rev_E=0.0,
+        v_rest=each(-65.0 + 0.05 / 0.01, -65.0 - 0.02 / 0.01),
+        v_reset=-65.0,
+        v_thresh=-50.0,
+    )
+    v = np.full(N, -65.0)
+    v[8:] = np.random.default_rng(3).uniform(-60.0, -52.0, 4)
+    source, start = open_source(settings), torch.from_numpy(v).float()
+    if connected:
+        recurrent = open_recurrent(settings)
+        assert recurrent is not None
+        weights = torch.from_numpy(source.weights), torch.from_numpy(recurrent.weights)
+        x = torch.from_numpy(source.channels(0, T))
+        spikes, states = coba_lif_integral(
+            x, CobaLIFState(0.0, start, 0.0, 0.0), *weights, p, 0.1, backend="reference", record_states=True
+        )
+    else:
+        x = torch.from_numpy(source.read(0, T))
+        state = CobaLIFFeedForwardState(start, 0.0, 0.0)
+        spikes, states = coba_lif_feed_forward_integral(x, state, p, 0.1, backend="reference", record_states=True)  # type: ignore[assignment]
+    assert 20 < spikes.sum() < T
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
+    np.testing.assert_array_equal(result.traces["v"][:], states.v[:, [3, 0]].numpy())
+    assert {name: members.tolist() for name, members in result.populations.items()} == {
+        "late": [8, 9, 10, 11],
+        "all others": list(range(8)),
+    }
+
+
+def test_a_range_of_starts_is_drawn_once(config: str, tmp_path: Path) -> None:
+    """A population that does not say where it starts has its part of what is drawn for all."""
+    change(
+        config,
+        "[input]",
+        """v_init = { low = "-65 mV", high = "-55 mV", seed = 1 }
+[[population]]
+name = "a"
+neurons = [0, 4]
+v_rest = "-70 mV"
+[[population]]
+name = "b"
+neurons = [4, 8]
+v_init = "-51 mV"
+[input]""",
+    )
+    state = job.initial_state(cli_config.load(config)[1], False, torch.device("cpu"))
+    want = np.random.default_rng(1).uniform(-65, -55, N)
+    want[4:8] = -51
+    assert state is not None
+    np.testing.assert_array_equal(state.v, torch.from_numpy(want).float())
+    change(config, 'v_init = { low = "-65 mV", high = "-55 mV", seed = 1 }', "")
+    state = job.initial_state(cli_config.load(config)[1], False, torch.device("cpu"))
+    assert state is not None
+    np.testing.assert_array_equal(state.v, [-70] * 4 + [-51] * 4 + [-65] * 4)
+
+
+def test_events_of_a_run_drive_another(config: str, tmp_path: Path) -> None:
+    """Every neuron's own, with either sign or both, and as channels."""
+    first = run_of(config, tmp_path / "first")
+    first.to_csv(tmp_path / "spikes.csv")
+    spikes = torch.from_numpy(first.spikes[:]).float()
+    poisson = """kind = "poisson"
+seed = 1
+excitatory = { rate = "2000 Hz", weight = "2 nS" }
+inhibitory = { rate = "500 Hz", weight = "2 nS" }"""
+    excitatory = 'kind = "events"\nexcitatory = { path = "spikes.csv", weight = "30 nS" }'
+    change(config, poisson, excitatory + '\ninhibitory = { path = "first/result.zarr", weight = "10 nS" }')
+    p = job.parameters(cli_config.load(config)[1])
+    net = (np.float32(0.03) * spikes.numpy()) + np.float32(-0.01) * spikes.numpy()
+    want, states = coba_lif_feed_forward_integral(torch.from_numpy(net), None, p, 0.1, record_states=True)
+    result = run_of(config, tmp_path / "own")
+    np.testing.assert_array_equal(result.traces["g_e"][:], states.g_e[:, [3, 0]].numpy())
+    np.testing.assert_array_equal(result.spikes[:], want.bool().numpy())
+    assert want.any()
+
+    change(config, '"first/result.zarr"', '["spikes.csv", "first/result.zarr"]')  # the spikes twice
+    twice = open_source(cli_config.load(config)[1]).read(0, T)
+    np.testing.assert_array_equal(twice, np.float32(0.03) * spikes.numpy() + np.float32(-0.02) * spikes.numpy())
+    change(config, '["spikes.csv", "first/result.zarr"]', '"first/result.zarr"')
+
+    part = '\nstart = "20 ms"\nfirst = 0'
+    change(config, '\ninhibitory = { path = "first/result.zarr", weight = "10 nS" }', part)
+    source = open_source(cli_config.load(config)[1])
+    np.testing.assert_array_equal(source.read(0, 300), np.float32(0.03) * spikes[200:500].numpy())
+    assert not source.read(400, T).any()
+
+    change(config, excitatory + part, """kind = "channels"
+spikes = { source = "events", path = "spikes.csv", channels = 20, first = 0 }
+fan_out = { seed = 1, probability = 0.9, weight = "20 nS", excitatory_fraction = 0.8 }""")  # fmt: skip
+    channels = open_source(cli_config.load(config)[1])
+    np.testing.assert_array_equal(channels.channels(0, T)[:, :N], spikes.numpy())
+    assert run_of(config, tmp_path / "channels").spike_counts().any()
+    change(config, "channels = 20, first = 0", "channels = 11, first = 1")
+    with pytest.raises(
+        cli_config.UserError, match=r"^input.spikes: neurons must be from 1 to 11 for channels \[11\], got 0 to"
+    ):
+        open_source(cli_config.load(config)[1])
+    change(config, "spikes.csv", "other.csv")
+    with pytest.raises(
+        cli_config.UserError, match=r"^input.spikes: there is no file '.*other.csv'; give the path of a list"
+    ):
+        open_source(cli_config.load(config)[1])
+
+
+def test_inhibition_alone(config: str, tmp_path: Path) -> None:
+    both = open_source(cli_config.load(config)[1]).read(0, T)
+    change(config, 'excitatory = { rate = "2000 Hz", weight = "2 nS" }', 'excitatory = { rate = "0 Hz", weight = "2 nS" }')
+    want = open_source(cli_config.load(config)[1]).read(0, T)
+    change(config, 'excitatory = { rate = "0 Hz", weight = "2 nS" }\n', "")
+    got = open_source(cli_config.load(config)[1]).read(0, T)
+    np.testing.assert_array_equal(got, want)
+    assert got.min() < 0 == got.max() and (both > 0).any()
+    result = run_of(config, tmp_path / "out")
+    assert result.traces["v"][:].min() < -65.5 and not result.spike_counts().any()

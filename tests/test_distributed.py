@@ -184,6 +184,7 @@ def test_sequences_without_a_batch_or_without_steps(ranks: Ranks) -> None:
     assert_same_bits(joined(ranks(2, outputs, case, {})), [spikes[:0], *case.state])
 
 
+@pytest.mark.filterwarnings("ignore:the Euler step overshoots")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", ["cpu", "reference", *slow("triton")])
 @pytest.mark.parametrize("record", [False, True], ids=["final", "recorded"])

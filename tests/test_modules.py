@@ -480,3 +480,68 @@ def test_spikes_of_half_weights_and_a_double_state() -> None:
     assert coba_lif_integral(x, None, *weights)[0].dtype == torch.float32
     state = CobaLIFState(0.0, torch.zeros(2).double(), 0.0, 0.0)
     assert coba_lif_integral(x, state, weights[0], weights[0][:, :2])[0].dtype == torch.float64
+
+
+def layers(**options: Any) -> dict[str, Any]:
+    """Of each kind one, with numbers, tensors and something learned in it."""
+    p = default_bio_parameters._replace(v_reset=torch.tensor(-65.0), v_thresh=-64.5)
+    return {
+        "feed-forward": CobaLIF(p, 0.1, learn=("v_thresh",), **options),
+        "recurrent": CobaLIFRecurrent(INPUTS, INPUTS, p, 0.1, learn=("g_l",), **options),
+        "feed-forward cell": CobaLIFFeedForwardCell(p, 0.1),
+        "cell": CobaLIFCell(INPUTS, INPUTS, p, 0.1, autapses=True),
+    }
+
+
+@pytest.mark.parametrize("name", layers())
+def test_symbolic_tracing(name: str) -> None:
+    """As for the extraction of features: a graph of the layers, whose parameters stay those of the module."""
+    layer, x = layers()[name], torch.rand(T, B, INPUTS)
+    model = nn.Sequential(nn.Linear(INPUTS, INPUTS), layer)
+    x = x[0] if "cell" in name else x
+    traced = torch.fx.symbolic_trace(model)
+    calls = [
+        node.target for node in traced.graph.nodes if getattr(node.target, "__module__", "") == "coba_triton.functional"
+    ]
+    assert len(calls) == 1
+    for _ in range(2):
+        (spikes, state), (want, want_state) = traced(x), model(x)
+        assert torch.equal(spikes, want) and torch.equal(state.v, want_state.v)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(1.01)
+    traced(x)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
+@pytest.mark.parametrize("name", ["feed-forward", "recurrent"])
+def test_export_to_onnx(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.onnx.export does first, and where it failed: a graph, and its decomposition."""
+    x = torch.rand(4, B, INPUTS)
+    layer, fused = layers(backend="reference")[name], layers(backend="cpu")[name]
+    if name == "recurrent":
+        with torch.no_grad():
+            layer.recurrent_weights.fill_(0.5)
+    want = layer(x)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert torch.equal(layer(x)[1].v, want[1].v)
+    program = torch.export.export(layer, (x,), strict=False).run_decompositions()
+    assert torch.equal(program.module()(x)[1].v, want[1].v)
+    for strict in (False, True):  # the exporter tries one after the other
+        with pytest.raises(
+            Exception, match="backend 'cpu' runs one operator for all steps, which has no ONNX form; export w"
+        ):
+            torch.export.export(fused, (x,), strict=strict)
+
+
+def test_onnx_runtime(tmp_path: Any) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    x = torch.rand(4, B, INPUTS)
+    for name in ("feed-forward", "recurrent"):
+        layer = layers(backend="reference")[name]
+        torch.onnx.export(layer, (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)
+        session = runtime.InferenceSession(tmp_path / "m.onnx")
+        outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_array_equal(outputs[0], layer(x)[0].detach().numpy())

@@ -107,3 +107,14 @@ def test_out_and_gradients(backend: str) -> None:
         coba_lif_feed_forward_integral(x, out=buffer(), backend=backend)
     with torch.no_grad():
         assert not coba_lif_feed_forward_integral(x, out=buffer(), backend=backend)[0].any()
+
+
+def test_out_in_a_compiled_graph() -> None:
+    """A compiler keeps the buffer and the arguments apart, wherever they lie."""
+    memory = torch.rand(60, 3)
+    run = torch.compile(
+        lambda x, out: coba_lif_feed_forward_integral(x, dt=0.1, out=out)[0], fullgraph=True, backend="aot_eager"
+    )
+    for x, out in ((memory[:40].clone(), torch.empty(40, 3)), (memory[:40], memory[20:])):
+        want = coba_lif_feed_forward_integral(x.clone(), dt=0.1)[0]
+        assert torch.equal(run(x, out), want) and torch.equal(out, want)

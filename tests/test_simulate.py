@@ -398,6 +398,20 @@ def test_unstable_conductances_are_warned_of_once() -> None:
     ]
 
 
+def test_what_is_unstable_at_rest_is_warned_of_once() -> None:
+    """By the module, and not again by its calls and runs; but of what comes on top of it."""
+    with pytest.warns(UserWarning, match="overshoots: dt .* is 1.5 at the given state"):
+        network = CobaLIF(NEURON._replace(g_l=3.0), 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network(torch.zeros(5, N))
+    assert not warned(network, torch.zeros(64, N))
+    (unstable,) = (m for m in warned(network, torch.full((64, N), 0.3)) if "Euler" in m)
+    assert "is unstable" in unstable and "more than 2" in unstable
+    with pytest.warns(UserWarning, match="tau_syn_exc_inv is 2"):
+        CobaLIF(NEURON._replace(tau_syn_exc_inv=20.0), 0.1)
+
+
 @pytest.mark.parametrize("steps", [64, T], ids=["blocks", "one block"])
 def test_neurons_that_fire_in_every_step(steps: int) -> None:
     """A weight in nS that is given as one in uS."""
@@ -435,14 +449,16 @@ def test_recurrent_network_without_input(batch: tuple[int, ...], backend: str) -
         simulate(network, torch.zeros(T, 0, 0))
 
 
-@pytest.mark.parametrize("wrap", ["compile", "DataParallel", "both"])
+@pytest.mark.parametrize("wrap", ["compile", "DataParallel", "AveragedModel", "both"])
 def test_wrapped_modules(wrap: str) -> None:
     network, source = recurrent(), drive((INPUTS,))
     want = simulate(network, source).spikes[:]
     wrapped: Any = network
-    if wrap != "compile":
+    if wrap in ("DataParallel", "both"):
         wrapped = torch.nn.DataParallel(wrapped)
-    if wrap != "DataParallel":
+    if wrap == "AveragedModel":
+        wrapped = torch.optim.swa_utils.AveragedModel(wrapped)
+    if wrap in ("compile", "both"):
         wrapped = torch.compile(wrapped)
     np.testing.assert_array_equal(simulate(wrapped, source).spikes[:], want)
 

@@ -45,10 +45,34 @@ def test_states_may_be_edited_in_place(backend: str, kind: str, record_states: b
     assert all(torch.equal(a, b) for a, b in zip(state, want, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (0,), (0, 4)], ids=str)
+@pytest.mark.parametrize("record_states", [False, True])
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_states_of_inference_take_gradients_in_place(
+    backend: str, steps: int, record_states: bool, shape: tuple[int, ...]
+) -> None:
+    with torch.no_grad():
+        x = torch.rand(steps, *shape)
+        _, state = coba_lif_feed_forward_integral(x, dt=0.1, backend=backend, record_states=record_states)
+    offset = torch.ones(shape, requires_grad=True)
+    for field in state:
+        assert field.shape == ((steps, *shape) if record_states else shape)
+        before = field.clone()
+        field.add_(offset)
+        assert field.requires_grad and torch.equal(field, before + 1)
+    if not record_states and all(shape):
+        weights = torch.zeros(shape[-1], 2), torch.zeros(shape[-1], shape[-1])
+        with torch.no_grad():
+            _, connected = coba_lif_integral(torch.rand(steps, *shape[:-1], 2), None, *weights, dt=0.1, backend=backend)
+        for field in connected:
+            assert field.add_(offset).requires_grad and field.shape == shape
+
+
 @pytest.mark.parametrize("kind", ["feed_forward", "recurrent"])
 @pytest.mark.parametrize("backend", ["cpu", *slow("triton"), "reference"])
 def test_state_of_no_steps_is_not_the_one_that_was_given(backend: str, kind: str) -> None:
-    given = [torch.rand(2, 5) for _ in range(4)]
+    given = [torch.rand(2, 5) / 10 for _ in range(4)]
     before = [field.clone() for field in given]
     if kind == "feed_forward":
         state: Any = coba_lif_feed_forward_integral(

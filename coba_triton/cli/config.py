@@ -25,20 +25,35 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     v_rest = "-65 mV"
     v_reset = "-65 mV"
     v_thresh = "-50 mV"
+    i_offset = "0 nA"                     # optional; a constant current, which moves v_rest by i_offset / g_l
+    v_init = "-65 mV"                     # optional; where v starts, default: v_rest as it is written; or at random,
+                                          # v_init = { low = "-65 mV", high = "-50 mV", seed = 1 }
+
+    [[population]]                        # optional, several; neurons that differ, shown apart in the picture
+    name = "inhibitory"
+    neurons = [160, 200]                  # from the first to the one after the last, from 0
+    v_thresh = "-48 mV"                   # any of the neurons' parameters above; those left out are theirs
 
     [record]                              # optional; spikes are always recorded
     neurons = [0, 17]                     # whose traces to keep, the first one's v is drawn
     variables = ["v", "g_e", "g_i"]       # default: v
     every = 10                            # steps from one number of a trace to the next; default: 1
 
-and one of four inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. The first
-two give every neuron its own, and what one neuron gets in one step is summed before it is split by its sign::
+and one of six inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. The first
+three give every neuron its own, and what one neuron gets in one step is summed before it is split by its sign::
 
     [input]
     kind = "poisson"                      # every neuron has its own Poisson spikes
     seed = 1
     excitatory = { rate = "800 Hz", weight = "2 nS" }
-    inhibitory = { rate = "200 Hz", weight = "4 nS" }     # optional
+    inhibitory = { rate = "200 Hz", weight = "4 nS" }     # one of the two may be left out
+
+    [input]
+    kind = "events"                       # every neuron has spikes that are listed in a file
+    excitatory = { path = "spikes.csv", weight = "2 nS" } # .csv, .npz, .dat, .nwb, ..., see coba_triton.read_events
+    inhibitory = { path = ["7-0.dat", "7-1.dat"], weight = "4 nS" }  # one of the two may be left out
+    start = "0 ms"                        # optional; time in the lists at which the run begins
+    first = 0                             # optional; the number that the first neuron has in the lists, NEST's have 1
 
     [input]
     kind = "file"                         # array [steps, neurons], numbers or booleans; a longer one is cut
@@ -68,8 +83,8 @@ The other two have channels, which random or given synapses fan out over the pop
     [input]
     kind = "channels"
     [input.spikes]
-    source = "poisson"                    # or "file", with path and array as above, [steps, channels]
-    seed = 1
+    source = "poisson"                    # or "file", with path and array as above, [steps, channels]; or "events", with
+    seed = 1                              # channels, path, start and first as above
     channels = 400
     rate = "15 Hz"                        # of every channel
     stop = "50 ms"                        # optional; no spikes from then on
@@ -77,6 +92,12 @@ The other two have channels, which random or given synapses fan out over the pop
     path = "weights.npy"                  # [neurons, channels], relative to this file; positive ones excite
     array = "x"                           # as above
     weight = "1 nS"                       # what the number 1 in the file stands for
+    [[input.more]]                        # optional, several; other channels, such as inhibitory ones, whose
+    spikes = { source = "poisson", seed = 2, channels = 100, rate = "20 Hz" }  # excitatory_fraction is 0
+    fan_out = { seed = 3, probability = 0.5, weight = "4 nS", excitatory_fraction = 0.0 }
+
+    [input]
+    kind = "none"                         # neurons that start above rest, have a current, or drive each other
 
 With the table ``recurrent`` the neurons are connected to each other, by random synapses or by a file's::
 
@@ -108,7 +129,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -129,7 +150,10 @@ from pydantic_core import CoreSchema, core_schema
 from coba_triton._text import decode, look_alike, plain_minus
 
 _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.+-].*?)\s*")
-_UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent"}  # tables of several forms
+_UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # tables of several forms
+
+
+ALL_OTHERS = "all others"  # what the neurons of no population are called
 
 
 class UserError(Exception):
@@ -199,6 +223,7 @@ Time = Annotated[float, Unit("ms", "a time", "5 ms", "not negative")]
 PositiveTime = Annotated[float, Unit("ms", "a time", "5 ms", "positive")]
 Potential = Annotated[float, Unit("mV", "a potential", "-65 mV")]
 Capacitance = Annotated[float, Unit("nF", "a capacitance", "200 pF", "positive")]
+Current = Annotated[float, Unit("nA", "a current", "0.1 nA")]
 Conductance = Annotated[float, Unit("uS", "a conductance", "2 nS", "not negative")]
 Rate = Annotated[float, Unit("Hz", "a rate", "20 Hz", "not negative")]
 PositiveRate = Annotated[float, Unit("Hz", "a rate", "20 Hz", "positive")]
@@ -266,8 +291,30 @@ class Simulation(_Table):
         return self
 
 
+class Spread(_Table):
+    """Potentials that are drawn evenly from a range."""
+
+    low: Potential
+    high: Potential
+    seed: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got {self.low} mV and {self.high} mV; exchange them")
+        return self
+
+
+def _potential_form(value: Any) -> str:
+    """Whether it is one potential or a table of a range."""
+    return "range" if isinstance(value, dict | Spread) else "one"
+
+
+Start = Annotated[Annotated[Potential, Tag("one")] | Annotated[Spread, Tag("range")], Discriminator(_potential_form)]
+
+
 class Neuron(_Table):
-    """The population and the parameters that all its neurons share."""
+    """All neurons, and the parameters that they share."""
 
     count: PositiveInt
     tau_syn_exc: PositiveTime
@@ -279,6 +326,31 @@ class Neuron(_Table):
     v_rest: Potential
     v_reset: Potential
     v_thresh: Potential
+    i_offset: Current = 0.0
+    v_init: Start | None = None
+
+
+class Population(_Table):
+    """Neurons that have parameters of their own, None where they do not."""
+
+    name: str = Field(min_length=1)
+    neurons: list[NonNegativeInt] = Field(min_length=2, max_length=2)
+    tau_syn_exc: PositiveTime | None = None
+    tau_syn_inh: PositiveTime | None = None
+    c_m: Capacitance | None = None
+    g_l: Conductance | None = None
+    e_rev_E: Potential | None = None
+    e_rev_I: Potential | None = None
+    v_rest: Potential | None = None
+    v_reset: Potential | None = None
+    v_thresh: Potential | None = None
+    i_offset: Current | None = None
+    v_init: Start | None = None
+
+    def applied_to(self, neuron: Neuron) -> Neuron:
+        """The parameters of these neurons: what the population does not say is as for all."""
+        own = {key: value for key, value in self if key not in ("name", "neurons") and value is not None}
+        return neuron.model_copy(update=own)
 
 
 class Drive(_Table):
@@ -288,13 +360,43 @@ class Drive(_Table):
     weight: Conductance
 
 
-class PoissonInput(_Table):
+class _Signed(_Table):
+    """What excites, what inhibits, or both."""
+
+    excitatory: Any = None
+    inhibitory: Any = None
+
+    @model_validator(mode="after")
+    def _check_signs(self) -> Self:
+        if self.excitatory is None and self.inhibitory is None:
+            raise ValueError("excitatory or inhibitory is missing; add one of them or both")
+        return self
+
+
+class PoissonInput(_Signed):
     """Independent Poisson spikes for every neuron."""
 
     kind: Literal["poisson"]
     seed: NonNegativeInt
-    excitatory: Drive
+    excitatory: Drive | None = None
     inhibitory: Drive | None = None
+
+
+class EventFile(_Table):
+    """A list of spikes of one sign, and what one adds to the conductance."""
+
+    path: InputPath | list[InputPath]
+    weight: Conductance
+
+
+class EventsInput(_Signed):
+    """Listed spikes for every neuron."""
+
+    kind: Literal["events"]
+    excitatory: EventFile | None = None
+    inhibitory: EventFile | None = None
+    start: Time = 0.0
+    first: NonNegativeInt = 0
 
 
 class FileInput(_Table):
@@ -378,12 +480,34 @@ class FileSpikes(_Table):
     array: str | None = None
 
 
-class ChannelsInput(_Table):
+class EventSpikes(_Table):
+    """A list of spikes."""
+
+    source: Literal["events"]
+    path: InputPath | list[InputPath]
+    channels: PositiveInt
+    start: Time = 0.0
+    first: NonNegativeInt = 0
+
+
+class Channels(_Table):
     """Spikes in channels, fanned out."""
 
-    kind: Literal["channels"]
-    spikes: Annotated[PoissonSpikes | FileSpikes, Field(discriminator="source")]
+    spikes: Annotated[PoissonSpikes | FileSpikes | EventSpikes, Field(discriminator="source")]
     fan_out: InputWeights
+
+
+class ChannelsInput(Channels):
+    """One group of channels or several."""
+
+    kind: Literal["channels"]
+    more: list[Channels] = []
+
+
+class NoInput(_Table):
+    """Nothing drives the neurons from outside."""
+
+    kind: Literal["none"]
 
 
 class RandomSynapses(_Table):
@@ -416,9 +540,38 @@ class Config(_Table):
     notes: list[str] = []
     simulation: Simulation
     neuron: Neuron
-    input: Annotated[PoissonInput | FileInput | RecordingInput | ChannelsInput, Field(discriminator="kind")]
+    population: list[Population] = []
+    input: Annotated[
+        PoissonInput | EventsInput | FileInput | RecordingInput | ChannelsInput | NoInput, Field(discriminator="kind")
+    ]
     recurrent: RecurrentWeights | None = None
     record: Record = Record()
+
+    @model_validator(mode="after")
+    def _check_populations(self) -> Config:
+        count, before = self.neuron.count, ""
+        names = [population.name for population in self.population]
+        if len({*names, ALL_OTHERS}) <= len(names):
+            got = ", ".join(map(repr, names))
+            raise ValueError(f"population.name must be different in each and not {ALL_OTHERS!r}, got {got}")
+        end = 0
+        for population in sorted(self.population, key=lambda population: population.neurons):
+            first, stop = population.neurons
+            if not first < stop <= count:
+                raise ValueError(
+                    f"population.neurons of {population.name!r} must be a first neuron and the one after the last, up to "
+                    f"neuron.count = {count}, got {population.neurons}"
+                )
+            if first < end:
+                raise ValueError(
+                    f"population.neurons must be apart, got {population.neurons} of {population.name!r}, and {before!r} "
+                    f"ends at {end}"
+                )
+            end, before = stop, population.name
+        for own in (self.neuron, *(population.applied_to(self.neuron) for population in self.population)):
+            if own.i_offset and not own.g_l:
+                raise ValueError(f"i_offset needs g_l above 0, got i_offset = {own.i_offset} nA and no leak; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_recorded_neurons(self) -> Config:

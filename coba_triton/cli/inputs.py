@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coba_triton import PoissonSource
+from coba_triton import EventSource, PoissonSource, read_events
+from coba_triton.sources import MadeSource
 
 from .config import (
+    Channels,
     Config,
+    EventsInput,
+    EventSpikes,
     FanOut,
     FileInput,
     FileSignal,
     FileSpikes,
     FileWeights,
+    NoInput,
     PoissonInput,
     PoissonSpikes,
     RecordingInput,
@@ -115,17 +121,66 @@ def open_source(config: Config) -> Source:
     settings, dt, steps, neurons = config.input, config.simulation.dt, config.simulation.steps, config.neuron.count
     if isinstance(settings, PoissonInput):
         return PoissonDrive(settings, dt, steps, neurons)
+    if isinstance(settings, EventsInput):
+        return EventDrive(settings, dt, steps, neurons)
     if isinstance(settings, FileInput):
         return FileSource(settings, steps, neurons)
     if isinstance(settings, RecordingInput):
         return RecordingSource(settings, dt, steps, neurons)
-    if isinstance(settings.spikes, PoissonSpikes):
-        return PoissonChannels(settings.spikes, settings.fan_out, dt, steps, neurons)
-    return FileChannels(settings.spikes, settings.fan_out, steps, neurons)
+    if isinstance(settings, NoInput):
+        return NoChannels(neurons)
+    groups = [_open_channels(group, dt, steps, neurons) for group in (settings, *settings.more)]
+    return groups[0] if len(groups) == 1 else JoinedChannels(groups)
 
 
-class PoissonDrive(_Own):
-    """Independent Poisson spikes for every neuron; several in one step add up."""
+def _open_channels(group: Channels, dt: float, steps: int, neurons: int) -> _FannedOut:
+    spikes, fan_out = group.spikes, group.fan_out
+    if isinstance(spikes, PoissonSpikes):
+        return PoissonChannels(spikes, fan_out, dt, steps, neurons)
+    if isinstance(spikes, EventSpikes):
+        return EventChannels(spikes, fan_out, dt, steps, neurons)
+    return FileChannels(spikes, fan_out, steps, neurons)
+
+
+class NoChannels(_FannedOut):
+    """No input."""
+
+    def __init__(self, neurons: int) -> None:
+        self.weights = np.empty((neurons, 0), np.float32)
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        return np.empty((stop - start, 0), np.float32)
+
+
+class JoinedChannels(_FannedOut):
+    """Several groups of channels, side by side."""
+
+    def __init__(self, groups: Sequence[_FannedOut]) -> None:
+        self.groups = groups
+        self.weights = np.concatenate([group.weights for group in groups], axis=1)
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        return np.concatenate([group.channels(start, stop) for group in self.groups], axis=1)
+
+
+class _Made(_Own):
+    """Spikes of every neuron's own that are made on the way; several in one step add up."""
+
+    sources: Sequence[MadeSource]
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        first, *others = self.sources
+        net = first[start:stop]
+        for source in others:
+            source.fill(start, net, add=True)
+        return net.numpy()
+
+
+class PoissonDrive(_Made):
+    """Independent Poisson spikes for every neuron."""
 
     def __init__(self, settings: PoissonInput, dt: float, steps: int, neurons: int) -> None:
         self.neurons = neurons
@@ -136,13 +191,40 @@ class PoissonDrive(_Own):
             if d is not None
         ]
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
-        first, *others = self.sources
-        net = first[start:stop]
-        for source in others:
-            source.fill(start, net, add=True)
-        return net.numpy()
+
+def _listed(
+    path: Path | list[Path],
+    key: str,
+    settings: EventsInput | EventSpikes,
+    channels: int,
+    dt: float,
+    steps: int,
+    weight: float = 1.0,
+) -> EventSource:
+    """The spikes that a file lists, or several.
+
+    Raises:
+        UserError: if it cannot be read or does not fit.
+    """
+    try:
+        times, neurons = read_events(path)
+        more: dict[str, Any] = {"weight": weight, "first": settings.first, "start": settings.start}
+        return EventSource(times, neurons, channels, dt, steps=steps, **more)
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+class EventDrive(_Made):
+    """Listed spikes for every neuron."""
+
+    def __init__(self, settings: EventsInput, dt: float, steps: int, neurons: int) -> None:
+        self.neurons = neurons
+        signs = (("excitatory", settings.excitatory, 1), ("inhibitory", settings.inhibitory, -1))
+        self.sources = [
+            _listed(file.path, f"input.{name}", settings, neurons, dt, steps, weight=sign * file.weight)
+            for name, file, sign in signs
+            if file is not None
+        ]
 
 
 class PoissonChannels(_FannedOut):
@@ -158,6 +240,18 @@ class PoissonChannels(_FannedOut):
         counts = self.source[start:stop].numpy()
         counts[max(self.end - start, 0) :] = 0
         return counts
+
+
+class EventChannels(_FannedOut):
+    """Listed spikes in channels; several in one step add up."""
+
+    def __init__(self, spikes: EventSpikes, fan_out: FanOut | FileWeights, dt: float, steps: int, neurons: int) -> None:
+        self.source = _listed(spikes.path, "input.spikes", spikes, spikes.channels, dt, steps)
+        self.weights = input_weights(fan_out, neurons, spikes.channels)
+
+    def channels(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Source`."""
+        return self.source[start:stop].numpy()
 
 
 def _check_sequence(path: Path, array: NDArray[np.generic], steps: int, width: int | None, key: str) -> None:

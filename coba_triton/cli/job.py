@@ -7,16 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, Record, Result, open_result, simulate
+from coba_triton import (
+    CobaLIF,
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFRecurrent,
+    CobaLIFState,
+    Record,
+    Result,
+    open_result,
+    simulate,
+)
 from coba_triton._backends import choose_backend
 from coba_triton._files import reason
 from coba_triton.sinks import Sink
 from coba_triton.sources import Described
 
-from .config import Config, Neuron, Simulation, UserError
+from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread, UserError
 from .inputs import PoissonChannels, PoissonDrive, Source
 from .weights import Recurrent
 
@@ -64,19 +76,54 @@ class DrawnFeed(Feed, Described):
         return {"settings": self.settings}
 
 
-def parameters(neuron: Neuron) -> CobaLIFParameters:
+def _of_every_neuron(config: Config, value: Callable[[Neuron], float]) -> float | Tensor:
+    """A number of the neurons; where populations differ in it one for each, ``[N]``."""
+    shared = value(config.neuron)
+    own = [value(population.applied_to(config.neuron)) for population in config.population]
+    if all(number == shared for number in own):
+        return shared
+    numbers = torch.full((config.neuron.count,), shared)
+    for population, number in zip(config.population, own, strict=True):
+        numbers[slice(*population.neurons)] = number
+    return numbers
+
+
+def parameters(config: Config) -> CobaLIFParameters:
     """The model's parameters, which hold the inverses of the time constants and of the capacitance."""
-    return CobaLIFParameters(
-        tau_syn_exc_inv=1 / neuron.tau_syn_exc,
-        tau_syn_inh_inv=1 / neuron.tau_syn_inh,
-        c_m_inv=1 / neuron.c_m,
-        g_l=neuron.g_l,
-        e_rev_I=neuron.e_rev_I,
-        e_rev_E=neuron.e_rev_E,
-        v_rest=neuron.v_rest,
-        v_reset=neuron.v_reset,
-        v_thresh=neuron.v_thresh,
-    )
+    values: dict[str, Callable[[Neuron], float]] = {
+        "tau_syn_exc_inv": lambda n: 1 / n.tau_syn_exc,
+        "tau_syn_inh_inv": lambda n: 1 / n.tau_syn_inh,
+        "c_m_inv": lambda n: 1 / n.c_m,
+        "g_l": lambda n: n.g_l,
+        "e_rev_I": lambda n: n.e_rev_I,
+        "e_rev_E": lambda n: n.e_rev_E,
+        "v_rest": lambda n: n.v_rest + n.i_offset / n.g_l if n.i_offset else n.v_rest,
+        "v_reset": lambda n: n.v_reset,
+        "v_thresh": lambda n: n.v_thresh,
+    }
+    numbers: dict[str, Any] = {name: _of_every_neuron(config, value) for name, value in values.items()}
+    return CobaLIFParameters(**numbers)
+
+
+def _start(neuron: Neuron, count: int) -> NDArray[np.float64]:
+    """Potentials at the beginning."""
+    if isinstance(neuron.v_init, Spread):
+        return np.random.default_rng(neuron.v_init.seed).uniform(neuron.v_init.low, neuron.v_init.high, count)
+    return np.full(count, neuron.v_rest if neuron.v_init is None else neuron.v_init)
+
+
+def initial_state(config: Config, connected: bool, device: torch.device) -> CobaLIFState | CobaLIFFeedForwardState | None:
+    """Where the neurons start if that is not the resting potential of the parameters."""
+    neuron, own = config.neuron, [population.applied_to(config.neuron) for population in config.population]
+    if all(n.v_init is None and not n.i_offset for n in (neuron, *own)):
+        return None
+    v = _start(neuron, neuron.count)
+    for population, members in zip(config.population, own, strict=True):
+        if population.v_init is not None or neuron.v_init is None:  # else all are drawn at once
+            where = slice(*population.neurons)
+            v[where] = _start(members, v[where].size)
+    potentials = torch.from_numpy(v).float().to(device)
+    return CobaLIFState(0.0, potentials, 0.0, 0.0) if connected else CobaLIFFeedForwardState(potentials, 0.0, 0.0)
 
 
 def choose_device(simulation: Simulation) -> torch.device:
@@ -100,7 +147,7 @@ def choose_device(simulation: Simulation) -> torch.device:
 
 def make_network(config: Config, source: Source, recurrent: Recurrent | None) -> CobaLIF | CobaLIFRecurrent:
     """The population as a module, with its weights if its neurons are connected."""
-    simulation, p = config.simulation, parameters(config.neuron)
+    simulation, p = config.simulation, parameters(config)
     options: dict[str, Any] = {"order": simulation.order, "backend": simulation.backend}
     if recurrent is None:
         return CobaLIF(p, simulation.dt, **options)
@@ -110,6 +157,15 @@ def make_network(config: Config, source: Source, recurrent: Recurrent | None) ->
     return network
 
 
+def populations(config: Config, recurrent: Recurrent | None) -> dict[str, NDArray[np.int64]]:
+    """The neurons that are shown apart: those that the configuration names, else by the sign of their synapses."""
+    if not config.population:
+        return {name: mask.nonzero()[0] for name, mask in recurrent.populations().items()} if recurrent else {}
+    found = {population.name: np.arange(*population.neurons) for population in config.population}
+    others = np.setdiff1d(np.arange(config.neuron.count), np.concatenate(list(found.values())))
+    return found | ({ALL_OTHERS: others} if others.size else {})
+
+
 def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
     """What the configuration asks for, and what the figure and the summary show."""
     settings = config.record
@@ -117,7 +173,7 @@ def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
         variables=settings.variables if settings.neurons else (),
         neurons=settings.neurons if settings.variables else (),
         every=settings.every,
-        populations={name: mask.nonzero()[0] for name, mask in recurrent.populations().items()} if recurrent else {},
+        populations=populations(config, recurrent),
         inputs=True,
     )
 
@@ -149,6 +205,7 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
                 network,
                 feed,
                 sink=sink,
+                state=initial_state(config, recurrent is not None, device),
                 block_steps=simulation.block_steps,
                 record=what_to_record(config, recurrent),
                 resume=resume,

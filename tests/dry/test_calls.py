@@ -26,13 +26,14 @@ from coba_triton.problems import sparse_problem
 
 P = CobaLIFParameters()
 X = torch.zeros(40, 3, 64)
+LEAF = torch.zeros(40, 3, 64, requires_grad=True)
 W_IN, W_REC = torch.zeros(100, 64), torch.zeros(100, 100)
 CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "feed-forward": (
         lambda: coba_lif_feed_forward_integral(X, None, P, 0.1, backend="triton"), {"forward_kernel": 1},
     ),
     "feed-forward, training": (
-        lambda: coba_lif_feed_forward_integral(X.clone().requires_grad_(), None, P, 0.1, backend="triton")[0].sum().backward(),
+        lambda: coba_lif_feed_forward_integral(LEAF, None, P, 0.1, backend="triton")[0].sum().backward(),
         {"forward_kernel": 1, "backward_kernel": 1},
     ),
     "module": (lambda: CobaLIF(dt=0.1, backend="triton")(X), {"forward_kernel": 1}),

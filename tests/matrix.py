@@ -1,0 +1,120 @@
+"""Run what depends on torch, triton and numpy with each set of versions that is supported, and print a table.
+
+``python tests/matrix.py`` makes an environment for each set in ``.matrix/``, which later runs use again; it downloads
+gigabytes, as torch 2.11 is on PyPI as a CUDA build alone. ``--only 3.6`` runs the sets whose names contain this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENTS = ROOT / ".matrix"
+
+
+class Versions(NamedTuple):
+    """A set of versions that is supported together."""
+
+    torch: str
+    triton: str
+    numpy: str
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{name} {version}" for name, version in self._asdict().items())
+
+    @property
+    def interprets(self) -> bool:
+        """Triton 3.6's interpreter fails with numpy from 2.4 on."""
+        return self.triton > "3.7" or self.numpy < "2.4"
+
+
+SETS = (
+    Versions("2.11.0", "3.6.0", "2.5.2"),
+    Versions("2.11.0", "3.6.0", "2.3.5"),
+    Versions("2.13.0", "3.6.0", "2.3.5"),
+    Versions("2.13.0", "3.7.1", "2.4.6"),
+    Versions("2.13.0", "3.9.0", "2.5.2"),
+)
+# Name to the files, and the variables of a process that runs them.
+SUITES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "calls": (["dry/test_calls.py"], {"TRITON_INTERPRET": "0", "COBA_TRITON_DRY": "1"}),
+    "executed": (["test_compiled.py"], {}),
+    "interpreter": (["test_feed_forward_kernels.py", "test_recurrent_kernels.py"], {}),
+    "CPU path": (["test_cpu.py", "test_cpu_recurrent.py"], {}),
+    "PyTorch": (["test_operators.py", "test_transforms.py", "test_training.py", "test_backends.py", "test_modules.py"], {}),
+}
+
+
+def make(versions: Versions) -> Path:
+    """The interpreter of an environment with these versions, made if it is not there."""
+    folder = ENVIRONMENTS / re.sub(r"[^0-9.]+", "-", versions.name).strip("-")
+    python, complete = folder / "bin" / "python", folder / ".complete"
+    if not complete.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pins = [f"{name}=={version}" for name, version in versions._asdict().items()]
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *pins, "-e", ".[test]"], cwd=ROOT, check=True)
+        complete.touch()
+    return python
+
+
+def run(python: Path, versions: Versions, suite: str) -> str:
+    """A cell of the table: pytest's last line, or why the suite is left out."""
+    files, variables = SUITES[suite]
+    if not versions.interprets and suite == "interpreter":
+        return "not supported"
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        "-p",
+        "no:benchmark",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "2",
+    ]
+    if suite in ("calls", "executed"):
+        command = [*command[:-2], "-p", "no:xdist"]
+    if not versions.interprets:
+        command += ["-k", "not triton"] if suite == "PyTorch" else []
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, *files], cwd=ROOT / "tests", env=os.environ | variables, capture_output=True, text=True
+    )  # fmt: skip
+    log = python.parents[1] / f"{suite.replace(' ', '-')}.log"
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
+    last = (done.stdout.strip().splitlines() or ["nothing was said"])[-1].strip("= ")
+    counts = ", ".join(re.findall(r"\d+ (?:passed|failed|errors?)", last)) or last
+    return f"{counts}, {time.monotonic() - started:.0f} s" + ("" if done.returncode == 0 else f" (see {log})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="run the sets of versions whose names contain this")
+    arguments = parser.parse_args()
+    print(f"| Python {sys.version.split()[0]} with | " + " | ".join(SUITES) + " |", flush=True)
+    print("| --- |" + " --- |" * len(SUITES), flush=True)
+    broken = False
+    for versions in SETS:
+        if arguments.only not in versions.name:
+            continue
+        python = make(versions)
+        cells = [run(python, versions, suite) for suite in SUITES]
+        broken |= any("see " in cell or "failed" in cell for cell in cells)
+        print(f"| {versions.name} | " + " | ".join(cells) + " |", flush=True)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
