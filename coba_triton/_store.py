@@ -245,7 +245,7 @@ def _check_content(attributes: dict[str, Any]) -> None:
         raise ValueError("network or state_dtype")
     if not 0 < _is(config["dt_ms"], float, int) < math.inf:
         raise ValueError("dt_ms")
-    _is(config["attributes"], dict)
+    _is(config["attributes"], dict), _is(config["source"], dict)
     _is(attributes["versions"], dict)
     for neuron in _is(record["neurons"], list):
         if _size(neuron) >= math.prod(neurons):

@@ -343,9 +343,9 @@ class ZarrSink(Sink):
 
     def _reopen(self, attributes: dict[str, Any]) -> Checkpoint:
         kept = Store(self.path)
-        difference = difference_of(kept.attributes["config"], attributes["config"]) or difference_of(
-            kept.attributes["arrays"], attributes["arrays"], "arrays"
-        )
+        before, given = kept.attributes, attributes
+        difference = difference_of(_identity(before["config"]), _identity(given["config"]))
+        difference = difference or difference_of(before["arrays"], given["arrays"], "arrays")
         if difference:
             raise ValueError(
                 f"{self.path} was begun with another configuration: {difference}; pass what it was begun with, or another "
@@ -356,6 +356,7 @@ class ZarrSink(Sink):
             if folder.is_symlink() or not folder.is_dir():
                 raise kept.damaged(f"the array {name!r} is {'a link' if folder.is_symlink() else 'missing'}")
         rows = kept.check_blocks()
+        kept.attributes["config"]["source"] = attributes["config"]["source"]  # a list of spikes may be longer by now
         self._kept, self._described = kept, -1  # who died may not have come to it
         return Checkpoint(kept.steps, kept.attributes["steps"], [(row.steps, row.input) for row in rows])
 
@@ -504,6 +505,16 @@ def _dimensions(name: str, axes: int) -> list[str]:
     first = "word" if name == "spikes" else "step"
     last = {"spikes": "neuron", "counts": "population"}.get(name, "recorded")
     return [first, *(f"batch_{axis}" for axis in range(axes - 1)), *[last] * min(axes, 1)]
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What two configurations of one run have in common: a source that is compared block by block may be another one."""
+    source = config["source"]
+    return config | {
+        "source": source
+        if source.get("described")
+        else {name: source.get(name) for name in ("described", "channels", "dtype")}
+    }
 
 
 def difference_of(stored: Any, given: Any, where: str = "") -> str | None:

@@ -268,10 +268,9 @@ class Blocks:
 
     def describe(self) -> dict[str, Any]:
         """What the source is, as far as that can be said in advance."""
-        described = {"kind": "data"}
-        described |= self.source.describe() if isinstance(self.source, Described) else {}
+        described = {"kind": "data"} | (self.source.describe() if isinstance(self.source, MadeSource | Described) else {})
         dtype = str(self.first.dtype).removeprefix("torch.")
-        return {**described, "channels": list(self.first.shape[1:]), "dtype": dtype}
+        return {**described, "described": self.described, "channels": list(self.first.shape[1:]), "dtype": dtype}
 
     def read(
         self, start: int, block_steps: int, buffers: int | None = None, note: Callable[[Tensor], None] | None = None

@@ -30,6 +30,7 @@ from coba_triton import (
     CobaLIFFeedForwardState,
     CobaLIFRecurrent,
     CobaLIFState,
+    EventSource,
     MemorySink,
     NpzSink,
     PoissonSource,
@@ -197,7 +198,7 @@ def test_a_described_source_is_not_read_again(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("steps", [BLOCK, 3 * BLOCK, 4 * BLOCK + 40, T - 1], ids="to {}".format)
-@pytest.mark.parametrize("form", ["poisson", "tensor", "iterable", "recurrent"])
+@pytest.mark.parametrize("form", ["poisson", "tensor", "iterable", "recurrent", "events"])
 def test_a_run_is_extended_bit_for_bit(form: str, steps: int, tmp_path: Path) -> None:
     def changes(steps: int) -> dict[str, Any]:
         if form == "recurrent":
@@ -205,6 +206,9 @@ def test_a_run_is_extended_bit_for_bit(form: str, steps: int, tmp_path: Path) ->
         if form == "poisson":
             return {"source": drive(steps=steps)}
         x = input_of()[:steps]
+        if form == "events":
+            step, neuron = x.nonzero(as_tuple=True)
+            return {"source": EventSource((step + 1) * 0.1, neuron, N, 0.1, steps=steps, weight=2**-9)}
         return {"source": x if form == "tensor" else iter(x.split(77))}
 
     record = replace(RECORD, every=3)
@@ -500,6 +504,7 @@ CRAFTED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no config": lambda a: a.pop("config"),
     "config a list": lambda a: a.update(config=[]),
     "no record": lambda a: a["config"].pop("record"),
+    "source": lambda a: a["config"].update(source=[]),
     "dt": lambda a: a["config"].update(dt_ms=-1),
     "huge": lambda a: a["config"].update(neurons=[10**10]),
     "neurons": lambda a: a["config"].update(neurons=[10**400]),

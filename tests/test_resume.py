@@ -219,7 +219,7 @@ def test_killed_25_times_at_random_moments(tmp_path: Path) -> None:
         ({"block_steps": 128}, "block_steps was 96 and is 128"),
         ({"record": Record(neurons=[1])}, "record.inputs was true and is false"),
         ({"record": replace(RECORD, every=2)}, "record.every was 1 and is 2"),
-        ({"source": drive()[:]}, "source.dt was 0.1 and is null"),
+        ({"source": drive()[:]}, "source.described was true and is false"),
     ],
     ids=["steps", "threshold", "dt", "order", "block", "record", "every", "input"],
 )
