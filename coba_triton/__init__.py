@@ -3,29 +3,32 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ._check import check
-from ._warmup import warmup
-from .events import read_events
-from .functional import (
-    coba_lif_feed_forward_integral,
-    coba_lif_feed_forward_step,
-    coba_lif_integral,
-    coba_lif_step,
-)
-from .model import (
-    CobaLIFFeedForwardState,
-    CobaLIFParameters,
-    CobaLIFState,
-    default_bio_parameters,
-    default_bio_state,
-)
-from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
-from .pynn import from_pynn, to_pynn
-from .results import Result, open_result
-from .simulation import Record, simulate
-from .sinks import MemorySink, NpzSink, ZarrSink
-from .sources import EventSource, PoissonSource, stream_blocks
-from .spikes import pack_spikes, unpack_spikes
+from ._signals import silent_start
+
+with silent_start():
+    from ._check import check
+    from ._warmup import warmup
+    from .events import read_events
+    from .functional import (
+        coba_lif_feed_forward_integral,
+        coba_lif_feed_forward_step,
+        coba_lif_integral,
+        coba_lif_step,
+    )
+    from .model import (
+        CobaLIFFeedForwardState,
+        CobaLIFParameters,
+        CobaLIFState,
+        default_bio_parameters,
+        default_bio_state,
+    )
+    from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
+    from .pynn import from_pynn, to_pynn
+    from .results import Result, open_result
+    from .simulation import Record, simulate
+    from .sinks import MemorySink, NpzSink, ZarrSink
+    from .sources import EventSource, PoissonSource, stream_blocks
+    from .spikes import pack_spikes, unpack_spikes
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
 if not (Path(__file__).parent / "kernels").is_dir():

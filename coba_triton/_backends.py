@@ -64,6 +64,20 @@ def triton_device_type() -> str:
     return device_type
 
 
+def the_device(device: torch.device | str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be a device of torch, such as 'cpu' or 'cuda', got {device!r:.200} ({error!s:.200})"
+        ) from None
+
+
 @functools.cache
 def _report_fallback(what: str) -> None:
     logger.info("backend 'auto' uses the reference: no fused backend serves %s", what)
@@ -76,8 +90,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
         ValueError: if the name is unknown.
         RuntimeError: if a backend that was asked for by name cannot serve.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r:.200}")
     if backend == "reference":
         return "reference"
     if backend == "cpu":

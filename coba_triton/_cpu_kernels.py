@@ -27,6 +27,7 @@ from numba.extending import intrinsic, overload
 from . import model, reference
 from . import surrogate as surrogates
 from ._backends import logger
+from ._kernel_cache import KernelCache
 from .model import Constants
 from .reference import add_drive, integrate, reset
 from .surrogate import SURROGATES
@@ -531,11 +532,11 @@ def store_state(tile: Any, states: Any, first: int, every: int, begin: int, neur
 
 def _entry_point(function: Callable[..., Any]) -> Any:
     """Compile lazily, once for each compute dtype and choice of optional arguments, and cache on disk if possible."""
+    kernel = numba.njit(**OPTIONS)(function)
     try:
-        kernel = numba.njit(cache=True, **OPTIONS)(function)
+        kernel._cache = KernelCache(function)
         kept = "kept on disk"
     except RuntimeError:  # no folder that Numba tries can be written to
-        kernel = numba.njit(**OPTIONS)(function)
         kept = "kept for this process: no cache folder can be written to, NUMBA_CACHE_DIR names one"
     _reported[kernel] = f"compiling the CPU kernel {function.__name__!r}, which takes seconds; the code is {kept}"
     return kernel

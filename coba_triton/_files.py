@@ -15,6 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ._text import decode
+
+MOST = 2**24  # bytes of a file that people write, or that is written for them to read
+
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """What a regular file holds.
@@ -36,25 +40,25 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
-def read_text(path: str | os.PathLike[str], limit: int = 2**24) -> str:
-    """The text of a regular file in UTF-8, with or without a byte order mark; see :func:`read_bytes`.
+def read_text(path: str | os.PathLike[str], limit: int = MOST) -> str:
+    """The text of a regular file, see :func:`read_bytes` and :func:`coba_triton._text.decode`.
 
     Raises:
         OSError: as there.
-        ValueError: if it is no UTF-8.
+        ValueError: if it is no text.
     """
-    return read_bytes(path, limit).decode("utf-8-sig")
+    return decode(read_bytes(path, limit))
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file says; see :func:`read_text`.
+    """What a JSON file says; see :func:`read_bytes`.
 
     Raises:
         OSError: as there.
         ValueError: if it is no JSON, or nested too deeply to be read.
     """
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_bytes(path, MOST))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

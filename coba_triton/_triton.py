@@ -435,12 +435,13 @@ def recurrent_sweep(
         num_warps = parameters_of("recurrent_backward", lam, neurons, batch)["num_warps"]
     block = num_warps * threads_per_warp()
     grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
+    weights = net.recurrent_weights.contiguous() if in_one_launch else None
 
     def launch(begin: int, end: int) -> None:
         _launch(
             recurrent.backward_kernel, (batch, _cdiv(neurons, block)), lam.device, num_warps,
             trajectory, words, net.constants, grad_spikes, grad_states,
-            net.recurrent_weights if in_one_launch else None, lam, lam_z, adjoints, grad_constants,
+            weights, lam, lam_z, adjoints, grad_constants,
             begin, end, start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
             net.constants.stride(0), *grad_strides,
             BLOCK=block, UNROLL=EVENTS_AHEAD,

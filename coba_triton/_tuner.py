@@ -10,15 +10,17 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
 from . import _check, tuning
+from ._files import is_there, read_text, reason, written_whole
 from .problems import Problem, RecurrentProblem, problem, sparse_problem
 from .tuning import Parameters, TableError
 
@@ -330,6 +332,13 @@ def proposals(
                 best = (yield base | {name: value}, total) or best
 
 
+def _let_go(lock: BaseFileLock) -> None:
+    """Release a lock and leave no file behind: whoever has opened it meanwhile sees that it is gone, and makes another."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
 class Journal:
     """One JSON line for each set of parameters; survives a kill after any of them.
 
@@ -347,30 +356,36 @@ class Journal:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise TableError(f"{path} is being written by another tuning run; wait for it, or name another --out") from None
+        except OSError as error:
+            raise TableError(f"{path} cannot be locked ({reason(error)}); name another --out") from None
         try:
             self._file = self._open(resume)
         except BaseException:
-            self._lock.release()
+            _let_go(self._lock)
             raise
 
     def _open(self, resume: bool) -> IO[str]:
         lines = []
-        if self.path.exists():
+        if is_there(self.path):
             if not resume:
                 raise TableError(f"{self.path} is of a run that did not end; continue it with --resume, or remove it")
             lines = self._read()
-        file = self.path.open("w", encoding="utf-8")
         # without what a kill left half written
-        file.writelines(json.dumps(line) + "\n" for line in [self.header, *lines])
-        file.flush()
-        return file
+        with written_whole(self.path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in [self.header, *lines]), encoding="utf-8")
+        return self.path.open("a", encoding="utf-8")
 
     def _read(self) -> list[dict[str, Any]]:
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        try:
+            content = read_text(self.path)
+        except (OSError, ValueError) as error:
+            why = reason(error) if isinstance(error, OSError) else error
+            raise TableError(f"{self.path} cannot be read ({why}); remove it, or name another --out") from None
+        for text in content.splitlines():
             try:
                 lines.append(json.loads(text))
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
         if not lines:
             return []
@@ -379,11 +394,14 @@ class Journal:
         kept = []
         for line in lines[1:]:
             try:
-                self.trials[self._key(line["task"], line["parameters"])] = Trial(
-                    **{name: value for name, value in line.items() if name != "task"}
-                )
-            except (KeyError, TypeError):
+                trial = Trial(**{name: value for name, value in line.items() if name != "task"})
+                key = self._key(line["task"], line["parameters"])
+            except (AttributeError, KeyError, TypeError):
                 break
+            times = {type(seconds) for seconds in (trial.p20, trial.p50, trial.p80)}
+            if times != {float if trial.status == "timed" else type(None)} or not isinstance(trial.compiled, dict):
+                break
+            self.trials[key] = trial
             kept.append(line)
         return kept
 
@@ -405,7 +423,7 @@ class Journal:
         self._file.close()
         if finished:
             self.path.unlink(missing_ok=True)
-        self._lock.release()
+        _let_go(self._lock)
 
 
 @dataclass
@@ -583,17 +601,20 @@ def write_table(path: Path, target: tuning.Machine, entries: list[dict[str, Any]
         OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock"), timeout=60):
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=60)
+    lock.acquire()
+    try:
         content = open_table(path, target)
         keys = [[entry[name] for name in ("kernel", "dtype", "neurons", "batch")] for entry in entries]
         kept = [
             entry
             for entry in content["entries"]
-            if [entry.get(name) for name in ("kernel", "dtype", "neurons", "batch")] not in keys
+            if [entry[name] for name in ("kernel", "dtype", "neurons", "batch")] not in keys
         ]
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(content | {"entries": kept + entries}, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        with written_whole(path) as part:
+            part.write_text(json.dumps(content | {"entries": kept + entries}, indent=1) + "\n", encoding="utf-8")
+    finally:
+        _let_go(lock)
     tuning.forget()
 
 
@@ -603,7 +624,7 @@ def open_table(path: Path, target: tuning.Machine) -> dict[str, Any]:
     Raises:
         TableError: if what is there is no table for this backend and architecture.
     """
-    if not path.exists():
+    if not is_there(path):
         return {
             "format": tuning.FORMAT,
             "version": tuning.VERSION,

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .model import NUMERIC_PARAMETERS, is_tracked, number_key
+from .model import NUMBERS, NUMERIC_PARAMETERS, SPIKES, is_tracked, number_key
 from .spikes import WORD_BITS
 from .surrogate import SURROGATES
 
@@ -20,23 +22,58 @@ SpikeDtype = torch.dtype | Literal["bits"] | None
 
 
 def check_dt(dt: Any) -> float:
-    if isinstance(dt, bool) or not isinstance(dt, numbers.Real):
-        raise TypeError(f"dt must be a positive finite number of ms, got {type(dt).__name__}; pass a Python float")
+    return check_time(dt, "dt")
+
+
+def check_time(time: Any, name: str) -> float:
+    """A positive number of ms as a Python float: one of numpy's would take a product with a tensor for its own."""
+    if isinstance(time, bool) or not isinstance(time, numbers.Real):
+        raise TypeError(f"{name} must be a positive finite number of ms, got {type(time).__name__}; pass a Python float")
     if torch.compiler.is_compiling():  # it would compile again for every other value that is looked at
-        return dt  # type: ignore[return-value]
-    if not (math.isfinite(dt) and float(dt) > 0):
-        raise ValueError(f"dt must be a positive finite number of ms, got {dt!r}")
-    return float(dt)  # a number of numpy's would take a product with a tensor for its own
+        return time  # type: ignore[return-value]
+    if not (_is_finite(time) and float(time) > 0):
+        raise ValueError(f"{name} must be a positive finite number of ms, got {time!r:.50}")
+    return float(time)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no double can hold
+        return False
+
+
+def is_one_of(value: Any, known: Collection[str]) -> bool:
+    """Whether a value is one of some words; of an array, ``in`` alone has no answer."""
+    return isinstance(value, str) and value in known
+
+
+def check_flag(value: Any, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def check_order(order: Any) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"order must be 'decay_first' or 'jump_first' (norse's feed-forward step), got {order!r}")
+    if not is_one_of(order, ORDERS):
+        raise ValueError(f"order must be 'decay_first' or 'jump_first' (norse's feed-forward step), got {order!r:.200}")
 
 
 def check_path(path: Any, paths: tuple[str, ...]) -> None:
-    if path not in paths:
-        raise ValueError(f"path must be one of {', '.join(map(repr, paths))}, got {path!r}")
+    if not is_one_of(path, paths):
+        raise ValueError(f"path must be one of {', '.join(map(repr, paths))}, got {path!r:.200}")
+
+
+def check_dense(x: Tensor, name: str) -> None:
+    """A tensor of numbers, each in its own place in memory."""
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "a nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} must be dense, got {layout}; use .to_dense()")
+    if x.dtype not in NUMBERS:
+        way_out = ".real" if x.is_complex() else ".float()"
+        raise TypeError(
+            f"{name} must be real, spikes as bool or integers, of a floating dtype of 16 bits or more, got {x.dtype}; use "
+            f"{way_out}"
+        )
 
 
 _accepted: set[tuple[bytes, Any]] = set()
@@ -44,7 +81,7 @@ _accepted: set[tuple[bytes, Any]] = set()
 
 def check_parameters(p: Any) -> None:
     """A record of parameters with numbers and a method; one of Python numbers alone is looked at once."""
-    if (key := number_key(p)) is not None and (key, p.method) in _accepted:
+    if (key := number_key(p)) is not None and isinstance(p.method, str) and (key, p.method) in _accepted:
         return
     missing = [name for name in (*NUMERIC_PARAMETERS, "method") if not hasattr(p, name)]
     if missing:
@@ -52,8 +89,8 @@ def check_parameters(p: Any) -> None:
             f"parameters must have the fields of CobaLIFParameters, got {type(p).__name__} without "
             f"{', '.join(missing)}; build them with CobaLIFParameters(...)"
         )
-    if p.method not in SURROGATES:
-        raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {p.method!r}")
+    if not is_one_of(p.method, SURROGATES):
+        raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {p.method!r:.200}")
     for name in NUMERIC_PARAMETERS:
         check_number(getattr(p, name), name, name in NOT_NEGATIVE)
     if key is not None and len(_accepted) < 1024:
@@ -68,7 +105,8 @@ def check_number(value: Any, name: str, not_negative: bool = False) -> None:
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name} must be a real number or tensor, got a tensor of {value.dtype}; use .float()")
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        check_dense(value, name)
+    elif isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
         raise TypeError(
             f"{name} must be a real number or a torch.Tensor, got {type(value).__name__}; wrap arrays in torch.as_tensor"
         )
@@ -77,9 +115,10 @@ def check_number(value: Any, name: str, not_negative: bool = False) -> None:
 
 
 def _check_finite(value: Any, name: str, not_negative: bool, where: str = "") -> None:
-    if not math.isfinite(value):
+    if not _is_finite(value):
         out = "; for neurons that never fire, pass one that they do not reach, such as 1e9" if name == "v_thresh" else ""
-        raise ValueError(f"{name} must be finite, got {float(value)}{where}{out or '; correct it where it comes from'}")
+        got = float(value) if isinstance(value, float | np.floating) else f"{value!r:.50}"
+        raise ValueError(f"{name} must be finite, got {got}{where}{out or '; correct it where it comes from'}")
     if not_negative and value < 0:
         raise ValueError(f"{name} must not be negative, got {float(value)}{where}; correct its sign")
 
@@ -100,11 +139,11 @@ LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
 
 def check_learn(learn: Any, p: Any) -> None:
     """``learn`` names numbers that can take a gradient, and all that require one; ``p`` is a checked record."""
-    if isinstance(learn, str) or not isinstance(learn, Collection):
+    if isinstance(learn, str | Tensor) or not isinstance(learn, Collection):
         example = learn if isinstance(learn, str) else "v_thresh"
-        raise TypeError(f"learn must be a tuple of parameter names, got {learn!r}; pass learn=({example!r},)")
+        raise TypeError(f"learn must be a tuple of parameter names, got {learn!r:.200}; pass learn=({example!r:.50},)")
     for name in learn:
-        if name not in LEARNABLE:
+        if not is_one_of(name, LEARNABLE):
             raise ValueError(
                 f"learn must name parameters among {', '.join(LEARNABLE)}, got {name!r}; leave it out, and set its "
                 "value in p"
@@ -130,16 +169,29 @@ def check_int(value: Any, name: str, least: int = 1, most: float = math.inf) -> 
     return number
 
 
+def check_neurons(chosen: Any, count: int, name: str) -> NDArray[np.int64]:
+    """Indices of the neurons that a slice, a range, indices (negative ones from the end) or a mask of all of them choose."""
+    try:
+        which = chosen if isinstance(chosen, slice) else np.atleast_1d(np.asarray(chosen))
+        if not isinstance(which, slice):
+            which = which if which.size else which.astype(np.int64)
+            if which.ndim > 1:
+                raise ValueError("they have several axes")
+        return np.arange(count)[which]
+    except (IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be indices from 0 to {count - 1} (negative ones count from the end) or one boolean for each of "
+            f"{count} neurons, all their axes as one, got {chosen!r:.200} ({error})"
+        ) from None
+
+
 def check_input(x: Any, axes: str, rank: int) -> None:
     """``axes`` shows the layout to the user, ``rank`` is the number of axes it has at least."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"input_tensor must be a torch.Tensor {axes}, got {type(x).__name__}; wrap arrays in torch.as_tensor"
         )
-    if x.layout != torch.strided:
-        raise TypeError(f"input_tensor must be dense, got {x.layout}; use .to_dense()")
-    if x.is_complex():
-        raise TypeError(f"input_tensor must be real, spikes as bool or integers, got {x.dtype}; use .real")
+    check_dense(x, "input_tensor")
     if x.dim() < rank:
         raise ValueError(f"input_tensor must be {axes}, got shape {list(x.shape)}; add the missing axes by reshape")
 
@@ -172,8 +224,7 @@ def check_weights(input_weights: Any, recurrent_weights: Any, x: Tensor, inputs:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(weights).__name__}; use torch.as_tensor")
         if not weights.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, got {weights.dtype}; use .float()")
-        if weights.layout != torch.strided:
-            raise TypeError(f"{name} must be dense, got {weights.layout}; use .to_dense()")
+        check_dense(weights, name)
         if weights.dim() != 2:
             raise ValueError(f"{name} must be a matrix, rows post-synaptic, got shape {list(weights.shape)}")
         check_device(weights, name, x.device)
@@ -209,15 +260,13 @@ def broadcast_neurons(base: Iterable[int], named: dict[str, Any], grows: bool = 
 
 
 def check_spike_dtype(spike_dtype: Any, block_steps: int | None) -> None:
-    if spike_dtype == "bits":
+    if is_one_of(spike_dtype, ("bits",)):
         if block_steps is not None and block_steps % WORD_BITS:
             raise ValueError(f"block_steps must be a multiple of {WORD_BITS} for spike_dtype='bits', got {block_steps}")
-    elif spike_dtype is not None and not (
-        isinstance(spike_dtype, torch.dtype) and (spike_dtype.is_floating_point or spike_dtype in (torch.bool, torch.uint8))
-    ):
+    elif spike_dtype is not None and not (isinstance(spike_dtype, torch.dtype) and spike_dtype in SPIKES):
         raise ValueError(
-            f"spike_dtype must be a floating dtype, torch.bool, torch.uint8, 'bits' or None for the input's, got "
-            f"{spike_dtype!r}"
+            f"spike_dtype must be a floating dtype of 16 bits or more, torch.bool, torch.uint8, 'bits' or None for the "
+            f"input's, got {spike_dtype!r:.200}"
         )
 
 
@@ -236,6 +285,7 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
     """
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}; use torch.empty")
+    check_dense(out, "out")
     device = inputs["input_tensor"].device
     if (out.shape, out.dtype, out.device) != (shape, dtype, device) or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else "strided"

@@ -290,7 +290,7 @@ def coba_lif_integral(
     call: dict[str, Any] = {}
     error = None
     try:
-        block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+        block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
         dt = check.check_dt(dt)
         _check_rows(ranks, input_weights, recurrent_weights)
         x, initial, weights = prepare(input_tensor, p)

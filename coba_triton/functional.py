@@ -104,7 +104,8 @@ def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: to
     fields: list[Any] = [getattr(state, name, None) for name in FEED_FORWARD_FIELDS]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for field in fields:
-        if not (type(field) is Tensor and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
+        dense = type(field) is Tensor and field.layout is torch.strided and not field.is_nested
+        if not (dense and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
             return make(state, 5)
     check.check_parameters(p)
     check.warn_if_unstable(p, dt, *fields[-2:])
@@ -210,10 +211,13 @@ def coba_lif_step(
     return new.z.to(_spike_dtype(input_tensor, dtype, given)), CobaLIFState(*new)
 
 
-def _check_sequence(x: Any, axes: str, rank: int, order: Any, block_steps: Any, spike_dtype: SpikeDtype) -> int | None:
+def _check_sequence(
+    x: Any, axes: str, rank: int, order: Any, block_steps: Any, record_states: Any, spike_dtype: SpikeDtype
+) -> int | None:
     """Returns ``block_steps``."""
     check.check_input(x, axes, rank)
     check.check_order(order)
+    check.check_flag(record_states, "record_states")
     steps = check.check_block_steps(block_steps)
     check.check_spike_dtype(spike_dtype, steps)
     return steps
@@ -322,7 +326,7 @@ def coba_lif_feed_forward_integral(
         >>> spikes.shape
         torch.Size([1000, 4])
     """
-    block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, spike_dtype)
+    block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
     dt = check.check_dt(dt)
     steps, device = input_tensor.shape[0], input_tensor.device
     initial = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
@@ -354,6 +358,8 @@ def coba_lif_feed_forward_integral(
 
 def _kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Half precision and bytes are read as they are; everything else comes in the compute dtype."""
+    if not torch.compiler.is_compiling() and x.is_neg():  # kernels read what is in memory, which has another sign
+        x = x.resolve_neg()
     return x if x.dtype in (torch.float16, torch.bfloat16, torch.bool, torch.uint8) else x.to(dtype)
 
 
@@ -497,7 +503,7 @@ def coba_lif_integral(
         >>> spikes.shape
         torch.Size([100, 8, 2])
     """
-    block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, spike_dtype)
+    block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
     dt = check.check_dt(dt)
     check.check_path(path, _recurrent.PATHS)
     initial = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])

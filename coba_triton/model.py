@@ -20,6 +20,12 @@ from torch.autograd.forward_ad import unpack_dual
 Number = float | Tensor
 """A Python number, a 0-dim tensor, or a tensor that broadcasts over the neurons."""
 
+# The dtypes that are taken: of numbers that need no scale and have more than a few bits.
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SPIKES = (*FLOATING, torch.bool, torch.uint8)
+INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
+NUMBERS = frozenset((*SPIKES, *INTEGERS))
+
 
 def is_tracked(tensor: Tensor) -> bool:
     """Whether autograd follows a tensor, back or forward."""
@@ -168,7 +174,7 @@ def number_key(p: Any) -> bytes | None:
             return None
     try:
         return _DOUBLES.pack(*numbers)  # unlike the numbers themselves, these bytes tell -0.0 from 0.0
-    except OverflowError:  # an int that no double can hold
+    except struct.error:  # an int that no double can hold
         return None
 
 

@@ -137,6 +137,7 @@ class _RecurrentNeurons(_Neurons):
         super().__init__(p, dt, learn)
         self.input_size = input_size = check.check_int(input_size, "input_size", 0)
         self.hidden_size = hidden_size = check.check_int(hidden_size, "hidden_size")
+        check.check_flag(autapses, "autapses")
         self.autapses = autapses
         self.input_weights = nn.Parameter(torch.empty(hidden_size, input_size))
         self.recurrent_weights = nn.Parameter(torch.empty(hidden_size, hidden_size))
@@ -180,6 +181,7 @@ class _WholeSequence(nn.Module):
 
     def _set_options(self, **options: Any) -> None:
         check.check_order(options["order"])
+        check.check_flag(options["record_states"], "record_states")
         options["block_steps"] = check.check_block_steps(options["block_steps"])
         check.check_spike_dtype(options["spike_dtype"], options["block_steps"])
         for name, value in options.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,9 +20,11 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from . import _recurrent as _recurrent_blocks
-from ._recurrent import Network, choose_block_steps
+from ._operands import COMPUTE, INPUT, WORDS, Operand, check_options, checked, rank, rows_of
+from ._recurrent import PATHS, Network, choose_block_steps
 from ._samples import columns, each, join, join_constants, join_optional, part, part_constants
-from .model import Constants, has_tangent, is_tracked, is_watched
+from ._validation import check_block_steps, check_path
+from .model import FLOATING, SPIKES, Constants, has_tangent, is_tracked, is_watched
 from .spikes import word_count
 from .tuning import launch_parameters
 
@@ -99,6 +101,10 @@ def _saved_word_count(steps: int) -> int:
     return rows
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _clear_spare(words: Tensor, steps: int) -> None:
     if words.shape[0] > word_count(steps):
         words[word_count(steps) :] = 0
@@ -127,6 +133,45 @@ class BackwardOptions(NamedTuple):
     constants_grad: bool
 
 
+def _unconnected(x: Tensor, constants: Tensor, *states: Tensor) -> Iterator[Operand]:
+    """The tensors that every operator of unconnected neurons has, and a state, if it has one."""
+    steps, neurons = x.shape if x.dim() == 2 else (0, 0)
+    yield Operand("x", x, (steps, neurons), INPUT)
+    for state in states:
+        yield Operand("state", state, (3, neurons), COMPUTE)
+    yield _table(constants, neurons, (states[0].dtype,) if states else COMPUTE)
+
+
+def _table(constants: Tensor, cells: int, dtypes: tuple[torch.dtype, ...]) -> Operand:
+    """The constants, one column for all neurons or one for each."""
+    shared = rank(constants) == 2 and constants.shape[1] == 1
+    return Operand("constants", constants, (NUM_CONSTANTS, 1 if shared else cells), dtypes)
+
+
+def _written(spikes: Tensor, steps: int, shape: tuple[int, ...]) -> Operand:
+    """A buffer for spikes, packed or not."""
+    packed = spikes is not None and spikes.dtype == torch.int32
+    dtypes = WORDS if packed else SPIKES
+    return Operand("spikes", spikes, (word_count(steps) if packed else steps, *shape), dtypes, written=True)
+
+
+def _given(name: str, grad: Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> Operand:
+    """A gradient, if there is one."""
+    return Operand(name, grad, shape, dtypes, optional=True)
+
+
+def _recorded(grad: Tensor | None, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> Operand:
+    """The gradient by the states of all steps, or by those of none, as none were recorded."""
+    none = grad is not None and grad.dim() > 1 and grad.shape[1] == 0
+    return _given("grad_states", grad, (3, 0 if none else steps, *shape), dtype)
+
+
+def _feed_forward_operands(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> Iterator[Operand]:
+    o = ForwardOptions(*options)
+    check_options(o.backend, o.method, o.spike_dtype, o.checkpoint_every)
+    yield from _unconnected(x, constants, state)
+
+
 def _feed_forward_fake(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> tuple[Tensor, ...]:
     o = ForwardOptions(*options)
     steps, neurons = x.shape
@@ -141,7 +186,7 @@ def _feed_forward_fake(x: Tensor, state: Tensor, constants: Tensor, *options: An
     saved = checkpoint_count(steps, o.checkpoint_every, o.backend) if o.save else 0
     # rows of v, g_e and g_i: a compiler knows that there is more than one, and needs no graph for one state alone
     checkpoints = state.new_empty(3 * saved, neurons)
-    return spikes, torch.empty_like(state), states, words, checkpoints
+    return spikes, state.new_empty(state.shape), states, words, checkpoints
 
 
 def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -149,14 +194,14 @@ def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) ->
     spikes, final, states, words, checkpoints = _feed_forward_fake(x, state, constants, *options)
     _clear_spare(words, x.shape[0])
     if x.numel() == 0:
-        return spikes, state.clone(), states, words, checkpoints
+        return spikes, _copy(state), states, words, checkpoints
     packed = words if o.save else None
     feed_forward_kernels(o.backend).feed_forward_forward(
         x,
         constants.contiguous(),
         o.jump_first,
         o.checkpoint_every if o.save else 0,
-        state,
+        state.contiguous(),
         final,
         spikes if o.spike_dtype is not None else None,
         packed if o.spike_dtype is not None else spikes,
@@ -166,9 +211,17 @@ def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) ->
     return spikes, final, states, words, checkpoints
 
 
+def _feed_forward_out_operands(
+    x: Tensor, state: Tensor, constants: Tensor, backend: str, jump_first: bool, record_states: bool, spikes: Tensor
+) -> Iterator[Operand]:
+    check_options(backend)
+    yield from _unconnected(x, constants, state)
+    yield _written(spikes, x.shape[0], x.shape[1:])
+
+
 def _feed_forward_out_fake(x: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, record_states, _ = others
-    return torch.empty_like(state), state.new_empty(3, x.shape[0] if record_states else 0, x.shape[1])
+    return state.new_empty(state.shape), state.new_empty(3, x.shape[0] if record_states else 0, x.shape[1])
 
 
 def _feed_forward_out(
@@ -177,14 +230,14 @@ def _feed_forward_out(
     """The forward into a given buffer ``[T, M]`` or, for packed spikes, int32 ``[ceil(T / 32), M]``; saves nothing."""
     final, states = _feed_forward_out_fake(x, state, record_states, spikes)
     if x.numel() == 0:
-        return state.clone(), states
+        return _copy(state), states
     packed = spikes.dtype == torch.int32
     feed_forward_kernels(backend).feed_forward_forward(
         x,
         constants.contiguous(),
         jump_first,
         0,
-        state,
+        state.contiguous(),
         final,
         None if packed else spikes,
         spikes if packed else None,
@@ -192,6 +245,22 @@ def _feed_forward_out(
         None,
     )
     return final, states
+
+
+def _feed_forward_backward_operands(x: Tensor, constants: Tensor, *others: Any) -> Iterator[Operand]:
+    words, checkpoints, grad_spikes, grad_final, grad_states, *options = others
+    o = BackwardOptions(*options)
+    check_options(o.backend, o.method, None, o.checkpoint_every)
+    yield from _unconnected(x, constants)
+    steps, neurons = x.shape
+    dtype = constants.dtype
+    yield Operand("x, as its gradient is asked for,", x, (steps, neurons), FLOATING if o.x_grad else INPUT)
+    yield Operand("words", words, (rows_of(words, word_count(steps)), neurons), WORDS)
+    states = checkpoint_count(steps, o.checkpoint_every, o.backend)
+    yield Operand("checkpoints", checkpoints, (3 * states, neurons), (dtype,))
+    yield _given("grad_spikes", grad_spikes, (steps, neurons), *FLOATING)
+    yield _given("grad_final", grad_final, (3, neurons), dtype)
+    yield _recorded(grad_states, steps, (neurons,), dtype)
 
 
 def _feed_forward_backward_fake(x: Tensor, constants: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -227,8 +296,8 @@ def _feed_forward_backward(
         o.jump_first,
         o.method,
         o.checkpoint_every,
-        words,
-        checkpoints.unflatten(0, (-1, 3)),
+        words.contiguous(),
+        checkpoints.contiguous().unflatten(0, (-1, 3)),
         grad_spikes,
         None if grad_final is None else grad_final.contiguous(),
         grad_states.contiguous() if grad_states is not None and grad_states.numel() else None,  # none were recorded
@@ -273,21 +342,56 @@ class RecurrentBackwardOptions(NamedTuple):
     constants_grad: bool
 
 
+def _connected(
+    block_steps: int | None,
+    x: Tensor,
+    z: Tensor,
+    states: tuple[Tensor, ...],
+    input_weights: Tensor,
+    recurrent_weights: Tensor,
+    constants: Tensor,
+) -> Iterator[Operand]:
+    """The tensors that every operator of recurrent populations has, and a state, if it has one."""
+    check_block_steps(block_steps)
+    steps, batch, inputs = x.shape if x.dim() == 3 else (0, 0, 0)
+    yield Operand("x", x, (steps, batch, inputs), INPUT)
+    neurons = z.shape[1] if rank(z) == 2 else 0
+    yield Operand("z", z, (batch, neurons), COMPUTE)
+    dtype = (z.dtype,)
+    for state in states:
+        yield Operand("state", state, (3, batch, neurons), dtype)
+    yield Operand("input_weights", input_weights, (neurons, inputs), dtype)
+    yield Operand("recurrent_weights", recurrent_weights, (neurons, neurons), dtype)
+    yield _table(constants, batch * neurons, dtype)
+
+
+def _recurrent_operands(*args: Any) -> Iterator[Operand]:
+    o = RecurrentOptions(*args[6:])
+    check_options(o.backend, o.method, o.spike_dtype)
+    check_path(o.path, PATHS)
+    x, z, state, *weights_and_constants = args[:6]
+    yield from _connected(o.block_steps, x, z, (state,), *weights_and_constants)
+
+
 def _recurrent_fake(x: Tensor, z: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, ...]:
     o = RecurrentOptions(*others[3:])
     steps = x.shape[0]
-    blocks = 0
-    if o.save:
-        block = choose_block_steps(o.block_steps, steps, z.numel(), z.element_size(), train=True)
-        blocks = torch.sym_max(1, (steps + block - 1) // block)  # no block has to be provably none
+    blocks = _block_count(o.block_steps, steps, z) if o.save else 0
     return (
         x.new_empty(word_count(steps) if o.spike_dtype is None else steps, *z.shape, dtype=o.spike_dtype or torch.int32),
-        torch.empty_like(z),
-        torch.empty_like(state),
+        z.new_empty(z.shape),
+        state.new_empty(state.shape),
         state.new_empty(3, steps if o.record_states else 0, *z.shape),
         x.new_empty(_saved_word_count(steps) if o.save and o.spike_dtype is not None else 0, *z.shape, dtype=torch.int32),
         state.new_empty(3 * blocks, *z.shape),
     )
+
+
+def _block_count(block_steps: int | None, steps: int, z: Tensor) -> int:
+    """Blocks of a recurrent training step, before each of which a state is kept."""
+    block = choose_block_steps(block_steps, steps, z.numel(), z.element_size(), train=True)
+    blocks: int = torch.sym_max(1, (steps + block - 1) // block)  # no block has to be provably none
+    return blocks
 
 
 def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -297,13 +401,13 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *option
     spikes, _, _, states, words, checkpoints = outputs
     _clear_spare(words, x.shape[0])
     if x.shape[0] == 0 or z.numel() == 0:
-        return spikes, z.clone(), state.clone(), states, words, checkpoints
+        return spikes, _copy(z), _copy(state), states, words, checkpoints
     packed = spikes if o.spike_dtype is None else words if o.save else None
     z, state = _recurrent_blocks.forward(
         net,
         x,
         z,
-        state,
+        state.contiguous(),
         spikes if o.spike_dtype is not None else None,
         packed,
         states if o.record_states else None,
@@ -336,8 +440,16 @@ def _recurrent(
     return recurrent_forward(net, x, z, state, *options)
 
 
+def _recurrent_out_operands(x: Tensor, z: Tensor, *others: Any) -> Iterator[Operand]:
+    state, *tensors, backend, _, block_steps, path, spikes = others
+    check_options(backend)
+    check_path(path, PATHS)
+    yield from _connected(block_steps, x, z, (state,), *tensors)
+    yield _written(spikes, x.shape[0], z.shape)
+
+
 def _recurrent_out_fake(x: Tensor, z: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(state)
+    return z.new_empty(z.shape), state.new_empty(state.shape)
 
 
 def _recurrent_out(
@@ -355,13 +467,32 @@ def _recurrent_out(
 ) -> tuple[Tensor, Tensor]:
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
-        return z.clone(), state.clone()
+        return _copy(z), _copy(state)
     net = _network(x, input_weights, recurrent_weights, constants, jump_first, backend)
     packed = spikes.dtype == torch.int32
     block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
     return _recurrent_blocks.forward(
-        net, x, z, state, None if packed else spikes, spikes if packed else None, None, None, block, path
+        net, x, z, state.contiguous(), None if packed else spikes, spikes if packed else None, None, None, block, path
     )
+
+
+def _recurrent_backward_operands(
+    x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
+) -> Iterator[Operand]:
+    words, checkpoints, grad_spikes, grad_z, grad_final, grad_states, *options = others
+    o = RecurrentBackwardOptions(*options)
+    check_options(o.backend, o.method)
+    yield from _connected(o.block_steps, x, z, (), input_weights, recurrent_weights, constants)
+    if o.samples < 1 or z.shape[0] % o.samples:
+        raise ValueError(f"samples must divide the rows of the batch, {z.shape[0]}, got {o.samples}")
+    steps, shape, dtype = x.shape[0], z.shape, (z.dtype,)
+    yield Operand("x, as its gradient is asked for,", x, x.shape, FLOATING if o.x_grad else INPUT)
+    yield Operand("words", words, (rows_of(words, word_count(steps)), *shape), WORDS)
+    yield Operand("checkpoints", checkpoints, (3 * _block_count(o.block_steps, steps, z), *shape), dtype)
+    yield _given("grad_spikes", grad_spikes, (steps, *shape), *FLOATING)
+    yield _given("grad_z", grad_z, shape, *dtype)
+    yield _given("grad_final", grad_final, (3, *shape), *dtype)
+    yield _recorded(grad_states, steps, shape, z.dtype)
 
 
 def _recurrent_backward_fake(
@@ -370,7 +501,7 @@ def _recurrent_backward_fake(
     o = RecurrentBackwardOptions(*others[6:])
     return (
         x.new_empty(x.shape if o.x_grad else (0, *x.shape[1:])),
-        torch.empty_like(z),
+        z.new_empty(z.shape),
         z.new_empty(3, *z.shape),
         z.new_empty(o.samples if o.input_weights_grad else 0, *input_weights.shape),
         z.new_empty(o.samples if o.recurrent_weights_grad else 0, *recurrent_weights.shape),
@@ -396,8 +527,8 @@ def recurrent_gradients(
         net,
         x,
         z,
-        words,
-        checkpoints.unflatten(0, (-1, 3)),
+        words.contiguous(),
+        checkpoints.contiguous().unflatten(0, (-1, 3)),
         choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), train=True),
         o.method,
         grad_spikes,
@@ -632,16 +763,16 @@ class _RecurrentBackward(_Backward):
         return (*grads, *sums, part_constants(grad_constants, shared, size)), (*dims, *sums_dims, 1)
 
 
-for _operator, _implementation, _fake in (
-    ("feed_forward", _feed_forward, _feed_forward_fake),
-    ("feed_forward_out", _feed_forward_out, _feed_forward_out_fake),
-    ("feed_forward_backward", _feed_forward_backward, _feed_forward_backward_fake),
-    ("recurrent", _recurrent, _recurrent_fake),
-    ("recurrent_out", _recurrent_out, _recurrent_out_fake),
-    ("recurrent_backward", _recurrent_backward, _recurrent_backward_fake),
+for _operator, _operands, _implementation, _fake in (
+    ("feed_forward", _feed_forward_operands, _feed_forward, _feed_forward_fake),
+    ("feed_forward_out", _feed_forward_out_operands, _feed_forward_out, _feed_forward_out_fake),
+    ("feed_forward_backward", _feed_forward_backward_operands, _feed_forward_backward, _feed_forward_backward_fake),
+    ("recurrent", _recurrent_operands, _recurrent, _recurrent_fake),
+    ("recurrent_out", _recurrent_out_operands, _recurrent_out, _recurrent_out_fake),
+    ("recurrent_backward", _recurrent_backward_operands, _recurrent_backward, _recurrent_backward_fake),
 ):
-    _library.impl(_operator, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"coba_triton::{_operator}", _fake, lib=_library)
+    _library.impl(_operator, checked(_operands, _implementation, with_data=True), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"coba_triton::{_operator}", checked(_operands, _fake, with_data=False), lib=_library)
 for _rules in (_FeedForward, _FeedForwardBackward, _Recurrent, _RecurrentBackward):
     _rules.register()
 

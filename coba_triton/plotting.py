@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from ._validation import check_int, check_neurons, check_time, is_one_of
 from .results import Result
 
 MAX_EVENTS = 100_000  # of a raster; more are a black area and a slow file
@@ -37,26 +39,50 @@ def _color(name: str, number: int) -> str:
     return COLORS.get(name) or (OTHERS[number % len(OTHERS)] if name else NEUTRAL)
 
 
+def _plain(text: str, most: int = 60) -> str:
+    """A person's text as it can be drawn: printable, of a length that leaves room for the picture."""
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _label(name: str) -> str | None:
+    """A population's name for the legend, which leaves out what begins with an underscore."""
+    return _plain(f" {name}" if name.startswith("_") else name) or None
+
+
+def _word_for_word(*texts: Text) -> None:
+    """Draw texts as they are: a ``$`` begins no formula."""
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_usetex(False)
+
+
 def _window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
     """The steps between two times."""
-    first = 0 if start is None else round(start / result.dt)
-    last = result.steps if stop is None else round(stop / result.dt)
-    if not 0 <= first < last <= result.steps:
+    times = (0.0 if start is None else start, result.duration if stop is None else stop)
+    known = [isinstance(time, float | int | np.floating | np.integer) and abs(time) < 1e300 for time in times]
+    steps = [float(time) / result.dt for time in times] if all(known) else [math.nan]
+    if not (math.isfinite(sum(steps)) and 0 <= round(steps[0]) < round(steps[1]) <= result.steps):
         raise ValueError(
-            f"start and stop must be times in ms from 0 to {result.duration:g}, start first, got {start} and {stop}"
+            f"start and stop must be times in ms from 0 to {result.duration:g}, start first, got {start!r:.50} "
+            f"and {stop!r:.50}"
         )
-    return first, last
+    return round(steps[0]), round(steps[1])
 
 
 def _legend(ax: Axes) -> None:
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4, frameon=False, fontsize=8, borderaxespad=0.1)
+        legend = ax.legend(
+            loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4, frameon=False, fontsize=8, borderaxespad=0.1
+        )
+        _word_for_word(*legend.get_texts())
 
 
 def plot_raster(
     result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None, max_events: int = MAX_EVENTS
 ) -> None:
     """A dot a spike, at the neuron's index. Of more than ``max_events`` spikes, those of every k-th neuron alone."""
+    max_events = check_int(max_events, "max_events")
     first, last = _window(result, start, stop)
     total = sum(len(steps) for steps, _ in result.event_blocks(first, last))
     every = min(math.ceil(total / max_events), result.neurons) if total else 1
@@ -94,12 +120,12 @@ def plot_rates(
 ) -> None:
     """Mean rate of every population over time; ``bin_ms`` None for a round number that gives about 100 bins or more."""
     first, last = _window(result, start, stop)
-    width = bin_ms or bin_width((last - first) * result.dt, result.dt)
+    width = bin_width((last - first) * result.dt, result.dt) if bin_ms is None else check_time(bin_ms, "bin_ms")
     shown = populations(result)
     for number, (name, members) in enumerate(shown.items()):
         edges, rates = result.rates(width, name if name else members)
         filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(rates, edges, color=_color(name, number), label=name or None, **filled)
+        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **filled)
     ax.set_xlim(first * result.dt, last * result.dt)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"population rate\n(Hz, {width:g} ms bins)")
@@ -131,7 +157,7 @@ def plot_traces(
         result: with the variable recorded.
         ax: where to draw.
         variable: ``v``, ``g_e`` or ``g_i``.
-        neurons: which of the recorded neurons, None for the first three.
+        neurons: which of the recorded neurons, by index or mask of all neurons; None for the first three.
         start: in ms.
         stop: in ms.
 
@@ -139,11 +165,11 @@ def plot_traces(
         ValueError: if the variable or a neuron was not recorded.
     """
     first, last = _window(result, start, stop)
-    chosen = result.recorded[:3] if neurons is None else np.asarray(neurons)
-    if variable not in result.traces or not np.isin(chosen, result.recorded).all():
+    chosen = result.recorded[:3] if neurons is None else check_neurons(neurons, result.neurons, "neurons")
+    if not is_one_of(variable, result.traces) or not np.isin(chosen, result.recorded).all():
         raise ValueError(
-            f"{variable} of the neurons {chosen.tolist()} must be recorded, got {', '.join(result.traces) or 'nothing'} of "
-            f"{result.recorded.tolist()}; choose among them"
+            f"{variable!s:.50} of the neurons {chosen.tolist()} must be recorded, got "
+            f"{', '.join(result.traces) or 'nothing'} of {result.recorded.tolist()}; choose among them"
         )
     begin = first // result.every  # row r is the end of step (r + 1) * every - 1
     values = result.traces[variable][begin : last // result.every]
@@ -177,7 +203,7 @@ def plot_intervals(result: Result, ax: Axes) -> None:
         counts = result.interval_counts(edges, members)
         share = counts / max(counts.sum(), 1) / np.diff(np.log10(edges))
         filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(share, edges, color=_color(name, number), label=name or None, **filled)
+        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **filled)
         found |= counts > 0
     ax.set_xscale("log")
     if found.any():
@@ -215,7 +241,7 @@ def statistics(result: Result) -> list[dict[str, Any]]:
 def plot_statistics(result: Result, ax: Axes) -> None:
     """A table of the populations: rate, silent neurons, CV of the intervals, synchrony (:meth:`Result.synchrony`)."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "population": lambda row: str(row["population"]),
+        "population": lambda row: _plain(row["population"], 24),
         "neurons": lambda row: f"{row['neurons']:,}",
         "rate": lambda row: _number(row["rate_hz"], ".1f", " Hz"),
         "silent": lambda row: f"{row['silent']:.0%}",
@@ -225,6 +251,7 @@ def plot_statistics(result: Result, ax: Axes) -> None:
     cells = [[show(row) for show in columns.values()] for row in statistics(result)]
     ax.axis("off")
     table = ax.table(cells, colLabels=list(columns), loc="center", cellLoc="center", edges="horizontal")
+    _word_for_word(*(cell.get_text() for cell in table.get_celld().values()))
     table.auto_set_font_size(False)
     table.set_fontsize(8.5)
     table.scale(1, 1.6)
@@ -255,13 +282,14 @@ def plot_inputs(result: Result, ax: Axes, *, start: float | None = None, stop: f
 def _plot_recording(result: Result, signal: Axes, events: Axes, first: int, last: int) -> None:
     """The recording that drove the run, and the events that it was encoded into."""
     recording = result.attributes["config"]["attributes"]["recording"]
+    unit = _plain(recording["unit"] or "")
     at, values = _extremes(result.array("signal")[first:last], MAX_POINTS)
     signal.plot((first + at) * result.dt, values, color=NEUTRAL, linewidth=0.9)
-    signal.set_ylabel(f"recording\n({recording['unit'] or 'no unit'})")
+    _word_for_word(signal.set_ylabel(f"recording\n({unit or 'no unit'})"))
     times = [(first + np.flatnonzero(channel)) * result.dt for channel in result.array("events")[first:last].T]
     events.eventplot(times, lineoffsets=[1, 0], linelengths=0.8, linewidths=0.6, colors=[EXCITATORY, INHIBITORY])
     events.set_yticks([1, 0], ["ON", "OFF"])
-    events.set_ylabel(f"events of\n{recording['threshold']:g} {recording['unit'] or ''}".rstrip(), fontsize=8)
+    _word_for_word(events.set_ylabel(f"events of\n{recording['threshold']:g} {unit}".rstrip(), fontsize=8))
 
 
 def overview(
@@ -287,6 +315,8 @@ def overview(
     Raises:
         ValueError: if the run has no finished step, or start and stop are no times in it.
     """
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be text or None, got {type(title).__name__}")
     first, last = _window(result, start, stop)
     span: dict[str, Any] = {"start": start, "stop": stop}
     recorded = "signal" in result
@@ -321,8 +351,9 @@ def overview(
         axes = [*axes, histogram]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
+    title = _plain(title or "", 200)
     if not result.finished:
-        title = f"{title or ''}\n(stopped after {result.steps:,} steps)".strip()
+        title = f"{title}\n(stopped after {result.steps:,} steps)".strip()
     if title:
-        figure.suptitle(title, fontsize=12)
+        _word_for_word(figure.suptitle(title, fontsize=12))
     return figure

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._validation import check_number, check_numbers, check_parameters
+from ._validation import check_number, check_numbers, check_parameters, is_one_of
 from .model import CobaLIFParameters, Number
 
 # Names and defaults as the simulators have them.
@@ -36,14 +36,17 @@ POSITIVE = {"cm", "tau_m", "tau_syn_E", "tau_syn_I", "C_m", "g_L", "tau_syn_ex",
 
 
 def _check_model(model: Any) -> None:
-    if model not in DEFAULTS:
-        raise ValueError(f"model must be 'IF_cond_exp' (PyNN) or 'iaf_cond_exp' (NEST), got {model!r}")
+    if not is_one_of(model, DEFAULTS):
+        raise ValueError(f"model must be 'IF_cond_exp' (PyNN) or 'iaf_cond_exp' (NEST), got {model!r:.200}")
 
 
 def _number(value: Any, name: str) -> Number:
     """A Python number, or a tensor of an array: of a tensor's own dtype, else of the default one."""
     if isinstance(value, np.ndarray | list | tuple):
-        value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
+        try:
+            value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
+        except (OverflowError, TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be a number or an array of numbers, got {value!r:.200} ({error})") from None
     check_number(value, name)
     check_numbers({name: value})
     number: Number = value if isinstance(value, Tensor) else float(value)
@@ -94,6 +97,8 @@ def from_pynn(
     """
     _check_model(model)
     defaults = DEFAULTS[model]
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"parameters must be a dict of numbers by name, got {type(parameters).__name__}")
     for name in parameters:
         if name not in defaults:
             by_lower = {known.lower(): known for known in defaults}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._files import local_path, written_whole
+from . import _validation as check
+from ._files import is_there, local_path, written_whole
 from ._store import Refused, Store, check_attributes, columns_of, state_shape
 from .model import CobaLIFFeedForwardState, CobaLIFState
 from .sinks import crc32, difference_of
@@ -222,19 +224,27 @@ class Result:
         Args:
             start: first step.
             stop: step after the last, None for all.
-            neurons: indices of the neurons to list, None for all.
+            neurons: indices of the neurons to list or a mask of them, None for all.
 
         Returns:
             Times in ms, a spike of step k coming at its end ``(k + 1) dt``, and neurons (indices into the flattened ones
             where they have several axes), both ``[S]``, in the order of time and then of neurons.
         """
-        wanted = np.ones(self.neurons, bool)
-        if neurons is not None:
-            wanted[:] = False
-            wanted[np.asarray(neurons)] = True
+        wanted = self._wanted(neurons)
         parts = [(s[wanted[n]], n[wanted[n]]) for s, n in self.event_blocks(start, stop)] or [(np.empty(0, np.int64),) * 2]
         steps, found = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         return (steps + 1) * self.dt, found
+
+    def _wanted(self, neurons: Any) -> Array:
+        """Whether each neuron is one of those that are chosen, ``[N]``; None chooses all."""
+        wanted = np.zeros(self.neurons, bool)
+        wanted[slice(None) if neurons is None else check.check_neurons(neurons, self.neurons, "neurons")] = True
+        return wanted
+
+    def _width(self, bin_ms: float) -> int:
+        """Steps in a time bin."""
+        width = check.check_time(bin_ms, "bin_ms") / self.dt
+        return round(min(max(width, 1), max(self.steps, 1)))
 
     def spike_counts(self) -> Array:
         """Number of spikes of every neuron, ``[N]``."""
@@ -252,19 +262,19 @@ class Result:
 
         Args:
             bin_steps: steps in a bin; the last one may be shorter.
-            neurons: the name of a recorded population, indices of neurons, or None for all of them.
+            neurons: the name of a recorded population, indices of neurons or a mask of them, or None for all of them.
 
         Returns:
             ``[ceil(T / bin_steps)]``.
         """
+        bin_steps = min(check.check_int(bin_steps, "bin_steps"), max(self.steps, 1))
         bins = -(-self.steps // bin_steps)
         if isinstance(neurons, str):
             if neurons not in self.populations:
-                raise KeyError(f"the result has no population {neurons!r}; it has {', '.join(self.populations) or 'none'}")
+                raise ValueError(f"the result has no population {neurons!r}; it has {', '.join(self.populations) or 'none'}")
             column = Stored(self._arrays["counts"], self.steps)[:, list(self.populations).index(neurons)]
             return np.add.reduceat(column, np.arange(0, self.steps, bin_steps)) if bins else np.zeros(0, np.int64)
-        wanted = np.zeros(self.neurons, bool)
-        wanted[slice(None) if neurons is None else np.asarray(neurons)] = True
+        wanted = self._wanted(neurons)
         counts = np.zeros(bins, np.int64)
         for steps, found in self.event_blocks():
             counts += np.bincount(steps[wanted[found]] // bin_steps, minlength=bins)
@@ -278,14 +288,13 @@ class Result:
             neurons: see :meth:`counts`.
 
         Returns:
-            The edges of the bins in ms ``[bins + 1]`` and the mean rate of a neuron in Hz ``[bins]``.
+            The edges of the bins in ms ``[bins + 1]`` and the mean rate of a neuron in Hz ``[bins]``, NaN of no neurons.
         """
-        width = max(round(bin_ms / self.dt), 1)
+        width = self._width(bin_ms)
         counts = self.counts(width, neurons)
-        size = len(self.populations[neurons]) if isinstance(neurons, str) else None
-        size = size or (self.neurons if neurons is None else len(np.unique(neurons)))
+        size = len(self.populations[neurons]) if isinstance(neurons, str) else np.count_nonzero(self._wanted(neurons))
         edges = np.append(np.arange(0, self.steps, width), self.steps) * self.dt
-        return edges, counts / np.diff(edges) * 1000 / size
+        return edges, counts / np.diff(edges) * 1000 / (size or math.nan)
 
     def intervals(self) -> Intervals:
         """Count, mean and coefficient of variation of the intervals between the spikes of every neuron."""
@@ -312,8 +321,13 @@ class Result:
         Returns:
             ``[len(edges) - 1]``.
         """
-        wanted = np.zeros(self.neurons, bool)
-        wanted[slice(None) if neurons is None else np.asarray(neurons)] = True
+        try:
+            edges = np.asarray(edges, np.float64)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"edges must be numbers in ms, got {edges!r:.100} ({error})") from None
+        if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
+            raise ValueError(f"edges must be at least two numbers in ms, ascending, got {edges!r:.100}")
+        wanted = self._wanted(neurons)
         last, histogram = np.full(self.neurons, -1, np.int64), np.zeros(len(edges) - 1, np.int64)
         for steps, found in self.event_blocks():
             for owner, lengths in self._lengths(steps, found, last):
@@ -342,7 +356,7 @@ class Result:
         Returns:
             NaN without spikes or with fewer than two whole bins.
         """
-        width = max(round(bin_ms / self.dt), 1)
+        width = self._width(bin_ms)
         counts = self.counts(width, neurons)[: self.steps // width]
         return float(counts.var() / counts.mean()) if len(counts) > 1 and counts.any() else math.nan
 
@@ -468,10 +482,12 @@ def open_result(path: str | Path | Sequence[str | Path]) -> Result:
         >>> result.spikes[10_000:10_100].shape  # doctest: +SKIP
         (100, 1000)
     """
-    if not isinstance(path, str | Path):
+    if isinstance(path, list | tuple) and path:
         return _join([open_result(part) for part in path])
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a path, or a list of at least one, got {type(path).__name__}")
     path = local_path(path, "path")
-    if not path.exists():
+    if not is_there(path):
         raise FileNotFoundError(f"there is no result at {path}; give the path of a .zarr folder or an .npz file")
     if path.is_dir():
         return Result(*Store(path).result(), path)

@@ -130,7 +130,10 @@ def simulate(
         >>> result = simulate(CobaLIF(dt=0.1), source)
         >>> times, neurons = result.events()
     """
-    run = _Run(network, source, state, record or Record(), block_steps)
+    if not callable(progress):
+        check.check_flag(progress, "progress")
+    check.check_flag(resume, "resume")
+    run = _Run(network, source, state, Record() if record is None else record, block_steps)
     sink = open_sink(sink)
     with sink.held():
         _go_on(run, sink, resume, progress)
@@ -279,6 +282,16 @@ class _Run:
                 "and weights to one of them"
             )
         block_steps = check.check_block_steps(block_steps)
+        if not isinstance(record, Record):
+            raise TypeError(f"record must be a Record or None, got {type(record).__name__}")
+        for name, kinds in (("populations", Mapping), ("variables", Sequence)):
+            if not isinstance(value := getattr(record, name), kinds) or isinstance(value, str):
+                raise TypeError(f"record.{name} must be a {kinds.__name__.lower()}, got {type(value).__name__}")
+        for name in record.populations:
+            if not isinstance(name, str):
+                raise TypeError(f"record.populations must have names, got {name!r:.50}; write it in quotes")
+        for name in ("spikes", "inputs"):
+            check.check_flag(getattr(record, name), f"record.{name}")
         self.network = cast(Any, network)  # of two kinds, as `recurrent` says
         self.record = record
         self.device: torch.device = self.network.v_thresh.device
@@ -304,22 +317,22 @@ class _Run:
             if state is not None:
                 check.check_numbers({f"state.{name}": field for name, field in self.state._asdict().items()})
         self.shape = self.state.v.shape
-        self.neurons = torch.as_tensor(self._indices("record.neurons", record.neurons), device=self.device)
+        cells = self.shape.numel()
+        chosen = check.check_neurons(record.neurons, cells, "record.neurons")
+        self.neurons = torch.as_tensor(chosen, device=self.device)
         self.every = check.check_int(record.every, "record.every")
         if (least := math.lcm(WORD_BITS, self.every)) > MAX_BLOCK_STEPS:
             raise ValueError(
                 f"record.every must have a common multiple with {WORD_BITS} of at most {MAX_BLOCK_STEPS:,}, got "
                 f"{self.every} with {least:,}; take a number with more factors of 2"
             )
-        for name in record.populations:
-            if not isinstance(name, str):
-                raise TypeError(f"record.populations must have names that are text, got {name!r}")
         self.populations = {
-            name: self._indices(f"record.populations[{name!r}]", members) for name, members in record.populations.items()
+            name: check.check_neurons(members, cells, f"record.populations[{name!r}]")
+            for name, members in record.populations.items()
         }
-        unknown = set(record.variables) - set(CobaLIFFeedForwardState._fields)
-        if unknown:
-            raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {sorted(unknown)}")
+        for name in record.variables:
+            if not check.is_one_of(name, CobaLIFFeedForwardState._fields):
+                raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
         self.backend = choose_backend(self.network.backend, self.device)
         self.stream: ForwardStream | None = None
         self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0  # blocks that run ahead of the one to finish
@@ -342,19 +355,6 @@ class _Run:
         check.check_numbers(numbers | dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False)))
         single = {name: v.item() for name, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
         check.warn_if_unstable(self.p._replace(**single), self.network.dt)
-
-    def _indices(self, name: str, members: Members) -> Any:
-        """Indices into the flattened neurons."""
-        try:
-            chosen: Any = members if isinstance(members, slice) else np.asarray(members)
-            if not isinstance(chosen, slice) and not chosen.size:
-                chosen = chosen.astype(np.int64)
-            return np.atleast_1d(np.arange(self.shape.numel())[chosen])
-        except (IndexError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{name} must be indices from 0 to {self.shape.numel() - 1} of neurons {list(self.shape)}, got {members!r} "
-                f"({error})"
-            ) from None
 
     def _chosen_parameters(self) -> CobaLIFParameters:
         """The parameters of the recorded neurons."""
@@ -541,7 +541,7 @@ class _Run:
 
     def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
         """Unconnected neurons do not need the others: those that are recorded run again, alone."""
-        chosen = x.expand(len(x), *self.shape).flatten(1)[:, self.neurons]
+        chosen = x.expand(len(x), *self.shape).reshape(len(x), self.shape.numel())[:, self.neurons]
         state = CobaLIFFeedForwardState(*(field.reshape(-1)[self.neurons] for field in before))
         return self._integrate(chosen, state, True, self.chosen)[1]  # type: ignore[no-any-return]  # states by record_states
 

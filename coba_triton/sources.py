@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,16 @@ import torch
 from torch import Tensor
 
 from . import _validation as check
+from ._backends import the_device
 
 FIRST = 32  # steps that tell one source from another
 ROUNDING = 1e-3  # of a step, by which a time in a list may be off
+LARGEST = 2**48  # steps or channels that can be counted
+MOST_OF_A_CHANNEL = 2**24  # spikes in a step: float32 counts no further
+MOST_OF_A_STEP = 2**26  # spikes of all channels: they take some tenths of a second
+PIECE = 2**22  # spikes and numbers that are made between two looks at whether somebody still waits for them
+
+_reader = threading.local()  # whether the source that a thread reads is read any longer, as `stopped`
 
 
 class Described(ABC):
@@ -99,21 +107,36 @@ class PoissonSource(MadeSource, Described):
         self.dt = check.check_dt(dt)
         steps = check.check_int(steps, "steps")
         shape = check_shape(shape)
+        if max(steps, math.prod(shape)) > LARGEST:
+            raise ValueError(f"steps and channels must be at most {LARGEST:,}, got {steps} of shape {shape!s:.100}")
         check.check_number(weight, "weight")
         self.seed, self.stream = check.check_int(seed, "seed", 0, 2**64 - 1), check.check_int(stream, "stream", 0, 2**32 - 1)
-        rates = torch.as_tensor(rate, dtype=torch.float64).detach().cpu()
+        rates = torch.as_tensor(rate, dtype=torch.float64).detach().cpu() + 0.0  # -0.0 is 0.0
         if not bool((torch.isfinite(rates) & (rates >= 0)).all()):
             raise ValueError(f"rate must be finite and not negative, in Hz, got {rate!r}")
         check.broadcast_neurons(shape, {"rate": rates}, grows=False)
-        made = range(shape[0])[rows or slice(None)] if shape else range(1)
-        if rows is not None and not (shape and made and made.step == 1):
-            raise ValueError(f"rows must be a slice of consecutive rows of shape {tuple(shape)}, at least one, got {rows}")
+        of_rows = isinstance(rows, slice) and (rows.step is None or rows.step == 1)
+        try:
+            made = range(shape[0])[rows or slice(None)] if shape and (rows is None or of_rows) else range(1)
+        except TypeError:  # its ends are no integers
+            made = range(0)
+        if rows is not None and not (shape and of_rows and made):
+            raise ValueError(
+                f"rows must be a slice of consecutive rows of shape {tuple(shape)}, at least one, got {rows!r:.200}"
+            )
         self.rows = rows and (made.start, made.stop, shape[0])
         width = math.prod(shape[1:])
         self._first, self._last = made.start * width, made.stop * width
         self.shape = (steps, len(made), *shape[1:]) if shape else (steps,)
         self.rate, self.weight = rates, float(weight)
-        expected = rates.numpy() * (self.dt / 1000)
+        expected = (rates * (self.dt / 1000)).numpy()
+        most, total = float(expected.max(initial=0.0)), float(np.broadcast_to(expected, shape).sum())
+        if not (most <= MOST_OF_A_CHANNEL and total <= MOST_OF_A_STEP):
+            raise ValueError(
+                f"rate times dt must give at most {MOST_OF_A_CHANNEL:,} spikes of a channel and {MOST_OF_A_STEP:,} of all "
+                f"channels in a step, got {most:.3g} and {total:.3g}; give rate in Hz and dt in ms"
+            )
+        self._piece = max(1, int(PIECE / (total + math.prod(self.shape[1:]))))  # steps
         self._expected = float(expected) if expected.ndim == 0 else 0.0
         each = np.broadcast_to(expected, shape).ravel() if expected.ndim else np.empty(0)
         self._cumulative = np.concatenate([np.zeros(1), np.cumsum(each)]) if each.size else each
@@ -123,7 +146,11 @@ class PoissonSource(MadeSource, Described):
 
         rows = out.view(out.shape[0], math.prod(self.shape[1:])).numpy()
         key, stream = np.uint64(self.seed), np.uint32(self.stream)
-        poisson_kernel(rows, start, self._first, self._last, key, stream, self._expected, self._cumulative, self.weight, add)
+        options = self._first, self._last, key, stream, self._expected, self._cumulative, self.weight, add
+        for begin in range(0, len(rows), self._piece):
+            if getattr(_reader, "stopped", bool)():
+                raise RuntimeError("the source is not read any longer")  # nobody waits for what this thread returns
+            poisson_kernel(rows[begin : begin + self._piece], start + begin, *options)
 
     def describe(self) -> dict[str, Any]:
         rate = self.rate.item() if self.rate.dim() == 0 else digest(self.rate)
@@ -242,29 +269,47 @@ class Blocks:
     """
 
     def __init__(self, source: Any, device: torch.device) -> None:
-        if isinstance(source, Tensor) and source.layout != torch.strided:
+        if isinstance(source, Tensor) and (source.layout != torch.strided or source.is_nested):
             raise TypeError(f"source must be dense, got a tensor of {source.layout}; use .to_dense(), or an EventSource")
         source = source.tocsr() if hasattr(source, "tocsr") else source  # of scipy's sparse arrays one that gives its rows
         self.source, self.device = _from_numpy(source) if _in_memory(source) else source, device
         self.steps: int | None = None
         self.described = isinstance(source, Described)
+        self._dtype: torch.dtype | None = None
         if hasattr(source, "shape") and hasattr(source, "__getitem__"):
             if len(source.shape) < 1:
                 raise ValueError("source must have a leading time axis [T, ...], got a 0-dim array; reshape it")
             self.steps = int(source.shape[0])
-            self.first = _tensor(source[: min(self.steps, FIRST)]).cpu()
+            self._channels = torch.Size(source.shape[1:])
+            self.first = self._read(0, min(self.steps, FIRST)).cpu()
         elif isinstance(source, Iterable):
             chunks = map(_chunk, source)
             chunk = next(chunks, None)
             if chunk is None:
                 raise ValueError("source must have at least one chunk [t, ...], got an empty iterator")
+            if not chunk.dim():
+                raise ValueError("every chunk must have a leading time axis [t, ...], got a 0-dim one; reshape it")
             self._chunks = itertools.chain([chunk], chunks)
+            self._channels = chunk.shape[1:]
             self.first = chunk[:FIRST].cpu()
         else:
             raise TypeError(
                 "source must be a tensor, an array that gives its steps as slices, a PoissonSource, an EventSource, or an "
                 f"iterable of chunks [t, ...], got {type(source).__name__}"
             )
+        if self.first.is_complex():
+            raise TypeError(f"source must be real, spikes as bool or integers, got {self.first.dtype}; use .real")
+        self._dtype = self.first.dtype
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        """Steps of an array, if they are what it has said of itself."""
+        block = _tensor(self.source[start:stop])
+        if block.shape != (stop - start, *self._channels) or block.dtype != (self._dtype or block.dtype):
+            raise ValueError(
+                f"source must give {[stop - start, *self._channels]} of {self._dtype or 'one dtype'} for its steps {start} "
+                f"to {stop}, as its shape and its first steps say, got {list(block.shape)} of {block.dtype}"
+            )
+        return block
 
     def describe(self) -> dict[str, Any]:
         """What the source is, as far as that can be said in advance."""
@@ -281,10 +326,12 @@ class Blocks:
         The thread that reads gives every block to ``note`` before it is used.
         """
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        stop = threading.Event()
         array = self.steps is not None
         blocks = self._from_array(start, block_steps, buffers) if array else self._from_chunks(block_steps)
 
         def advance() -> tuple[Tensor, Any] | None:
+            _reader.stopped = stop.is_set
             x = next(blocks, None)
             if x is not None and note is not None:
                 note(x)
@@ -294,14 +341,17 @@ class Blocks:
                 return x.pin_memory().to(self.device, non_blocking=True), stream.record_event()
 
         with ThreadPoolExecutor(1, thread_name_prefix="coba_triton source") as reader:
-            coming = reader.submit(advance)
-            while (block := coming.result()) is not None:
-                x, copied = block
-                if copied is not None:
-                    torch.cuda.current_stream(self.device).wait_event(copied)
-                    x.record_stream(torch.cuda.current_stream(self.device))
+            try:
                 coming = reader.submit(advance)
-                yield x
+                while (block := coming.result()) is not None:
+                    x, copied = block
+                    if copied is not None:
+                        torch.cuda.current_stream(self.device).wait_event(copied)
+                        x.record_stream(torch.cuda.current_stream(self.device))
+                    coming = reader.submit(advance)
+                    yield x
+            finally:
+                stop.set()
 
     def _from_array(self, start: int, block_steps: int, buffers: int | None) -> Iterator[Tensor]:
         steps = self.steps or 0
@@ -314,16 +364,16 @@ class Blocks:
                 block = memory[number % buffers][: end - begin]
                 self.source.fill(begin, block)
             else:
-                block = _tensor(self.source[begin:end])
+                block = self._read(begin, end)
             yield block
 
     def _from_chunks(self, block_steps: int) -> Iterator[Tensor]:
         waiting: list[Tensor] = []
         for chunk in self._chunks:
-            if chunk.shape[1:] != self.first.shape[1:] or chunk.dtype != self.first.dtype:
+            if not chunk.dim() or chunk.shape[1:] != self._channels or chunk.dtype != self._dtype:
                 raise ValueError(
-                    f"every chunk must be [t, ...] = [t, {', '.join(map(str, self.first.shape[1:]))}] of "
-                    f"{self.first.dtype} like the first, got {list(chunk.shape)} of {chunk.dtype}"
+                    f"every chunk must be [t, ...] = [t, {', '.join(map(str, self._channels))}] of "
+                    f"{self._dtype} like the first, got {list(chunk.shape)} of {chunk.dtype}"
                 )
             waiting.append(chunk)
             while sum(map(len, waiting)) >= block_steps:
@@ -336,7 +386,7 @@ class Blocks:
 
 def check_shape(shape: Any) -> tuple[int, ...]:
     """Sizes of the channels' axes, from one or several integers."""
-    sizes = shape if isinstance(shape, Iterable) else (shape,)
+    sizes = shape if isinstance(shape, list | tuple) else (shape,)
     return tuple(check.check_int(size, "every size in shape") for size in sizes)
 
 
@@ -382,7 +432,9 @@ def _from_numpy(array: Any) -> Tensor:
 
 def digest(x: Tensor) -> str:
     """A checksum of a tensor's numbers."""
-    return hashlib.sha256(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+    # without elements, a tensor has no bytes to view
+    content = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data if x.numel() else b""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
@@ -411,4 +463,4 @@ def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "c
         ...     spikes, state = network(x, state)
         ...     state = state.detach()
     """
-    return Blocks(source, torch.device(device)).read(0, check.check_int(block_steps, "block_steps"))
+    return Blocks(source, the_device(device)).read(0, check.check_int(block_steps, "block_steps"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .model import NUMBERS
 
 WORD_BITS = 32
 # Spikes that are packed or unpacked at a time.
@@ -30,6 +34,7 @@ def pack_spikes(spikes: Tensor) -> Tensor:
         >>> pack_spikes(torch.tensor([1, 0, 1])).item()
         5
     """
+    _check_dense(spikes, "spikes")
     if spikes.dim() == 0:
         raise ValueError("spikes must have a leading time axis [T, ...], got a 0-dim tensor")
     words = torch.empty(word_count(spikes.shape[0]), *spikes.shape[1:], dtype=torch.int32, device=spikes.device)
@@ -53,13 +58,18 @@ def unpack_spikes(words: Tensor, steps: int, dtype: torch.dtype = torch.bool) ->
         0 or 1 in ``[T, *shape]``.
 
     Raises:
-        TypeError: if ``words`` is not an int32 tensor.
+        TypeError: if ``words`` is not an int32 tensor, or steps or dtype are of the wrong type.
         ValueError: if the number of words does not fit ``steps``.
 
     Example:
         >>> unpack_spikes(torch.tensor([5], dtype=torch.int32), 3)
         tensor([ True, False,  True])
     """
+    _check_dense(words, "words")
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral | torch.SymInt) or steps < 0:
+        raise TypeError(f"steps must be the number of them that was packed, got {steps!r:.50}")
+    if not isinstance(dtype, torch.dtype) or dtype not in NUMBERS:
+        raise TypeError(f"dtype must be torch.bool or one of integers or floating numbers, got {dtype!r:.50}")
     if words.dtype != torch.int32:
         raise TypeError(f"words must be int32 as pack_spikes makes them, got {words.dtype}")
     if words.dim() == 0 or words.shape[0] != word_count(steps):
@@ -72,6 +82,13 @@ def unpack_spikes(words: Tensor, steps: int, dtype: torch.dtype = torch.bool) ->
         out = spikes[some.start * WORD_BITS : some.stop * WORD_BITS]
         out.copy_(((words[some].unsqueeze(1) >> _shifts(words)) & 1).flatten(0, 1)[: out.shape[0]])
     return spikes
+
+
+def _check_dense(tensor: Any, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}; wrap arrays in torch.as_tensor")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor, got one of {tensor.layout} and {tensor.dtype}; use .to_dense()")
 
 
 def _shifts(words: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import json
 import math
 import os
 import platform
@@ -27,12 +26,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._backends import choose_backend
+from ._backends import choose_backend, the_device
+from ._files import is_there, read_json, reason
 
 FORMAT = "coba_triton tuning table"
 VERSION = 1
 VARIABLE = "COBA_TRITON_TUNING"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MOST = 2**62  # neurons and batch rows that an entry may be of
 
 Parameters = dict[str, int]
 
@@ -160,10 +161,13 @@ def source_hash(backend: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def user_table(arch: str) -> Path:
-    """Where ``coba-triton tune`` writes and a launch looks, unless told otherwise."""
+def user_table(arch: str) -> Path | None:
+    """Where ``coba-triton tune`` writes and a launch looks, unless told otherwise; None for a user without a home."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(cache).expanduser() / "coba_triton" / "tuning" / f"{arch}.json"
+    try:
+        return Path(cache).expanduser() / "coba_triton" / "tuning" / f"{arch}.json"
+    except RuntimeError:
+        return None
 
 
 def shipped_table(arch: str) -> Path:
@@ -177,14 +181,14 @@ def check_parameters(backend: str, kernel: str, parameters: Any) -> Parameters:
     Raises:
         TableError: if there are unknown or missing names, or values that may not be tuned to.
     """
-    space = SPACE[backend].get(kernel)
+    space = SPACE[backend].get(kernel) if isinstance(kernel, str) else None
     if space is None:
-        raise TableError(f"unknown kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
+        raise TableError(f"unknown kernel {kernel!r:.200}; expected one of {', '.join(KERNELS)}")
     if not isinstance(parameters, dict) or parameters.keys() != space.keys():
-        raise TableError(f"parameters of {kernel} must be {', '.join(space)}, got {parameters!r}")
+        raise TableError(f"parameters of {kernel} must be {', '.join(space)}, got {parameters!r:.200}")
     for name, value in parameters.items():
         if type(value) is not int or value not in space[name]:
-            raise TableError(f"{name} of {kernel} must be one of {_values(space[name])}, got {value!r}")
+            raise TableError(f"{name} of {kernel} must be one of {_values(space[name])}, got {value!r:.200}")
     return parameters
 
 
@@ -196,46 +200,48 @@ def read_table(path: Path) -> dict[str, Any]:
     """A table file as it is.
 
     Raises:
-        TableError: if it cannot be read or is no table of this version.
+        TableError: if it cannot be read, is no table of this version, or an entry is malformed.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
-        raise TableError(f"cannot be read ({error.strerror or error})") from None
+        raise TableError(f"cannot be read ({reason(error)})") from None
     except ValueError as error:
         raise TableError(f"is no JSON ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
         raise TableError(f"is no tuning table: expected a JSON object with format {FORMAT!r} and a list of entries")
     if content.get("version") != VERSION:
-        raise TableError(f"is of version {content.get('version')!r}, expected {VERSION}")
+        raise TableError(f"is of version {content.get('version')!r:.200}, expected {VERSION}")
+    if content.get("backend") not in tuple(SPACE) or not isinstance(content.get("arch"), str):
+        raise TableError(
+            f"is for {content.get('backend')!r:.200} on {content.get('arch')!r:.200}, expected {' or '.join(SPACE)} on an "
+            "architecture"
+        )
+    for entry in content["entries"]:
+        _check_entry(content["backend"], entry)
     return content
 
 
+def _check_entry(backend: str, entry: Any) -> None:
+    well = isinstance(entry, dict) and entry.get("dtype") in tuple(DTYPES) and isinstance(entry.get("sources"), str)
+    if not well or not all(type(entry.get(size)) is int and 0 < entry[size] <= MOST for size in ("neurons", "batch")):
+        raise TableError(f"has a malformed entry: {entry!r:.200}")
+    check_parameters(backend, entry.get("kernel"), entry.get("parameters"))
+
+
 def entries_for(content: dict[str, Any], target: Machine) -> list[Entry]:
-    """The entries of a table that serve a machine.
+    """The entries that serve a machine, of a table that :func:`read_table` gave.
 
     Raises:
-        TableError: if the table is for another backend, architecture or other kernels, or an entry is malformed.
+        TableError: if the table is for another backend, architecture or other kernels.
     """
-    found = content.get("backend"), content.get("arch")
+    found = content["backend"], content["arch"]
     if found != (target.backend, target.arch):
         raise TableError(f"is for {found[0]} on {found[1]}, expected {target.backend} on {target.arch}")
-    entries = []
-    for entry in content["entries"]:
-        try:
-            kernel, dtype, neurons, batch, parameters, sources = (
-                entry[key] for key in ("kernel", "dtype", "neurons", "batch", "parameters", "sources")
-            )
-        except (KeyError, TypeError):
-            raise TableError(f"has a malformed entry: {entry!r:.200}") from None
-        if dtype not in DTYPES or not all(type(size) is int and size > 0 for size in (neurons, batch)):
-            raise TableError(f"has a malformed entry: {entry!r:.200}")
-        parameters = check_parameters(target.backend, kernel, parameters)
-        if sources == source_hash(target.backend):
-            entries.append(Entry(kernel, dtype, neurons, batch, parameters))
-    if content["entries"] and not entries:
+    current = [entry for entry in content["entries"] if entry["sources"] == source_hash(target.backend)]
+    if content["entries"] and not current:
         raise TableError("was measured with other kernels than this version's")
-    return entries
+    return [Entry(*(entry[field] for field in Entry._fields)) for entry in current]
 
 
 _explicit: str | None = None
@@ -273,7 +279,8 @@ def sources(arch: str) -> list[Path]:
     explicit = _named()
     if explicit == "off":
         return []
-    return [*([Path(explicit)] if explicit else []), user_table(arch), shipped_table(arch)]
+    files = Path(explicit) if explicit else None, user_table(arch), shipped_table(arch)
+    return [path for path in files if path is not None]
 
 
 @functools.cache
@@ -283,7 +290,7 @@ def _tables(target: Machine) -> tuple[tuple[Path, list[Entry]], ...]:
     files = sources(target.arch)
     for path in files:
         named = path not in (user_table(target.arch), shipped_table(target.arch))
-        if not named and not path.exists():
+        if not named and not is_there(path):
             continue
         try:
             tables.append((path, entries_for(read_table(path), target)))
@@ -379,14 +386,17 @@ def explain(
         from: heuristic
         why: no table has an entry for ...
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
+    if not isinstance(kernel, str) or kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r:.200}")
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, which state and arithmetic have, got {dtype}")
-    if neurons < 1 or batch < 1:
-        raise ValueError(f"neurons and batch must be positive, got {neurons} and {batch}")
-    device = torch.device(device)
+    if not isinstance(dtype, torch.dtype) or name not in DTYPES:
+        raise ValueError(
+            f"dtype must be torch.float32 or torch.float64, which state and arithmetic have, got {dtype!r:.200}"
+        )
+    for size in (neurons, batch):
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST:
+            raise ValueError(f"neurons and batch must be positive, got {neurons!r:.50} and {batch!r:.50}")
+    device = the_device(device)
     backend = choose_backend(backend, device)
     if backend == "reference":
         raise ValueError("backend 'reference' has no launch parameters; pass backend='triton' or 'cpu'")
@@ -402,7 +412,7 @@ def explain(
             rule | entry.parameters, str(path), f"its entry for neurons={entry.neurons}, batch={entry.batch} serves {what}"
         )
     looked = [
-        f"{path} ({'used' if path in dict(_tables(target)) else 'unusable' if path.exists() else 'not there'})"
+        f"{path} ({'used' if path in dict(_tables(target)) else 'unusable' if is_there(path) else 'not there'})"
         for path in sources(target.arch)
     ]
     where = f"looked into {', '.join(looked)}" if looked else f"tables are off ({VARIABLE}=off)"

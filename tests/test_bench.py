@@ -149,7 +149,24 @@ def test_bad_arguments(arguments, message, capsys) -> None:
     assert error.startswith("coba-triton: ") and message in error
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}'])
+HEAD = '{"format": "coba_triton benchmark", "version": 1, "cases": '
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format": "other"}',
+        "[" * 10**5,
+        HEAD + "3}",
+        HEAD + "[3]}",
+        HEAD + '[{"name": "x", "contenders": []}]}',
+        HEAD + '[{"name": "x", "contenders": [{"name": "cpu", "median_s": 0.0, "p75_s": 1.0}]}]}',
+        HEAD + '[{"name": ["x"], "contenders": [{"name": "cpu", "median_s": 1.0, "p75_s": 1.0}]}]}',
+    ],
+    ids=range(9),
+)
 def test_what_is_no_result_is_refused(content, tmp_path, capsys) -> None:
     path = tmp_path / "old.json"
     path.write_text(content)

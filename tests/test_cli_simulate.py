@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,23 @@ import pytest
 import torch
 
 from coba_triton import (
+    CobaLIF,
     CobaLIFFeedForwardState,
     CobaLIFParameters,
     CobaLIFState,
+    NpzSink,
     ZarrSink,
     coba_lif_feed_forward_integral,
     coba_lif_integral,
     open_result,
+    simulate,
     simulation,
 )
 from coba_triton.cli import config as cli_config
 from coba_triton.cli import job, main, report
+from coba_triton.cli.config import UserError
 from coba_triton.cli.inputs import open_source
-from coba_triton.cli.weights import open_recurrent
+from coba_triton.cli.weights import open_recurrent, read_array
 
 CONFIG = """
 description = "a test"
@@ -243,13 +249,13 @@ def test_builtin_ecg(tmp_path: Path) -> None:
     assert near > 0.9 * summary["spikes"] > 100
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """A real SIGINT before the block that begins at this step is finished."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """A real signal before the block that begins at this step is finished."""
     finish = simulation._Run.finish
 
     def interrupted(self: simulation._Run, running: Any) -> Any:
         if running.start == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return finish(self, running)
 
     monkeypatch.setattr(simulation._Run, "finish", interrupted)
@@ -274,6 +280,15 @@ def test_interrupted_run_is_resumed(
     np.testing.assert_array_equal(open_result(out / "result.zarr").traces["v"][:], states.v[:, [3, 0]].numpy())
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert (summary["interrupted"], summary["steps_done"]) == (False, 600)
+
+
+def test_a_signal_that_ends_processes_leaves_what_was_finished(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 384, signal.SIGTERM)
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 128 + signal.SIGTERM
+    assert "Interrupted after 384 of 600 steps; what was finished is written" in capsys.readouterr().err
+    assert open_result(tmp_path / "out" / "result.zarr").steps == 384
 
 
 def test_changed_configuration_is_not_resumed(
@@ -456,6 +471,85 @@ def test_full_disk(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["simulate", config, "--out", str(tmp_path / "out"), "--resume"]) == 0
 
 
+def test_an_error_without_the_system_s_words_is_told_in_its_own(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("Cannot call rmtree on a symbolic link")
+
+    monkeypatch.setattr(ZarrSink, "begin", fail)
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert "result.zarr: Cannot call rmtree on a symbolic link" in printed and "None" not in printed
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large", "deep", "binary"])
+def test_what_is_no_configuration_is_told_in_one_sentence(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    make: dict[str, Callable[[], Any]] = {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "large": lambda: path.write_text("#" * (2**24 + 1)),
+        "deep": lambda: path.write_text("x = " + "[" * 10**5),
+        "binary": lambda: path.write_bytes(b"\xff\xfe\x00x"),
+    }
+    make[kind]()
+    assert main(["simulate", str(path), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("coba-triton: ") and printed.count("\n") == 1 and "; " in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "truncated", "compressed"])
+def test_what_is_no_array_is_told_in_one_sentence(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=np.arange(1000.0))
+    content = bytearray(path.read_bytes())
+    if kind in ("pipe", "folder"):
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    elif kind == "truncated":
+        path.write_bytes(content[:-30])
+    else:
+        content[60:90] = b"\xff" * 30
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot read .* no regular file|is no .npy or .npz file of numbers"):
+        read_array(path, None)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run", "file:///run", "simplecache::s3://bucket/run"])
+def test_an_address_is_no_path(
+    address: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a path it would be a folder called s3:; a Path has already lost one of its slashes."""
+    monkeypatch.chdir(tmp_path)
+    message = "must be a path of this machine's file system, got the address"
+    result = simulate(CobaLIF(dt=0.1), torch.zeros(32, 2), progress=False)
+    for path in (f"{address}.zarr", Path(f"{address}.zarr"), f"{address}.npz"):
+        kind = NpzSink if str(path).endswith("npz") else ZarrSink
+        attempts: list[Callable[[], Any]] = [
+            lambda path=path: simulate(CobaLIF(dt=0.1), torch.zeros(32, 2), sink=path),
+            lambda path=path, kind=kind: kind(path),
+            lambda path=path: open_result(path),
+            lambda path=path: result.to_csv(path),
+        ]
+        for attempt in attempts:
+            with pytest.raises(ValueError, match=message):
+                attempt()
+    for arguments in (
+        ["simulate", config, "--out", address],
+        ["plot", address],
+        ["plot", str(tmp_path), "--out", f"{address}.png"],
+        ["tune", "--neurons", "8", "--out", f"{address}.json"],
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".toml"] == []
+
+
 @pytest.mark.filterwarnings("default")
 def test_unstable_parameters_are_warned_about_in_one_line(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -635,3 +729,24 @@ def test_inhibition_alone(config: str, tmp_path: Path) -> None:
     assert got.min() < 0 == got.max() and (both > 0).any()
     result = run_of(config, tmp_path / "out")
     assert result.traces["v"][:].min() < -65.5 and not result.spike_counts().any()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("module", ["torch", "typer"])
+@pytest.mark.parametrize("program", ["module", "script", "library"])
+def test_ctrl_c_while_it_is_imported(program: str, module: str, tmp_path: Path) -> None:
+    """The command line ends at once and in silence; an import within somebody's program is interrupted as ever."""
+    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    script = Path(sys.executable).with_name("coba-triton")
+    if program == "script" and not script.is_file():
+        pytest.skip("the command is not installed beside Python")
+    command = {
+        "module": ["-m", "coba_triton.cli"],
+        "script": [str(script)],
+        "library": ["-c", "import coba_triton.cli as cli; cli.main(['--help'])"],
+    }[program]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == -signal.SIGINT
+    assert ("KeyboardInterrupt" in done.stderr) == (program == "library")
+    assert program == "library" or done.stdout + done.stderr == ""

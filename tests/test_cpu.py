@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
+import pickle
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
 
 import coba_triton
-from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
+from coba_triton import CobaLIFFeedForwardState, _kernel_cache, coba_lif_feed_forward_integral
+from coba_triton import _cpu_kernels as kernels
 from coba_triton.problems import Problem, problem, recurrent_problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,9 +169,6 @@ def test_every_half_precision_number_is_read(dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_gradients_are_rounded_to_half_precision_as_torch_rounds(dtype) -> None:
     """The bits of many float32 numbers, subnormal, huge and not finite ones among them, through the store."""
-    import numba
-
-    from coba_triton import _cpu_kernels as kernels
 
     g = torch.Generator().manual_seed(1)
     patterns = torch.randint(-(2**31), 2**31, (200_000,), generator=g, dtype=torch.int64).to(torch.int32)
@@ -199,9 +203,7 @@ def test_recorded_states_and_bits_of_a_large_run(threads) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86 assembly")
 def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
     """No fused multiply-add; every product of the equations is there as a vector instruction."""
-    import numba
 
-    from coba_triton import _cpu_kernels as kernels
     from coba_triton import _cpu_recurrent_kernels as recurrent
 
     everything(problem(20, (70,)))
@@ -281,6 +283,94 @@ def test_a_warmup_of_another_dtype() -> None:
         coba_triton.warmup([torch.float16])
 
 
+@pytest.fixture
+def twice(tmp_path, monkeypatch) -> Callable[[], Any]:
+    """Makes dispatchers, as processes have them, of a kernel that takes no time to compile; its code is in ``cache``."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "twice.py").write_text("def twice(x):\n    return 2 * x[0]\n")
+    spec = importlib.util.spec_from_file_location("twice", tmp_path / "twice.py")
+    monkeypatch.setitem(sys.modules, "twice", module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return lambda: kernels._entry_point(module.twice)
+
+
+def hits(kernel: Any) -> int:
+    return sum(kernel.stats.cache_hits.values())
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "head only": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "text": lambda path: path.write_text("no code"),
+    "first byte": lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]),
+    "bit in the middle": lambda path: flip(path, 0.5),
+    "bit in the end": lambda path: flip(path, 0.99),
+    "appended": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "another pickle": lambda path: seal(path, pickle.dumps(("stamp", "key", "code"))),
+    "no pickle": lambda path: seal(path, b"no pickle"),
+    "code of another make": lambda path: seal(path, pickle.dumps((*pickle.loads(path.read_bytes()[32:])[:2], (1, 2, 3)))),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    "missing": lambda path: path.unlink(),
+}
+
+
+def flip(path: Path, where: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 16
+    path.write_bytes(content)
+
+
+def seal(path: Path, payload: bytes) -> None:
+    path.write_bytes(hashlib.sha256(payload).digest() + payload)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_code_is_compiled_anew(damage, twice, tmp_path, caplog) -> None:
+    assert twice()(np.array([21.0])) == 42
+    (path,) = tmp_path.glob("cache/*/*")
+    again = twice()
+    assert again(np.array([21.0])) == 42 and hits(again) == 1
+    damage(path)
+    with caplog.at_level("INFO", "coba_triton"):
+        again = twice()
+        assert again(np.array([21.0])) == 42 and hits(again) == 0
+    if not path.is_dir():  # and is whole again
+        again = twice()
+        assert again(np.array([21.0])) == 42 and hits(again) == 1
+    assert ("cannot be used" in caplog.text) == (damage not in (DAMAGES["missing"], DAMAGES["another pickle"]))
+
+
+def test_processes_that_compile_at_once_do_not_take_each_other_s_code(twice, monkeypatch) -> None:
+    """All have looked for code before any has kept some, and all keep it at once."""
+    files = [twice()._cache._cache_file for _ in range(4)]
+    dumps, together = _kernel_cache.dumps, threading.Barrier(len(files))
+
+    def dump_together(content: Any) -> bytes:
+        together.wait(60)
+        return dumps(content)
+
+    monkeypatch.setattr(_kernel_cache, "dumps", dump_together)
+    with ThreadPoolExecutor(len(files)) as processes:
+        saved = [processes.submit(file.save, ("signature", n), f"code {n}") for n, file in enumerate(files)]
+        assert not any(job.result() for job in saved)
+    for file in files:
+        assert [file.load(("signature", n)) for n in range(5)] == ["code 0", "code 1", "code 2", "code 3", None]
+
+
+def test_a_full_disk_keeps_the_code_in_memory(twice, tmp_path, monkeypatch, caplog) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with caplog.at_level("INFO", "coba_triton"):
+        assert twice()(np.array([21.0])) == 42
+    assert "cannot be kept" in caplog.text and not list(tmp_path.glob("cache/*/*"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the user's cache folder is elsewhere")
 def test_compiled_code_is_cached_where_it_can_be(package, tmp_path) -> None:
@@ -297,3 +387,16 @@ def test_compiled_code_is_cached_where_it_can_be(package, tmp_path) -> None:
     with (package / "coba_triton" / "reference.py").open("a") as reference:
         reference.write("# another version\n")
     assert fresh(package, NUMBA_CACHE_DIR=str(own))[1] == "0"
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
+def test_a_view_with_another_sign_than_its_memory(backend, device) -> None:
+    """The imaginary part of a conjugate is read with the sign that it has, and not with that in memory."""
+    x = torch.complex(*torch.linspace(-0.1, 0.1, 2 * 40 * 5, device=device).reshape(2, 40, 5)).conj().imag
+    assert x.is_neg()
+    expected = coba_lif_feed_forward_integral(x.clone(), None, dt=0.1, backend="reference")
+    for given in (x, x.detach().requires_grad_()):
+        spikes, state = coba_lif_feed_forward_integral(given, None, dt=0.1, backend=backend)
+        assert_same_bits([spikes, *state], [expected[0], *expected[1]])
+    result = coba_triton.simulate(coba_triton.CobaLIF(dt=0.1, backend=backend), x, progress=False)
+    assert torch.equal(torch.from_numpy(result.spikes[:]), expected[0].bool().cpu())

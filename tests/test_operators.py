@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
 from coba_triton.problems import problem, recurrent_problem
@@ -158,3 +160,181 @@ def test_training_in_place_on_the_input_is_noticed(device) -> None:
     x.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         spikes.sum().backward()
+
+
+NAMES = (
+    "feed_forward",
+    "feed_forward_out",
+    "feed_forward_out packed",
+    "feed_forward_backward",
+    "recurrent",
+    "recurrent_out",
+    "recurrent_out packed",
+    "recurrent_backward",
+)
+
+
+def all_arguments(backend: str = "cpu", device: torch.device | str = "cpu") -> dict[str, list[Any]]:
+    """Arguments of every operator that fit, all gradients given."""
+    x, state, constants, *_ = arguments(device, grad=False)
+    options = backend, False, "super"
+    spikes, final, states, words, checkpoints = ops.feed_forward(x, state, constants, *options, torch.float32, True, 8, True)
+    backward = words, checkpoints, spikes, final, states
+    r = recurrent_arguments(device, backend, grad=False, record=True)[:6]
+    r_spikes, z, r_final, r_states, r_words, r_checkpoints = ops.recurrent(
+        *r, *options, torch.float32, True, None, "auto", True
+    )
+    r_backward = r_words, r_checkpoints, r_spikes, z, r_final, r_states
+    r_tensors = r[0], r[1], *r[3:]
+    return {
+        "feed_forward": [x, state, constants, *options, torch.float32, True, 8, True],
+        "feed_forward_out": [x, state, constants, *options[:2], True, spikes],
+        "feed_forward_out packed": [x, state, constants, *options[:2], True, words[:1]],
+        "feed_forward_backward": [x, constants, *backward, *options, 8, True, True],
+        "recurrent": [*r, *options, torch.float32, True, None, "auto", True],
+        "recurrent_out": [*r, *options[:2], None, "auto", r_spikes],
+        "recurrent_out packed": [*r, *options[:2], None, "auto", r_words[: word_count(r[0].shape[0])]],
+        "recurrent_backward": [*r_tensors, *r_backward, *options, None, 1, True, True, True, True],
+    }
+
+
+def misfits(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensor in ways that no kernel may be given."""
+    changed = {f"axis {axis} cut": tensor.narrow(axis, 0, size - 1) for axis, size in enumerate(tensor.shape) if size > 1}
+    changed |= {f"axis {axis} empty": tensor.narrow(axis, 0, 0) for axis in range(tensor.dim())}
+    changed |= {f"axis {axis} missing": tensor.select(axis, 0) for axis in range(tensor.dim())}
+    changed |= {"more axes": tensor[None], "flat": tensor.flatten(), "number": tensor.new_zeros(())}
+    changed |= {f"{dtype}": tensor.to(dtype) for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn)}
+    if tensor.dtype not in (torch.float16, torch.bool, torch.uint8):
+        changed |= {"sparse": tensor.to_sparse(), "elsewhere": tensor.to("meta")}
+    return changed
+
+
+def still_fits(name: str, position: int, what: str) -> bool:
+    """What is another call that makes sense: fewer steps where nothing is of their number, and states that are none's."""
+    fewer_steps = position == 0 and what in ("axis 0 cut", "axis 0 empty")
+    if fewer_steps and (name in ("feed_forward", "recurrent") or (name.endswith("packed") and what == "axis 0 cut")):
+        return True
+    return (name, position, what) in (
+        ("feed_forward_backward", 2, "axis 0 cut"),  # of two words one is needed
+        ("feed_forward_backward", 6, "axis 1 empty"),
+        ("recurrent_backward", 10, "axis 1 empty"),
+    )
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_refused_at_the_entry(name, symbolic) -> None:
+    """Every tensor in turn: kernels would write past the end of what is too small, and read past what is too short."""
+    op = getattr(ops, name.split()[0])
+    args = all_arguments()[name]
+    mode = FakeTensorMode()
+
+    def call(given: list[Any]) -> None:
+        if symbolic:
+            given = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in given]
+        with mode if symbolic else nullcontext():
+            op(*given)
+
+    call(args)
+    for position, tensor in enumerate(args):
+        for what, changed in misfits(tensor).items() if isinstance(tensor, torch.Tensor) else ():
+            given = [*args[:position], changed, *args[position + 1 :]]
+            if still_fits(name, position, what):
+                call(given)
+                continue
+            with pytest.raises(ValueError, match=" must be .* got .*; ") as caught:
+                call(given)
+            assert "call the functions of coba_triton" in str(caught.value), (position, what)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("feed_forward", {3: "reference"}, "backend must be 'triton' or 'cpu', got 'reference'"),
+        ("feed_forward", {5: "none"}, "method must be one of"),
+        ("feed_forward", {6: torch.int64}, "spike_dtype must be None for packed spikes or one of"),
+        ("feed_forward", {8: 0}, "checkpoint_every must be a power of two up to 64, got 0"),
+        ("feed_forward", {8: -8}, "checkpoint_every must be"),
+        ("feed_forward_backward", {10: 10**9}, "checkpoint_every must be"),
+        ("feed_forward_backward", {7: "gpu"}, "backend must be"),
+        ("recurrent", {11: 0}, "block_steps must be a positive int"),
+        ("recurrent", {12: "fast"}, "path must be one of"),
+        ("recurrent_out", {8: -1}, "block_steps must be a positive int"),
+        ("recurrent_out", {9: ""}, "path must be one of"),
+        ("recurrent_backward", {15: 0}, "samples must divide the rows of the batch, 2, got 0"),
+        ("recurrent_backward", {15: 3}, "samples must divide the rows of the batch, 2, got 3"),
+        ("recurrent_backward", {14: -32}, "block_steps must be a positive int"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(name, change, message) -> None:
+    args = all_arguments()[name]
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, name)(*(change.get(position, arg) for position, arg in enumerate(args)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_is_missing_is_refused(name) -> None:
+    """PyTorch lets None pass for a tensor; a gradient may be."""
+    args = all_arguments()[name]
+    tensors = [position for position, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    gradients = {"feed_forward_backward": tensors[4:], "recurrent_backward": tensors[7:]}.get(name, [])
+    for position in tensors:
+        given = [*args[:position], None, *args[position + 1 :]]
+        if position in gradients:
+            getattr(ops, name)(*given)
+            continue
+        with pytest.raises(TypeError, match="must be a tensor, got None"):
+            getattr(ops, name.split()[0])(*given)
+
+
+@pytest.mark.parametrize("name", ["feed_forward_backward", "recurrent_backward"])
+def test_input_of_bytes_has_no_gradient(name) -> None:
+    """A kernel would write two bytes for each of them."""
+    x, *others = all_arguments()[name]
+    with pytest.raises(ValueError, match="x, as its gradient is asked for, must be dense torch.float32 or"):
+        getattr(ops, name)(x.bool(), *others)
+
+
+@backends
+@pytest.mark.parametrize("name", NAMES)
+def test_strided_tensors_give_the_same(name, backend, device) -> None:
+    """What is read may be laid out in any way; what is written must be contiguous."""
+    op = getattr(ops, name.split()[0])
+    args = all_arguments(backend, device)[name]
+    expected = op(*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    written = "_out" in name
+
+    def strided(tensor: Any) -> Any:
+        """The last axis first in memory, every number twice."""
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        spread = torch.full((*tensor.shape[1:], tensor.shape[0], 2), 7).to(tensor.dtype).movedim(-2, 0)[..., 0]
+        return spread.copy_(tensor)
+
+    given = list(map(strided, args))
+    assert not any(arg.is_contiguous() for arg in given if isinstance(arg, torch.Tensor) and arg.numel() > 1)
+    if written:
+        with pytest.raises(ValueError, match="spikes must be contiguous .* got strided"):
+            op(*given)
+        given[-1] = torch.full_like(args[-1], 7)
+    for ours, theirs in zip(op(*given), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    if written:
+        assert torch.equal(given[-1], args[-1])
+
+
+def test_an_exported_program_from_elsewhere_is_refused_what_does_not_fit() -> None:
+    """Sizes that an export cannot compare are compared when its program runs."""
+    x, state, constants, *_, spikes = all_arguments()["feed_forward_out"]
+
+    class Program(torch.nn.Module):
+        def forward(self, x: torch.Tensor, spikes: torch.Tensor) -> Any:
+            return ops.feed_forward_out(x, state, constants, "cpu", False, False, spikes)
+
+    any_steps = {0: torch.export.Dim.AUTO}
+    program = torch.export.export(Program(), (x, spikes), dynamic_shapes={"x": any_steps, "spikes": any_steps}).module()
+    longer = x.repeat(2, 1)
+    program(longer, torch.empty_like(longer))
+    with pytest.raises(ValueError, match="spikes must be contiguous .*38, 5.* got contiguous torch.float32 .19, 5."):
+        program(longer, spikes)

@@ -1,5 +1,7 @@
 """What the pictures show, read back from their axes."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coba_triton import CobaLIF, Record, Result, plotting, simulate
@@ -127,3 +130,31 @@ def test_overview_of_a_silent_run() -> None:
     figure = plotting.overview(silent, title="nothing happens")
     assert figure.get_suptitle() == "nothing happens"
     assert plotting.statistics(silent)[0]["interval_cv"] is None
+
+
+NAMES = ["$x_{", "_hidden", "\\frac{", "a\nb\tc", "\ud800", "50 % $$ {0} ^_", "L2/3", "x" * 5000]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_names_are_drawn_as_they_are(name: str, tmp_path: Path) -> None:
+    """A dollar begins no formula, and none of a person's words keeps a result from being drawn."""
+    record = Record(populations={name: range(5), "others": slice(5, None)}, neurons=[0])
+    result = simulate(CobaLIF(NEURON, 0.1), drive(steps=320), record=record, progress=False)
+    recording = {"unit": name, "threshold": 0.5}
+    result.attributes["config"]["attributes"]["recording"] = recording
+    result._arrays |= {"signal": np.arange(320.0), "events": np.ones((320, 2), np.int32)}
+    figure = plotting.overview(result, title=name)
+    for form in ("png", "svg", "pdf") if name in ("$x_{", "\ud800") else ("png",):
+        figure.savefig(tmp_path / f"picture.{form}")
+    legends = [ax.get_legend() for ax in figure.findobj(Axes)]
+    shown = {text.get_text().strip() for legend in legends if legend for text in legend.get_texts()}
+    if name.isprintable() and len(name) < 60:
+        assert {name, "others"} <= shown and figure.get_suptitle() == name
+    else:
+        assert "others" in shown and all(len(text) <= 61 for text in shown)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(math.nan, None), (None, math.inf), (-math.inf, 5.0), (-5.0, 5.0), (5.0, 5.0)])
+def test_times_that_are_none(start: Any, stop: Any, result: Result) -> None:
+    with pytest.raises(ValueError, match="start and stop must be times in ms from 0 to 100, start first, got"):
+        plotting.overview(result, start=start, stop=stop)

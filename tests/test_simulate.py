@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from coba_triton import (
@@ -31,6 +33,7 @@ from coba_triton import (
     coba_lif_feed_forward_integral,
     coba_lif_integral,
     open_result,
+    plotting,
     simulate,
 )
 from coba_triton._cpu_recurrent import DENSE_RATE
@@ -387,6 +390,67 @@ def warned(network: Any, source: Any, **options: Any) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
+CHOICES = {
+    "mask": np.arange(N) % 5 == 1,
+    "negative": [-19, -14, -9, -4],
+    "both": [1, -14, 11, -4, 16, 1],
+    "slice": slice(1, None, 5),
+    "tensor": torch.arange(1, N, 5),
+    "mask as a list": [n % 5 == 1 for n in range(N)],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_neurons_are_chosen_by_index_slice_or_mask(choice: Any) -> None:
+    """Four of twenty, however they are named: the rate is theirs, and so are counts, events and intervals."""
+    result = simulate(CobaLIF(NEURON, 0.1), drive(), record=Record(neurons=[1, 6, 11, 16]), progress=False)
+    spikes = result.spikes[:][:, 1::5]
+    assert spikes.sum() > 50
+    edges, rates = result.rates(50.0, choice)
+    np.testing.assert_allclose(rates, spikes.reshape(2, -1).sum(1) / 4 / 0.05)
+    np.testing.assert_allclose(edges, [0.0, 50.0, 100.0])
+    np.testing.assert_array_equal(result.counts(500, choice), spikes.reshape(2, -1).sum(1))
+    assert len(result.events(neurons=choice)[0]) == spikes.sum()
+    np.testing.assert_array_equal(result.interval_counts([0, 1e3], choice), [spikes.sum() - 4])
+    expected = result.synchrony(5.0, [1, 6, 11, 16])
+    assert result.synchrony(5.0, choice) == expected
+    again = simulate(CobaLIF(NEURON, 0.1), drive(), record=Record(neurons=choice), progress=False)
+    assert set(again.recorded) == {1, 6, 11, 16}
+    np.testing.assert_array_equal(again.traces["v"][:, [0]], result.traces["v"][:, [0]])
+    figure = Figure()
+    plotting.plot_traces(result, figure.subplots(), neurons=choice)
+    assert len([line for line in figure.axes[0].lines if "neuron" in str(line.get_label())]) == len(again.recorded)
+
+
+def test_no_neurons_have_no_rate() -> None:
+    record = Record(populations={"none": [], "some": [0]})
+    result = simulate(CobaLIF(NEURON, 0.1), drive(), record=record, progress=False)
+    for nobody in ("none", [], np.zeros(N, bool), slice(0)):
+        assert np.isnan(result.rates(50.0, nobody)[1]).all() and not result.counts(500, nobody).any()
+    assert not np.isnan(result.rates(50.0, "some")[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: r.rates(math.nan), "bin_ms must be a positive finite number of ms, got nan"),
+        (lambda r: r.rates(-5.0), "bin_ms must be a positive finite number of ms, got -5.0"),
+        (lambda r: r.synchrony(math.inf), "bin_ms must be a positive finite number of ms, got inf"),
+        (lambda r: r.counts(0), "bin_steps must be a positive int, got 0"),
+        (lambda r: r.rates(5.0, [N]), "neurons must be indices from 0 to 19"),
+        (lambda r: r.rates(5.0, [0.5]), "neurons must be indices from 0 to 19"),
+        (lambda r: r.counts(5, [True, False]), "neurons must be indices from 0 to 19"),
+        (lambda r: r.events(neurons=[[0], [1]]), "they have several axes"),
+        (lambda r: r.interval_counts([0, 1], {"a": 1}), "neurons must be indices from 0 to 19"),
+    ],
+)
+def test_message_of_a_result(call: Callable[[Result], Any], message: str) -> None:
+    result = simulate(CobaLIF(NEURON, 0.1), drive(steps=96), progress=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(result)
+    assert len(result.rates(1e300)[1]) == len(result.counts(10**30)) == 1  # one bin, however wide
+
+
 def test_unstable_conductances_are_warned_of_once() -> None:
     found = warned(CobaLIF(NEURON, 0.1), torch.full((T, N), 2.0), block_steps=64)
     assert [m[:56] for m in found if "Euler" in m] == ["the Euler step is unstable: dt * c_m_inv * (g_l + g_e + "]
@@ -485,8 +549,14 @@ def test_distributed_module(tmp_path: Path) -> None:
         (
             {"record": Record(neurons=[N])},
             ValueError,
-            "record.neurons must be indices from 0 to 19 of neurons [20], got",
+            "record.neurons must be indices from 0 to 19 (negative ones count from the end) or one boolean for each of 20",
         ),
+        ({"record": Record(neurons=[[0, 1], [2, 3]])}, ValueError, "got [[0, 1], [2, 3]] (they have several axes)"),
+        ({"record": Record(neurons=np.ones((4, 5), bool))}, ValueError, "(they have several axes)"),
+        ({"record": Record(neurons=[True, False])}, ValueError, "record.neurons must be indices from 0 to 19"),
+        ({"record": Record(neurons=[10**400])}, ValueError, "record.neurons must be indices from 0 to 19"),
+        ({"record": Record(neurons="first")}, ValueError, "record.neurons must be indices from 0 to 19"),
+        ({"record": Record(populations={"a": [[0], [1]]})}, ValueError, "(they have several axes)"),
         ({"record": Record(variables=("w",))}, ValueError, "record.variables must be among 'v', 'g_e' and 'g_i'"),
         ({"record": Record(populations={"a": [0.5]})}, ValueError, "record.populations['a'] must be indices from 0 to 19"),
         ({"resume": True}, ValueError, "MemorySink cannot resume: it keeps nothing until the end; pass a ZarrSink"),

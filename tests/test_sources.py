@@ -3,7 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from coba_triton._stream_kernels import philox
 STEPS = 700
 
 
-def poisson(rate: Any = 2000.0, steps: int = STEPS, shape: tuple[int, ...] = (7,), **options: Any) -> PoissonSource:
-    return PoissonSource(rate, steps, shape, 0.1, **options)
+def poisson(
+    rate: Any = 2000.0, steps: int = STEPS, shape: tuple[int, ...] = (7,), dt: float = 0.1, **options: Any
+) -> PoissonSource:
+    return PoissonSource(rate, steps, shape, dt, **options)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,24 @@ def test_rows_are_those_of_the_whole(rate: Any) -> None:
     assert poisson(rate, shape=(5, 3), rows=slice(-2, None)).describe()["rows"] == (3, 5, 5)
 
 
+@pytest.mark.parametrize("rate", [-0.0, 0, torch.full((7,), -0.0), 1e-320], ids=["one", "int", "each", "denormal"])
+def test_without_a_rate_there_are_no_spikes(rate: Any) -> None:
+    assert not poisson(rate)[:].any()
+
+
+def test_making_many_spikes_is_interrupted() -> None:
+    """By Ctrl-C in the thread that makes them; and where a thread reads ahead, when nobody reads on."""
+    source = poisson(6e10, steps=10_000)  # half an hour of spikes
+    source[:1]  # compile
+    for read in (lambda: source[:], lambda: list(stream_blocks(source, 10_000))):
+        threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+        begin = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            read()
+        assert time.perf_counter() - begin < 10
+    assert source[:1].sum() > 0  # and can be read again
+
+
 def test_integers_of_numpy_and_one_size() -> None:
     want = PoissonSource(2000.0, 50, (3,), 0.1, seed=7, stream=2)
     numbers = {"steps": np.int64(50), "shape": np.int32(3), "seed": np.uint64(7), "stream": np.uint8(2)}
@@ -144,6 +167,13 @@ def test_add_adds() -> None:
         ({"rate": math.inf}, ValueError, "rate must be finite"),
         ({"rate": "1"}, TypeError, "rate must be a real number or a torch.Tensor, got str"),
         ({"rate": torch.ones(3)}, ValueError, "rate must broadcast to the neurons [7], got [3]"),
+        ({"rate": 1e300}, ValueError, "rate times dt must give at most 16,777,216 spikes of a channel"),
+        (
+            {"rate": torch.full((7,), 1e11)},
+            ValueError,
+            "and 67,108,864 of all channels in a step, got 1e+07 and 7e+07",
+        ),
+        ({"rate": 1e308, "dt": 1e308}, ValueError, "got inf and inf"),
         ({"seed": -1}, ValueError, f"seed must be an int from 0 to {2**64 - 1}, got -1"),
         ({"stream": 2**32}, ValueError, f"stream must be an int from 0 to {2**32 - 1}, got {2**32}"),
         ({"seed": 1.0}, TypeError, "seed must be an int from 0 to"),
@@ -216,9 +246,57 @@ def test_error_of_a_source_is_passed_on() -> None:
         next(blocks)
 
 
+class Promises:
+    """An array that gives, from step 64 on, what its shape does not say."""
+
+    shape = (200, 3)
+
+    def __init__(self, give: Callable[[int], Any], first: int = 64) -> None:
+        self.give, self.first = give, first
+
+    def __getitem__(self, steps: slice) -> Any:
+        count = steps.stop - steps.start
+        return torch.zeros(count, 3) if steps.start < self.first else self.give(count)
+
+
+@pytest.mark.parametrize("first", [0, 64])
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda count: torch.zeros(count - 1, 3),
+        lambda count: torch.zeros(count + 1, 3),
+        lambda count: torch.zeros(count, 1),
+        lambda count: torch.zeros(count, 4),
+        lambda count: torch.zeros(count),
+        lambda count: torch.zeros(1, count, 3),
+        lambda count: torch.zeros(count, 3).to(torch.complex64),
+        lambda count: torch.zeros(count, 3, dtype=torch.float64),
+        lambda count: np.zeros((count, 3), np.int16),
+        lambda count: 0.0,
+    ],
+    ids=["short", "long", "one channel", "more channels", "flat", "batch", "complex", "dtype", "integers", "number"],
+)
+def test_a_source_that_breaks_its_word_is_refused(give: Callable[[int], Any], first: int) -> None:
+    """Never are spikes of other steps or channels than those that were asked for taken for them."""
+    source = Promises(give, first)
+    own = first == 0 and isinstance(give(2), Tensor | np.ndarray) and give(2).shape == (2, 3)
+    message = "source must be real" if own else "source must give .* as its shape and its first steps say, got"
+    if own and not np.iscomplexobj(give(2)):
+        assert len(list(stream_blocks(source, 64))) == 4  # a dtype of its own from the beginning
+        return
+    with pytest.raises((TypeError, ValueError), match=message):
+        list(stream_blocks(source, 64))
+    with pytest.raises((TypeError, ValueError), match=message):
+        simulate(CobaLIF(dt=0.1), source, block_steps=64, progress=False)
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
+        ([torch.zeros(2, 3).to(torch.complex64)], TypeError, "source must be real, spikes as bool or integers, got"),
+        (torch.zeros(40, 3, dtype=torch.complex128), TypeError, "source must be real"),
+        ([torch.tensor(1.0)], ValueError, "every chunk must have a leading time axis [t, ...], got a 0-dim one"),
+        ([torch.zeros(2, 3), torch.tensor(1.0)], ValueError, "every chunk must be [t, ...] = [t, 3] of torch.float32"),
         (3, TypeError, "source must be a tensor, an array that gives its steps as slices"),
         (torch.tensor(1.0), ValueError, "source must have a leading time axis [T, ...], got a 0-dim array"),
         (torch.eye(3).to_sparse(), TypeError, "source must be dense, got a tensor of torch.sparse_coo; use .to_dense()"),

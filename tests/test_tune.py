@@ -152,6 +152,65 @@ def test_a_journal_of_another_machine_is_refused(tmp_path) -> None:
     Journal(tmp_path / "j", HEADER, resume=True).close(finished=True)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{}",
+        "[" * 10**5,
+        '{"task": {}, "parameters": {}, "status": "timed", "p20": 1.0, "p50": "fast", "p80": 1.0}',
+        '{"task": {}, "parameters": {}, "status": "timed"}',
+        '{"task": {}, "parameters": {}, "status": "failed", "compiled": []}',
+        '{"task": {}, "parameters": {}, "status": "failed", "other": 1}',
+    ],
+    ids=range(7),
+)
+def test_what_is_no_line_of_a_journal_ends_it(tmp_path, line) -> None:
+    path = tmp_path / "j"
+    journal = Journal(path, HEADER, resume=False)
+    journal.add(TASK, Trial(RULE, "timed", "", 0.5, 1.0, 1.5))
+    journal.close(finished=False)
+    whole = path.read_text()
+    path.write_text(f"{whole}{line}\n{whole.splitlines()[1]}\n")
+    journal = Journal(path, HEADER, resume=True)
+    assert len(journal.trials) == 1 and journal.find(TASK, RULE).p50 == 1.0
+    journal.close(finished=False)
+    assert path.read_text() == whole
+
+
+def test_a_journal_survives_a_kill_while_it_is_read(tmp_path, monkeypatch) -> None:
+    """Nothing that was measured is taken away before all of it stands elsewhere."""
+    path = tmp_path / "j"
+    journal = Journal(path, HEADER, resume=False)
+    journal.add(TASK, Trial(RULE, "timed", "", 0.5, 1.0, 1.5))
+    journal.close(finished=False)
+    whole = path.read_text()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Journal(path, HEADER, resume=True)
+    assert path.read_text() == whole and os.listdir(tmp_path) in (["j"], ["j", ".j.lock"], [".j.lock", "j"])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "text"])
+def test_a_journal_that_is_none_is_refused(tmp_path, kind) -> None:
+    path = tmp_path / "j"
+    make = {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "text": lambda: path.write_bytes(b"\xff")}
+    make[kind]()
+    with pytest.raises(TableError, match="j cannot be read .*; remove it, or name another --out"):
+        Journal(path, HEADER, resume=True)
+
+
+def test_a_link_does_not_lead_a_writer_elsewhere(tmp_path) -> None:
+    """Names of parts cannot be guessed, and a table that is a link is replaced, not written through."""
+    other = tmp_path / "other"
+    other.write_text("mine")
+    table = tmp_path / "table.json"
+    for name in (".table.json.part", f".table.json.{os.getpid()}.part"):
+        (tmp_path / name).symlink_to(other)
+    _tuner.write_table(table, TARGET, [])
+    assert other.read_text() == "mine" and tuning.read_table(table)["entries"] == []
+
+
 def test_two_runs_do_not_share_a_journal(tmp_path) -> None:
     journal = Journal(tmp_path / "j", HEADER, resume=False)
     with pytest.raises(TableError, match="is being written by another tuning run"):
@@ -276,6 +335,31 @@ def test_a_file_that_is_no_table_is_not_replaced(tmp_path, capsys) -> None:
     out.write_text(json.dumps({"format": tuning.FORMAT, "version": 1, "backend": "triton", "arch": "sm_90", "entries": []}))
     assert main([*ARGUMENTS, "--out", str(out)]) == 2
     assert "is for triton on sm_90; remove it, or name another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeypatch, capsys) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**12)
+    attempt, calls = _tuner._try, []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return attempt(*args)
+
+    monkeypatch.setattr(_tuner, "_try", interrupt)
+    out = tmp_path / "t.json"
+    assert main([*ARGUMENTS, "--out", str(out)]) == 128 + number
+    assert "continue with --resume" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["t.journal.jsonl"]
+    assert len(out.with_suffix(".journal.jsonl").read_text().splitlines()) == 3
+    assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)  # as nohup has it
+    assert main([*ARGUMENTS, "--out", str(out), "--resume"]) == 0
+    signal.signal(number, before)
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:

@@ -1,6 +1,9 @@
 """Where launch parameters come from: tables in their order, warnings for what is no table, and the rule otherwise."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,20 @@ import torch
 
 from coba_triton import _cpu, operators, tuning
 from coba_triton.problems import problem, recurrent_problem
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything: what a container's user cannot read, it reads as somebody else."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
 
 CPU = torch.device("cpu")
 KERNEL = "feed_forward_forward"
@@ -120,16 +137,86 @@ def test_explain_of_a_backend(backend, rule, threads) -> None:
         ({"entries": [entry(tile=100)]}, "tile of feed_forward_forward must be one of 64, 128, 256, 512, 1024, got 100"),
         ({"entries": [entry(tile="64")]}, "got '64'"),
         ({"entries": [entry(parameters={"tile": 64, "threads": 0})]}, "must be one of 1 to 512, got 0"),
+        ({"entries": [entry(neurons=10**400)]}, "has a malformed entry"),
+        ({"entries": [entry(batch=True)]}, "has a malformed entry"),
+        ({"entries": [entry(batch=1.0)]}, "has a malformed entry"),
+        ({"entries": [entry(kernel=[KERNEL])]}, "unknown kernel ['feed_forward_forward']"),
+        ({"entries": [entry(dtype=["float32"])]}, "has a malformed entry"),
+        ({"entries": [entry(sources=[])]}, "has a malformed entry"),
+        ({"entries": [entry(parameters=[])]}, "parameters of feed_forward_forward must be"),
+        ({"entries": [[]]}, "has a malformed entry"),
+        ({"entries": [entry(parameters={"tile": [64], "threads": {}})]}, "got [64]"),
+        ({"arch": ["x86_64"]}, "expected triton or cpu on an architecture"),
+        ({"backend": {"cpu": 1}}, "expected triton or cpu on an architecture"),
+        ({"version": [1] * 10**5}, "is of version [1, 1,"),
+        ("[" * 10**5, "is no JSON (it is nested too deeply)"),
+        ("1" * 5000, "is no JSON"),
+        (b"\xff\xfe\x00", "is no JSON"),
+        (b" " * (2**24 + 1), "cannot be read (it is larger than 16,777,216 bytes)"),
     ],
-    ids=range(14),
+    ids=range(30),
 )
 def test_what_is_no_table_for_this_machine_is_a_warning_and_the_rule(content, message) -> None:
     path = tuning.user_table(tuning.machine("cpu", CPU).arch)
-    write(path, **content) if isinstance(content, dict) else (path.parent.mkdir(parents=True), path.write_text(content))
+    if isinstance(content, dict):
+        write(path, **content)
+    else:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(UserWarning, match="tuning table .* ignored: tune again with coba-triton tune") as caught:
         assert tile() == 1024
     assert message in str(caught[0].message)
     assert tile() == 1024  # and no second warning
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_not_read(kind) -> None:
+    """A pipe would wait for a writer that never comes, and a device may have no end."""
+    path = tuning.user_table(tuning.machine("cpu", CPU).arch)
+    path.parent.mkdir(parents=True)
+    make = {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero")}
+    make[kind]()
+    with pytest.warns(UserWarning, match="cannot be read .*(it is no regular file|Is a directory)"):
+        assert tile() == 1024
+    with pytest.raises(ValueError, match="cannot be read"):
+        tuning.use(path)
+
+
+def test_a_table_that_cannot_be_read_is_a_warning(tmp_path) -> None:
+    """While a folder that must not be looked into has no table; nor has a user without a home."""
+    path = write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(tile=64))
+    path.chmod(0)
+    tmp_path.chmod(0o755)
+    tmp_path.parent.chmod(0o755)
+    tmp_path.parent.parent.chmod(0o755)
+    with as_nobody(), pytest.warns(UserWarning, match="cannot be read .Permission denied."):
+        assert tile() == 1024
+
+
+def test_a_home_that_cannot_be_looked_into_has_no_table(tmp_path) -> None:
+    write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(tile=64))
+    (tmp_path / "cache").chmod(0)
+    with as_nobody():
+        assert tile() == 1024
+        choice = tuning.explain(KERNEL, 1024)
+        assert "not there" in choice.reason
+        case = problem(5, (3,))
+        assert case.run("cpu")[0].shape == (5, 3)
+    (tmp_path / "cache").chmod(0o700)
+
+
+def test_a_user_without_a_home_has_no_table(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert tuning.user_table("x86_64") is None
+    assert tile() == 1024
+    assert len(tuning.sources("x86_64")) == 1 and "not there" in tuning.explain(KERNEL, 1024).reason
+    assert problem(5, (3,)).run("cpu")[0].shape == (5, 3)
+    from coba_triton.cli import main
+
+    assert main(["tune", "--neurons", "8"]) == 2
+    assert "this user has no home for a table; name a file with --out" in capsys.readouterr().err
 
 
 def test_a_named_table_must_be_there(tmp_path, monkeypatch) -> None:

@@ -6,6 +6,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from .._signals import silent_start
+
 _EXTRA = ("matplotlib", "pint", "pydantic", "rich", "typer", "zarr")
 
 
@@ -16,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; None takes them from ``sys.argv``.
 
     Returns:
-        The exit status: 0 on success, 2 for bad input or a missing package, 130 after Ctrl-C.
+        The exit status: 0 on success, 2 for bad input or a missing package, 130 after Ctrl-C, and 128 and its
+        number after another signal.
     """
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
@@ -25,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from .app import run
+    with silent_start():
+        from .app import run
 
     return run(arguments)

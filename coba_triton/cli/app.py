@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .._signals import as_interrupts
 from .._warmup import messages_on_stderr
 from . import tools
 from .config import UserError, builtin_folder, builtins, describe, load
@@ -35,15 +36,17 @@ for _command in tools.COMMANDS:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; see :func:`coba_triton.cli.main`."""
-    try:
-        with messages_on_stderr():
-            app(arguments, prog_name="coba-triton")
-    except UserError as error:
-        _say(f"coba-triton: {error}")
-        return 2
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    return 0
+    with as_interrupts() as received:
+        try:
+            with messages_on_stderr():
+                app(arguments, prog_name="coba-triton")
+            status = 0
+        except UserError as error:
+            _say(f"coba-triton: {error}")
+            status = 2
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0
+    return 128 + received[0] if received else status
 
 
 def _say(message: str) -> None:
@@ -91,16 +94,18 @@ def simulate(
 
 
 @app.command()
+@tools.for_users
 def plot(
     result: Annotated[Path, typer.Argument(help="A result: the folder of a run, a .zarr group or an .npz file.")],
     out: Annotated[Path | None, typer.Option(help="PNG, PDF or SVG file; plot.png beside the result by default.")] = None,
     start: Annotated[float | None, typer.Option(help="Begin of the panels over time, in ms.")] = None,
     stop: Annotated[float | None, typer.Option(help="Their end, in ms.")] = None,
-) -> None:
+) -> int:
     """Draw a result: raster, rates, membrane potential, intervals between spikes, and a table of the populations."""
     from . import report
 
     print(f"Wrote {report.plot(result, out, start, stop)}")
+    return 0
 
 
 def _list_builtins() -> None:
@@ -119,7 +124,10 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
     from .weights import open_recurrent
 
     with report.own_folder(out):
-        source, recurrent = open_source(config), open_recurrent(config)
+        try:
+            source, recurrent = open_source(config), open_recurrent(config)
+        except (OverflowError, ValueError) as error:  # a number that has the right sign and unit, and is too large
+            raise UserError(f"{name}: {error}") from None
         sink = report.open_sink(out / f"result.{form.value}", name, config, source)
         with _warnings_in_one_line():
             run = job.run(config, source, recurrent, sink, resume)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from rich.table import Table
 from torch import Tensor
 
 from coba_triton import _check, _tuner, contenders, tuning
+from coba_triton._files import read_json, reason, written_whole
 from coba_triton.contenders import Contender
 from coba_triton.problems import CASES, Case
 
 from . import info
 from .check import writable, write_json
 from .config import UserError, nearest
-from .report import written_whole
 
 FORMAT, VERSION = "coba_triton benchmark", 1
 SUITES = {
@@ -92,7 +91,7 @@ def run(
             with written_whole(picture) as part:
                 draw(result).savefig(part, format="png")
         except OSError as error:
-            raise UserError(f"cannot write {picture}: {error.strerror}; name another --out") from None
+            raise UserError(f"cannot write {picture}: {reason(error)}; name another --out") from None
         print(f"Wrote {out} and {picture}")
     slower = old is not None and _print_ratios(old, result)
     if interrupted:
@@ -243,14 +242,32 @@ def read(path: Path) -> dict[str, Any]:
         UserError: if the file cannot be read or is no result of this command.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a file that coba-triton bench --out wrote") from None
+        raise UserError(f"cannot read {path}: {reason(error)}; give a file that coba-triton bench --out wrote") from None
     except ValueError:
         raise UserError(f"{path} is no JSON; give a file that coba-triton bench --out wrote") from None
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} is no result of this version's benchmark; give a file that coba-triton bench --out wrote")
+    cases = content.get("cases")
+    if not isinstance(cases, list) or not all(map(_is_case, cases)):
+        raise UserError(f"{path} is damaged: a case is malformed; give a file that coba-triton bench --out wrote")
     return content
+
+
+def _is_case(case: Any) -> bool:
+    """Whether this is what a result says of a case, as far as it is compared."""
+    rows = case.get("contenders") if isinstance(case, dict) and isinstance(case.get("name"), str) else None
+    return (
+        isinstance(rows, list)
+        and bool(rows)
+        and all(
+            isinstance(row, dict)
+            and isinstance(row.get("name"), str)
+            and all(type(row.get(time)) is float and row[time] > 0 for time in ("median_s", "p75_s"))
+            for row in rows
+        )
+    )
 
 
 def _check_comparable(old: dict[str, Any], new: dict[str, Any], path: Path | None) -> None:

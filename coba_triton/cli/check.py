@@ -18,10 +18,10 @@ from rich.table import Table
 import coba_triton
 from coba_triton import _check, _check_process
 from coba_triton._check import Result
+from coba_triton._files import local_path, reason, written_whole
 
 from . import info
 from .config import UserError
-from .report import written_whole
 
 
 def _table(results: list[Result]) -> Table:
@@ -118,14 +118,16 @@ def writable(path: Path) -> None:
         UserError: if it cannot.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        local_path(path, "a file").parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; name a file")
         probe = path.with_name(f".{path.name}.{os.getpid()}.part")
         probe.touch()
         probe.unlink()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
+        raise UserError(f"cannot write {path}: {reason(error)}; name another file") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -138,7 +140,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         with written_whole(path) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or name another file") from None
+        raise UserError(f"cannot write {path}: {reason(error)}; make room or name another file") from None
 
 
 def _write(path: Path, report: _check.Report, level: str, interrupted: bool) -> None:

@@ -124,6 +124,7 @@ import difflib
 import functools
 import importlib.resources
 import math
+import os
 import re
 import tomllib
 from collections.abc import Iterable
@@ -147,12 +148,15 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from coba_triton._files import read_text, reason
 from coba_triton._text import decode, look_alike, plain_minus
 
 _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.+-].*?)\s*")
+# A power in a unit: of one digit, of a name. Of numbers, a tower of powers would be computed without end.
+_POWER = re.compile(r"\s*(?:\*\*|\^|[⁰¹²³⁴-⁹])\s*")
+_GOOD_POWER = re.compile(r"(?<=[^\W\d])(?:\s*(?:\*\*|\^)\s*-?\d(?!\s*(?:[\d.^]|\*\*))|[⁰¹²³⁴-⁹](?![⁰¹²³⁴-⁹]))")
+_LONGEST = 100  # characters of a quantity
 _UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # tables of several forms
-
-
 ALL_OTHERS = "all others"  # what the neurons of no population are called
 
 
@@ -197,10 +201,12 @@ class Unit:
                 has the wrong sign.
         """
         wanted = f"expected {self.kind} such as {self.example!r}"
-        if not isinstance(text, str) or not (match := _NUMBER_AND_UNIT.fullmatch(plain_minus(text))):
-            raise ValueError(f"{wanted}, a number with its unit in quotes, got {text!r}")
+        if not isinstance(text, str) or len(text) > _LONGEST or not (match := _NUMBER_AND_UNIT.fullmatch(plain_minus(text))):
+            raise ValueError(f"{wanted}, a number with its unit in quotes, got {text!r:.{_LONGEST}}")
         number, unit = float(match[1]), match[2]
         try:
+            if len(_POWER.findall(unit)) != len(_GOOD_POWER.findall(unit)):
+                raise ValueError("a power is not of one digit")
             quantity = _registry().Quantity(number, _registry().parse_units(unit))
         except Exception:  # pint has a different exception for every way in which a unit can be malformed
             raise ValueError(f"unknown unit {unit!r}; {wanted}, got {text!r}") from None
@@ -611,21 +617,23 @@ def load(name: str) -> tuple[str, Config]:
         UserError: if there is no such file or it cannot be read, is not TOML, or says what is not allowed.
     """
     path = Path(name)
-    if not path.is_file() and name in builtins():
+    if not os.path.isfile(path) and name in builtins():
         path = builtins()[name]
     text = ""
     try:
-        text = decode(path.read_bytes())
+        text = read_text(path)
         data = tomllib.loads(text)
     except FileNotFoundError:
         hint = nearest(name, builtins()) or f"; give a TOML file or one of the names {', '.join(builtins())}"
         raise UserError(f"no configuration {name!r}{hint}") from None
     except OSError as error:
-        raise UserError(f"cannot read the file {name!r}: {error.strerror}; give a TOML file") from None
+        raise UserError(f"cannot read the file {name!r}: {reason(error)}; give a TOML file") from None
     except ValueError as error:
         place = re.search(r"at line (\d+)", str(error))
         hint = look_alike(text, int(place[1])) if place else ""
         raise UserError(f"{path} is not valid TOML ({error}){hint or '; correct it there'}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply; give a configuration") from None
     try:
         return path.stem, Config.model_validate(data, context={"folder": path.parent})
     except ValidationError as error:

@@ -18,6 +18,7 @@ from rich.table import Table
 import coba_triton
 from coba_triton import tuning
 from coba_triton._backends import BACKENDS, choose_backend
+from coba_triton._files import is_there
 from coba_triton._versions import package_version
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "norse")
@@ -115,7 +116,7 @@ def tuning_tables(device: str) -> list[dict[str, Any]]:
         target = tuning.machine(row["uses"], torch.device(device))
         for path in tuning.sources(target.arch):
             entry = {"backend": target.backend, "arch": target.arch, "path": str(path), "state": "not there", "entries": 0}
-            if path.exists():
+            if is_there(path):
                 try:
                     entry |= {"state": "used", "entries": len(tuning.entries_for(tuning.read_table(path), target))}
                 except tuning.TableError as error:

@@ -8,6 +8,7 @@ in :mod:`coba_triton.sinks`; of a recording it also has ``signal [T]``, at the s
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,8 +20,7 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
-from coba_triton._files import held, reason
-from coba_triton._files import written_whole as written_whole
+from coba_triton._files import held, is_there, local_path, reason, written_whole
 from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
@@ -35,6 +35,13 @@ RESULTS = ("result.zarr", "result.npz")
 PICTURES = (".png", ".pdf", ".svg")
 
 
+def _local(path: Path) -> Path:
+    try:
+        return local_path(path, "a result")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
     """Make the output folder, and be the only command that writes to it.
@@ -44,7 +51,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _local(folder).mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(folder / FILES[-1]))
         except BlockingIOError:
             raise UserError(f"another command is writing to {folder}; wait for its end, or give another --out") from None
@@ -103,9 +110,9 @@ def plot(path: Path, out: Path | None, start: float | None, stop: float | None) 
     Raises:
         UserError: if there is no such result, it has no spikes or steps, or the file cannot be written.
     """
-    if path.is_dir():
-        path = next((path / name for name in RESULTS if (path / name).exists()), path)
-    out = out or path.parent / "plot.png"
+    if os.path.isdir(_local(path)):
+        path = next((path / name for name in RESULTS if is_there(path / name)), path)
+    out = _local(out or path.parent / "plot.png")
     if out.suffix not in PICTURES:
         raise UserError(f"--out must end in {', '.join(PICTURES)}, got {str(out)!r}")
     try:

@@ -15,7 +15,7 @@ from .config import UserError
 INTERRUPTED = 130
 
 
-def _for_users(command: Callable[..., int]) -> Callable[..., None]:
+def for_users(command: Callable[..., int]) -> Callable[..., None]:
     """A command that returns its exit status: 130 after Ctrl-C, and errors that a user can put right as one sentence."""
 
     @functools.wraps(command)
@@ -33,7 +33,7 @@ def _for_users(command: Callable[..., int]) -> Callable[..., None]:
     return run
 
 
-@_for_users
+@for_users
 def info(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> int:
     """Versions, devices, which backend serves each and why another does not, caches, and tuning tables in use."""
     from . import info
@@ -42,7 +42,7 @@ def info(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     return 0
 
 
-@_for_users
+@for_users
 def check(
     device: Annotated[str | None, typer.Option(help="Where: cuda, cpu, ...; the GPU if Triton has one.")] = None,
     backend: Annotated[str, typer.Option(help="What to check: auto, triton or cpu.")] = "auto",
@@ -67,7 +67,7 @@ def check(
     return check.run(device, backend, "full" if full else "quick", only, report, apart)
 
 
-@_for_users
+@for_users
 def tune(
     neurons: Annotated[int, typer.Option(help="N of one batch row.")],
     kernel: Annotated[
@@ -98,7 +98,7 @@ def tune(
     return tune.run(kernels, neurons, batch, dtype, backend, device, effort, budget, out, resume)
 
 
-@_for_users
+@for_users
 def bench(
     suite: Annotated[str, typer.Option(help="quick, feed-forward, recurrent or full.")] = "quick",
     backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",

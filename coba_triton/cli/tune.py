@@ -16,13 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from coba_triton import _check, _tuner, tuning
+from coba_triton._files import reason, written_whole
 from coba_triton._tuner import Effort, Journal, Outcome, Task, Trial
 from coba_triton.tuning import KERNELS, TableError
 
 from . import info
 from .check import writable, write_json
 from .config import UserError, nearest
-from .report import written_whole
 
 COMPILE_REPORT = "coba_triton compile report"
 
@@ -72,7 +72,9 @@ def run(
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error).splitlines()[0]) from None
     tasks = tasks_for(kernels, neurons, batch, dtype, used, where)
-    path = tuning.user_table(target.arch) if out is None else out
+    path = out or tuning.user_table(target.arch)
+    if path is None:
+        raise UserError("this user has no home for a table; name a file with --out")
     writable(path)
     header = {
         "machine": list(target),
@@ -155,7 +157,7 @@ def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tunin
     except TableError as error:
         raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or name another --out") from None
+        raise UserError(f"cannot write {path}: {reason(error)}; make room or name another --out") from None
     print(f"Wrote {path} and {picture}")
     if path == tuning.user_table(target.arch):
         print("Launches look there from now on.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coba_triton._files import reason
 
 from .config import Config, FanOut, FileWeights, RandomSynapses, UserError
 
@@ -23,10 +25,14 @@ _POPULATIONS = {1: "excitatory", -1: "inhibitory", 0: "other"}
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is no regular file")  # a pipe would wait for a writer
         yield
+    except MemoryError:
+        raise
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; give a .npy or .npz file") from None
-    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"cannot read {path}: {reason(error)}; give a .npy or .npz file") from None
+    except Exception:  # the formats of arrays, archives and their compression have an exception each for what is damaged
         raise UserError(f"{path} is no .npy or .npz file of numbers; write it with numpy.save or numpy.savez") from None
 
 
