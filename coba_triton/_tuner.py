@@ -622,7 +622,7 @@ def open_table(path: Path, target: tuning.Machine) -> dict[str, Any]:
     """The table that is there, or an empty one.
 
     Raises:
-        TableError: if what is there is no table for this backend and architecture.
+        TableError: if what is there is no table for this backend and device.
     """
     if not is_there(path):
         return {
@@ -635,8 +635,8 @@ def open_table(path: Path, target: tuning.Machine) -> dict[str, Any]:
         }
     try:
         content = tuning.read_table(path)
-        if (content.get("backend"), content.get("arch")) != (target.backend, target.arch):
-            raise TableError(f"is for {content.get('backend')} on {content.get('arch')}")
+        if (content["backend"], content["device"]) != (target.backend, target.name):
+            raise TableError(f"is for {content['backend']} on {content['device']}")
     except TableError as error:
         raise TableError(f"{path} {error}; remove it, or name another --out") from None
     return content

@@ -4,8 +4,8 @@
 that has an entry of the same kernel and dtype, within a factor of two in neurons and in batch:
 
 1. the table named by :func:`use`, or by the environment variable ``COBA_TRITON_TUNING`` (``off``: no table at all),
-2. the user's table for the architecture, ``~/.cache/coba_triton/tuning/ARCH.json`` (``XDG_CACHE_HOME`` is respected),
-3. a table for the architecture that comes with the package, ``coba_triton/tuning_tables/ARCH.json``,
+2. the user's table for the device, ``~/.cache/coba_triton/tuning/DEVICE.json`` (``XDG_CACHE_HOME`` is respected),
+3. a table for the device that comes with the package, ``coba_triton/tuning_tables/DEVICE.json``,
 
 and else from the launcher's own rule. :func:`explain` says which one it was. The number of steps is no part of a key.
 """
@@ -18,6 +18,7 @@ import importlib
 import math
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from ._backends import choose_backend, the_device
 from ._files import is_there, read_json, reason
 
 FORMAT = "coba_triton tuning table"
-VERSION = 1
+VERSION = 2
 VARIABLE = "COBA_TRITON_TUNING"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MOST = 2**62  # neurons and batch rows that an entry may be of
@@ -161,18 +162,23 @@ def source_hash(backend: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def user_table(arch: str) -> Path | None:
+def _file_name(device: str) -> str:
+    """Of the table for a device: cards of one architecture, such as an H100 and an H200, have tables of their own."""
+    return "_".join(re.findall(r"\w+", device)) + ".json"
+
+
+def user_table(device: str) -> Path | None:
     """Where ``coba-triton tune`` writes and a launch looks, unless told otherwise; None for a user without a home."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     try:
-        return Path(cache).expanduser() / "coba_triton" / "tuning" / f"{arch}.json"
+        return Path(cache).expanduser() / "coba_triton" / "tuning" / _file_name(device)
     except RuntimeError:
         return None
 
 
-def shipped_table(arch: str) -> Path:
+def shipped_table(device: str) -> Path:
     """Where a table that comes with the package is."""
-    return Path(__file__).parent / "tuning_tables" / f"{arch}.json"
+    return Path(__file__).parent / "tuning_tables" / _file_name(device)
 
 
 def check_parameters(backend: str, kernel: str, parameters: Any) -> Parameters:
@@ -212,10 +218,10 @@ def read_table(path: Path) -> dict[str, Any]:
         raise TableError(f"is no tuning table: expected a JSON object with format {FORMAT!r} and a list of entries")
     if content.get("version") != VERSION:
         raise TableError(f"is of version {content.get('version')!r:.200}, expected {VERSION}")
-    if content.get("backend") not in tuple(SPACE) or not isinstance(content.get("arch"), str):
+    if content.get("backend") not in tuple(SPACE) or not isinstance(content.get("device"), str):
         raise TableError(
-            f"is for {content.get('backend')!r:.200} on {content.get('arch')!r:.200}, expected {' or '.join(SPACE)} on an "
-            "architecture"
+            f"is for {content.get('backend')!r:.200} on {content.get('device')!r:.200}, expected {' or '.join(SPACE)} on a "
+            "device's name"
         )
     for entry in content["entries"]:
         _check_entry(content["backend"], entry)
@@ -233,11 +239,11 @@ def entries_for(content: dict[str, Any], target: Machine) -> list[Entry]:
     """The entries that serve a machine, of a table that :func:`read_table` gave.
 
     Raises:
-        TableError: if the table is for another backend, architecture or other kernels.
+        TableError: if the table is for another backend, device or other kernels.
     """
-    found = content["backend"], content["arch"]
-    if found != (target.backend, target.arch):
-        raise TableError(f"is for {found[0]} on {found[1]}, expected {target.backend} on {target.arch}")
+    found = content["backend"], content["device"]
+    if found != (target.backend, target.name):
+        raise TableError(f"is for {found[0]} on {found[1]}, expected {target.backend} on {target.name}")
     current = [entry for entry in content["entries"] if entry["sources"] == source_hash(target.backend)]
     if content["entries"] and not current:
         raise TableError("was measured with other kernels than this version's")
@@ -274,12 +280,12 @@ def _named() -> str | None:
     return _explicit or os.environ.get(VARIABLE)
 
 
-def sources(arch: str) -> list[Path]:
-    """The files that are looked into for an architecture, first ones first, whether they are there or not."""
+def sources(device: str) -> list[Path]:
+    """The files that are looked into for a device, by its name, first ones first, whether they are there or not."""
     explicit = _named()
     if explicit == "off":
         return []
-    files = Path(explicit) if explicit else None, user_table(arch), shipped_table(arch)
+    files = Path(explicit) if explicit else None, user_table(device), shipped_table(device)
     return [path for path in files if path is not None]
 
 
@@ -287,9 +293,9 @@ def sources(arch: str) -> list[Path]:
 def _tables(target: Machine) -> tuple[tuple[Path, list[Entry]], ...]:
     """Every table that can be used; a warning for each that is there and cannot."""
     tables = []
-    files = sources(target.arch)
+    files = sources(target.name)
     for path in files:
-        named = path not in (user_table(target.arch), shipped_table(target.arch))
+        named = path not in (user_table(target.name), shipped_table(target.name))
         if not named and not is_there(path):
             continue
         try:
@@ -413,7 +419,7 @@ def explain(
         )
     looked = [
         f"{path} ({'used' if path in dict(_tables(target)) else 'unusable' if is_there(path) else 'not there'})"
-        for path in sources(target.arch)
+        for path in sources(target.name)
     ]
     where = f"looked into {', '.join(looked)}" if looked else f"tables are off ({VARIABLE}=off)"
-    return Choice(rule, "heuristic", f"no table has an entry for {what} on {target.arch}; {where}")
+    return Choice(rule, "heuristic", f"no table has an entry for {what} on {target.name}; {where}")

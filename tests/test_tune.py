@@ -298,7 +298,7 @@ def test_the_command_writes_a_table_that_launches_use(tmp_path, monkeypatch, cap
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and not out.with_suffix(".journal.jsonl").exists()
     table = json.loads(out.read_text())
     (entry,) = table["entries"]
-    assert table["arch"] == TARGET.arch and entry["device"] == TARGET.name and entry["versions"]["torch"]
+    assert table["device"] == TARGET.name and entry["device"] == TARGET.name and entry["versions"]["torch"]
     assert entry["trials"][0]["max_error"] == 0 and entry["trials"][0]["p20"] > 0 and entry["sources"]
     tuning.use(out)
     try:
@@ -332,9 +332,13 @@ def test_a_file_that_is_no_table_is_not_replaced(tmp_path, capsys) -> None:
     out.write_text("precious")
     assert main([*ARGUMENTS, "--out", str(out)]) == 2
     assert "is no JSON" in capsys.readouterr().err and out.read_text() == "precious"
-    out.write_text(json.dumps({"format": tuning.FORMAT, "version": 1, "backend": "triton", "arch": "sm_90", "entries": []}))
+    out.write_text(
+        json.dumps(
+            {"format": tuning.FORMAT, "version": tuning.VERSION, "backend": "triton", "device": "NVIDIA H100", "entries": []}
+        )
+    )
     assert main([*ARGUMENTS, "--out", str(out)]) == 2
-    assert "is for triton on sm_90; remove it, or name another --out" in capsys.readouterr().err
+    assert "is for triton on NVIDIA H100; remove it, or name another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

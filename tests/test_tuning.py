@@ -35,7 +35,7 @@ def folders(tmp_path, monkeypatch) -> None:
     """No table of the machine's user, and none of the package."""
     monkeypatch.delenv(tuning.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "shipped_table", lambda arch: tmp_path / "shipped" / f"{arch}.json")
+    monkeypatch.setattr(tuning, "shipped_table", lambda device: tmp_path / "shipped" / "table.json")
     tuning.forget()
     yield
     tuning.use(None)
@@ -54,7 +54,7 @@ def entry(neurons: int = 1024, tile: int = 128, **changes) -> dict:
 
 def write(path: Path, *entries: dict, **changes) -> Path:
     target = tuning.machine("cpu", CPU)
-    content = {"format": tuning.FORMAT, "version": tuning.VERSION, "backend": "cpu", "arch": target.arch}
+    content = {"format": tuning.FORMAT, "version": tuning.VERSION, "backend": "cpu", "device": target.name}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content | {"entries": list(entries)} | changes))
     tuning.forget()
@@ -66,11 +66,11 @@ def tile(neurons: int = 1024, dtype: torch.dtype = torch.float32) -> int:
 
 
 def test_first_table_with_an_entry_wins(tmp_path, monkeypatch) -> None:
-    arch = tuning.machine("cpu", CPU).arch
+    name = tuning.machine("cpu", CPU).name
     assert tile() == 1024
-    write(tuning.shipped_table(arch), entry(tile=64))
+    write(tuning.shipped_table(name), entry(tile=64))
     assert tile() == 64
-    user = write(tuning.user_table(arch), entry(tile=128))
+    user = write(tuning.user_table(name), entry(tile=128))
     assert tile() == 128
     named = write(tmp_path / "named.json", entry(4096, tile=256))
     monkeypatch.setenv(tuning.VARIABLE, str(named))
@@ -88,14 +88,14 @@ def test_first_table_with_an_entry_wins(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_table_that_an_editor_marked(encoding: str) -> None:
-    path = write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(tile=64))
+    path = write(tuning.user_table(tuning.machine("cpu", CPU).name), entry(tile=64))
     path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
     tuning.forget()
     assert tile() == 64
 
 
 def test_the_nearest_entry_within_a_factor_of_two_serves() -> None:
-    write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(1000, 64), entry(1500, 128))
+    write(tuning.user_table(tuning.machine("cpu", CPU).name), entry(1000, 64), entry(1500, 128))
     assert [tile(n) for n in (499, 500, 1000, 1200, 1300, 3000, 3001)] == [1024, 64, 64, 64, 128, 128, 1024]
     assert tile(1000, torch.float64) == 1024
     choice = tuning.explain(KERNEL, 100, batch=10)
@@ -126,8 +126,8 @@ def test_explain_of_a_backend(backend, rule, threads) -> None:
         ("{", "is no JSON"),
         ("[]", "is no tuning table"),
         ('{"format": "something else", "entries": []}', "is no tuning table"),
-        ({"version": 99}, "is of version 99, expected 1"),
-        ({"arch": "sm_90", "backend": "triton"}, "is for triton on sm_90, expected cpu on"),
+        ({"version": 99}, "is of version 99, expected 2"),
+        ({"device": "NVIDIA H100", "backend": "triton"}, "is for triton on NVIDIA H100, expected cpu on"),
         ({"entries": [entry(sources="0")]}, "was measured with other kernels"),
         ({"entries": [{"kernel": KERNEL}]}, "has a malformed entry"),
         ({"entries": [entry(neurons=-1)]}, "has a malformed entry"),
@@ -146,8 +146,8 @@ def test_explain_of_a_backend(backend, rule, threads) -> None:
         ({"entries": [entry(parameters=[])]}, "parameters of feed_forward_forward must be"),
         ({"entries": [[]]}, "has a malformed entry"),
         ({"entries": [entry(parameters={"tile": [64], "threads": {}})]}, "got [64]"),
-        ({"arch": ["x86_64"]}, "expected triton or cpu on an architecture"),
-        ({"backend": {"cpu": 1}}, "expected triton or cpu on an architecture"),
+        ({"device": ["EPYC"]}, "expected triton or cpu on a device's name"),
+        ({"backend": {"cpu": 1}}, "expected triton or cpu on a device's name"),
         ({"version": [1] * 10**5}, "is of version [1, 1,"),
         ("[" * 10**5, "is no JSON (it is nested too deeply)"),
         ("1" * 5000, "is no JSON"),
@@ -157,7 +157,7 @@ def test_explain_of_a_backend(backend, rule, threads) -> None:
     ids=range(30),
 )
 def test_what_is_no_table_for_this_machine_is_a_warning_and_the_rule(content, message) -> None:
-    path = tuning.user_table(tuning.machine("cpu", CPU).arch)
+    path = tuning.user_table(tuning.machine("cpu", CPU).name)
     if isinstance(content, dict):
         write(path, **content)
     else:
@@ -172,7 +172,7 @@ def test_what_is_no_table_for_this_machine_is_a_warning_and_the_rule(content, me
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_what_is_no_regular_file_is_not_read(kind) -> None:
     """A pipe would wait for a writer that never comes, and a device may have no end."""
-    path = tuning.user_table(tuning.machine("cpu", CPU).arch)
+    path = tuning.user_table(tuning.machine("cpu", CPU).name)
     path.parent.mkdir(parents=True)
     make = {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero")}
     make[kind]()
@@ -184,7 +184,7 @@ def test_what_is_no_regular_file_is_not_read(kind) -> None:
 
 def test_a_table_that_cannot_be_read_is_a_warning(tmp_path) -> None:
     """While a folder that must not be looked into has no table; nor has a user without a home."""
-    path = write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(tile=64))
+    path = write(tuning.user_table(tuning.machine("cpu", CPU).name), entry(tile=64))
     path.chmod(0)
     tmp_path.chmod(0o755)
     tmp_path.parent.chmod(0o755)
@@ -194,7 +194,7 @@ def test_a_table_that_cannot_be_read_is_a_warning(tmp_path) -> None:
 
 
 def test_a_home_that_cannot_be_looked_into_has_no_table(tmp_path) -> None:
-    write(tuning.user_table(tuning.machine("cpu", CPU).arch), entry(tile=64))
+    write(tuning.user_table(tuning.machine("cpu", CPU).name), entry(tile=64))
     (tmp_path / "cache").chmod(0)
     with as_nobody():
         assert tile() == 1024
@@ -243,11 +243,11 @@ def test_explain_bad_arguments(arguments, error, message) -> None:
 
 
 def test_a_table_reaches_the_launch_and_changes_no_bit(monkeypatch) -> None:
-    arch = tuning.machine("cpu", CPU).arch
+    name = tuning.machine("cpu", CPU).name
     backward = {"tile": 64, "threads": 2, "checkpoint_every": 32}
     case = problem(45, (130,))
     expected = case.gradients("cpu")
-    write(tuning.user_table(arch), entry(130, 64), entry(130, kernel="feed_forward_backward", parameters=backward))
+    write(tuning.user_table(name), entry(130, 64), entry(130, kernel="feed_forward_backward", parameters=backward))
     assert operators.checkpoint_interval(torch.float32, "cpu", 130) == 32
     seen, kernel = [], _cpu.kernels.forward_kernel()
     monkeypatch.setattr(_cpu.kernels, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args)))

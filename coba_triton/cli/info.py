@@ -114,7 +114,7 @@ def tuning_tables(device: str) -> list[dict[str, Any]]:
         if row["backend"] in ("auto", "reference") or not row["serves"]:
             continue
         target = tuning.machine(row["uses"], torch.device(device))
-        for path in tuning.sources(target.arch):
+        for path in tuning.sources(target.name):
             entry = {"backend": target.backend, "arch": target.arch, "path": str(path), "state": "not there", "entries": 0}
             if is_there(path):
                 try:

@@ -72,7 +72,7 @@ def run(
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error).splitlines()[0]) from None
     tasks = tasks_for(kernels, neurons, batch, dtype, used, where)
-    path = out or tuning.user_table(target.arch)
+    path = out or tuning.user_table(target.name)
     if path is None:
         raise UserError("this user has no home for a table; name a file with --out")
     writable(path)
@@ -159,7 +159,7 @@ def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tunin
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; make room or name another --out") from None
     print(f"Wrote {path} and {picture}")
-    if path == tuning.user_table(target.arch):
+    if path == tuning.user_table(target.name):
         print("Launches look there from now on.")
     else:
         print(f"To use it: {tuning.VARIABLE}={path}, or coba_triton.tuning.use({str(path)!r})")
