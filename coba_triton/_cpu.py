@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,7 +165,22 @@ def feed_forward_forward(x: Tensor, constants: Tensor, *others: Any) -> None:
     steps, neurons = x.shape
     arguments = _forward_arguments(x, constants, *others)
     kernel = kernels.forward_kernel()
-    _launch("feed_forward_forward", kernel, *arguments, dtype=constants.dtype, steps=steps, neurons=neurons)
+    _launch("feed_forward_forward", kernel, *arguments, None, dtype=constants.dtype, steps=steps, neurons=neurons)
+
+
+def lanes(words: int) -> Any:
+    """Room for the checksum of rows of so many words of 32 bits, before the first row."""
+    return np.zeros(-(-words // kernels.GROUP) * kernels.LANES, np.uint32)
+
+
+def row_sums(x: Tensor) -> Any:
+    """The checksum of the rows ``x [T, ...]``, of any dtype, on the CPU: many numbers, of which each change changes some."""
+    rows = x.contiguous().view(len(x), x[:1].numel()).view(torch.uint8)
+    if rows.shape[1] % 4:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
+    sums = lanes(rows.shape[1] // 4)
+    kernels.checksum_kernel()(rows.numpy().view(np.uint32), sums)
+    return sums
 
 
 class ForwardStream:
@@ -184,12 +200,15 @@ class ForwardStream:
         self._tile, self._shares = _split("feed_forward_forward", state.dtype, steps, state.shape[1])
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="coba_triton") for _ in self._shares]
 
-    def submit(self, x: Tensor, words: Tensor) -> tuple[Tensor, list[Future[None]]]:
-        """Begin a block ``x [T, M]``, whose spikes go to ``words``; returns the state after it, and when it is there."""
+    def submit(self, x: Tensor, words: Tensor, sums: Any = None) -> tuple[Tensor, list[Future[None]]]:
+        """Begin a block ``x [T, M]``, whose spikes go to ``words``; returns the state after it, and when it is there.
+
+        ``sums``: None, or where the checksum of ``x`` goes, see :func:`lanes`.
+        """
         before, self._state = self._state, torch.empty_like(self._state)
         outputs = self._state, None, words, None, None
         arguments = _forward_arguments(x, self._constants, self._jump_first, 0, before, *outputs)
-        kernel = functools.partial(kernels.forward_kernel(), *arguments, self._tile, len(x))
+        kernel = functools.partial(kernels.forward_kernel(), *arguments, sums, self._tile, len(x))
         shares = zip(self._threads, self._shares, strict=True)
         return self._state, [thread.submit(kernel, *share) for thread, share in shares]
 

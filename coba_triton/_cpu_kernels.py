@@ -238,6 +238,42 @@ def forward_row(tile: Any, x: Any, spikes: Any, neurons: int, jump_first: bool, 
         spikes[j] = spike
 
 
+# A checksum of rows of words has 16 lanes for every group of 64 columns: lane j takes in the columns j, j + 16, ...
+LANES = 16
+GROUP = 4 * LANES
+_MULTIPLIER = np.uint32(0x9E3779B1)
+
+
+@numba.njit(inline="always", **OPTIONS)
+def turned(x: Any, bits: int) -> Any:
+    """A word of 32 bits, turned to the left."""
+    return np.uint32((x << np.uint32(bits)) | (x >> np.uint32(32 - bits)))
+
+
+@compiled
+def add_groups(sums: Any, row: Any, columns: int) -> None:
+    for g in range(columns // GROUP):
+        for j in range(LANES):
+            k = GROUP * g + j
+            word = row[k] + turned(row[k + 16], 7) + turned(row[k + 32], 14) + turned(row[k + 48], 21)
+            sums[LANES * g + j] = np.uint32(turned(np.uint32(sums[LANES * g + j] * _MULTIPLIER), 13) + word)
+
+
+@compiled
+def add_row(sums: Any, rest: Any, row: Any, columns: int) -> None:
+    """Fold a row of words into the lanes of a checksum, so that it does not matter who takes which groups of columns.
+
+    A change of one word changes its lane for good, as the lane's other steps can be undone. ``rest [64]`` is scratch.
+    """
+    add_groups(sums, row, columns)
+    if columns % GROUP:
+        whole = columns // GROUP
+        rest[:] = 0
+        for j in range(columns % GROUP):
+            rest[j] = row[GROUP * whole + j]
+        add_groups(sums[LANES * whole :], rest, GROUP)
+
+
 @compiled
 def replay_row(
     tile: Any, frame: Any, x: Any, words: Any, bit: int, neurons: int, jump_first: bool, shared: Constants | None
@@ -536,12 +572,14 @@ def forward_kernel() -> Any:
 
     def forward(
         x: Strided, state: Any, shared: Any, per_neuron: Any, final: Any, spikes: Strided, one: int, words: Any,
-        states: Any, checkpoints: Any, every: int, jump_first: bool, wide: int, steps: int, first: int, last: int,
+        states: Any, checkpoints: Any, every: int, jump_first: bool, sums: Any, wide: int, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
         """Simulate the neurons from ``first`` to ``last``; arrays without elements are not written.
 
         Of the constants, ``shared`` [10] and ``per_neuron`` [10, M], one is None. A spike is written with the bits
-        ``one``. ``every``: steps between two checkpoints, or 0. ``wide``: neurons of a tile, at most ``TILE``.
+        ``one``. ``every``: steps between two checkpoints, or 0. ``sums``: None, or the lanes of a checksum of ``x``,
+        which is float32 and contiguous then: while a row is at hand, that costs a fraction of reading it again. ``wide``:
+        neurons of a tile, at most ``TILE``.
         """
         _ = sources  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
@@ -550,6 +588,7 @@ def forward_kernel() -> Any:
         buffer = np.empty(TILE, state.dtype)
         bits = np.empty(TILE, np.uint32)
         fired = np.empty(TILE, np.uint8)
+        rest = np.empty(GROUP, np.uint32)
         c = None if shared is None else load_shared(shared)
         for begin in range(first, last, wide):
             n = min(wide, last - begin)
@@ -564,6 +603,8 @@ def forward_kernel() -> Any:
                 prefetch(x, t + 1, begin, n)
                 prefetch(spikes, t + 1, begin, n)
                 forward_row(tile, row, out, n, jump_first, c)
+                if sums is not None:
+                    add_row(borrow(sums)[begin // 4 :], borrow(rest), row.view(np.uint32), n)
                 if spikes.itemsize > 1:
                     expand(spikes.data, spikes.itemsize, one, at, out, n)
                 if words.size > 0:
@@ -573,6 +614,21 @@ def forward_kernel() -> Any:
             store_state(tile, final, 0, 1, begin, n)
 
     return _entry_point(forward)
+
+
+@functools.cache
+def checksum_kernel() -> Any:
+    """The entry point for a checksum of rows of words."""
+    sources = _sources()
+
+    def add_all_rows(words: Any, sums: Any) -> None:
+        """Fold ``words [T, W]`` into the lanes ``sums [ceil(W / 64) * 16]``."""
+        _ = sources
+        rest = np.empty(GROUP, np.uint32)
+        for t in range(len(words)):
+            add_row(sums, rest, words[t], words.shape[1])
+
+    return _entry_point(add_all_rows)
 
 
 @functools.cache

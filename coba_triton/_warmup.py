@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
+from torch import Tensor
 
 from ._backends import logger
 from .functional import coba_lif_feed_forward_integral, coba_lif_integral
-from .model import CobaLIFParameters
+from .model import CobaLIFParameters, constants_table
 
 
 @contextmanager
@@ -61,3 +62,15 @@ def warmup(
             ):
                 if train:
                     spikes.sum().backward()
+            if dtype == torch.float32:  # whose input is checked while it is read
+                _warm_up_streams(constants_table(p, 1.0, dtype, x.device, x.shape[2:]), x.detach()[0])
+
+
+def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
+    """Compile what a long run into a zarr group calls besides."""
+    from ._cpu import ForwardStream, lanes, row_sums
+
+    with closing(ForwardStream(constants, False, x.new_zeros(3, x.shape[1]), len(x))) as stream:
+        for job in stream.submit(x, torch.empty(1, x.shape[1], dtype=torch.int32), lanes(x.shape[1]))[1]:
+            job.result()
+    row_sums(x)

@@ -171,16 +171,17 @@ def plot_traces(
             f"{variable!s:.50} of the neurons {chosen.tolist()} must be recorded, got "
             f"{', '.join(result.traces) or 'nothing'} of {result.recorded.tolist()}; choose among them"
         )
-    values = result.traces[variable][first:last]
+    begin = first // result.every  # row r is the end of step (r + 1) * every - 1
+    values = result.traces[variable][begin : last // result.every]
     threshold = result.parameter("v_thresh")
     shades = [NEUTRAL, "#7f8c8d", "#b9a06b"]
     for number, neuron in enumerate(chosen):
         at, trace = _extremes(values[:, list(result.recorded).index(neuron)], MAX_POINTS)
         color = shades[number % len(shades)]
-        ax.plot((first + at + 1) * result.dt, trace, color=color, linewidth=0.8, label=f"neuron {neuron}")
+        ax.plot((begin + at + 1) * result.every * result.dt, trace, color=color, linewidth=0.8, label=f"neuron {neuron}")
         if variable == "v" and "spikes" in result:
             times, _ = result.events(first, last, neurons=[neuron])
-            height = 0.6 * max(float(threshold[neuron]) - float(values.min()), 1.0)
+            height = 0.6 * max(float(threshold[neuron]) - float(values.min(initial=np.inf)), 1.0)
             spike = EXCITATORY if len(chosen) == 1 else color
             ax.vlines(times, threshold[neuron], threshold[neuron] + height, color=spike, linewidth=0.8)
     if variable == "v":

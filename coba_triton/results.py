@@ -7,21 +7,26 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from . import _validation as check
-from ._files import is_there, local_path
-from .sinks import FORMAT, VERSION, _difference, open_group, read
+from ._files import is_there, local_path, written_whole
+from ._store import Refused, Store, check_attributes, columns_of, state_shape
+from .model import CobaLIFFeedForwardState, CobaLIFState
+from .sinks import crc32, difference_of
 from .spikes import WORD_BITS, word_count
 
 Array = NDArray[Any]
 
 READ_BYTES = 2**24  # of packed spikes that are unpacked at a time
+DEFLATE = 1040  # times as long as it was is the most that zip's compression makes something
 MIN_INTERVALS = 4  # a coefficient of variation of fewer says little
 
 
@@ -47,9 +52,9 @@ class Stored:
         shape: of the array, time first.
     """
 
-    def __init__(self, array: Any, path: Path | None, steps: int) -> None:
-        self._array, self._path = array, path
-        self.shape = (steps, *array.shape[1:])
+    def __init__(self, array: Any, length: int) -> None:
+        self._array = array
+        self.shape = (length, *array.shape[1:])
 
     def __getitem__(self, key: Any) -> Array:
         time, *rest = key if isinstance(key, tuple) else (key,)
@@ -59,8 +64,7 @@ class Stored:
 
     def _read(self, time: slice) -> Array:
         """The rows from ``time.start`` to ``time.stop``."""
-        key = slice(time.start, time.stop)
-        return read(self._path, self._array, key) if self._path else np.asarray(self._array[key])
+        return np.asarray(self._array[time.start : time.stop])
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -72,8 +76,8 @@ class Stored:
 class StoredSpikes(Stored):
     """Packed spikes; indexing gives booleans."""
 
-    def __init__(self, array: Any, path: Path | None, steps: int) -> None:
-        super().__init__(array, path, steps)
+    def __init__(self, array: Any, steps: int) -> None:
+        super().__init__(array, steps)
         self.dtype = np.dtype(bool)
 
     def words(self, start: int, stop: int) -> Array:
@@ -121,8 +125,9 @@ class Result:
         finished: whether that is the whole run.
         shape: of the neurons.
         dt: time step in ms.
-        traces: name to an array ``[T, K]`` of the recorded neurons, read by slices: ``v`` in mV, ``g_e`` and ``g_i``
-            in uS, at the end of every step.
+        traces: name to an array ``[T / every, K]`` of the recorded neurons, read by slices: ``v`` in mV, ``g_e`` and
+            ``g_i`` in uS, at the end of every step, or of every n-th: row ``j`` at ``(j + 1) * every * dt``.
+        every: steps from one row of the traces to the next.
         recorded: the neurons of the traces, ``[K]``.
         populations: name to the neurons whose spikes were counted.
     """
@@ -134,10 +139,12 @@ class Result:
         self.finished: bool = attributes["finished"]
         self.shape: tuple[int, ...] = tuple(config["neurons"])
         self.dt: float = config["dt_ms"]
-        self.traces = {name: Stored(arrays[name], path, self.steps) for name in ("v", "g_e", "g_i") if name in arrays}
+        self.every: int = config["record"].get("every", 1)
+        rows = self.steps // self.every
+        self.traces = {name: Stored(arrays[name], rows) for name in ("v", "g_e", "g_i") if name in arrays}
         self.recorded = self.array("recorded") if "recorded" in arrays else np.empty(0, np.int64)
         names = config["record"]["populations"]
-        self.populations = {name: self.array(f"population_{name}") for name in names}
+        self.populations = {name: self.array(f"population_{number}") for number, name in enumerate(names)}
 
     def __repr__(self) -> str:
         where = f" in {self.path}" if self.path else ""
@@ -162,7 +169,19 @@ class Result:
         """All spikes, ``[T, *neurons]``: ``result.spikes[1000:2000]`` and ``result.spikes[:, 3]`` give booleans."""
         if "spikes" not in self:
             raise ValueError("the spikes were not recorded; run again with Record(spikes=True)")
-        return StoredSpikes(self._arrays["spikes"], self.path, self.steps)
+        return StoredSpikes(self._arrays["spikes"], self.steps)
+
+    @property
+    def state(self) -> CobaLIFFeedForwardState | CobaLIFState:
+        """The state after the last finished step, to go on from it: ``simulate(..., state=result.state)``."""
+        if "state" not in self:
+            raise ValueError(
+                "the result has no state; run it for a step at least, and open the parts of a batch by themselves"
+            )
+        fields = map(torch.from_numpy, np.array(self._arrays["state"][:]))
+        return (CobaLIFState if self.attributes["config"]["network"] == "CobaLIFRecurrent" else CobaLIFFeedForwardState)(
+            *fields
+        )
 
     def array(self, name: str) -> Array:
         """A whole array by its name: one of the caller's, a parameter of every neuron, ``input_e``, ...
@@ -172,8 +191,7 @@ class Result:
         """
         if name not in self._arrays:
             raise KeyError(f"the result has no array {name!r}; it has {', '.join(sorted(self._arrays))}")
-        array = self._arrays[name]
-        return read(self.path, array, ...) if self.path else np.asarray(array)
+        return np.asarray(self._arrays[name][...])
 
     def parameter(self, name: str) -> Array:
         """A parameter of the neurons by its name in :class:`CobaLIFParameters`, broadcast to all of them, ``[N]``."""
@@ -254,7 +272,7 @@ class Result:
         if isinstance(neurons, str):
             if neurons not in self.populations:
                 raise ValueError(f"the result has no population {neurons!r}; it has {', '.join(self.populations) or 'none'}")
-            column = Stored(self._arrays["counts"], self.path, self.steps)[:, list(self.populations).index(neurons)]
+            column = Stored(self._arrays["counts"], self.steps)[:, list(self.populations).index(neurons)]
             return np.add.reduceat(column, np.arange(0, self.steps, bin_steps)) if bins else np.zeros(0, np.int64)
         wanted = self._wanted(neurons)
         counts = np.zeros(bins, np.int64)
@@ -348,18 +366,12 @@ class Result:
         Args:
             path: of the file, replaced if it is there.
         """
-        path = local_path(path, "path")
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(["time_ms", "neuron"])
-                for steps, neurons in self.event_blocks():
-                    times = np.round((steps + 1) * self.dt, 9)
-                    writer.writerows(zip(times.tolist(), neurons.tolist(), strict=True))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_whole(local_path(path, "path")) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["time_ms", "neuron"])
+            for steps, neurons in self.event_blocks():
+                times = np.round((steps + 1) * self.dt, 9)
+                writer.writerows(zip(times.tolist(), neurons.tolist(), strict=True))
 
     def to_neo(self) -> Any:
         """The result as a ``neo.Block`` of one segment: a spike train a neuron, and the traces as analog signals.
@@ -390,8 +402,8 @@ class Result:
             signal = neo.AnalogSignal(
                 trace[:],
                 units="mV" if name == "v" else "uS",
-                t_start=self.dt * ms,
-                sampling_period=self.dt * ms,
+                t_start=self.every * self.dt * ms,
+                sampling_period=self.every * self.dt * ms,
                 name=name,
                 array_annotations={"neuron": self.recorded},
             )
@@ -404,19 +416,21 @@ class _SideBySide:
     """An array of several results, one after the other along the second axis; read by slices of the first."""
 
     def __init__(self, results: Sequence[Result], name: str) -> None:
-        self._parts = [(result.path, result._arrays[name]) for result in results]
-        first = self._parts[0][1].shape
-        self.shape = (first[0], sum(array.shape[1] for _, array in self._parts), *first[2:])
+        self._parts = [result._arrays[name] for result in results]
+        first = self._parts[0].shape
+        self.shape = (first[0], sum(array.shape[1] for array in self._parts), *first[2:])
 
     def __getitem__(self, key: Any) -> Array:
-        return np.concatenate([read(path, array, key) if path else array[key] for path, array in self._parts], 1)
+        return np.concatenate([array[key] for array in self._parts], 1)
 
 
 def _common(result: Result) -> dict[str, Any]:
     """What runs over parts of one batch have in common."""
     config = result.attributes["config"]
     own = ("source", "initial_state", "block_steps", "attributes")
-    recorded = {name: config["record"][name] for name in ("spikes", "variables")} | {"traces": len(result.traces) > 0}
+    recorded = {name: config["record"][name] for name in ("spikes", "variables", "every")} | {
+        "traces": len(result.traces) > 0
+    }
     return {name: value for name, value in config.items() if name not in own} | {
         "neurons": ["B", *result.shape[1:]],
         "record": recorded,
@@ -427,7 +441,7 @@ def _join(results: Sequence[Result]) -> Result:
     """The results of parts of a batch as one."""
     first = results[0]
     for result in results:
-        difference = _difference(_common(first), _common(result))
+        difference = difference_of(_common(first), _common(result))
         if difference or not result.shape:
             raise ValueError(
                 f"results that are read as one must be of the same neurons in different rows of a batch, but from "
@@ -436,7 +450,9 @@ def _join(results: Sequence[Result]) -> Result:
     config = first.attributes["config"]
     offsets = np.cumsum([0, *(result.neurons for result in results)])
     arrays: dict[str, Any] = {name: first.array(name) for name in config["parameters"] if name in first}
-    arrays |= {name: _SideBySide(results, name) for name in ("spikes", *first.traces) if name in first}
+    together = len({result.steps for result in results}) == 1
+    side_by_side = ("spikes", *first.traces, *(["state"] if together else []))
+    arrays |= {name: _SideBySide(results, name) for name in side_by_side if name in first}
     if first.traces:
         arrays["recorded"] = np.concatenate([r.recorded + offset for r, offset in zip(results, offsets, strict=False)])
     joined = {
@@ -474,17 +490,60 @@ def open_result(path: str | Path | Sequence[str | Path]) -> Result:
     if not is_there(path):
         raise FileNotFoundError(f"there is no result at {path}; give the path of a .zarr folder or an .npz file")
     if path.is_dir():
-        group = open_group(path)
-        attributes = dict(group.attrs)
-        steps = int(read(path, group["progress"], 0))
-        attributes |= {"steps_done": steps, "finished": bool(attributes.get("finished"))}
-        return Result(attributes, dict(group.arrays()), path)
+        return Result(*Store(path).result(), path)
+    return Result(*_read_npz(path), path)
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Attributes and arrays of a file, each of the shape and the checksum that the attributes say."""
+    errors = (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        RecursionError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    )
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        attributes = json.loads(str(arrays.pop("attributes")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if not path.is_file():
+            raise ValueError("no regular file")
+        with zipfile.ZipFile(path) as file:
+            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+            attributes = json.loads(str(_member(file, members.pop("attributes"), "str", ())))
+            check_attributes(str(path), attributes)
+            kept, steps, config = attributes["arrays"], attributes["steps_done"], attributes["config"]
+            shapes = {name: tuple(array["shape"]) for name, array in kept.items()}
+            grown = {name: (column.rows(steps), *column.shape) for name, column in columns_of(config).items()}
+            grown |= {"state": state_shape(config)[1:]} if steps else {}
+            if set(kept) != set(members) or any(shapes[name] != shape for name, shape in grown.items()):
+                raise ValueError(f"it holds {sorted(members)}, which are not what {steps} steps of it leave")
+            arrays = {name: _member(file, info, kept[name]["dtype"], shapes[name]) for name, info in members.items()}
+            for name, array in arrays.items():
+                if crc32(array) != kept[name]["crc32"]:
+                    raise ValueError(f"{name} is not what was written")
+    except Refused:
+        raise
+    except errors as error:
         raise ValueError(f"{path} is no result of coba_triton, or damaged ({error}); give the path of one") from None
-    if attributes.get("format") != FORMAT or attributes.get("format_version") != VERSION:
-        raise ValueError(f"{path} is no result of coba_triton of format version {VERSION}; give the path of one")
-    return Result(attributes, arrays)
+    return attributes, arrays
+
+
+def _member(file: zipfile.ZipFile, info: zipfile.ZipInfo, dtype: str, shape: tuple[int, ...]) -> Array:
+    """An array of a file, once it is known to be of this dtype and shape, and its size to be one that the file can hold."""
+    with file.open(info) as member:
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        found, by_column, kind = read_header[np.lib.format.read_magic(member)](member)
+        size = kind.itemsize * math.prod(found)
+        name = "str" if kind.kind == "U" else kind.name
+        if (found, name) != (shape, dtype) or size > min(info.file_size, DEFLATE * info.compress_size):
+            raise ValueError(f"{info.filename} is {kind} of shape {list(found)}, in {info.compress_size:,} bytes")
+        array = np.empty(size, np.uint8)
+        for begin in range(0, size, READ_BYTES):
+            part = array[begin : begin + READ_BYTES]
+            part[:] = np.frombuffer(member.read(len(part)), np.uint8)
+        if member.read(1):  # the end, at which zipfile compares its own checksum
+            raise ValueError(f"{info.filename} is longer than its shape")
+    return array.view(kind).reshape(found, order="F" if by_column else "C")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
+import math
 import platform
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -25,12 +27,13 @@ from . import _recurrent, operators
 from . import _validation as check
 from ._backends import choose_backend
 from ._files import reason
+from ._store import checksum, columns_of
 from ._versions import package_version
 from .functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
 from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, constants_table
 from .modules import CobaLIF, CobaLIFRecurrent
 from .results import Result
-from .sinks import Column, Header, Sink, open_sink
+from .sinks import Checkpoint, Header, Sink, open_sink
 from .sources import Blocks, digest
 from .spikes import WORD_BITS, word_count
 
@@ -54,6 +57,7 @@ class Record:
         spikes: every spike, one bit for a neuron and step.
         variables: which traces to keep of ``neurons``: ``v`` (mV), ``g_e``, ``g_i`` (uS).
         neurons: whose traces to keep; with several axes of neurons, indices into the flattened ones.
+        every: keep the traces of every n-th step alone, ``n - 1``, ``2 n - 1``, ...: at the times ``n dt``, ``2 n dt``, ...
         populations: name to neurons (a slice, a range, indices) whose spikes are counted in every step.
         inputs: the excitatory and the inhibitory conductance in uS that the input, recurrent synapses apart, adds in
             every step, mean over the neurons.
@@ -62,6 +66,7 @@ class Record:
     spikes: bool = True
     variables: Sequence[Variable] = ("v",)
     neurons: Sequence[int] = ()
+    every: int = 1
     populations: Mapping[str, Members] = field(default_factory=dict)
     inputs: bool = False
 
@@ -84,8 +89,10 @@ def simulate(
 
     A run into a zarr group that is killed loses at most three blocks, two being computed and one being written: called
     again with the same arguments and ``resume=True``, it goes on from the last finished block to a result that is equal
-    bit for bit. A run that was not begun yet is begun, and one that is finished is returned, so that a script may always
-    pass ``resume=True``.
+    bit for bit. A run that was not begun yet is begun, one that is finished is returned, and one whose source is longer by
+    now goes on to its new end, so that a script may always pass ``resume=True``. What has been read before is read again
+    and compared, unless the source is a :class:`PoissonSource`, which its arguments tell: another input is refused. One
+    process at a time writes to a path; docs/reliability.md says what is promised, and at what cost.
 
     Args:
         network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`, also as
@@ -97,9 +104,9 @@ def simulate(
             beginning when a run is resumed.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
         state: initial state, None to start at rest.
-        block_steps: steps in a block, rounded up to a multiple of 32; None for as many as hold about 64 MiB, at most 65,536
-            (what unconnected neurons read where it is does not count: a tensor or a numpy array in memory, unless its
-            numbers are converted or inputs are recorded).
+        block_steps: steps in a block, rounded up to a multiple of 32 and of ``record.every``; None for as many as hold
+            about 64 MiB, at most 65,536 (what unconnected neurons read where it is does not count: a tensor or a numpy
+            array in memory, unless its numbers are converted or inputs are recorded).
         record: what to keep; None for the spikes alone.
         progress: show a bar with steps per second and the time left on a terminal, where the package rich is
             installed; or a function that takes the number of finished steps.
@@ -111,8 +118,10 @@ def simulate(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if shapes do not fit, a parameter, weight or initial state is not finite, a file is damaged or something
-            else, or the run to be resumed was begun with another configuration.
+            else, or the run to be resumed was begun with another configuration or
+            another input.
         FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
+        BlockingIOError: if another run is writing to the sink's path.
         FloatingPointError: if the state stops being finite, with what made it so; what was finished is kept.
         OSError: if the sink cannot be written to; what was finished is kept.
 
@@ -126,33 +135,95 @@ def simulate(
     check.check_flag(resume, "resume")
     run = _Run(network, source, state, Record() if record is None else record, block_steps)
     sink = open_sink(sink)
+    with sink.held():
+        _go_on(run, sink, resume, progress)
+        return Result(*sink.result(), path=sink.path)
+
+
+def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
+    """Make the blocks that the sink does not have yet."""
     begun = sink.begin(run.header, resume)
-    if begun.finished:
-        return Result(*sink.end(begun.steps, finished=True))
-    if begun.state is not None:
-        run.load(begun.state)
-    with (
-        _progress(progress, run.header.steps, begun.steps) as show,
-        ThreadPoolExecutor(1, "coba_triton sink") as thread,
-        run.threads() as ahead,
-    ):
-        commits = _Commits(sink, thread, begun.steps, show)
-        start, running = begun.steps, deque[_Running]()
-        try:
-            for x in run.blocks.read(start, run.header.block_steps, buffers=2 + ahead):
-                running.append(run.begin(x, start))
-                start += len(x)
-                if len(running) > ahead:
+    block_steps, steps = run.header.block_steps, run.header.steps
+    if steps is not None and steps < max(begun.planned or 0, begun.steps):
+        raise ValueError(
+            f"{sink.path} was begun with another configuration: source.steps was {begun.planned or begun.steps} and is "
+            f"{steps}; pass what it was begun with or a longer one, or another path"
+        )
+    with closing(_new_blocks(run, sink, begun)) as blocks:
+        first = next(blocks, None)
+        if first is None:  # nothing is missing
+            sink.end(begun.steps, finished=True)
+            return
+        start = begun.steps // block_steps * block_steps
+        state = sink.go_on(start // block_steps, steps)
+        if state is not None:
+            run.load(state)
+        with (
+            _progress(progress, steps, start) as show,
+            ThreadPoolExecutor(1, "coba_triton sink") as thread,
+            run.threads(),
+        ):
+            commits, running = _Commits(sink, thread, start, show), deque[_Running]()
+            try:
+                for x, given_sum in itertools.chain([first], blocks):
+                    running.append(run.begin(x, start, given_sum))
+                    start += len(x)
+                    if len(running) > run.ahead:
+                        commits.put(*run.finish(running.popleft()))
+                while running:
                     commits.put(*run.finish(running.popleft()))
-            while running:
-                commits.put(*run.finish(running.popleft()))
-            commits.wait()
-        except BaseException:
-            with contextlib.suppress(OSError):
                 commits.wait()
-            sink.end(commits.steps, finished=False)
-            raise
-    return Result(*sink.end(commits.steps, finished=True))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    commits.wait()
+                sink.end(commits.steps, finished=False)
+                raise
+    sink.end(commits.steps, finished=True)
+
+
+def _new_blocks(run: _Run, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
+    """The blocks that are not finished, once those that are are found to be the same.
+
+    With their checksums, None where the kernels make them. The last one that is finished comes again if it has become
+    longer.
+
+    Raises:
+        ValueError: if the source differs from what was read before, or ends before it.
+    """
+    blocks, block_steps = run.blocks, run.header.block_steps
+    checks = sink.checks_input and not blocks.described
+    if begun.steps and not checks and begun.steps == blocks.steps:
+        return
+    start = 0 if checks else begun.steps // block_steps * block_steps
+    sums, noted = deque[int | None](), itertools.count(start // block_steps)
+
+    def note(x: Tensor) -> None:
+        later = next(noted) >= len(begun.inputs) and run.sums_up(x)
+        sums.append(None if later and checks else checksum_of(x) if checks else 0)
+
+    for x in blocks.read(start, block_steps, buffers=2 + run.ahead, note=note):
+        given, number = sums.popleft(), start // block_steps
+        known, expected = begun.inputs[number] if number < len(begun.inputs) else (0, 0)
+        if checks and 0 < known <= len(x) and expected != (given if len(x) == known else checksum_of(x[:known])):
+            raise ValueError(
+                f"{sink.path} was begun with another input: steps {start:,} to {start + known:,} of source differ from what "
+                "was read then; pass what it was begun with, or another path"
+            )
+        start += len(x)
+        if len(x) > known:
+            yield x, given
+    if start < begun.steps:
+        raise ValueError(
+            f"source must have the {begun.steps} steps that are finished already, it ended {begun.steps - start} steps "
+            "before"
+        )
+
+
+def checksum_of(x: Tensor) -> int:
+    """Of the numbers in the rows of a block."""
+    from ._cpu import row_sums
+
+    return checksum(row_sums(x.detach().cpu()))
 
 
 class _Commits:
@@ -162,10 +233,10 @@ class _Commits:
         self.sink, self.thread, self.steps, self.show = sink, thread, steps, show
         self._pending: tuple[int, Future[None]] | None = None
 
-    def put(self, start: int, stop: int, block: dict[str, Any], state: Any) -> None:
+    def put(self, start: int, stop: int, block: dict[str, Any], state: Any, checksum: int) -> None:
         """Begin to write a block, when the one before it is written."""
         self.wait()
-        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state)
+        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state, checksum)
 
     def wait(self) -> None:
         """Return when everything is written."""
@@ -186,10 +257,13 @@ class _Commits:
 
 
 class _Running(NamedTuple):
-    """A block that is begun: its first step, input, states before and after, spikes, traces if there are, and what runs."""
+    """A block that is begun: its first step, input and the checksum of that or what becomes it, states before and after,
+    spikes, traces if there are, and what runs.
+    """
 
     start: int
     x: Tensor
+    given: Any
     before: Any
     after: Any
     words: Tensor
@@ -246,6 +320,12 @@ class _Run:
         cells = self.shape.numel()
         chosen = check.check_neurons(record.neurons, cells, "record.neurons")
         self.neurons = torch.as_tensor(chosen, device=self.device)
+        self.every = check.check_int(record.every, "record.every")
+        if (least := math.lcm(WORD_BITS, self.every)) > MAX_BLOCK_STEPS:
+            raise ValueError(
+                f"record.every must have a common multiple with {WORD_BITS} of at most {MAX_BLOCK_STEPS:,}, got "
+                f"{self.every} with {least:,}; take a number with more factors of 2"
+            )
         self.populations = {
             name: check.check_neurons(members, cells, f"record.populations[{name!r}]")
             for name, members in record.populations.items()
@@ -255,6 +335,7 @@ class _Run:
                 raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
         self.backend = choose_backend(self.network.backend, self.device)
         self.stream: ForwardStream | None = None
+        self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0  # blocks that run ahead of the one to finish
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
         if self.recurrent and self.backend != "reference":
@@ -295,17 +376,13 @@ class _Run:
         return _recurrent.Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
 
     def _header(self, state: Any, block_steps: int | None) -> Header:
-        dtype = str(self.state.v.dtype).removeprefix("torch.")
         cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
-        columns = {"spikes": Column(WORD_BITS, tuple(self.shape), "int32")} if record.spikes else {}
-        columns |= {name: Column(1, (traced,), dtype) for name in record.variables if traced}
-        columns |= {"counts": Column(1, (len(self.populations),), "int32")} if self.populations else {}
-        columns |= {name: Column(1, (), dtype) for name in ("input_e", "input_i") if record.inputs}
         if block_steps is None:
             first, itemsize = self.blocks.first, self.state.v.element_size()
             held = 0 if self._reads_in_place() else first[:1].numel() * first.element_size()
             step = held + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
+        whole = math.lcm(WORD_BITS, self.every)  # steps that fill rows of every array
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
         config: dict[str, Any] = {
@@ -315,32 +392,24 @@ class _Run:
             "order": self.network.order,
             "backend": self.backend,
             "device": self.device.type,
-            "state_dtype": dtype,
+            "state_dtype": str(self.state.v.dtype).removeprefix("torch."),
             "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
             "weights": dict(zip(("input", "recurrent"), self.digests, strict=False)),
-            "source": self.blocks.describe() | {"steps": self.blocks.steps},
+            "source": self.blocks.describe(),
             "initial_state": None if state is None else digest(torch.stack(list(self.state))),
             "record": {
                 "spikes": record.spikes,
                 "variables": list(record.variables),
                 "neurons": self.neurons.tolist(),
+                "every": self.every,
                 "populations": {name: digest(torch.from_numpy(members)) for name, members in self.populations.items()},
                 "inputs": record.inputs,
             },
-            "block_steps": max(word_count(block_steps), 1) * WORD_BITS,
+            "block_steps": max(-(-block_steps // whole), 1) * whole,
         }
         arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
-        arrays |= {f"population_{name}": members for name, members in self.populations.items()}
-        return Header(
-            config,
-            columns,
-            arrays,
-            self.blocks.steps,
-            config["block_steps"],
-            (len(self.state), *self.shape),
-            dtype,
-            versions(),
-        )
+        arrays |= {f"population_{number}": members for number, members in enumerate(self.populations.values())}
+        return Header(config, columns_of(config), arrays, self.blocks.steps, config["block_steps"], versions())
 
     def _reads_in_place(self) -> bool:
         """Whether a block of the input is a view of a tensor, which no one copies or converts."""
@@ -349,6 +418,11 @@ class _Run:
             return False
         as_it_is = _flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
         return as_it_is and isinstance(source, Tensor) and source.device == self.device
+
+    def sums_up(self, x: Tensor) -> bool:
+        """Whether the kernels make the checksum of a block of the input, as it is what they read."""
+        plain = x.dtype == self.state.v.dtype == torch.float32 and x.is_contiguous()
+        return bool(self.ahead) and plain and x[:1].numel() == self.shape.numel()
 
     def load(self, state: Any) -> None:
         """Go on from a checkpoint."""
@@ -368,10 +442,10 @@ class _Run:
         return coba_lif_feed_forward_integral(x, state, p or self.p, self.network.dt, **options)
 
     @contextmanager
-    def threads(self) -> Iterator[int]:
-        """Have threads for the kernels, where the run needs them; yields how many blocks run ahead of the one to finish."""
-        if self.backend != "cpu" or self.recurrent:
-            yield 0
+    def threads(self) -> Iterator[None]:
+        """Have threads for the kernels, where blocks run ahead."""
+        if not self.ahead:
+            yield
             return
         from ._cpu import ForwardStream
 
@@ -380,16 +454,22 @@ class _Run:
         state = torch.stack(list(self.state)).reshape(3, -1)
         with closing(ForwardStream(constants, self.network.order == "jump_first", state, self.header.block_steps)) as stream:
             self.stream = stream
-            yield 1
+            yield
 
     @torch.no_grad()
-    def begin(self, x: Tensor, start: int) -> _Running:
+    def begin(self, x: Tensor, start: int, given: int | None = 0) -> _Running:
         """Simulate the steps that ``x`` drives, from step ``start`` on, or have threads do so."""
         before, traces = self.state, None
         jobs: Sequence[Future[None]] = ()
         if self.stream is not None:
             words = torch.empty(word_count(len(x)), *self.shape, dtype=torch.int32)
-            state, jobs = self.stream.submit(_flat_input(x, self.shape, before.v.dtype), words.view(len(words), -1))
+            sums = None
+            if given is None:
+                from ._cpu import lanes
+
+                given = sums = lanes(self.shape.numel())
+            flat = _flat_input(x, self.shape, before.v.dtype)
+            state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
             self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
         elif self.recurrent and self.backend != "reference":
             words, traces = self._connected(x)
@@ -397,12 +477,14 @@ class _Run:
             words, traces = self._with_all_states(x)
         else:
             words, self.state = self._integrate(x, before, False)
-        return _Running(start, x, before, self.state, words, traces, jobs)
+        return _Running(start, x, given, before, self.state, words, traces, jobs)
 
     @torch.no_grad()
-    def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any]:
-        """The first step of a block and the first after it, the rows of every column, and the state, fields first."""
-        start, x, before, after, words, traces, jobs = running
+    def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any, int]:
+        """The first step of a block and the first after it, the rows of every column, the state, fields first, and the
+        checksum of the input.
+        """
+        start, x, given, before, after, words, traces, jobs = running
         for job in jobs:
             job.result()
         stop = start + len(x)
@@ -414,12 +496,13 @@ class _Run:
         self._warn_of_constant_spikes(on_cpu, start, stop)
         block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
         if traces is not None:
-            block |= {name: getattr(traces, name).cpu().numpy() for name in self.record.variables}
+            kept = slice(self.every - 1, None, self.every)  # a block begins with a multiple of it
+            block |= {name: getattr(traces, name)[kept].cpu().numpy() for name in self.record.variables}
         if self.populations:
             block["counts"] = self._count(on_cpu, len(x))
         if self.record.inputs:
             block["input_e"], block["input_i"] = self._mean_inputs(x)
-        return start, stop, block, state
+        return start, stop, block, state, given if isinstance(given, int) else checksum(given)
 
     def _connected(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState | None]:
         """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""

@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +27,14 @@ MOST_OF_A_STEP = 2**26  # spikes of all channels: they take some tenths of a sec
 PIECE = 2**22  # spikes and numbers that are made between two looks at whether somebody still waits for them
 
 _reader = threading.local()  # whether the source that a thread reads is read any longer, as `stopped`
+
+
+class Described(ABC):
+    """A source that its description tells from every other: it need not be compared to know that it is the same."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its source; plain JSON."""
 
 
 class MadeSource(ABC):
@@ -56,7 +64,7 @@ class MadeSource(ABC):
         return out
 
 
-class PoissonSource(MadeSource):
+class PoissonSource(MadeSource, Described):
     """Independent Poisson spikes in every channel, the same ones whatever blocks they are read in.
 
     A step's spikes are a function of the seed, the stream and the number of the step alone (Philox4x32-10, a
@@ -262,6 +270,7 @@ class Blocks:
     Attributes:
         steps: T, None for an iterable of chunks.
         first: the first steps on the CPU, at most :data:`FIRST`.
+        described: whether :meth:`describe` tells the source from every other.
     """
 
     def __init__(self, source: Any, device: torch.device) -> None:
@@ -270,6 +279,7 @@ class Blocks:
         source = source.tocsr() if hasattr(source, "tocsr") else source  # of scipy's sparse arrays one that gives its rows
         self.source, self.device = _from_numpy(source) if _in_memory(source) else source, device
         self.steps: int | None = None
+        self.described = isinstance(source, Described)
         self._dtype: torch.dtype | None = None
         if hasattr(source, "shape") and hasattr(source, "__getitem__"):
             if len(source.shape) < 1:
@@ -307,25 +317,29 @@ class Blocks:
         return block
 
     def describe(self) -> dict[str, Any]:
-        """What the source is, and a checksum of how it begins."""
-        described = {"kind": "chunks" if self.steps is None else "array"}
-        described |= self.source.describe() if isinstance(self.source, MadeSource) else {}
+        """What the source is, as far as that can be said in advance."""
+        described = {"kind": "data"} | (self.source.describe() if isinstance(self.source, MadeSource | Described) else {})
         dtype = str(self.first.dtype).removeprefix("torch.")
-        return {**described, "channels": list(self.first.shape[1:]), "dtype": dtype, "begins_with": digest(self.first)}
+        return {**described, "described": self.described, "channels": list(self.first.shape[1:]), "dtype": dtype}
 
-    def read(self, start: int, block_steps: int, buffers: int | None = None) -> Iterator[Tensor]:
-        """Blocks from step ``start`` on, of ``block_steps`` each, the last one shorter.
+    def read(
+        self, start: int, block_steps: int, buffers: int | None = None, note: Callable[[Tensor], None] | None = None
+    ) -> Iterator[Tensor]:
+        """Blocks from step ``start`` on, of ``block_steps`` each, the last one shorter; an iterable's from its beginning.
 
         Given a number of ``buffers``, blocks take turns in their memory: one that is being read, and those in use.
+        The thread that reads gives every block to ``note`` before it is used.
         """
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         stop = threading.Event()
         array = self.steps is not None
-        blocks = self._from_array(start, block_steps, buffers) if array else self._from_chunks(start, block_steps)
+        blocks = self._from_array(start, block_steps, buffers) if array else self._from_chunks(block_steps)
 
         def advance() -> tuple[Tensor, Any] | None:
             _reader.stopped = stop.is_set
             x = next(blocks, None)
+            if x is not None and note is not None:
+                note(x)
             if x is None or stream is None or x.device.type != "cpu":  # what is on a device already needs no copy stream
                 return x if x is None else (x.to(self.device), None)
             with torch.cuda.stream(stream):
@@ -358,24 +372,19 @@ class Blocks:
                 block = self._read(begin, end)
             yield block
 
-    def _from_chunks(self, start: int, block_steps: int) -> Iterator[Tensor]:
+    def _from_chunks(self, block_steps: int) -> Iterator[Tensor]:
         waiting: list[Tensor] = []
-        skip = start
         for chunk in self._chunks:
             if not chunk.dim() or chunk.shape[1:] != self._channels or chunk.dtype != self._dtype:
                 raise ValueError(
                     f"every chunk must be [t, ...] = [t, {', '.join(map(str, self._channels))}] of "
                     f"{self._dtype} like the first, got {list(chunk.shape)} of {chunk.dtype}"
                 )
-            skipped = min(skip, len(chunk))
-            skip -= skipped
-            waiting.append(chunk[skipped:])
+            waiting.append(chunk)
             while sum(map(len, waiting)) >= block_steps:
                 joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
                 yield joined[:block_steps]
                 waiting = [joined[block_steps:]]
-        if skip:
-            raise ValueError(f"source must have the {start} steps that are finished already, it ended {skip} steps before")
         if sum(map(len, waiting)):
             yield torch.cat(waiting)
 

@@ -305,6 +305,75 @@ def test_changed_configuration_is_not_resumed(
     assert open_result(tmp_path / "out" / "result.zarr").steps == 384
 
 
+def test_a_longer_duration_goes_on(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Poisson spikes, which their settings describe, are those of the longer run from the beginning."""
+    for out in (tmp_path / "out", tmp_path / "whole"):
+        if out.name == "out":
+            change(config, '"60 ms"', '"25 ms"')
+            assert main(["simulate", config, "--out", str(out)]) == 0
+            change(config, '"25 ms"', '"60 ms"')
+        assert main(["simulate", config, "--out", str(out), "--resume"]) == 0
+    np.testing.assert_array_equal(dense(tmp_path / "out"), dense(tmp_path / "whole"))
+    assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["T"] == T
+    change(config, '"60 ms"', '"25 ms"')
+    capsys.readouterr()
+    assert main(["simulate", config, "--out", str(tmp_path / "out"), "--resume"]) == 2
+    assert "source.steps was 600 and is 250" in capsys.readouterr().err
+
+
+def test_a_changed_file_is_not_resumed(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path(config).read_text(encoding="utf-8")
+    x = np.random.default_rng(0).integers(0, 2, (T, N)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    source = '[input]\nkind = "file"\npath = "x.npy"\nweight = "0.5 nS"\n[record]'
+    Path(config).write_text(re.sub(r"\[input\].*\[record\]", source, text, flags=re.DOTALL), encoding="utf-8")
+    arguments = ["simulate", config, "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--resume"]) == 0
+    x[300, 2] = 1 - x[300, 2]
+    np.save(tmp_path / "x.npy", x)
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 2
+    assert "was begun with another input: steps 256 to 384 of source differ" in capsys.readouterr().err
+
+
+def test_every_nth_step_is_recorded(config: str, tmp_path: Path) -> None:
+    change(config, "neurons = [3, 0]", "neurons = [3, 0]\nevery = 10")
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
+    result = open_result(tmp_path / "out" / "result.zarr")
+    np.testing.assert_array_equal(result.traces["v"][:], whole_run(config)[1].v[9::10][:, [3, 0]].numpy())
+    assert main(["plot", str(tmp_path / "out"), "--start", "10", "--stop", "10.5"]) == 0
+
+
+@pytest.mark.parametrize("form", ["zarr", "npz"])
+def test_one_command_writes_to_a_folder(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """From the simulation to the summary."""
+    out = tmp_path / "out"
+    overview, codes = report.overview, []
+
+    def another(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(report, "overview", overview)
+        codes.append(main(["simulate", config, "--out", str(out), "--format", form]))
+        return overview(*arguments, **options)
+
+    monkeypatch.setattr(report, "overview", another)
+    assert main(["simulate", config, "--out", str(out), "--format", form]) == 0
+    assert codes == [2]
+    assert f"another command is writing to {out}; wait for its end, or give another --out" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == sorted([f"result.{form}", *report.FILES])
+
+
+def test_a_result_that_is_a_link_is_said_in_words(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", config, "--out", str(tmp_path / "there")]) == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "result.zarr").symlink_to(tmp_path / "there" / "result.zarr")
+    capsys.readouterr()
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
+    assert "result.zarr is a symbolic link; give the path that it leads to" in capsys.readouterr().err
+
+
 def test_npz_cannot_be_resumed(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", config, "--out", str(tmp_path / "out"), "--format", "npz", "--resume"]) == 2
     assert "a run into .npz cannot be resumed" in capsys.readouterr().err

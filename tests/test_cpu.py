@@ -263,13 +263,18 @@ def package(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("per_neuron", [False, True])
-def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog) -> None:
+def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> None:
+    pytest.importorskip("xxhash", reason="the extra stream is not installed")
     coba_triton.warmup(per_neuron=per_neuron)
     caplog.clear()
     with caplog.at_level("INFO", "coba_triton"):
         for case in (problem(40, (5,), per_neuron=per_neuron), recurrent_problem(40, 2, 5, per_neuron=per_neuron)):
             case.x.requires_grad_()
             case.run("cpu")[0].sum().backward()
+        p = coba_triton.CobaLIFParameters(v_rest=torch.full((5,), -20.0) if per_neuron else -20.0)
+        for name, x in (("a", torch.zeros(40, 5)), ("b", torch.zeros(40, 5, dtype=torch.bool))):
+            sink = tmp_path / f"{name}.zarr"
+            coba_triton.simulate(coba_triton.CobaLIF(p), x, sink=sink, progress=False)
     assert not caplog.records
 
 

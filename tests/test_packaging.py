@@ -24,7 +24,7 @@ KERNELS_LINK = "coba_triton/kernels"
 # what a tree without git holds beside its sources; the same names as in .gitignore
 BY_PRODUCTS = {".git", ".venv", "venv", "build", "dist", "out", "__pycache__", ".benchmarks", "htmlcov"}
 # what only the extras bring
-OPTIONAL = {"triton", "typer", "rich", "matplotlib", "pydantic", "pint", "sleepecg", "zarr", "neo", "quantities"}
+OPTIONAL = {"triton", "typer", "rich", "matplotlib", "pydantic", "pint", "sleepecg", "zarr", "xxhash", "neo", "quantities"}
 LINKS = ["symlink", "text", "missing"]
 
 

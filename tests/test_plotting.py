@@ -91,6 +91,15 @@ def test_traces_with_thresholds(result: Result) -> None:
         plotting.plot_traces(each, axes(), neurons=[5])
 
 
+def test_traces_of_every_nth_step_stand_at_their_times() -> None:
+    result = simulate(CobaLIF(NEURON, 0.1), drive(), record=Record(neurons=[7], every=10))
+    ax = axes()
+    plotting.plot_traces(result, ax, start=20, stop=60)
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), np.arange(21, 61))
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), result.traces["v"][20:60, 0])
+    plotting.plot_traces(result, axes(), start=20.1, stop=20.5)  # between two of them
+
+
 def test_long_traces_keep_their_peaks() -> None:
     values = np.random.default_rng(0).normal(size=50_000)
     at, shown = plotting._extremes(values, 1000)

@@ -307,7 +307,7 @@ def test_neo_and_elephant() -> None:
 @pytest.mark.parametrize(
     ("package", "call", "message"),
     [
-        ("zarr", lambda r: simulate(CobaLIF(NEURON, 0.1), drive(), sink="x.zarr"), 'pip install "coba-triton[stream]"'),
+        ("xxhash", lambda r: simulate(CobaLIF(NEURON, 0.1), drive(), sink="x.zarr"), 'pip install "coba-triton[stream]"'),
         ("neo", lambda r: r.to_neo(), 'pip install "coba-triton[neo]"'),
     ],
 )

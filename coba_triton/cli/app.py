@@ -123,24 +123,24 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
     from .inputs import open_source
     from .weights import open_recurrent
 
-    report.prepare_folder(out)
-    try:
-        source, recurrent = open_source(config), open_recurrent(config)
-    except (OverflowError, ValueError) as error:  # a number that has the right sign and unit, and is too large
-        raise UserError(f"{name}: {error}") from None
-    sink = report.open_sink(out / f"result.{form.value}", name, config, source)
-    with _warnings_in_one_line():
-        run = job.run(config, source, recurrent, sink, resume)
-    if not run.result.steps:
-        _say("Interrupted before the first block of steps was finished.")
-        return True
-    summary = report.write(out, name, config, source, recurrent, run)
-    _print_summary(summary)
-    print(f"Wrote {sink.path.name if sink.path else ''}, {' and '.join(report.FILES)} to {out}")
-    if not run.result.finished:
-        hint = "; continue with --resume" if form is Form.zarr else ""
-        _say(f"Interrupted after {run.result.steps:,} of {summary['T']:,} steps; what was finished is written{hint}.")
-    return not run.result.finished
+    with report.own_folder(out):
+        try:
+            source, recurrent = open_source(config), open_recurrent(config)
+        except (OverflowError, ValueError) as error:  # a number that has the right sign and unit, and is too large
+            raise UserError(f"{name}: {error}") from None
+        sink = report.open_sink(out / f"result.{form.value}", name, config, source)
+        with _warnings_in_one_line():
+            run = job.run(config, source, recurrent, sink, resume)
+        if not run.result.steps:
+            _say("Interrupted before the first block of steps was finished.")
+            return True
+        summary = report.write(out, name, config, source, recurrent, run)
+        _print_summary(summary)
+        print(f"Wrote {sink.path.name if sink.path else ''}, {' and '.join(report.FILES)} to {out}")
+        if not run.result.finished:
+            hint = "; continue with --resume" if form is Form.zarr else ""
+            _say(f"Interrupted after {run.result.steps:,} of {summary['T']:,} steps; what was finished is written{hint}.")
+        return not run.result.finished
 
 
 @contextmanager

@@ -37,6 +37,7 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     [record]                              # optional; spikes are always recorded
     neurons = [0, 17]                     # whose traces to keep, the first one's v is drawn
     variables = ["v", "g_e", "g_i"]       # default: v
+    every = 10                            # steps from one number of a trace to the next; default: 1
 
 and one of six inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. The first
 three give every neuron its own, and what one neuron gets in one step is summed before it is split by its sign::
@@ -535,6 +536,7 @@ class Record(_Table):
 
     neurons: list[NonNegativeInt] = [0]
     variables: list[Literal["v", "g_e", "g_i"]] = ["v"]
+    every: PositiveInt = 1
 
 
 class Config(_Table):

@@ -26,9 +26,10 @@ from coba_triton import (
 from coba_triton._backends import choose_backend
 from coba_triton._files import reason
 from coba_triton.sinks import Sink
+from coba_triton.sources import Described
 
 from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread, UserError
-from .inputs import Source
+from .inputs import PoissonChannels, PoissonDrive, Source
 from .weights import Recurrent
 
 
@@ -61,6 +62,18 @@ class Feed:
     def __getitem__(self, steps: slice) -> Tensor:
         start, stop, _ = steps.indices(self.shape[0])
         return torch.as_tensor(self.read(start, stop))
+
+
+class DrawnFeed(Feed, Described):
+    """A source that is drawn at random from a seed: its settings tell what it gives."""
+
+    def __init__(self, read: Callable[[int, int], Any], steps: int, settings: dict[str, Any]) -> None:
+        super().__init__(read, steps)
+        self.settings = settings
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`Described`."""
+        return {"settings": self.settings}
 
 
 def _of_every_neuron(config: Config, value: Callable[[Neuron], float]) -> float | Tensor:
@@ -159,6 +172,7 @@ def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
     return Record(
         variables=settings.variables if settings.neurons else (),
         neurons=settings.neurons if settings.variables else (),
+        every=settings.every,
         populations=populations(config, recurrent),
         inputs=True,
     )
@@ -178,7 +192,10 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
     except (RuntimeError, ValueError) as error:
         raise UserError(f"simulation.backend: {error}") from error
     network = make_network(config, source, recurrent).to(device)
-    feed = Feed(source.read if recurrent is None else source.channels, simulation.steps)
+    read = source.read if recurrent is None else source.channels
+    feed = Feed(read, simulation.steps)
+    if isinstance(source, PoissonChannels | PoissonDrive):
+        feed = DrawnFeed(read, simulation.steps, config.input.model_dump(mode="json"))
     path = sink.path
     try:
         before = open_result(path).steps if resume and path is not None and path.exists() else 0
@@ -199,7 +216,8 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
             result = open_result(path)
         return Run(result, backend, str(device), result.steps - before, time.perf_counter() - begin)
     except OSError as error:
-        where = error.filename or path or "the result"
-        raise UserError(f"{where}: {reason(error)}".replace("resume=True", "--resume")) from error
+        where, told = error.filename or path, reason(error)
+        told = told if str(where) in told else f"{where}: {told}"
+        raise UserError(told.replace("resume=True", "--resume")) from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the simulation failed: {error}") from error

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
-from coba_triton._files import is_there, local_path, reason, written_whole
+from coba_triton._files import held, is_there, local_path, reason, written_whole
 from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
@@ -42,25 +42,30 @@ def _local(path: Path) -> Path:
         raise UserError(str(error)) from None
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder.
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the output folder, and be the only command that writes to it.
 
     Raises:
-        UserError: if it cannot be made or written to.
+        UserError: if it cannot be made or written to, or another command writes to it.
     """
-    probe = _local(folder) / f".{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {reason(error)}; give another folder with --out") from None
+    with ExitStack() as stack:
+        try:
+            _local(folder).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder / FILES[-1]))
+        except BlockingIOError:
+            raise UserError(f"another command is writing to {folder}; wait for its end, or give another --out") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {reason(error)}; give another folder with --out") from None
+        yield
 
 
 def open_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
     """Where a run's result goes; an earlier one is replaced, unless it is resumed."""
     recording = source.encoded if isinstance(source, RecordingSource) else None
-    attributes: dict[str, Any] = {"configuration": name, "settings": config.model_dump(mode="json"), "recording": None}
+    settings = config.model_dump(mode="json")
+    del settings["simulation"]["duration"]  # the result has its steps, and may be resumed to more of them
+    attributes: dict[str, Any] = {"configuration": name, "settings": settings, "recording": None}
     arrays: dict[str, Any] = {}
     if recording is not None:
         facts = {"unit": recording.unit, "threshold": recording.threshold, "provenance": recording.provenance}
