@@ -70,3 +70,24 @@ def test_info_names_the_tables(monkeypatch, tmp_path, capsys) -> None:
 def test_bad_arguments(arguments, capsys) -> None:
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_commands_for_kernels_need_nothing_that_only_simulations_need() -> None:
+    """Units, arrays on disk and pictures of runs are not there on every machine with a GPU."""
+    program = """if True:
+        import sys
+        for name in ("pint", "zarr", "numcodecs", "xxhash", "google_crc32c", "matplotlib"):
+            sys.modules[name] = None
+        from coba_triton.cli import main
+        assert main(["info"]) == 0
+        assert main(["check", "--device", "cpu", "--only", "on the threshold, torch.float32"]) == 0
+        assert main(["simulate", "ecg", "--out", "out"]) == 2
+        assert main(["tune", "--neurons", "10"]) == 2
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    simulate, tune = (line for line in done.stderr.splitlines() if line.startswith("coba-triton: "))
+    assert simulate == (
+        'coba-triton: simulate needs matplotlib, numcodecs, pint, xxhash; run: pip install "coba-triton[cli]"'
+    )
+    assert tune == 'coba-triton: tune needs matplotlib; run: pip install "coba-triton[cli]"'

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .._signals import silent_start
 
-_EXTRA = ("matplotlib", "pint", "pydantic", "rich", "typer", "zarr")
+_EXTRA = ("rich", "typer")  # of every command; some need more, and say so
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

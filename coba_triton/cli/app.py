@@ -17,7 +17,7 @@ from rich.table import Table
 from .._signals import as_interrupts
 from .._warmup import messages_on_stderr
 from . import tools
-from .config import UserError, builtin_folder, builtins, describe, load
+from .errors import UserError, require
 
 INTERRUPTED = 130
 
@@ -71,6 +71,7 @@ def simulate(
 
     Ctrl-C ends the run, and so does whatever kills it; with --resume it goes on from the last finished block.
     """
+    require("simulate", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
     if list_:
         _list_builtins()
         return
@@ -102,6 +103,7 @@ def plot(
     stop: Annotated[float | None, typer.Option(help="Their end, in ms.")] = None,
 ) -> int:
     """Draw a result: raster, rates, membrane potential, intervals between spikes, and a table of the populations."""
+    require("plot", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
     from . import report
 
     print(f"Wrote {report.plot(result, out, start, stop)}")
@@ -109,6 +111,8 @@ def plot(
 
 
 def _list_builtins() -> None:
+    from .config import builtin_folder, builtins, describe
+
     table = Table.grid(padding=(0, 2))
     for name in builtins():
         table.add_row(name, describe(name))
@@ -118,10 +122,12 @@ def _list_builtins() -> None:
 
 def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
     """Run a configuration and write the results; returns whether Ctrl-C ended it."""
-    name, config = load(name)
     from . import job, report
+    from .config import load
     from .inputs import open_source
     from .weights import open_recurrent
+
+    name, config = load(name)
 
     with report.own_folder(out):
         try:

@@ -21,7 +21,7 @@ from coba_triton.problems import CASES, Case
 
 from . import info
 from .check import writable, write_json
-from .config import UserError, nearest
+from .errors import UserError, nearest
 
 FORMAT, VERSION = "coba_triton benchmark", 1
 SUITES = {

@@ -21,7 +21,7 @@ from coba_triton._check import Result
 from coba_triton._files import local_path, reason, written_whole
 
 from . import info
-from .config import UserError
+from .errors import UserError
 
 
 def _table(results: list[Result]) -> Table:

@@ -120,14 +120,12 @@ through positive and g_i through negative weights. An input of the neurons' own 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.resources
 import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -151,6 +149,8 @@ from pydantic_core import CoreSchema, core_schema
 from coba_triton._files import read_text, reason
 from coba_triton._text import decode, look_alike, plain_minus
 
+from .errors import UserError, nearest
+
 _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.+-].*?)\s*")
 # A power in a unit: of one digit, of a name. Of numbers, a tower of powers would be computed without end.
 _POWER = re.compile(r"\s*(?:\*\*|\^|[⁰¹²³⁴-⁹])\s*")
@@ -158,16 +158,6 @@ _GOOD_POWER = re.compile(r"(?<=[^\W\d])(?:\s*(?:\*\*|\^)\s*-?\d(?!\s*(?:[\d.^]|\
 _LONGEST = 100  # characters of a quantity
 _UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # tables of several forms
 ALL_OTHERS = "all others"  # what the neurons of no population are called
-
-
-class UserError(Exception):
-    """What the user can put right: its message is one sentence that says how."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A ``; did you mean ...?`` for a misspelt word, empty if nothing known is near."""
-    matches = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 @functools.cache

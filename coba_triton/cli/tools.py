@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import UserError
+from .errors import UserError, require
 
 INTERRUPTED = 130
 
@@ -88,6 +88,7 @@ def tune(
 
     Every set of parameters is verified against the reference before it is timed.
     """
+    require("tune", "matplotlib")
     from . import tune
 
     kernels = kernel or ["all"]
@@ -112,6 +113,7 @@ def bench(
 
     Results are compared with the reference's before they are timed; a difference ends in exit status 1.
     """
+    require("bench", "matplotlib")
     from . import bench
 
     return bench.run(suite, backend, device, only, rounds, out, compare)

@@ -22,7 +22,7 @@ from coba_triton.tuning import KERNELS, TableError
 
 from . import info
 from .check import writable, write_json
-from .config import UserError, nearest
+from .errors import UserError, nearest
 
 COMPILE_REPORT = "coba_triton compile report"
 

@@ -13,7 +13,7 @@ import coba_triton
 from coba_triton.tuning import DTYPES
 
 from . import info
-from .config import UserError, nearest
+from .errors import UserError, nearest
 
 # Neurons of a row and rows: programs of one warp and of four, rows in one tile and in several.
 SIZES = ("100x1", "1000x1", "1024x32", "256x32", "4096x1", "4096x32", "262144x1")
