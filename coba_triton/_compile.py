@@ -62,6 +62,7 @@ class Recorder:
         ) -> None:
             values = dict(zip(self.kernel.arg_names, args, strict=False)) | meta
             signature, constants, attributes = {}, {}, {}
+            recent = _backends.version(triton.__version__) >= [3, 7]
             for position, name in enumerate(self.kernel.arg_names):
                 value = values[name]
                 if isinstance(value, torch.Tensor):
@@ -72,8 +73,9 @@ class Recorder:
                     constants[name] = value
                 else:
                     signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                if signature[name] == "constexpr" and _backends.version(triton.__version__) >= [3, 7]:
-                    attributes[(position,)] = []  # as this Triton has it: part of a kernel's key in its cache
+                # as Triton has it, part of a kernel's key in its cache: of every constant, before 3.7 of words alone
+                if signature[name] == "constexpr" and (isinstance(value, str) or recent):
+                    attributes[(position,)] = []
             source = ASTSource(self.kernel, signature, constants, attributes)
             options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
             if launch_cooperative_grid:
