@@ -91,6 +91,7 @@ def run_recurrent(
     neurons: int,
     dtype: torch.dtype = F32,
     inputs: int = 40,
+    batch: int = 2,
     train: bool = False,
     per_neuron: bool = False,
     method: str = "super",
@@ -102,7 +103,7 @@ def run_recurrent(
     w_rec = torch.zeros(1, 1, dtype=dtype).expand(neurons, neurons).requires_grad_(train)
     v_thresh = torch.full((neurons,) if per_neuron else (), -10.0, dtype=dtype, requires_grad=train)
     p = CobaLIFParameters(v_thresh=v_thresh, method=method)
-    x = torch.zeros(34, 2, inputs, dtype=dtype)
+    x = torch.zeros(34, batch, inputs, dtype=dtype)
     spikes, _ = coba_lif_integral(x, None, w_in, w_rec, p, 0.1, backend="triton", **options)
     if train:
         spikes.sum().backward()
@@ -121,6 +122,8 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
     },
     "recurrent 256 float64": {"neurons": 256, "train": True, "dtype": F64},
     "recurrent 1024": {"neurons": 1024, "train": True},
+    "recurrent 1024, many rows": {"neurons": 1024, "batch": 64},
+    "recurrent 256 float64, many rows": {"neurons": 256, "batch": 64, "dtype": F64},
     "recurrent 4096": {"neurons": 4096},
     "recurrent 4000 recorded": {"neurons": 4000, "record_states": True},
     "recurrent 9000": {"neurons": 9000},

@@ -171,6 +171,24 @@ def test_rows_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(recurrent_problem(35, 2, 75, per_neuron=True), path="events", spike_dtype="bits")
 
 
+@pytest.mark.parametrize("density", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_projections_have_the_same_bits_however_dense_their_sources_are(
+    dtype: torch.dtype, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of four rows, the last one of two, that go through all sources or through the events of each row."""
+    g = torch.Generator().manual_seed(3)
+    sources = (torch.randn(6, 11, generator=g) * (torch.rand(6, 11, generator=g) < density)).to(dtype)
+    weights = torch.randn(11, 40, generator=g).to(dtype)
+    expected = torch.zeros(2, 6, 40, dtype=dtype)
+    for row, source in (sources != 0).nonzero().tolist():
+        signed = torch.stack([weights[source].relu(), (-weights[source]).relu()])
+        expected[:, row] += signed * sources[row, source]
+    monkeypatch.setattr(_triton, "MANY_ROWS", 1)
+    for _ in schedules():
+        assert_same_bits([_triton.project_events(sources, weights)], [expected])
+
+
 def test_slices_under_every_interleaving_of_plain_accesses() -> None:
     """Threads are also switched between ordinary loads and stores."""
     case = recurrent_problem(6, 2, 75)
