@@ -175,7 +175,8 @@ def lanes(words: int) -> Any:
 
 def row_sums(x: Tensor) -> Any:
     """The checksum of the rows ``x [T, ...]``, of any dtype, on the CPU: many numbers, of which each change changes some."""
-    rows = x.contiguous().view(len(x), x[:1].numel()).view(torch.uint8)
+    rows = x.new_empty(len(x), x[:1].numel()) if x.numel() == 0 else x.contiguous().view(len(x), -1)
+    rows = rows.view(torch.uint8)
     if rows.shape[1] % 4:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
     sums = lanes(rows.shape[1] // 4)

@@ -78,6 +78,21 @@ def compact_kernel(sources_ptr, lists_ptr, counts_ptr, K, row_stride, source_str
     tl.store(counts_ptr + row, count)
 
 
+@triton.jit
+def project_row(
+    row, sources_ptr, lists_ptr, counts_ptr, weights_ptr, drive_ptr, K, N, R, row_stride, source_stride, neurons, mask,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The drive of one row of sources, through its events."""
+    zeros = tl.zeros(neurons.shape, weights_ptr.dtype.element_ty)
+    drive_e, drive_i = add_rows(
+        zeros, zeros, lists_ptr + row * K, tl.load(counts_ptr + row), sources_ptr + row * row_stride, source_stride,
+        weights_ptr, N, neurons, mask, UNROLL,
+    )  # fmt: skip
+    tl.store(drive_ptr + row * N + neurons, drive_e, mask=mask)
+    tl.store(drive_ptr + (R + row) * N + neurons, drive_i, mask=mask)
+
+
 @triton.jit(do_not_specialize=["K", "N", "R", "row_stride", "source_stride"])
 def projection_kernel(
     sources_ptr, lists_ptr, counts_ptr, weights_ptr, drive_ptr, K, N, R, row_stride, source_stride,
@@ -90,49 +105,51 @@ def projection_kernel(
     terms either way: their bits do not depend on the choice.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
-    K = tl.cast(K, tl.int64)
     N = tl.cast(N, tl.int64)
     neurons = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = neurons < N
-    zeros = tl.zeros([BLOCK], weights_ptr.dtype.element_ty)
-    events = tl.cast(0, tl.int64)
-    for i in tl.static_range(ROWS):
-        events += tl.load(counts_ptr + first + i, mask=first + i < R, other=0)
-    if events <= K:
-        for row in range(first, tl.minimum(first + ROWS, R)):
-            row = tl.cast(row, tl.int64)
-            drive_e, drive_i = add_rows(
-                zeros, zeros, lists_ptr + row * K, tl.load(counts_ptr + row), sources_ptr + row * row_stride, source_stride,
-                weights_ptr, N, neurons, mask, UNROLL,
-            )  # fmt: skip
-            tl.store(drive_ptr + row * N + neurons, drive_e, mask=mask)
-            tl.store(drive_ptr + (R + row) * N + neurons, drive_i, mask=mask)
+    if ROWS == 1:
+        project_row(
+            first, sources_ptr, lists_ptr, counts_ptr, weights_ptr, drive_ptr, K, N, R, row_stride, source_stride, neurons,
+            mask, UNROLL,
+        )  # fmt: skip
     else:
-        drives_e = ()
-        drives_i = ()
-        for _ in tl.static_range(ROWS):
-            drives_e = drives_e + (zeros,)
-            drives_i = drives_i + (zeros,)
-        for source in range(0, K):
-            source = tl.cast(source, tl.int64)
-            weights = tl.load(weights_ptr + source * N + neurons, mask=mask, other=0.0)
-            excitatory = relu(weights)
-            inhibitory = relu(-weights)
-            sums_e = ()
-            sums_i = ()
-            for i in tl.static_range(ROWS):
-                value = tl.load(
-                    sources_ptr + (first + i) * row_stride + source * source_stride, mask=first + i < R, other=0
-                ).to(zeros.dtype)
-                # where there is no event, 0 is added, whatever the weight is
-                sums_e = sums_e + (drives_e[i] + tl.where(value != 0, excitatory, 0.0) * value,)
-                sums_i = sums_i + (drives_i[i] + tl.where(value != 0, inhibitory, 0.0) * value,)
-            drives_e = sums_e
-            drives_i = sums_i
+        events = 0
         for i in tl.static_range(ROWS):
-            row = first + i
-            tl.store(drive_ptr + row * N + neurons, drives_e[i], mask=mask & (row < R))
-            tl.store(drive_ptr + (R + row) * N + neurons, drives_i[i], mask=mask & (row < R))
+            events += tl.load(counts_ptr + first + i, mask=first + i < R, other=0)
+        if events <= K:
+            for row in range(first, tl.minimum(first + ROWS, R)):
+                project_row(
+                    tl.cast(row, tl.int64), sources_ptr, lists_ptr, counts_ptr, weights_ptr, drive_ptr, K, N, R, row_stride,
+                    source_stride, neurons, mask, UNROLL,
+                )  # fmt: skip
+        else:
+            zeros = tl.zeros(neurons.shape, weights_ptr.dtype.element_ty)
+            drives_e = ()
+            drives_i = ()
+            for _ in tl.static_range(ROWS):
+                drives_e = drives_e + (zeros,)
+                drives_i = drives_i + (zeros,)
+            for source in range(0, K):
+                source = tl.cast(source, tl.int64)
+                weights = tl.load(weights_ptr + source * N + neurons, mask=mask, other=0.0)
+                excitatory = relu(weights)
+                inhibitory = relu(-weights)
+                sums_e = ()
+                sums_i = ()
+                for i in tl.static_range(ROWS):
+                    value = tl.load(
+                        sources_ptr + (first + i) * row_stride + source * source_stride, mask=first + i < R, other=0
+                    ).to(zeros.dtype)
+                    # where there is no event, 0 is added, whatever the weight is
+                    sums_e = sums_e + (drives_e[i] + tl.where(value != 0, excitatory, 0.0) * value,)
+                    sums_i = sums_i + (drives_i[i] + tl.where(value != 0, inhibitory, 0.0) * value,)
+                drives_e = sums_e
+                drives_i = sums_i
+            for i in tl.static_range(ROWS):
+                row = first + i
+                tl.store(drive_ptr + row * N + neurons, drives_e[i], mask=mask & (row < R))
+                tl.store(drive_ptr + (R + row) * N + neurons, drives_i[i], mask=mask & (row < R))
 
 
 @triton.jit

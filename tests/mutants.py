@@ -158,6 +158,10 @@ MUTANTS = {
         }
     ),
     "graded events count as 1": recurrent({"drive_i = drive_i + relu(-row) * values[i]": "drive_i = drive_i + relu(-row)"}),
+    "a source without an event adds its weight": recurrent(
+        {"tl.where(value != 0, excitatory, 0.0) * value": "excitatory * value"}
+    ),
+    "rows past the last one are projected": recurrent({"mask=mask & (row < R)": "mask=mask"}),
     "barrier without release and acquire": recurrent({'sem="release"': 'sem="relaxed"', 'sem="acquire"': 'sem="relaxed"'}),
     "barrier's target one short": recurrent(
         {

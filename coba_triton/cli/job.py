@@ -28,7 +28,8 @@ from coba_triton._files import reason
 from coba_triton.sinks import Sink
 from coba_triton.sources import Described
 
-from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread, UserError
+from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread
+from .errors import UserError
 from .inputs import PoissonChannels, PoissonDrive, Source
 from .weights import Recurrent
 

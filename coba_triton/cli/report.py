@@ -25,7 +25,8 @@ from coba_triton._versions import package_version
 from coba_triton.plotting import overview
 from coba_triton.sinks import Sink
 
-from .config import Config, UserError
+from .config import Config
+from .errors import UserError
 from .inputs import RecordingSource, Source
 from .job import Run
 from .weights import Recurrent

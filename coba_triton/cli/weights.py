@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from coba_triton._files import reason
 
-from .config import Config, FanOut, FileWeights, RandomSynapses, UserError
+from .config import Config, FanOut, FileWeights, RandomSynapses
+from .errors import UserError
 
 _SYNAPSES = (("row", "col", "weight"), ("row", "col", "data"))  # what an .npz calls them
 _SCIPY = {"format", "shape", "data"}  # what every .npz of scipy.sparse.save_npz has
@@ -28,7 +29,7 @@ def _readable(path: Path) -> Iterator[None]:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("it is no regular file")  # a pipe would wait for a writer
         yield
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}; give a .npy or .npz file") from None
