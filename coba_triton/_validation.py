@@ -27,6 +27,8 @@ def check_dt(dt: Any) -> float:
 
 def check_time(time: Any, name: str) -> float:
     """A positive number of ms as a Python float: one of numpy's would take a product with a tensor for its own."""
+    if type(time) is float and not torch.compiler.is_compiling() and 0.0 < time < math.inf:
+        return time
     if isinstance(time, bool) or not isinstance(time, numbers.Real):
         raise TypeError(f"{name} must be a positive finite number of ms, got {type(time).__name__}; pass a Python float")
     if torch.compiler.is_compiling():  # it would compile again for every other value that is looked at

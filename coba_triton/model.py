@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 Number = float | Tensor
 """A Python number, a 0-dim tensor, or a tensor that broadcasts over the neurons."""
@@ -34,7 +34,7 @@ def is_tracked(tensor: Tensor) -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether forward-mode differentiation follows a tensor."""
-    return unpack_dual(tensor).tangent is not None
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _detach(value: Number) -> Number:
