@@ -123,7 +123,7 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
     "recurrent 256 float64": {"neurons": 256, "train": True, "dtype": F64},
     "recurrent 1024": {"neurons": 1024, "train": True},
     "recurrent 1024, many rows": {"neurons": 1024, "batch": 64},
-    "recurrent 256 float64, many rows": {"neurons": 256, "batch": 64, "dtype": F64},
+    "recurrent 256 float64, many rows": {"neurons": 256, "batch": 64, "dtype": F64, "train": True},
     "recurrent 4096": {"neurons": 4096},
     "recurrent 4000 recorded": {"neurons": 4000, "record_states": True},
     "recurrent 9000": {"neurons": 9000},
