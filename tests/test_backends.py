@@ -37,7 +37,7 @@ def drive(monkeypatch, device_type: str | None) -> None:
     monkeypatch.setattr(triton.runtime, "driver", Driver())
 
 
-def test_interpreter_serves_the_cpu(monkeypatch) -> None:
+def test_interpreter_serves_the_cpu(monkeypatch, device) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert choose_backend("triton", CPU) == "triton"
     with pytest.raises(RuntimeError, match="serves tensors on 'cpu' here, got tensors on 'cuda'; move them"):

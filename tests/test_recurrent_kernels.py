@@ -328,14 +328,14 @@ def run_sliced(seed: int = 0, spin_limit: int = 300) -> list[torch.Tensor]:
 
 @interpreted
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
-def test_slices_agree_with_the_reference(seed) -> None:
-    assert _triton.slices_per_row(75, 2, torch.device("cpu")) > 1
+def test_slices_agree_with_the_reference(seed, device) -> None:
+    assert _triton.slices_per_row(75, 2, device) > 1
     expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")
     assert_same_bits(run_sliced(seed, spin_limit=100_000), [expected, *reference])
 
 
 @interpreted
-def test_slices_that_wait_in_vain_raise() -> None:
+def test_slices_that_wait_in_vain_raise(device) -> None:
     """One after the other, the first program waits for the second for ever: an exception, no hang."""
     case = recurrent_problem(3, 1, 75)
     limit, _triton.SPIN_LIMIT = _triton.SPIN_LIMIT, 20

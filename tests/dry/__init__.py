@@ -73,6 +73,6 @@ def operations(run: Callable[[], Any]) -> collections.Counter[str]:
     """The names of PyTorch's operations in a call, and how often they are made."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         run()
     return collections.Counter(event.name for event in profiler.events() if event.name.startswith("aten::"))
