@@ -179,18 +179,24 @@ def occupancy(target: str, registers: int, num_warps: int, shared: int) -> float
     return warps / most
 
 
+# Neurons of a recurrent network: of more, a dense matrix is larger than what people run.
+MOST_CONNECTED = 2**13
+
+
 def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     """What people call: both kinds of networks, inference into every spike format and training with shared parameters."""
     from . import CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
 
     options: dict[str, Any] = {"dt": 0.1, "backend": "triton"}
+    connected = neurons <= MOST_CONNECTED
     x = torch.zeros(33, batch, neurons, dtype=dtype)
     inputs = torch.zeros(33, batch, min(neurons, 128), dtype=dtype)
     w_in, w_rec = (torch.zeros(1, dtype=dtype).expand(neurons, columns) for columns in (inputs.shape[-1], neurons))
     formats: tuple[Any, ...] = (None, torch.bool, torch.uint8, "bits")
     for spike_dtype in formats:
         yield functools.partial(coba_lif_feed_forward_integral, x, None, spike_dtype=spike_dtype, **options)
-        yield functools.partial(coba_lif_integral, inputs, None, w_in, w_rec, spike_dtype=spike_dtype, **options)
+        if connected:
+            yield functools.partial(coba_lif_integral, inputs, None, w_in, w_rec, spike_dtype=spike_dtype, **options)
 
     def train(function: Callable[..., Any], *args: Any) -> None:
         function(*args, **options)[0].sum().backward()
@@ -198,8 +204,9 @@ def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[]
     for learned in (False, True):
         p = CobaLIFParameters(v_thresh=torch.full((), -10.0, dtype=dtype, requires_grad=learned))
         yield functools.partial(train, coba_lif_feed_forward_integral, x.clone().requires_grad_(), None, p)
-        leaves = [weights.detach().requires_grad_() for weights in (w_in, w_rec)]
-        yield functools.partial(train, coba_lif_integral, inputs, None, *leaves, p)
+        if connected:
+            leaves = [weights.detach().requires_grad_() for weights in (w_in, w_rec)]
+            yield functools.partial(train, coba_lif_integral, inputs, None, *leaves, p)
 
 
 def launches_of(target: str, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> dict[str, tuple[str, Launch]]:

@@ -91,3 +91,25 @@ def test_commands_for_kernels_need_nothing_that_only_simulations_need() -> None:
         'coba-triton: simulate needs matplotlib, numcodecs, pint, xxhash; run: pip install "coba-triton[cli]"'
     )
     assert tune == 'coba-triton: tune needs matplotlib; run: pip install "coba-triton[cli]"'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cache", "x"], "--cache and --size are of kernels for a GPU; add --arch"),
+        (["--dtype", "float16"], "--dtype must be float32 or float64, got 'float16'"),
+        (["--arch", "sm_91"], "--arch must be one of sm_80, sm_90, sm_100, gfx942, gfx1100, got 'sm_91'; did you mean"),
+        (["--arch", "sm_90", "--size", "1024"], "--size must be neurons and rows such as 1024x32, got '1024'"),
+    ],
+)
+def test_what_warmup_refuses(arguments, message, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if "--arch" in arguments:
+        pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not installed")
+    assert main(["warmup", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_warmup_without_a_target_is_of_the_cpu(capsys) -> None:
+    assert main(["warmup"]) == 0
+    assert capsys.readouterr().out == ""

@@ -17,8 +17,6 @@ from .errors import UserError, nearest
 
 # Neurons of a row and rows: programs of one warp and of four, rows in one tile and in several.
 SIZES = ("100x1", "1000x1", "1024x32", "256x32", "4096x1", "4096x32", "262144x1")
-# The matrix of a recurrent network is square: of more neurons it would be larger than the networks that people run.
-MOST_RECURRENT = 2**14
 
 
 def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> int:
