@@ -188,7 +188,8 @@ def known(value: Any) -> Any:
         and not is_tracked(value)
     ):
         # not .item(), which profilers take for a wait
-        return value.item() if value.dtype == torch.bfloat16 else value.detach().numpy().item()
+        plain = value.dtype != torch.bfloat16 and not value.is_neg()
+        return value.detach().numpy().item() if plain else value.item()
     return value
 
 
@@ -207,6 +208,8 @@ def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor])
         made = make()
     if _is_capturing(device):
         return made  # the memory is the graph's
+    if device.type != "cpu":
+        torch.get_device_module(device).current_stream(device).synchronize()  # a later call may be on another stream
     if len(_kept) >= _KEPT_AT_MOST:
         if device.type != "cpu":
             torch.get_device_module(device).synchronize()  # a kernel may still read what is given up

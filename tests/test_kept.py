@@ -58,6 +58,13 @@ def test_a_module_that_has_changed_is_read_again(learn: tuple[str, ...]) -> None
         assert torch.equal(module(X)[0], before)
 
 
+def test_single_tensors_of_any_kind_are_read() -> None:
+    negative = torch.tensor(1 + 50j).conj().imag  # a view whose memory has another sign
+    assert negative.is_neg()
+    for threshold in (negative, torch.tensor(-50), torch.tensor(-50.0).bfloat16(), torch.tensor(-50.0).half()):
+        assert torch.equal(spikes(P._replace(v_thresh=threshold)), spikes(P))
+
+
 def test_negative_zero_is_another_number() -> None:
     for zero in (0.0, -0.0, 0.0):
         _, state = coba_lif_feed_forward_integral(X[:0], None, P._replace(v_rest=zero), 0.1, backend="cpu")
