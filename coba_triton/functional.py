@@ -425,9 +425,7 @@ def _run_operator(
             )
         else:
             spikes = part
-            flat, states = torch.ops.coba_triton.feed_forward_out(
-                block, flat, constants, backend, jump_first, record_states, part
-            )
+            flat, states = operators.feed_forward_out(block, flat, constants, backend, jump_first, record_states, part)
         outputs.append((spikes, states))
     if out is None:
         out = outputs[0][0] if len(outputs) == 1 else torch.cat([s for s, _ in outputs])
@@ -567,7 +565,7 @@ def _run_recurrent_operator(
     z = state[0].reshape(batch, neurons[-1])
     flat = state[1:].reshape(3, batch, neurons[-1]).contiguous()
     if out is not None and not record_states:
-        z, flat = torch.ops.coba_triton.recurrent_out(
+        z, flat = operators.recurrent_out(
             x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
         )
         return out, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons))

@@ -208,11 +208,12 @@ def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor])
         made = make()
     if _is_capturing(device):
         return made  # the memory is the graph's
-    if device.type != "cpu":
-        torch.get_device_module(device).current_stream(device).synchronize()  # a later call may be on another stream
+    streams = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    if streams is not None:
+        streams.current_stream(device).synchronize()  # a later call may be on another stream
     if len(_kept) >= _KEPT_AT_MOST:
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()  # a kernel may still read what is given up
+        if streams is not None:
+            streams.synchronize()  # a kernel may still read what is given up
         _kept.clear()
     _kept[key] = made
     return made

@@ -842,3 +842,18 @@ def _empty_spikes(x: Tensor, spike_dtype: torch.dtype | None, neurons: torch.Siz
     """A buffer for the spikes of a run over ``x [T, ...]``."""
     rows, dtype = (word_count(len(x)), torch.int32) if spike_dtype is None else (len(x), spike_dtype)
     return x.new_empty(rows, *neurons, dtype=dtype)
+
+
+def feed_forward_out(x: Tensor, state: Tensor, constants: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Final state and recorded states of ``coba_triton::feed_forward_out``, whose last argument takes the spikes."""
+    plain = _is_plain(x, state, constants, others[-1])
+    run = _feed_forward_out if plain else torch.ops.coba_triton.feed_forward_out
+    final, states = run(x, state, constants, *others)
+    return final, states
+
+
+def recurrent_out(*args: Any) -> tuple[Tensor, Tensor]:
+    """Last spikes and final state of ``coba_triton::recurrent_out``, likewise."""
+    plain = _is_plain(*(arg for arg in args if isinstance(arg, Tensor)))
+    last, final = (_recurrent_out if plain else torch.ops.coba_triton.recurrent_out)(*args)
+    return last, final
