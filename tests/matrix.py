@@ -72,11 +72,13 @@ def make(versions: Versions) -> Path | str:
         if base is None:
             return f"no Python {versions.python} here"
         subprocess.run([base, "-m", "venv", "--clear", str(folder)], check=True)
-        pins = [f"{name}=={version}" for name, version in versions._asdict().items() if name != "python"]
-        command = [str(python), "-m", "pip", "install", "-q", *pins, "-e", ".[test]"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            return next((line for line in done.stderr.splitlines() if line.startswith("ERROR: No")), "pip failed")
+        pip = [str(python), "-m", "pip", "install", "-q"]
+        pins = f"torch=={versions.torch}", f"numpy=={versions.numpy}", "-e", ".[test]"
+        # CUDA builds of torch ask for the one Triton that they bring
+        for command in ([*pip, *pins], [*pip, "--no-deps", f"triton=={versions.triton}"]):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                return next((line for line in done.stderr.splitlines() if line.startswith("ERROR: No")), "pip failed")
         complete.touch()
     return python
 
