@@ -35,6 +35,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 
 static int context = 1;
 int cuCtxGetCurrent(void **current) { *current = &context; return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuCtxSetCurrent(void *current) { return 0; }
 int cuDevicePrimaryCtxRetain(void **retained, int device) { *retained = &context; return 0; }
 int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
@@ -56,6 +57,8 @@ int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuFuncSetCacheConfig(void *function, int config) { return 0; }
 int cuOccupancyMaxActiveClusters(int *clusters, void *function, void *config) { *clusters = 1; return 0; }
 int cuTensorMapEncodeTiled(void) { return 0; }
+
+int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 
 int cuPointerGetAttribute(void *value, int attribute, unsigned long long pointer) {
     *(uint64_t *)value = pointer;
