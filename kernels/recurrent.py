@@ -148,8 +148,8 @@ def projection_kernel(
                 drives_i = sums_i
             for i in tl.static_range(ROWS):
                 row = first + i
-                tl.store(drive_ptr + row * N + neurons, drives_e[i], mask=mask & (row < R))
-                tl.store(drive_ptr + (R + row) * N + neurons, drives_i[i], mask=mask & (row < R))
+                tl.store(drive_ptr + row * N + neurons, drives_e[i], mask=tl.where(mask, row, R) < R)
+                tl.store(drive_ptr + (R + row) * N + neurons, drives_i[i], mask=tl.where(mask, row, R) < R)
 
 
 @triton.jit

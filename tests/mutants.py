@@ -161,7 +161,7 @@ MUTANTS = {
     "a source without an event adds its weight": recurrent(
         {"tl.where(value != 0, excitatory, 0.0) * value": "excitatory * value"}
     ),
-    "rows past the last one are projected": recurrent({"mask=mask & (row < R)": "mask=mask"}),
+    "rows past the last one are projected": recurrent({"mask=tl.where(mask, row, R) < R": "mask=mask"}),
     "barrier without release and acquire": recurrent({'sem="release"': 'sem="relaxed"', 'sem="acquire"': 'sem="relaxed"'}),
     "barrier's target one short": recurrent(
         {
