@@ -288,26 +288,25 @@ SPECIMENS = {
 }
 
 
+def lacks(step: Step, tool: str) -> bool:
+    """Whether there is no GPU or no such program here, which the report then says."""
+    if step.needs_a_gpu():
+        return True
+    if shutil.which(tool) is None:
+        step.say(text=f"{tool} is not installed")
+        return True
+    return False
+
+
 def profile(step: Step) -> None:
     """Nsight Compute of the two most important kernels: bandwidth, occupancy, what warps wait for."""
-    if step.needs_a_gpu():
-        return
-    if shutil.which("ncu") is None:
-        step.say(text="ncu is not installed")
+    if lacks(step, "ncu"):
         return
     for name, call in SPECIMENS.items():
         program = f"import torch; from coba_triton.problems import *; {call}; torch.cuda.synchronize()"
         command = ["ncu", "--clock-control", "none", "--kernel-name", "forward_kernel", "--launch-count", "1"]
-        command += [
-            "--section",
-            "SpeedOfLight",
-            "--section",
-            "WarpStateStats",
-            "--section",
-            "Occupancy",
-            "--section",
-            "LaunchStats",
-        ]
+        for section in ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats"):
+            command += ["--section", section]
         done = subprocess.run([*command, sys.executable, "-c", program], capture_output=True, text=True)
         (step.out / f"ncu-{name}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
         step.say(text=f"ncu of {name}: exit status {done.returncode}, ncu-{name}.txt")
@@ -315,10 +314,7 @@ def profile(step: Step) -> None:
 
 def sanitizer(step: Step) -> None:
     """compute-sanitizer on small cases: accesses out of bounds, and races in shared memory."""
-    if step.needs_a_gpu():
-        return
-    if shutil.which("compute-sanitizer") is None:
-        step.say(text="compute-sanitizer is not installed")
+    if lacks(step, "compute-sanitizer"):
         return
     program = (
         "from coba_triton.problems import problem, recurrent_problem\n"

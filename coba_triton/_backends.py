@@ -43,7 +43,7 @@ def _triton_device() -> tuple[str, str]:
 
 # Compilers cannot follow these lines, and a process has one driver. torch.compiler.assume_constant_result sets just this,
 # but imports all of torch's compiler.
-_triton_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
 
 
 def version(text: str) -> list[int]:

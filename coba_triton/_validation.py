@@ -32,7 +32,7 @@ def check_time(time: Any, name: str) -> float:
     if isinstance(time, bool) or not isinstance(time, numbers.Real):
         raise TypeError(f"{name} must be a positive finite number of ms, got {type(time).__name__}; pass a Python float")
     if torch.compiler.is_compiling():  # it would compile again for every other value that is looked at
-        return time  # type: ignore[return-value]
+        return time  # type: ignore[return-value]  # a Real here, a float for every caller
     if not (_is_finite(time) and float(time) > 0):
         raise ValueError(f"{name} must be a positive finite number of ms, got {time!r:.50}")
     return float(time)
@@ -322,7 +322,7 @@ def exports_to_onnx() -> bool:
 
 # A compiler that the exporter may use takes torch's own function for False. This is what the decorator
 # torch.compiler.assume_constant_result does, which would import the compiler.
-exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
 
 
 def check_exported(backend: str) -> None:

@@ -152,6 +152,14 @@ def test_a_journal_of_another_machine_is_refused(tmp_path) -> None:
     Journal(tmp_path / "j", HEADER, resume=True).close(finished=True)
 
 
+def journal_of_one(path: Path) -> str:
+    """Keep an unfinished journal of a single trial; returns its text."""
+    journal = Journal(path, HEADER, resume=False)
+    journal.add(TASK, Trial(RULE, "timed", "", 0.5, 1.0, 1.5))
+    journal.close(finished=False)
+    return path.read_text()
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -167,10 +175,7 @@ def test_a_journal_of_another_machine_is_refused(tmp_path) -> None:
 )
 def test_what_is_no_line_of_a_journal_ends_it(tmp_path, line) -> None:
     path = tmp_path / "j"
-    journal = Journal(path, HEADER, resume=False)
-    journal.add(TASK, Trial(RULE, "timed", "", 0.5, 1.0, 1.5))
-    journal.close(finished=False)
-    whole = path.read_text()
+    whole = journal_of_one(path)
     path.write_text(f"{whole}{line}\n{whole.splitlines()[1]}\n")
     journal = Journal(path, HEADER, resume=True)
     assert len(journal.trials) == 1 and journal.find(TASK, RULE).p50 == 1.0
@@ -181,10 +186,7 @@ def test_what_is_no_line_of_a_journal_ends_it(tmp_path, line) -> None:
 def test_a_journal_survives_a_kill_while_it_is_read(tmp_path, monkeypatch) -> None:
     """Nothing that was measured is taken away before all of it stands elsewhere."""
     path = tmp_path / "j"
-    journal = Journal(path, HEADER, resume=False)
-    journal.add(TASK, Trial(RULE, "timed", "", 0.5, 1.0, 1.5))
-    journal.close(finished=False)
-    whole = path.read_text()
+    whole = journal_of_one(path)
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         Journal(path, HEADER, resume=True)
