@@ -138,7 +138,7 @@ def test_npz_of_nest_and_of_other_machines(tmp_path: Path) -> None:
 
 def test_nwb(tmp_path: Path) -> None:
     """A table of units as the format lays it out: concatenated times in s, and where those of each unit end."""
-    h5py = pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py", reason="the extra nwb is not installed")
     order = np.argsort(NEURONS, kind="stable")
     with h5py.File(tmp_path / "e.nwb", "w") as file:
         units = file.create_group("units")
@@ -146,6 +146,7 @@ def test_nwb(tmp_path: Path) -> None:
         units["spike_times"] = TIMES[order] / 1000
         units["spike_times_index"] = np.array([2, 3, 5, 5], np.uint8)
     times, neurons = read_events(tmp_path / "e.nwb")
+    # a division by 1000 and its inverse round twice, 2.2e-16 each
     np.testing.assert_allclose(times, TIMES[order], rtol=1e-14)
     np.testing.assert_array_equal(neurons, NEURONS[order])
     with h5py.File(tmp_path / "none.nwb", "w") as file:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="the extra cli is not installed")
 pytest.importorskip("resource", reason="limits of memory")
 
 from fuzz import fuzz, report

@@ -107,6 +107,7 @@ def test_offset_current_is_the_same_equation(model: str, values: dict[str, float
         assert each or p.v_rest == pytest.approx(-60 + current[n] / 0.01)
         spikes, state = coba_lif_feed_forward_integral(torch.tensor(x if each else x[:, n]), start, p, dt)
         np.testing.assert_array_equal(spikes.bool().numpy(), fired if each else fired[:, n])
+        # the current is folded into v_rest, which rounds once more in every step
         np.testing.assert_allclose(state.v, v if each else v[n], rtol=1e-9)
     assert from_pynn(values | {given[0]: 0.0}, model).v_rest == -60.0
     assert isinstance(from_pynn(values | {given[0]: [0.0, 0.1]}, model).v_rest, torch.Tensor)

@@ -43,7 +43,7 @@ from coba_triton import (
 from coba_triton._store import Store, describe_group
 from coba_triton.simulation import checksum_of
 
-zarr = pytest.importorskip("zarr")
+zarr = pytest.importorskip("zarr", reason="the extra stream is not installed")
 
 from fuzz_stores import everything, fuzz, same  # noqa: E402 - after the check for zarr
 from test_resume import BLOCK, Stop, assert_same, begin, contents, run, stop_at  # noqa: E402
