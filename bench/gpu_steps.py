@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 import coba_triton
-from coba_triton import _tuner, contenders, tuning
-from coba_triton._versions import package_version
-from coba_triton.problems import Case, problem, recurrent_problem, sparse_problem
+from coba_triton.common.versions import package_version
+from coba_triton.tools import contenders
+from coba_triton.tools.problems import Case, problem, recurrent_problem, sparse_problem
+from coba_triton.tuning import tables as tuning
+from coba_triton.tuning import tuner
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("coba-triton", "torch", "triton", "numpy", "numba", "norse", "snntorch", "spikingjelly")
@@ -63,10 +65,10 @@ def machine(step: Step) -> None:
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
         ).stdout.strip()
     )
-    bandwidth = _tuner.copy_bandwidth(step.device)
+    bandwidth = tuner.copy_bandwidth(step.device)
     size = 512 if step.small else 8192
     a = torch.randn(size, size, device=step.device)
-    seconds = min(_tuner._seconds(lambda: a @ a, step.device, 1, time.perf_counter) for _ in range(3 if step.small else 10))
+    seconds = min(tuner._seconds(lambda: a @ a, step.device, 1, time.perf_counter) for _ in range(3 if step.small else 10))
     step.say(
         name=device_name(step.device),
         driver=driver or None,
@@ -213,7 +215,7 @@ def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, riva
 
 def feed_forward(step: Step) -> None:
     """Unconnected neurons: inference and training against the number of neurons; then some sizes beside others."""
-    bandwidth = _tuner.copy_bandwidth(step.device)
+    bandwidth = tuner.copy_bandwidth(step.device)
     sizes, compared = ((64, 1024), (64,)) if step.small else ((1024, 4096, 65536, 262144, 4194304), (262144, 4096))
     for neurons, rivals in [*((n, False) for n in sizes), *((n, True) for n in compared)]:
         for train in (False, True):
@@ -303,7 +305,7 @@ def profile(step: Step) -> None:
     if lacks(step, "ncu"):
         return
     for name, call in SPECIMENS.items():
-        program = f"import torch; from coba_triton.problems import *; {call}; torch.cuda.synchronize()"
+        program = f"import torch; from coba_triton.tools.problems import *; {call}; torch.cuda.synchronize()"
         command = ["ncu", "--clock-control", "none", "--kernel-name", "forward_kernel", "--launch-count", "1"]
         for section in ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats"):
             command += ["--section", section]
@@ -317,7 +319,7 @@ def sanitizer(step: Step) -> None:
     if lacks(step, "compute-sanitizer"):
         return
     program = (
-        "from coba_triton.problems import problem, recurrent_problem\n"
+        "from coba_triton.tools.problems import problem, recurrent_problem\n"
         "problem(20, (100,), device='cuda').gradients('triton')\n"
         "recurrent_problem(34, 2, 75, device='cuda').gradients('triton')"
     )
@@ -337,9 +339,9 @@ def barrier(step: Step) -> None:
     """The kernel whose programs wait for each other: its bits, then its time; few looks, so that it cannot hang for long."""
     if step.needs_a_gpu():
         return
-    from coba_triton import _triton
+    from coba_triton.backend import triton as triton_backend
 
-    _triton.SPIN_LIMIT = 200_000
+    triton_backend.SPIN_LIMIT = 200_000
     case = recurrent_problem(70, 2, 1000, device=step.device)
     spikes, state = case.run("triton", path="sliced")
     expected, last = case.run("reference")

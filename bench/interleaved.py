@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from coba_triton.contenders import time_interleaved
+from coba_triton.tools.contenders import time_interleaved
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "7"))
 

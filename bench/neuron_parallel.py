@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coba_triton import CobaLIFParameters, PoissonSource, coba_lif_integral, distributed
-from coba_triton.problems import SPARSE_VALUES
+from coba_triton.tools.problems import SPARSE_VALUES
 
 DT = 0.1  # ms
 INPUTS = 100

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from coba_triton.contenders import contenders, time_interleaved
-from coba_triton.problems import Case, Problem, RecurrentProblem, recurrent_problem
+from coba_triton.tools.contenders import contenders, time_interleaved
+from coba_triton.tools.problems import Case, Problem, RecurrentProblem, recurrent_problem
 
 ROUNDS = 5
 NAMES = {"cpu": "#2c6fbb", "reference": "#c0392b", "norse, unbind": "#7f8c8d"}

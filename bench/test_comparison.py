@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from coba_triton.contenders import ORDER, OTHER_PACKAGES, assert_same, contenders, peak_memory, time_interleaved
-from coba_triton.problems import CASES, Case
+from coba_triton.tools.contenders import ORDER, OTHER_PACKAGES, assert_same, contenders, peak_memory, time_interleaved
+from coba_triton.tools.problems import CASES, Case
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "5"))
 BACKEND, DEVICE = ("triton", torch.device("cuda")) if torch.cuda.is_available() else ("cpu", torch.device("cpu"))

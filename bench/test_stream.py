@@ -30,7 +30,7 @@ from coba_triton.cli import job
 from coba_triton.cli.config import load
 from coba_triton.cli.inputs import open_source
 from coba_triton.cli.weights import open_recurrent
-from coba_triton.problems import SPARSE_VALUES
+from coba_triton.tools.problems import SPARSE_VALUES
 
 NEURON = CobaLIFParameters(**SPARSE_VALUES)
 

@@ -3,32 +3,32 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ._signals import silent_start
+from .common.signals import silent_start
 
 with silent_start():
-    from ._check import check
-    from ._warmup import warmup
-    from .events import read_events
     from .functional import (
         coba_lif_feed_forward_integral,
         coba_lif_feed_forward_step,
         coba_lif_integral,
         coba_lif_step,
     )
-    from .model import (
+    from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
+    from .neuron.records import (
         CobaLIFFeedForwardState,
         CobaLIFParameters,
         CobaLIFState,
         default_bio_parameters,
         default_bio_state,
     )
-    from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
-    from .pynn import from_pynn, to_pynn
-    from .results import Result, open_result
-    from .simulation import Record, simulate
-    from .sinks import MemorySink, NpzSink, ZarrSink
-    from .sources import EventSource, PoissonSource, stream_blocks
-    from .spikes import pack_spikes, unpack_spikes
+    from .ops.spikes import pack_spikes, unpack_spikes
+    from .pynn.parameters import from_pynn, to_pynn
+    from .stream.events import read_events
+    from .stream.results import Result, open_result
+    from .stream.simulation import Record, simulate
+    from .stream.sinks import MemorySink, NpzSink, ZarrSink
+    from .stream.sources import EventSource, PoissonSource, stream_blocks
+    from .tools.checker import check
+    from .tools.warmup import warmup
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
 if not (Path(__file__).parent / "kernels").is_dir():

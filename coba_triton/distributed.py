@@ -18,11 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _recurrent, reference
-from . import _validation as check
-from ._backends import choose_backend
-from ._recurrent import Network
-from ._validation import SpikeDtype
+from .backend import reference
+from .backend.choose import choose_backend
 from .functional import (
     _check_sequence,
     _format_spikes,
@@ -33,15 +30,18 @@ from .functional import (
     _spike_dtype,
     own_fields,
 )
-from .model import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, constants_table, derive_constants
-from .operators import (
+from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, constants_table, derive_constants
+from .ops import time_blocks, validation
+from .ops.operators import (
     RecurrentBackwardOptions,
     RecurrentOptions,
     recurrent_forward,
     recurrent_gradients,
     recurrent_kernels,
 )
-from .spikes import pack_spikes
+from .ops.spikes import pack_spikes
+from .ops.time_blocks import Network
+from .ops.validation import SpikeDtype
 
 Group = Any  # torch.distributed.ProcessGroup, which a build of torch without torch.distributed has not
 
@@ -63,14 +63,14 @@ def owned_neurons(neurons: int, group: Group = None) -> slice:
         >>> own = owned_neurons(4000)  # doctest: +SKIP
         >>> recurrent_weights = all_weights[own]  # doctest: +SKIP
     """
-    neurons = check.check_int(neurons, "neurons")
+    neurons = validation.check_int(neurons, "neurons")
     ranks = _Ranks(group)
     ranks.divide(neurons)
     return ranks.own
 
 
 class _Ranks:
-    """The processes of a group, and which of the neurons each owns: the exchange of :mod:`coba_triton._recurrent`."""
+    """The processes of a group, and which of the neurons each owns: the exchange of :mod:`coba_triton.ops.time_blocks`."""
 
     def __init__(self, group: Group) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -291,11 +291,11 @@ def coba_lif_integral(
     error = None
     try:
         block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
-        dt = check.check_dt(dt)
+        dt = validation.check_dt(dt)
         _check_rows(ranks, input_weights, recurrent_weights)
         x, initial, weights = prepare(input_tensor, p)
         backend = choose_backend(backend, x.device)
-        tracked = (x, initial, *weights, *(getattr(p, name) for name in check.LEARNABLE))
+        tracked = (x, initial, *weights, *(getattr(p, name) for name in validation.LEARNABLE))
         train = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in tracked)
         shared = _shared(x, p) if train else {}
         call = {
@@ -337,7 +337,7 @@ def coba_lif_integral(
     state = initial[1:].reshape(3, *z.shape).contiguous()
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = z.dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
-    block = _recurrent.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train)
+    block = time_blocks.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train)
     options = RecurrentOptions(backend, jump_first, p.method, wanted, record_states, block, "events", train)
     x = _kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
     spikes, z, state, states = _Recurrent.apply(  # type: ignore[no-untyped-call]  # torch has no types here

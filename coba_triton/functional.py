@@ -9,11 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import _recurrent, operators, reference
-from . import _validation as check
-from ._backends import choose_backend
-from ._validation import SpikeDtype
-from .model import (
+from .backend import reference
+from .backend.choose import choose_backend
+from .neuron.records import (
     NUMERIC_PARAMETERS,
     CobaLIFFeedForwardState,
     CobaLIFParameters,
@@ -25,7 +23,9 @@ from .model import (
     number_key,
     numbers_on,
 )
-from .spikes import WORD_BITS, pack_spikes, word_count
+from .ops import operators, time_blocks, validation
+from .ops.spikes import WORD_BITS, pack_spikes, word_count
+from .ops.validation import SpikeDtype
 
 FEED_FORWARD_FIELDS = CobaLIFFeedForwardState._fields
 RECURRENT_FIELDS = CobaLIFState._fields
@@ -87,13 +87,13 @@ def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: to
     """Check the arguments of a call; returns its state ``[3, *neurons]``."""
 
     def make(state: Any, stacklevel: int) -> Tensor:
-        check.check_parameters(p)
+        validation.check_parameters(p)
         if state is not None:
-            check.check_state(state, FEED_FORWARD_FIELDS, x.device)
+            validation.check_state(state, FEED_FORWARD_FIELDS, x.device)
         numbers = _tensors(p)
-        neurons = check.broadcast_neurons(step_shape, _state_fields(state, FEED_FORWARD_FIELDS) | numbers)
+        neurons = validation.broadcast_neurons(step_shape, _state_fields(state, FEED_FORWARD_FIELDS) | numbers)
         given = _given(state, FEED_FORWARD_FIELDS, p)
-        check.warn_if_unstable(p, dt, given[-2], given[-1], stacklevel)
+        validation.warn_if_unstable(p, dt, given[-2], given[-1], stacklevel)
         return _side_by_side(x, neurons, given, list(numbers.values()))
 
     if (key := number_key(p)) is None:
@@ -107,8 +107,8 @@ def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: to
         dense = type(field) is Tensor and field.layout is torch.strided and not field.is_nested
         if not (dense and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
             return make(state, 5)
-    check.check_parameters(p)
-    check.warn_if_unstable(p, dt, *fields[-2:])
+    validation.check_parameters(p)
+    validation.warn_if_unstable(p, dt, *fields[-2:])
     return torch.stack(fields)
 
 
@@ -116,15 +116,15 @@ def _recurrent_state(
     x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
 ) -> Tensor:
     """Check the arguments of a call; returns its state ``[4, *batch, N]``."""
-    check.check_parameters(p)
-    check.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
+    validation.check_parameters(p)
+    validation.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
     neurons = torch.Size([*step_shape[:-1], input_weights.shape[0]])
     if state is not None:
-        check.check_state(state, RECURRENT_FIELDS, x.device)
+        validation.check_state(state, RECURRENT_FIELDS, x.device)
     numbers = _tensors(p)
-    check.broadcast_neurons(neurons, _state_fields(state, RECURRENT_FIELDS) | numbers, grows=False)
+    validation.broadcast_neurons(neurons, _state_fields(state, RECURRENT_FIELDS) | numbers, grows=False)
     given = _given(state, RECURRENT_FIELDS, p)
-    check.warn_if_unstable(p, dt, *given[-2:])
+    validation.warn_if_unstable(p, dt, *given[-2:])
     return _side_by_side(x, neurons, given, [input_weights, recurrent_weights, *numbers.values()])
 
 
@@ -156,8 +156,8 @@ def coba_lif_feed_forward_step(
         >>> state.g_e
         tensor([1., 1., 1.])
     """
-    check.check_input(input_tensor, "[...]", 0)
-    dt = check.check_dt(dt)
+    validation.check_input(input_tensor, "[...]", 0)
+    dt = validation.check_dt(dt)
     before = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
     c = derive_constants(p, dt, before.dtype, input_tensor.device)
     x = input_tensor.to(before.dtype).expand(before.shape[1:])
@@ -199,8 +199,8 @@ def coba_lif_step(
         >>> state.g_e
         tensor([3., 3.])
     """
-    check.check_input(input_tensor, "[*batch, I]", 1)
-    dt = check.check_dt(dt)
+    validation.check_input(input_tensor, "[*batch, I]", 1)
+    dt = validation.check_dt(dt)
     before = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
@@ -215,11 +215,11 @@ def _check_sequence(
     x: Any, axes: str, rank: int, order: Any, block_steps: Any, record_states: Any, spike_dtype: SpikeDtype
 ) -> int | None:
     """Returns ``block_steps``."""
-    check.check_input(x, axes, rank)
-    check.check_order(order)
-    check.check_flag(record_states, "record_states")
-    steps = check.check_block_steps(block_steps)
-    check.check_spike_dtype(spike_dtype, steps)
+    validation.check_input(x, axes, rank)
+    validation.check_order(order)
+    validation.check_flag(record_states, "record_states")
+    steps = validation.check_block_steps(block_steps)
+    validation.check_spike_dtype(spike_dtype, steps)
     return steps
 
 
@@ -291,7 +291,7 @@ def coba_lif_feed_forward_integral(
         v   = (1 - z) u + z v_reset
 
     Differentiable by the input, the initial state and the nine numeric parameters, from gradients on spikes and
-    states; the spike's derivative is ``p.method`` (:mod:`coba_triton.surrogate`). The fused backends keep one bit a
+    states; the spike's derivative is ``p.method`` (:mod:`coba_triton.neuron.surrogate`). The fused backends keep one bit a
     spike and the state every 8 or 16 steps, and recompute the rest in the backward.
 
     Source: norse's documented ``coba_lif`` equations, doi:10.5281/zenodo.4422025.
@@ -327,7 +327,7 @@ def coba_lif_feed_forward_integral(
         torch.Size([1000, 4])
     """
     block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
-    dt = check.check_dt(dt)
+    dt = validation.check_dt(dt)
     steps, device = input_tensor.shape[0], input_tensor.device
     initial = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
     neurons, dtype = initial.shape[1:], initial.dtype
@@ -336,10 +336,10 @@ def coba_lif_feed_forward_integral(
     if out is not None:
         wanted = _spikes_format(steps, neurons, spike_dtype, default)
         inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **_numbers(p)}
-        check.check_out(out, *wanted, inputs)
+        validation.check_out(out, *wanted, inputs)
 
     backend = choose_backend(backend, device)
-    check.check_exported(backend)
+    validation.check_exported(backend)
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
         rows, final = _run_reference(
@@ -502,8 +502,8 @@ def coba_lif_integral(
         torch.Size([100, 8, 2])
     """
     block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
-    dt = check.check_dt(dt)
-    check.check_path(path, _recurrent.PATHS)
+    dt = validation.check_dt(dt)
+    validation.check_path(path, time_blocks.PATHS)
     initial = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
     weights = input_weights.to(dtype), recurrent_weights.to(dtype)
@@ -513,9 +513,9 @@ def coba_lif_integral(
         wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)
         inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **_numbers(p)}
         inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
-        check.check_out(out, *wanted, inputs)
+        validation.check_out(out, *wanted, inputs)
     backend = choose_backend(backend, device)
-    check.check_exported(backend)
+    validation.check_exported(backend)
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
         w = reference.SplitWeights.of(*weights)

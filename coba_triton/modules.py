@@ -29,15 +29,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from . import _validation as check
-from ._validation import SpikeDtype
 from .functional import (
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
     coba_lif_integral,
     coba_lif_step,
 )
-from .model import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, known
+from .neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, known
+from .ops import validation
+from .ops.validation import SpikeDtype
 
 for _function in ("coba_lif_feed_forward_integral", "coba_lif_feed_forward_step", "coba_lif_integral", "coba_lif_step"):
     torch.fx.wrap(_function)
@@ -53,10 +53,10 @@ class _Neurons(nn.Module):
 
     def __init__(self, p: Any, dt: float, learn: Collection[str]) -> None:
         super().__init__()
-        check.check_parameters(p)
-        self.dt = check.check_dt(dt)
-        check.check_learn(learn, p)
-        check.warn_if_unstable(p, self.dt)
+        validation.check_parameters(p)
+        self.dt = validation.check_dt(dt)
+        validation.check_learn(learn, p)
+        validation.warn_if_unstable(p, self.dt)
         self.dtype = torch.get_default_dtype()  # what the module was converted to last
         self.method: str = p.method
         self.learn = tuple(learn)
@@ -72,7 +72,7 @@ class _Neurons(nn.Module):
             else:
                 start = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value)).float()
                 self.register_parameter(name, nn.Parameter(start))
-        check.skip_stability(self.p, self.dt)
+        validation.skip_stability(self.p, self.dt)
 
     @property
     def p(self) -> CobaLIFParameters:
@@ -135,9 +135,9 @@ class _RecurrentNeurons(_Neurons):
 
     def __init__(self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]) -> None:
         super().__init__(p, dt, learn)
-        self.input_size = input_size = check.check_int(input_size, "input_size", 0)
-        self.hidden_size = hidden_size = check.check_int(hidden_size, "hidden_size")
-        check.check_flag(autapses, "autapses")
+        self.input_size = input_size = validation.check_int(input_size, "input_size", 0)
+        self.hidden_size = hidden_size = validation.check_int(hidden_size, "hidden_size")
+        validation.check_flag(autapses, "autapses")
         self.autapses = autapses
         self.input_weights = nn.Parameter(torch.empty(hidden_size, input_size))
         self.recurrent_weights = nn.Parameter(torch.empty(hidden_size, hidden_size))
@@ -162,7 +162,7 @@ class _RecurrentNeurons(_Neurons):
         recurrent = self.recurrent_weights
         if self.autapses:
             return self.input_weights, recurrent
-        if check.exports_to_onnx():  # which has no other form of it; this one takes longer
+        if validation.exports_to_onnx():  # which has no other form of it; this one takes longer
             diagonal = torch.eye(self.hidden_size, dtype=torch.bool, device=recurrent.device)
             return self.input_weights, recurrent.masked_fill(diagonal, 0.0)
         return self.input_weights, torch.diagonal_scatter(recurrent, recurrent.new_zeros(self.hidden_size))
@@ -180,10 +180,10 @@ class _WholeSequence(nn.Module):
     )
 
     def _set_options(self, **options: Any) -> None:
-        check.check_order(options["order"])
-        check.check_flag(options["record_states"], "record_states")
-        options["block_steps"] = check.check_block_steps(options["block_steps"])
-        check.check_spike_dtype(options["spike_dtype"], options["block_steps"])
+        validation.check_order(options["order"])
+        validation.check_flag(options["record_states"], "record_states")
+        options["block_steps"] = validation.check_block_steps(options["block_steps"])
+        validation.check_spike_dtype(options["spike_dtype"], options["block_steps"])
         for name, value in options.items():
             setattr(self, name, value)
 

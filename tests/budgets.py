@@ -20,7 +20,7 @@ from typing import Any
 
 import triton
 
-from coba_triton._compile import TARGETS, compile_launch, figures, occupancy
+from coba_triton.tools.compiler import TARGETS, compile_launch, figures, occupancy
 from compile_targets import RECURRENT_SPECIMENS, SPECIMENS, launches
 from ptxsim.cubin import disassemble
 

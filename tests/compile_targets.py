@@ -12,7 +12,7 @@ import triton
 from triton.compiler import ASTSource, CompiledKernel
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
-from coba_triton._compile import TARGETS, recorded
+from coba_triton.tools.compiler import TARGETS, recorded
 
 
 def run(

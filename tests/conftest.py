@@ -15,8 +15,9 @@ os.environ["COBA_TRITON_TUNING"] = "off"  # no table of the machine's user
 import pytest
 import torch
 
-from coba_triton import _validation, model
-from coba_triton._backends import triton_device_type
+from coba_triton.backend.choose import triton_device_type
+from coba_triton.neuron import records
+from coba_triton.ops import validation
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker for every core
@@ -48,14 +49,14 @@ def _where_kernels_run() -> torch.device:
 @pytest.fixture(autouse=True)
 def forget_stability_checks() -> None:
     """Every test sees the warnings that a new process would see."""
-    _validation._stability_checked.clear()
-    model._kept.clear()
+    validation._stability_checked.clear()
+    records._kept.clear()
 
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Set the number of threads, which small problems use, too; put it back afterwards."""
-    monkeypatch.setattr("coba_triton._cpu.MIN_STEPS_PER_THREAD", 100)
+    monkeypatch.setattr("coba_triton.backend.cpu.launch.MIN_STEPS_PER_THREAD", 100)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

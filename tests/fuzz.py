@@ -38,9 +38,10 @@ import torch
 from matplotlib.figure import Figure
 
 import coba_triton as ct
-from coba_triton import plotting, tuning
 from coba_triton.cli import main
-from coba_triton.spikes import word_count
+from coba_triton.ops.spikes import word_count
+from coba_triton.stream import plotting
+from coba_triton.tuning import tables as tuning
 
 # What a call may raise. An error of a file's is one where a path is given, one of memory where a size is.
 ALLOWED: dict[str, tuple[type[BaseException], ...]] = {

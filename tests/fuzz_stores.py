@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from coba_triton import CobaLIF, NpzSink, PoissonSource, Record, ZarrSink, open_result, simulate
-from coba_triton._store import describe_group
+from coba_triton.stream.store import describe_group
 from test_simulate import NEURON
 
 STEPS, BLOCK, NEURONS = 700, 96, 20

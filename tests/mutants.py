@@ -100,15 +100,15 @@ def recurrent(edits: dict[str, str]) -> Mutant:
 
 
 def launch(edits: dict[str, str]) -> Mutant:
-    return Mutant("feed-forward", "coba_triton/_triton.py", edits)
+    return Mutant("feed-forward", "coba_triton/backend/triton.py", edits)
 
 
 def blocks(edits: dict[str, str]) -> Mutant:
-    return Mutant("blocks", "coba_triton/_recurrent.py", edits)
+    return Mutant("blocks", "coba_triton/ops/time_blocks.py", edits)
 
 
 def cpu(edits: dict[str, str]) -> Mutant:
-    return Mutant("CPU feed-forward", "coba_triton/_cpu_kernels.py", edits)
+    return Mutant("CPU feed-forward", "coba_triton/backend/cpu/feed_forward.py", edits)
 
 
 SPIKE = "spike = (u - c.v_thresh) > 0.0"

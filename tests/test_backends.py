@@ -12,15 +12,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
 
-from coba_triton import _backends
-from coba_triton._backends import choose_backend
+from coba_triton.backend import choose
+from coba_triton.backend.choose import choose_backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
 def forget_reports():
-    _backends._report_fallback.cache_clear()
+    choose._report_fallback.cache_clear()
 
 
 def drive(monkeypatch, device_type: str | None) -> None:

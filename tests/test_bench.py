@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from coba_triton import contenders
 from coba_triton.cli import bench, main
-from coba_triton.contenders import Contender
-from coba_triton.problems import VALUES, Case, recurrent_problem
+from coba_triton.tools import contenders
+from coba_triton.tools.contenders import Contender
+from coba_triton.tools.problems import VALUES, Case, recurrent_problem
 
 CASES = (
     Case("inference-tiny", "feed_forward", 30, 2, 10),

@@ -14,19 +14,22 @@ import pytest
 import torch
 
 import coba_triton
-from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _check, _check_process, _cpu, _cpu_recurrent
-from coba_triton._check import find_mismatch, sums_are_exact
-from coba_triton._check_cases import Check, Run
-from coba_triton._check_shrink import shrink
+from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters
+from coba_triton.backend.cpu import launch as cpu_launch
+from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
 from coba_triton.cli import main
-from coba_triton.problems import problem, recurrent_problem
+from coba_triton.tools import check_process, checker
+from coba_triton.tools.check_cases import Check, Run
+from coba_triton.tools.check_shrink import shrink
+from coba_triton.tools.checker import find_mismatch, sums_are_exact
+from coba_triton.tools.problems import problem, recurrent_problem
 
 CPU = torch.device("cpu")
 
 
 def test_every_quick_case_has_a_name_of_its_own_and_builds() -> None:
     for backend, level in (("cpu", "quick"), ("triton", "full")):
-        checks = _check.select(backend, CPU, level, None)
+        checks = checker.select(backend, CPU, level, None)
         names = [f"{check.group}, {check.name}" for check in checks]
         assert len(set(names)) == len(names)
         assert {check.ours.backend for check in checks} == {backend}
@@ -60,7 +63,7 @@ def plant_wrong_voltage(monkeypatch) -> None:
         if x.shape[0] >= 4:
             final[0, -1] = torch.nextafter(final[0, -1], torch.full((), math.inf, dtype=final.dtype))
 
-    plant(monkeypatch, _cpu, "feed_forward_forward", spoil)
+    plant(monkeypatch, cpu_launch, "feed_forward_forward", spoil)
 
 
 def shown_by(snippet: str) -> str:
@@ -94,7 +97,7 @@ def test_a_planted_wrong_gradient_is_found_and_shown(monkeypatch) -> None:
     def spoil(result, x, constants, jump_first, method, every, words, checkpoints, gz, gf, gs, grad_x, grad_state, gc):
         grad_x[-1] *= 1 + 2**-20
 
-    plant(monkeypatch, _cpu, "feed_forward_backward", spoil)
+    plant(monkeypatch, cpu_launch, "feed_forward_backward", spoil)
     report = coba_triton.check(backend="cpu", device="cpu", only="gradients, super torch.float32")
     (failed,) = report.failures
     assert failed.detail.startswith("gradient by x[") and not report.ok
@@ -109,7 +112,7 @@ def test_a_planted_recurrent_bug_is_found_on_any_weights(monkeypatch) -> None:
         states[1] += 2e-5
         return result
 
-    plant(monkeypatch, _cpu_recurrent, "recurrent_block", spoil)
+    plant(monkeypatch, cpu_recurrent, "recurrent_block", spoil)
     report = coba_triton.check(backend="cpu", device="cpu", only="recurrent on any weights, [40, 2, 60] events")
     assert not report.ok
 
@@ -162,9 +165,9 @@ def test_mismatches_say_where() -> None:
     check = Check("", "", lambda device: case, Run("reference", {"order": "jump_first"}), Run("reference"))
     assert "elements differ" in str(find_mismatch(case, check))
     nan = torch.tensor([1.0, math.nan])
-    assert _check.compare("x", nan, nan.clone()) is None
-    assert "x[0] is 2.0, expected 1.0; 1 of 2" in str(_check.compare("x", torch.tensor([2.0, math.nan]), nan))
-    assert "torch.float32 [2] instead of torch.float64 [2]" in str(_check.compare("x", nan, nan.double()))
+    assert checker.compare("x", nan, nan.clone()) is None
+    assert "x[0] is 2.0, expected 1.0; 1 of 2" in str(checker.compare("x", torch.tensor([2.0, math.nan]), nan))
+    assert "torch.float32 [2] instead of torch.float64 [2]" in str(checker.compare("x", nan, nan.double()))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ def test_bad_arguments_from_python() -> None:
 
 
 def test_ctrl_c_ends_with_what_was_found(monkeypatch, capsys, tmp_path) -> None:
-    run_check, done = _check.run_check, []
+    run_check, done = checker.run_check, []
 
     def interrupt(check, device):
         if done:
@@ -204,7 +207,7 @@ def test_ctrl_c_ends_with_what_was_found(monkeypatch, capsys, tmp_path) -> None:
         done.append(check)
         return run_check(check, device)
 
-    monkeypatch.setattr(_check, "run_check", interrupt)
+    monkeypatch.setattr(checker, "run_check", interrupt)
     report = tmp_path / "report.json"
     assert main(["check", "--device", "cpu", "--only", "threshold", "--report", str(report)]) == 130
     assert "Interrupted after 1 of 2 checks." in capsys.readouterr().out
@@ -231,7 +234,7 @@ def test_what_a_compiler_or_a_driver_raises_is_a_failed_case_in_few_lines(monkey
     def fail(*args, **kwargs):
         raise CompilerError("\n".join(["at 11:23:", *(f"line {i}" for i in range(100)), "no attribute 'type'"]))
 
-    monkeypatch.setattr(_cpu, "feed_forward_forward", fail)
+    monkeypatch.setattr(cpu_launch, "feed_forward_forward", fail)
     path = tmp_path / "report.json"
     assert main(["check", "--device", "cpu", "--only", "on the threshold", "--report", str(path)]) == 1
     report = json.loads(path.read_text())
@@ -240,7 +243,7 @@ def test_what_a_compiler_or_a_driver_raises_is_a_failed_case_in_few_lines(monkey
 
 
 def test_making_a_failing_case_smaller_has_a_time_limit(monkeypatch) -> None:
-    monkeypatch.setattr("coba_triton._check_shrink.SHRINK_SECONDS", 0.0)
+    monkeypatch.setattr("coba_triton.tools.check_shrink.SHRINK_SECONDS", 0.0)
     tried = []
     assert shrink(problem(20, (30,)), lambda case: not tried.append(case)).x.shape == (20, 30)
     assert len(tried) == 1
@@ -254,14 +257,14 @@ def serve_badly(backend, device, level, only, requests) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         if number == 2:
             time.sleep(60)
-        requests.send(_check.Result("group", str(number), "failed" if number == 3 else "passed", 0.0, "wrong"))
+        requests.send(checker.Result("group", str(number), "failed" if number == 3 else "passed", 0.0, "wrong"))
 
 
 @pytest.mark.slow
 def test_a_case_that_takes_its_process_along_leaves_the_others_alone(monkeypatch) -> None:
-    monkeypatch.setattr(_check_process, "_serve", serve_badly)
-    monkeypatch.setattr(_check_process, "CASE_SECONDS", 15.0)
-    results = list(_check_process.run_checks("cpu", CPU, "quick", "input dtypes"))
+    monkeypatch.setattr(check_process, "_serve", serve_badly)
+    monkeypatch.setattr(check_process, "CASE_SECONDS", 15.0)
+    results = list(check_process.run_checks("cpu", CPU, "quick", "input dtypes"))
     assert [result.status for result in results] == ["passed", "failed", "failed", "failed", "passed"]
     assert results[1].detail == "the process that ran it died of SIGSEGV"
     assert results[2].detail == "the process that ran it did not end within 15 s, and was killed"

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from coba_triton import tuning
 from coba_triton.cli import info, main
+from coba_triton.tuning import tables as tuning
 
 
 def test_info_says_what_serves_and_why_not(capsys) -> None:

@@ -12,14 +12,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from coba_triton import (
-    MemorySink,
-    PoissonSource,
-    Result,
-    coba_lif_feed_forward_integral,
-    coba_lif_integral,
-    open_result,
-)
+from coba_triton import MemorySink, PoissonSource, Result, coba_lif_feed_forward_integral, coba_lif_integral, open_result
 from coba_triton.cli import job, main
 from coba_triton.cli.config import Config, FileWeights, RandomSynapses, UserError, builtins, load
 from coba_triton.cli.inputs import open_source

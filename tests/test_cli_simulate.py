@@ -26,13 +26,13 @@ from coba_triton import (
     coba_lif_integral,
     open_result,
     simulate,
-    simulation,
 )
 from coba_triton.cli import config as cli_config
 from coba_triton.cli import job, main, report
 from coba_triton.cli.config import UserError
 from coba_triton.cli.inputs import open_source
 from coba_triton.cli.weights import open_recurrent, read_array
+from coba_triton.stream import simulation
 
 CONFIG = """
 description = "a test"

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not
 import triton
 
 import budgets
-from coba_triton._compile import TARGETS
+from coba_triton.tools.compiler import TARGETS
 from compile_targets import RECURRENT_SPECIMENS, SPECIMENS
 
 pytestmark = [

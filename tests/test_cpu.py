@@ -24,9 +24,10 @@ import pytest
 import torch
 
 import coba_triton
-from coba_triton import CobaLIFFeedForwardState, _kernel_cache, coba_lif_feed_forward_integral
-from coba_triton import _cpu_kernels as kernels
-from coba_triton.problems import Problem, problem, recurrent_problem
+from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
+from coba_triton.backend.cpu import cache as _kernel_cache
+from coba_triton.backend.cpu import feed_forward as kernels
+from coba_triton.tools.problems import Problem, problem, recurrent_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,7 +89,7 @@ def test_after_a_fork(threads) -> None:
 
 
 def test_an_error_in_a_thread_is_raised(threads, monkeypatch) -> None:
-    from coba_triton import _cpu
+    from coba_triton.backend.cpu import launch as cpu_launch
 
     threads(2)
 
@@ -96,22 +97,25 @@ def test_an_error_in_a_thread_is_raised(threads, monkeypatch) -> None:
         if args[-2] > 0:  # not the part of the calling thread
             raise MemoryError("no more")
 
-    monkeypatch.setattr(_cpu.kernels, "forward_kernel", lambda: fail)
+    monkeypatch.setattr(cpu_launch.kernels, "forward_kernel", lambda: fail)
     with pytest.raises(MemoryError, match="no more"):
         large().run("cpu")
 
 
 def test_in_a_stream_of_blocks_no_thread_waits_for_another(threads) -> None:
     """While one thread is busy with something else, the other one goes on to the next blocks; the bits are the same."""
-    from coba_triton import _cpu
-    from coba_triton.model import constants_table
+    from coba_triton.backend.cpu import launch as cpu_launch
+    from coba_triton.neuron.records import constants_table
 
     threads(2)
     case = large(4096, 1000)
     expected, final = case.run("reference", spike_dtype="bits")
     table = constants_table(case.record("super"), case.dt, torch.float32, torch.device("cpu"), torch.Size([1000]))
     busy = threading.Event()
-    with closing(_cpu.ForwardStream(table, False, torch.stack(list(case.state)), 2048)) as stream, ExitStack() as at_last:
+    with (
+        closing(cpu_launch.ForwardStream(table, False, torch.stack(list(case.state)), 2048)) as stream,
+        ExitStack() as at_last,
+    ):
         at_last.callback(busy.set)
         assert len(stream._threads) == 2
         stream._threads[0].submit(busy.wait)
@@ -204,7 +208,7 @@ def test_recorded_states_and_bits_of_a_large_run(threads) -> None:
 def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
     """No fused multiply-add; every product of the equations is there as a vector instruction."""
 
-    from coba_triton import _cpu_recurrent_kernels as recurrent
+    from coba_triton.backend.cpu import recurrent
 
     everything(problem(20, (70,)))
     everything(recurrent_problem(20, 2, 70))
@@ -225,7 +229,7 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
 # what a fresh process prints: where its kernels were cached, and how often a compiled one was found there
 FRESH = """
 import sys, coba_triton, torch
-from coba_triton._warmup import messages_on_stderr
+from coba_triton.tools.warmup import messages_on_stderr
 assert "numba" not in sys.modules, "importing the package imports numba"
 torch.set_num_threads(1)
 x = torch.linspace(-1, 1, 40).expand(50, 40) * 30
@@ -233,7 +237,8 @@ with messages_on_stderr():
     z, s = coba_triton.coba_lif_feed_forward_integral(x, None, backend="cpu")
 r, q = coba_triton.coba_lif_feed_forward_integral(x, None, backend="reference")
 assert torch.equal(z, r) and all(map(torch.equal, s, q))
-kernel = __import__("coba_triton._cpu_kernels")._cpu_kernels.forward_kernel()
+from coba_triton.backend.cpu.feed_forward import forward_kernel
+kernel = forward_kernel()
 from coba_triton.cli.info import caches
 assert caches()["numba"].startswith(kernel.stats.cache_path or "nowhere, as no folder can be written to")
 print(kernel.stats.cache_path, sum(kernel.stats.cache_hits.values()))
@@ -258,7 +263,8 @@ def package(tmp_path) -> Path:
     source = Path(coba_triton.__file__).parent
     shutil.copytree(source, tmp_path / "coba_triton", ignore=shutil.ignore_patterns("__pycache__", "kernels"))
     (tmp_path / "coba_triton" / "kernels").mkdir()
-    (tmp_path / "coba_triton" / "__pycache__").touch()
+    for room in (tmp_path / "coba_triton").glob("**/"):
+        (room / "__pycache__").touch()
     return tmp_path
 
 
@@ -384,7 +390,7 @@ def test_compiled_code_is_cached_where_it_can_be(package, tmp_path) -> None:
     # nowhere to write: it compiles each time, and works
     assert fresh(package, XDG_CACHE_HOME=str(file)) == ["None", "0"]
     # the equations changed: what was compiled from the old ones is not used
-    with (package / "coba_triton" / "reference.py").open("a") as reference:
+    with (package / "coba_triton" / "backend" / "reference.py").open("a") as reference:
         reference.write("# another version\n")
     assert fresh(package, NUMBA_CACHE_DIR=str(own))[1] == "0"
 

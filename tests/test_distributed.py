@@ -31,7 +31,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
-from coba_triton.problems import DT, VALUES, RecurrentProblem, recurrent_problem
+from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
 from marks import slow
 from ranks import Ranks
 

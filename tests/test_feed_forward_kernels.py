@@ -15,9 +15,9 @@ from coba_triton import (
     pack_spikes,
     unpack_spikes,
 )
-from coba_triton._backends import triton_device_type
-from coba_triton.problems import DT, Problem, problem
-from coba_triton.surrogate import SURROGATES
+from coba_triton.backend.choose import triton_device_type
+from coba_triton.neuron.surrogate import SURROGATES
+from coba_triton.tools.problems import DT, Problem, problem
 from marks import slow
 
 ORDERS = ["decay_first", "jump_first"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, coba_lif_feed_forward_integral, model
-from coba_triton.model import NUMERIC_PARAMETERS, constants_table, derive_constants, number_key
+from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, coba_lif_feed_forward_integral
+from coba_triton.neuron import records
+from coba_triton.neuron.records import NUMERIC_PARAMETERS, constants_table, derive_constants, number_key
 
 CPU = torch.device("cpu")
 X = torch.full((200, 5), 0.02)
@@ -95,15 +96,17 @@ def test_what_inference_mode_makes_serves_training() -> None:
 def test_what_a_transform_makes_is_not_kept() -> None:
     p = P._replace(g_l=0.0124)
     torch.func.grad(lambda x: coba_lif_feed_forward_integral(x, None, p, 0.1, backend="cpu")[1].v.sum())(X)
-    assert all(type(kept) is Tensor and not torch._C._functorch.is_gradtrackingtensor(kept) for kept in model._kept.values())
+    assert all(
+        type(kept) is Tensor and not torch._C._functorch.is_gradtrackingtensor(kept) for kept in records._kept.values()
+    )
     assert torch.equal(spikes(p), spikes(p, "reference"))
 
 
 def test_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_KEPT_AT_MOST", 8)
+    monkeypatch.setattr(records, "_KEPT_AT_MOST", 8)
     for i in range(40):
         spikes(P._replace(g_l=0.01 + 0.001 * i))
-        assert len(model._kept) <= 8
+        assert len(records._kept) <= 8
 
 
 def test_doubles_of_one_device_are_converted_together() -> None:

@@ -29,7 +29,7 @@ from coba_triton import (
     modules,
     unpack_spikes,
 )
-from coba_triton.model import NUMERIC_PARAMETERS
+from coba_triton.neuron.records import NUMERIC_PARAMETERS
 
 DT, INPUTS, N, B, T = 0.1, 3, 5, 2, 40
 LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")

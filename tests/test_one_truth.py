@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import coba_triton
-from coba_triton.model import CobaLIFParameters, Constants
+from coba_triton.neuron.records import CobaLIFParameters, Constants
 
 PACKAGE = Path(coba_triton.__file__).parent
 
@@ -25,14 +25,14 @@ def lines(function: ast.FunctionDef) -> list[str]:
 @pytest.mark.parametrize("name", ["add_drive", "integrate", "reset"])
 def test_step_has_the_lines_of_the_reference(name: str) -> None:
     kernel = functions(PACKAGE / "kernels" / "step.py")[name]
-    reference = functions(PACKAGE / "reference.py")[name]
+    reference = functions(PACKAGE / "backend" / "reference.py")[name]
     assert lines(kernel) == lines(reference)
 
 
 @pytest.mark.parametrize("name", ["vjp", "vjp_constants"])
 def test_cpu_adjoint_has_the_lines_of_the_kernels(name: str) -> None:
     kernel = functions(PACKAGE / "kernels" / "step.py")[name]
-    cpu = functions(PACKAGE / "_cpu_kernels.py")[name]
+    cpu = functions(PACKAGE / "backend" / "cpu" / "feed_forward.py")[name]
     assert lines(cpu) == lines(kernel)
 
 
@@ -42,7 +42,9 @@ def record(path: Path, name: str) -> list[str]:
 
 
 def test_cpu_adjoint_has_the_same_fields() -> None:
-    assert record(PACKAGE / "_cpu_kernels.py", "Adjoint") == record(PACKAGE / "kernels" / "step.py", "Adjoint")
+    assert record(PACKAGE / "backend" / "cpu" / "feed_forward.py", "Adjoint") == record(
+        PACKAGE / "kernels" / "step.py", "Adjoint"
+    )
 
 
 SURROGATE_BRANCHES = {"super": "super_spike", "triangle": "triangle", "tanh": "tanh", "circ": "circ"} | {
@@ -58,7 +60,7 @@ def test_surrogate_has_the_lines_of_the_reference(method: str) -> None:
         branches[ast.literal_eval(node.test.comparators[0])] = node.body  # type: ignore[attr-defined]
         node = node.orelse[0]
     kernel = "\n".join(map(ast.unparse, branches[method]))
-    reference = "\n".join(lines(functions(PACKAGE / "surrogate.py")[SURROGATE_BRANCHES[method]])[1:])
+    reference = "\n".join(lines(functions(PACKAGE / "neuron" / "surrogate.py")[SURROGATE_BRANCHES[method]])[1:])
     # names that differ: the rounding of `/` and of the square root must be asked for by name in a kernel
     kernel = kernel.replace("tl.full(q.shape, 1.0, q.dtype)", "1.0").replace("tl.", "").replace("square_root", "sqrt")
     tree = ast.parse(kernel)

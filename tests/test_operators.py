@@ -10,8 +10,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
-from coba_triton.problems import problem, recurrent_problem
-from coba_triton.spikes import word_count
+from coba_triton.ops.spikes import word_count
+from coba_triton.tools.problems import problem, recurrent_problem
 
 
 def arguments(device, *, spike_dtype=torch.float32, record=False, every=8, steps=19, grad=True, save=True):

@@ -305,7 +305,7 @@ import importlib, pkgutil
 from coba_triton.cli import main
 
 for module in pkgutil.walk_packages(coba_triton.__path__, "coba_triton."):
-    if not module.name.endswith((".__main__", "._triton", "._compile")) and ".kernels" not in module.name:
+    if not module.name.endswith((".__main__", ".backend.triton", ".compiler")) and ".kernels" not in module.name:
         importlib.import_module(module.name)
 for sink in (out + "/run.zarr", out + "/run.npz"):
     coba_triton.simulate(coba_triton.CobaLIF(dt=0.1), source, sink=sink, progress=False)

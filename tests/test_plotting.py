@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coba_triton import CobaLIF, Record, Result, plotting, simulate
+from coba_triton import CobaLIF, Record, Result, simulate
+from coba_triton.stream import plotting
 from test_simulate import NEURON, PER_NEURON, RECORD, T, drive
 
 

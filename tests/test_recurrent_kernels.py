@@ -12,11 +12,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
 
-from coba_triton import CobaLIFParameters, CobaLIFState, _triton, coba_lif_integral, coba_lif_step
+from coba_triton import CobaLIFParameters, CobaLIFState, coba_lif_integral, coba_lif_step
 from coba_triton import kernels as kernels_package
+from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import recurrent as recurrent_kernels
-from coba_triton.problems import DT, VALUES, recurrent_problem
-from coba_triton.surrogate import SURROGATES
+from coba_triton.neuron.surrogate import SURROGATES
+from coba_triton.tools.problems import DT, VALUES, recurrent_problem
 from concurrent_interpreter import all_programs_at_once
 from marks import slow
 
@@ -125,9 +126,9 @@ def test_bits_do_not_depend_on_batch_and_tiles(device, monkeypatch) -> None:
     case.state = CobaLIFState(*(field[1:2] for field in state))
     alone = case.run("triton", path="events")
     assert_same_bits([alone[0], *alone[1]], [spikes[:, 1:2], *(field[1:2] for field in final)])
-    monkeypatch.setattr(_triton, "ROW_IN_REGISTERS", 0)
-    monkeypatch.setattr(_triton, "TILE", 32)
-    monkeypatch.setattr(_triton, "EVENTS_AHEAD", 2)
+    monkeypatch.setattr(triton_backend, "ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(triton_backend, "TILE", 32)
+    monkeypatch.setattr(triton_backend, "EVENTS_AHEAD", 2)
     for spike_dtype in (None, "bits"):
         tiled = case.run("triton", path="events", spike_dtype=spike_dtype)
         alone = case.run("triton", path="events", spike_dtype=spike_dtype)
@@ -137,8 +138,8 @@ def test_bits_do_not_depend_on_batch_and_tiles(device, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spike_dtype", [None, "bits"])
 def test_rows_larger_than_a_tile(spike_dtype, device, monkeypatch) -> None:
-    monkeypatch.setattr(_triton, "ROW_IN_REGISTERS", 0)
-    monkeypatch.setattr(_triton, "TILE", 32)
+    monkeypatch.setattr(triton_backend, "ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(triton_backend, "TILE", 32)
     case = recurrent_problem(36, 2, 75, device=device, per_neuron=True)
     ours = case.run("triton", path="events", spike_dtype=spike_dtype)
     theirs = case.run("reference", spike_dtype=spike_dtype)
@@ -158,8 +159,8 @@ def test_projections_have_the_same_bits_however_dense_their_sources_are(density,
         signed = torch.stack([weights[source].relu(), (-weights[source]).relu()])
         expected[:, row] += signed * sources[row, source]
     for many in (1, 1000):  # four rows a program, and one
-        monkeypatch.setattr(_triton, "MANY_ROWS", many)
-        assert_same_bits([_triton.project_events(sources.to(device), weights.to(device)).cpu()], [expected])
+        monkeypatch.setattr(triton_backend, "MANY_ROWS", many)
+        assert_same_bits([triton_backend.project_events(sources.to(device), weights.to(device)).cpu()], [expected])
 
 
 @pytest.mark.slow
@@ -220,7 +221,7 @@ GRADIENT_CASES = [
 def test_gradients(options, one_launch, device, monkeypatch) -> None:
     """Everything by everything in float64, to 1e-8; two blocks, the last a short one."""
     if not one_launch:
-        monkeypatch.setattr(_triton, "SWEEP_IN_ONE_LAUNCH", 0)
+        monkeypatch.setattr(triton_backend, "SWEEP_IN_ONE_LAUNCH", 0)
     case = recurrent_problem(37, 2, 9, torch.float64, device, exact=False, binary=False, per_neuron=True)
     ours, our_grads = case.gradients("triton", block_steps=32, **options)
     theirs, their_grads = case.gradients("reference", **options)
@@ -317,19 +318,19 @@ interpreted = pytest.mark.skipif(
 def run_sliced(seed: int = 0, spin_limit: int = 300) -> list[torch.Tensor]:
     """Two rows of three programs at once, more than one block of steps."""
     case = recurrent_problem(12, 2, 75, seed=seed)
-    _triton.SPIN_LIMIT, limit = spin_limit, _triton.SPIN_LIMIT
+    triton_backend.SPIN_LIMIT, limit = spin_limit, triton_backend.SPIN_LIMIT
     try:
         with all_programs_at_once(seed):
             spikes, final = case.run("triton", path="sliced")
     finally:
-        _triton.SPIN_LIMIT = limit
+        triton_backend.SPIN_LIMIT = limit
     return [spikes, *final]
 
 
 @interpreted
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_slices_agree_with_the_reference(seed, device) -> None:
-    assert _triton.slices_per_row(75, 2, device) > 1
+    assert triton_backend.slices_per_row(75, 2, device) > 1
     expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")
     assert_same_bits(run_sliced(seed, spin_limit=100_000), [expected, *reference])
 
@@ -338,12 +339,12 @@ def test_slices_agree_with_the_reference(seed, device) -> None:
 def test_slices_that_wait_in_vain_raise(device) -> None:
     """One after the other, the first program waits for the second for ever: an exception, no hang."""
     case = recurrent_problem(3, 1, 75)
-    limit, _triton.SPIN_LIMIT = _triton.SPIN_LIMIT, 20
+    limit, triton_backend.SPIN_LIMIT = triton_backend.SPIN_LIMIT, 20
     try:
         with pytest.raises(RuntimeError, match="path 'sliced': a program waited .* pass path='events'"):
             case.run("triton", path="sliced")
     finally:
-        _triton.SPIN_LIMIT = limit
+        triton_backend.SPIN_LIMIT = limit
 
 
 PLANTED = {
@@ -373,7 +374,7 @@ def test_planted_barrier_bugs_are_caught(bug, tmp_path, monkeypatch) -> None:
     mutant = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, mutant)
     spec.loader.exec_module(mutant)
-    monkeypatch.setattr(_triton, "recurrent", mutant)
+    monkeypatch.setattr(triton_backend, "recurrent", mutant)
     monkeypatch.setattr(torch, "empty", torch.zeros)  # a list that is read too early then names neurons that exist
     for seed in range(8):
         expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")

@@ -20,8 +20,8 @@ from coba_triton import (
     default_bio_state,
     pack_spikes,
 )
-from coba_triton.problems import DT, VALUES, problem
-from coba_triton.surrogate import SURROGATES, spike
+from coba_triton.neuron.surrogate import SURROGATES, spike
+from coba_triton.tools.problems import DT, VALUES, problem
 
 ORDERS = ["decay_first", "jump_first"]
 

@@ -38,10 +38,10 @@ from coba_triton import (
     ZarrSink,
     open_result,
     simulate,
-    sinks,
 )
-from coba_triton._store import Store, describe_group
-from coba_triton.simulation import checksum_of
+from coba_triton.stream import sinks
+from coba_triton.stream.simulation import checksum_of
+from coba_triton.stream.store import Store, describe_group
 
 zarr = pytest.importorskip("zarr", reason="the extra stream is not installed")
 
@@ -123,9 +123,9 @@ def test_inputs_of_every_dtype_are_compared(dtype: torch.dtype, tmp_path: Path) 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 64), (96, 200), (33, 130)])
 def test_whoever_reads_the_input_makes_the_same_checksum(shape: tuple[int, int], threads: int, tile: int) -> None:
     """The kernels, by tiles and threads of any size, and what reads it alone."""
-    from coba_triton import tuning
-    from coba_triton._cpu import ForwardStream, lanes, row_sums
-    from coba_triton.model import constants_table
+    from coba_triton.backend.cpu.launch import ForwardStream, lanes, row_sums
+    from coba_triton.neuron.records import constants_table
+    from coba_triton.tuning import tables as tuning
 
     x, neurons = torch.randn(shape, generator=torch.Generator().manual_seed(0)), shape[1]
     constants = constants_table(NEURON, 0.1, torch.float32, x.device, x.shape[1:])
@@ -136,7 +136,7 @@ def test_whoever_reads_the_input_makes_the_same_checksum(shape: tuple[int, int],
             pytest.MonkeyPatch.context() as patch,
             tuning.forced("feed_forward_forward", {"tile": tile, "threads": threads}),
         ):
-            patch.setattr("coba_triton._cpu.MIN_STEPS_PER_THREAD", 1)
+            patch.setattr("coba_triton.backend.cpu.launch.MIN_STEPS_PER_THREAD", 1)
             with contextlib.closing(ForwardStream(constants, False, torch.zeros(3, neurons), len(x))) as stream:
                 for job in stream.submit(x, torch.empty(-(-len(x) // 32), neurons, dtype=torch.int32), sums)[1]:
                     job.result()

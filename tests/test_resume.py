@@ -107,7 +107,7 @@ def test_threads_of_kernels_and_of_blosc_change_no_byte(threads: int, tmp_path: 
     """Blocks that two threads share, and chunks of more than one Blosc block."""
     from numcodecs import Blosc, blosc
 
-    from coba_triton.sinks import BLOSC
+    from coba_triton.stream.sinks import BLOSC
 
     x = torch.rand(10_000, 1000, generator=torch.Generator().manual_seed(1)) / 50
     words = CobaLIF(NEURON, 0.1, spike_dtype="bits")(x)[0].numpy()
@@ -127,7 +127,7 @@ def test_threads_of_kernels_and_of_blosc_change_no_byte(threads: int, tmp_path: 
 @pytest.mark.parametrize("network", ["feed-forward", "recurrent"])
 def test_at_most_three_blocks_are_lost(network: str, slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step that is not written yet to the last one that is begun."""
-    from coba_triton.simulation import _Run
+    from coba_triton.stream.simulation import _Run
 
     begun, on_their_way = [0], set()
     begin = _Run.begin

@@ -33,10 +33,10 @@ from coba_triton import (
     coba_lif_feed_forward_integral,
     coba_lif_integral,
     open_result,
-    plotting,
     simulate,
 )
-from coba_triton._cpu_recurrent import DENSE_RATE
+from coba_triton.backend.cpu.launch_recurrent import DENSE_RATE
+from coba_triton.stream import plotting
 
 T, N, INPUTS = 1000, 20, 6
 NEURON = CobaLIFParameters(
@@ -205,7 +205,7 @@ def in_memory(events: list[tuple[int, int]], steps: int = 200, neurons: int = 4)
 
 @pytest.mark.parametrize("read_bytes", [1, 2**24], ids=["block-by-block", "at-once"])
 def test_intervals(read_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coba_triton.results.READ_BYTES", read_bytes)
+    monkeypatch.setattr("coba_triton.stream.results.READ_BYTES", read_bytes)
     lengths = np.array([5, 15, 5, 125])
     irregular = np.cumsum([3, *lengths])
     result = in_memory([*((t, 0) for t in (0, 40, 80, 120, 160)), *((t, 2) for t in irregular.tolist()), (7, 1), (9, 1)])

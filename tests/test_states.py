@@ -16,7 +16,7 @@ from coba_triton import (
     coba_lif_feed_forward_integral,
     coba_lif_integral,
 )
-from coba_triton.problems import problem, recurrent_problem
+from coba_triton.tools.problems import problem, recurrent_problem
 from marks import slow
 
 

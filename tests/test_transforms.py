@@ -19,7 +19,7 @@ from coba_triton import (
     coba_lif_feed_forward_integral,
     coba_lif_integral,
 )
-from coba_triton.problems import DT, problem, recurrent_problem
+from coba_triton.tools.problems import DT, problem, recurrent_problem
 
 SAMPLES = 3
 CPU = torch.device("cpu")
@@ -72,10 +72,10 @@ def recurrent(device: torch.device) -> tuple[Callable[..., Tensor], list[Tensor]
 
 KINDS = {"feed-forward": feed_forward, "recurrent": recurrent}
 KERNELS = {
-    ("feed-forward", "cpu"): "coba_triton._cpu.feed_forward_forward",
-    ("feed-forward", "triton"): "coba_triton._triton.feed_forward_forward",
-    ("recurrent", "cpu"): "coba_triton._cpu_recurrent.recurrent_block",
-    ("recurrent", "triton"): "coba_triton._triton.recurrent_block",
+    ("feed-forward", "cpu"): "coba_triton.backend.cpu.launch.feed_forward_forward",
+    ("feed-forward", "triton"): "coba_triton.backend.triton.feed_forward_forward",
+    ("recurrent", "cpu"): "coba_triton.backend.cpu.launch_recurrent.recurrent_block",
+    ("recurrent", "triton"): "coba_triton.backend.triton.recurrent_block",
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coba_triton import CobaLIF, CobaLIFRecurrent, CobaLIFState, default_bio_state, stream_blocks
-from coba_triton.problems import DT, recurrent_problem
+from coba_triton.tools.problems import DT, recurrent_problem
 
 T = 120
 

@@ -15,10 +15,12 @@ import pytest
 import torch
 from filelock import FileLock
 
-from coba_triton import _cpu, _tuner, tuning
-from coba_triton._tuner import Journal, Task, Timed, Trial
+from coba_triton.backend.cpu import launch as cpu_launch
 from coba_triton.cli import main
-from coba_triton.tuning import TableError
+from coba_triton.tuning import tables as tuning
+from coba_triton.tuning import tuner
+from coba_triton.tuning.tables import TableError
+from coba_triton.tuning.tuner import Journal, Task, Timed, Trial
 
 TASK = Task("cpu", "feed_forward_backward", "float32", 4096, 1)
 RULE = {"tile": 1024, "threads": torch.get_num_threads(), "checkpoint_every": 16}
@@ -78,7 +80,7 @@ def journal(tmp_path) -> Iterator[Journal]:
 def test_quick_changes_the_best_one_parameter_at_a_time(journal) -> None:
     fake = Fake(clock := Clock())
     seen = []
-    outcome = _tuner.tune(TASK, fake, journal, "quick", clock=clock, show=seen.append)
+    outcome = tuner.tune(TASK, fake, journal, "quick", clock=clock, show=seen.append)
     assert outcome.complete and outcome.trials[0].parameters == RULE
     assert outcome.best.parameters | {"threads": 0} == {"tile": 256, "checkpoint_every": 32, "threads": 0}
     assert len(outcome.trials) == seen[-1].done == seen[-1].total
@@ -87,7 +89,7 @@ def test_quick_changes_the_best_one_parameter_at_a_time(journal) -> None:
 
 
 def test_full_tries_every_combination(journal) -> None:
-    outcome = _tuner.tune(TASK, Fake(clock := Clock()), journal, "full", clock=clock)
+    outcome = tuner.tune(TASK, Fake(clock := Clock()), journal, "full", clock=clock)
     sets = {tuple(trial.parameters.items()) for trial in outcome.trials}
     count = 1
     for values in TASK.space().values():
@@ -97,35 +99,35 @@ def test_full_tries_every_combination(journal) -> None:
 
 def test_what_is_wrong_spills_or_cannot_win_is_not_timed(journal) -> None:
     fake = Fake(clock := Clock(), wrong=512, spills=128, slow=64)
-    outcome = _tuner.tune(TASK, fake, journal, "quick", clock=clock)
+    outcome = tuner.tune(TASK, fake, journal, "quick", clock=clock)
     reasons = {trial.parameters["tile"]: (trial.status, trial.reason) for trial in outcome.trials}
     assert reasons[512] == ("failed", "changes bits: result 0[1] is 2.0, expected 1.0")
     assert reasons[128] == ("pruned", "spills 12 registers")
     assert reasons[64][0] == "pruned" and reasons[64][1].startswith("roofline: no faster than 1e+05 ms")
     assert not {512, 128, 64} & {parameters["tile"] for parameters in fake.timed}
-    entry = _tuner.entry_of(outcome, 1e9, {})
+    entry = tuner.entry_of(outcome, 1e9, {})
     assert {trial["status"] for trial in entry["trials"]} == {"timed", "failed", "pruned"}
     assert entry["parameters"]["tile"] == 256 and entry["trials"][0]["gb_per_s"] > 0
 
 
 def test_a_rule_that_is_wrong_ends_it(journal) -> None:
     with pytest.raises(ValueError, match="the launcher's own parameters failed: changes bits"):
-        _tuner.tune(TASK, Fake(Clock(), wrong=1024), journal)
+        tuner.tune(TASK, Fake(Clock(), wrong=1024), journal)
 
 
 def test_the_rule_stays_where_the_best_is_within_its_spread() -> None:
     rule = Trial({"threads": 2}, "timed", "", 0.9, 1.0, 1.1)
     other = Trial({"threads": 1}, "timed", "", 0.9, 0.95, 1.0)
-    assert _tuner.Outcome(TASK, [rule, other], True, 1, 1).best is rule
+    assert tuner.Outcome(TASK, [rule, other], True, 1, 1).best is rule
     other.p50 = 0.8
-    assert _tuner.Outcome(TASK, [rule, other], True, 1, 1).best is other
+    assert tuner.Outcome(TASK, [rule, other], True, 1, 1).best is other
 
 
 def test_a_budget_ends_it_and_resume_goes_on(tmp_path) -> None:
     path = tmp_path / "t.journal.jsonl"
     journal = Journal(path, HEADER, resume=False)
     fake = Fake(clock := Clock())
-    first = _tuner.tune(TASK, fake, journal, "full", deadline=600.0, clock=clock)
+    first = tuner.tune(TASK, fake, journal, "full", deadline=600.0, clock=clock)
     assert not first.complete and 2 < len(first.trials) < 10
     journal.close(finished=False)
     lines = path.read_text().splitlines()
@@ -136,7 +138,7 @@ def test_a_budget_ends_it_and_resume_goes_on(tmp_path) -> None:
         Journal(path, HEADER, resume=False)
     journal = Journal(path, HEADER, resume=True)
     again = Fake(clock := Clock())
-    whole = _tuner.tune(TASK, again, journal, "full", clock=clock)
+    whole = tuner.tune(TASK, again, journal, "full", clock=clock)
     assert whole.complete
     measured_before = [trial.parameters for trial in first.trials[1:]]
     # but for the run-off of the rule and the best
@@ -209,7 +211,7 @@ def test_a_link_does_not_lead_a_writer_elsewhere(tmp_path) -> None:
     table = tmp_path / "table.json"
     for name in (".table.json.part", f".table.json.{os.getpid()}.part"):
         (tmp_path / name).symlink_to(other)
-    _tuner.write_table(table, TARGET, [])
+    tuner.write_table(table, TARGET, [])
     assert other.read_text() == "mine" and tuning.read_table(table)["entries"] == []
 
 
@@ -226,7 +228,7 @@ def test_concurrent_writers_lose_no_entry(tmp_path) -> None:
     def write(number: int) -> None:
         for size in range(5):
             entry = {"kernel": TASK.kernel, "dtype": "float32", "neurons": 10 * number + size + 1, "batch": 1}
-            _tuner.write_table(path, TARGET, [entry | {"parameters": RULE, "sources": tuning.source_hash("cpu")}])
+            tuner.write_table(path, TARGET, [entry | {"parameters": RULE, "sources": tuning.source_hash("cpu")}])
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -243,7 +245,7 @@ def test_a_table_that_waits_for_another_writer(tmp_path) -> None:
     path = tmp_path / "table.json"
     lock = FileLock(tmp_path / ".table.json.lock")
     lock.acquire()
-    thread = threading.Thread(target=_tuner.write_table, args=(path, TARGET, []))
+    thread = threading.Thread(target=tuner.write_table, args=(path, TARGET, []))
     thread.start()
     time.sleep(0.2)
     assert not path.exists()
@@ -262,27 +264,27 @@ def test_what_has_no_effect_is_not_varied() -> None:
 
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 def test_every_kernel_is_verified_and_timed(kernel, journal, monkeypatch) -> None:
-    monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**14)
-    monkeypatch.setattr(_tuner, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(tuner, "NEURON_STEPS", 2**14)
+    monkeypatch.setattr(tuner, "SAMPLE_SECONDS", 0.0)
     task = Task("cpu", kernel, "float32", 40, 2)
-    outcome = _tuner.tune(task, Timed(task, 1e12), journal)
+    outcome = tuner.tune(task, Timed(task, 1e12), journal)
     assert {trial.status for trial in outcome.trials} == {"timed"}
     assert all(trial.p20 <= trial.p50 <= trial.p80 and trial.max_error < 1e-3 for trial in outcome.trials)
 
 
 def test_a_launch_that_changes_bits_fails(journal, monkeypatch) -> None:
     """A planted bug: another result with another tile."""
-    forward = _cpu.feed_forward_forward
+    forward = cpu_launch.feed_forward_forward
 
     def spoiled(x, constants, jump_first, every, state, final, *outputs):
         forward(x, constants, jump_first, every, state, final, *outputs)
         if tuning._forced.get("feed_forward_forward", {}).get("tile") == 64:
             final[0, 0] += 1e-6
 
-    monkeypatch.setattr(_cpu, "feed_forward_forward", spoiled)
-    monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**12)
+    monkeypatch.setattr(cpu_launch, "feed_forward_forward", spoiled)
+    monkeypatch.setattr(tuner, "NEURON_STEPS", 2**12)
     task = Task("cpu", "feed_forward_forward", "float32", 100, 1)
-    outcome = _tuner.tune(task, Timed(task, 1e12), journal)
+    outcome = tuner.tune(task, Timed(task, 1e12), journal)
     failed = [trial for trial in outcome.trials if trial.status == "failed"]
     assert [trial.parameters["tile"] for trial in failed] == [64]
     assert failed[0].reason.startswith("not the reference's bits: output 1[0]")
@@ -292,7 +294,7 @@ ARGUMENTS = ["tune", "--neurons", "100", "--kernel", "feed_forward_forward", "--
 
 
 def test_the_command_writes_a_table_that_launches_use(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**12)
+    monkeypatch.setattr(tuner, "NEURON_STEPS", 2**12)
     out = tmp_path / "folder" / "t.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -347,8 +349,8 @@ def test_a_file_that_is_no_table_is_not_replaced(tmp_path, capsys) -> None:
 def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeypatch, capsys) -> None:
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_DFL)
-    monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**12)
-    attempt, calls = _tuner._try, []
+    monkeypatch.setattr(tuner, "NEURON_STEPS", 2**12)
+    attempt, calls = tuner._try, []
 
     def interrupt(*args):
         calls.append(args)
@@ -356,7 +358,7 @@ def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeyp
             signal.raise_signal(number)
         return attempt(*args)
 
-    monkeypatch.setattr(_tuner, "_try", interrupt)
+    monkeypatch.setattr(tuner, "_try", interrupt)
     out = tmp_path / "t.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 128 + number
     assert "continue with --resume" in capsys.readouterr().out
@@ -369,8 +371,8 @@ def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeyp
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(_tuner, "NEURON_STEPS", 2**12)
-    attempt = _tuner._try
+    monkeypatch.setattr(tuner, "NEURON_STEPS", 2**12)
+    attempt = tuner._try
     calls = []
 
     def interrupt(*args):
@@ -379,7 +381,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
             raise KeyboardInterrupt
         return attempt(*args)
 
-    monkeypatch.setattr(_tuner, "_try", interrupt)
+    monkeypatch.setattr(tuner, "_try", interrupt)
     out = tmp_path / "t.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 130
     assert "continue with --resume" in capsys.readouterr().out
@@ -422,7 +424,7 @@ def test_compile_only_bad_arguments(arguments, message) -> None:
 
 def test_occupancy() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from coba_triton._compile import occupancy
+    from coba_triton.tools.compiler import occupancy
 
     assert occupancy("sm_90", 32, 4, 0) == 1.0
     assert occupancy("sm_90", 64, 4, 0) == 0.5

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from coba_triton import _cpu, operators, tuning
-from coba_triton.problems import problem, recurrent_problem
+from coba_triton.backend.cpu import launch as cpu_launch
+from coba_triton.ops import operators
+from coba_triton.tools.problems import problem, recurrent_problem
+from coba_triton.tuning import tables as tuning
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def write(path: Path, *entries: dict, **changes) -> Path:
 
 
 def tile(neurons: int = 1024, dtype: torch.dtype = torch.float32) -> int:
-    return _cpu.parameters_of(KERNEL, dtype, neurons)["tile"]
+    return cpu_launch.parameters_of(KERNEL, dtype, neurons)["tile"]
 
 
 def test_first_table_with_an_entry_wins(tmp_path, monkeypatch) -> None:
@@ -249,8 +251,8 @@ def test_a_table_reaches_the_launch_and_changes_no_bit(monkeypatch) -> None:
     expected = case.gradients("cpu")
     write(tuning.user_table(name), entry(130, 64), entry(130, kernel="feed_forward_backward", parameters=backward))
     assert operators.checkpoint_interval(torch.float32, "cpu", 130) == 32
-    seen, kernel = [], _cpu.kernels.forward_kernel()
-    monkeypatch.setattr(_cpu.kernels, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args)))
+    seen, kernel = [], cpu_launch.kernels.forward_kernel()
+    monkeypatch.setattr(cpu_launch.kernels, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args)))
     tuned = case.gradients("cpu")
     assert seen == [64]
     for ours, theirs in zip([*tuned[0], *tuned[1].values()], [*expected[0], *expected[1].values()], strict=True):
@@ -275,11 +277,11 @@ def test_rules_are_within_the_space(backend, kernel) -> None:
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 def test_triton_launch_parameters_change_no_bit(kernel, device) -> None:
     """Every parameter at a value that is not the rule's, in the interpreter or on the device."""
-    from coba_triton import _triton
+    from coba_triton.backend import triton as triton_backend
 
     recurrent = kernel.startswith("recurrent")
     case = recurrent_problem(20, 2, 40, device=device, exact=False) if recurrent else problem(20, (70,), device=device)
-    rule = _triton.heuristic(kernel, torch.float32, 70, 2)
+    rule = triton_backend.heuristic(kernel, torch.float32, 70, 2)
     other = {
         name: next(value for value in values if value != rule[name])
         for name, values in tuning.SPACE["triton"][kernel].items()

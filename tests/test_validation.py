@@ -25,7 +25,7 @@ from coba_triton import (
     from_pynn,
     simulate,
 )
-from coba_triton.model import NUMERIC_PARAMETERS
+from coba_triton.neuron.records import NUMERIC_PARAMETERS
 
 X = torch.zeros(4, 3)
 W_IN, W_REC = torch.zeros(2, 3), torch.zeros(2, 2)

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from .._signals import silent_start
+from ..common.signals import silent_start
 
 _EXTRA = ("rich", "typer")  # of every command; some need more, and say so
 

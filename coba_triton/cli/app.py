@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .._signals import as_interrupts
-from .._warmup import messages_on_stderr
+from ..common.signals import as_interrupts
+from ..tools.warmup import messages_on_stderr
 from . import tools
 from .errors import UserError, require
 

@@ -14,10 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
-from coba_triton import _check, _tuner, contenders, tuning
-from coba_triton._files import read_json, reason, written_whole
-from coba_triton.contenders import Contender
-from coba_triton.problems import CASES, Case
+from coba_triton.common.files import read_json, reason, written_whole
+from coba_triton.tools import checker, contenders
+from coba_triton.tools.contenders import Contender
+from coba_triton.tools.problems import CASES, Case
+from coba_triton.tuning import tables as tuning
+from coba_triton.tuning import tuner
 
 from . import info
 from .check import writable, write_json
@@ -46,14 +48,14 @@ def run(
     if not cases:
         raise UserError(f"no case of suite {suite} contains {only!r}; it has {', '.join(SUITES[suite])}")
     try:
-        used, where = _check.resolve(backend, device)
+        used, where = checker.resolve(backend, device)
         target = tuning.machine(used, where)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error).splitlines()[0]) from None
     old = None if compare is None else read(compare)
     if out is not None:
         writable(out)
-    bandwidth = _tuner.copy_bandwidth(where)
+    bandwidth = tuner.copy_bandwidth(where)
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

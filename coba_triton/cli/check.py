@@ -15,10 +15,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import coba_triton
-from coba_triton import _check, _check_process
-from coba_triton._check import Result
-from coba_triton._files import local_path, reason, written_whole
+from coba_triton.common.files import local_path, reason, written_whole
+from coba_triton.tools import check_process, checker
+from coba_triton.tools.checker import Result
+from coba_triton.tuning import tables as tuning
 
 from . import info
 from .errors import UserError
@@ -47,8 +47,8 @@ def run(
 ) -> int:
     """Run the checks; returns the exit status."""
     try:
-        used, where = _check.resolve(backend, device)
-        checks = _check.select(used, where, level, only)
+        used, where = checker.resolve(backend, device)
+        checks = checker.select(used, where, level, only)
         torch.empty(0, device=where)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(str(error).splitlines()[0]) from None
@@ -64,9 +64,9 @@ def run(
     started = time.perf_counter()
     interrupted = False
     if where.type != "cpu" if apart is None else apart:
-        running = _check_process.run_checks(used, where, level, only)
+        running = check_process.run_checks(used, where, level, only)
     else:
-        running = (_check.run_check(each, where) for each in checks)
+        running = (checker.run_check(each, where) for each in checks)
     written = 0.0
     with Live(console=console, auto_refresh=console.is_terminal, transient=True) as live, closing(running):
         try:
@@ -76,12 +76,12 @@ def run(
                 results.append(next(running))
                 progress.advance(task)
                 if report is not None and time.monotonic() > written + 1:
-                    _write(report, _check.Report(used, str(where), tuple(results)), level, interrupted=True)
+                    _write(report, checker.Report(used, str(where), tuple(results)), level, interrupted=True)
                     written = time.monotonic()
         except KeyboardInterrupt:
             interrupted = True
     console.print(_table(results))
-    done = _check.Report(used, str(where), tuple(results))
+    done = checker.Report(used, str(where), tuple(results))
     for result in results:
         if result.status == "skipped":
             print(f"skipped: {result.group}, {result.name}: {result.detail}")
@@ -103,7 +103,7 @@ def run(
 
 
 def _say_what(backend: str, device: torch.device, level: str) -> None:
-    name = coba_triton.tuning.machine(backend, device).name
+    name = tuning.machine(backend, device).name
     print(f"Checking backend {backend} on {device} ({name}) against the reference, {level} level.")
     if device.type == "cpu":
         print("This says nothing about a GPU: run it on a machine with one, where it settles what tests without one cannot.")
@@ -143,8 +143,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {reason(error)}; make room or name another file") from None
 
 
-def _write(path: Path, report: _check.Report, level: str, interrupted: bool) -> None:
-    machine = coba_triton.tuning.machine(report.backend, torch.device(report.device))
+def _write(path: Path, report: checker.Report, level: str, interrupted: bool) -> None:
+    machine = tuning.machine(report.backend, torch.device(report.device))
     write_json(
         path,
         {
@@ -153,7 +153,7 @@ def _write(path: Path, report: _check.Report, level: str, interrupted: bool) -> 
             "name": machine.name,
             "arch": machine.arch,
             "versions": info.versions(),
-            "sources": coba_triton.tuning.source_hash(report.backend),
+            "sources": tuning.source_hash(report.backend),
             "level": level,
             "ok": report.ok and not interrupted,
             "interrupted": interrupted,

@@ -146,8 +146,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from coba_triton._files import read_text, reason
-from coba_triton._text import decode, look_alike, plain_minus
+from coba_triton.common.files import read_text, reason
+from coba_triton.common.text import decode, look_alike, plain_minus
 
 from .errors import UserError, nearest
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import coba_triton
-from coba_triton import tuning
-from coba_triton._backends import BACKENDS, choose_backend
-from coba_triton._files import is_there
-from coba_triton._versions import package_version
+from coba_triton.backend.choose import BACKENDS, choose_backend
+from coba_triton.common.files import is_there
+from coba_triton.common.versions import package_version
+from coba_triton.tuning import tables as tuning
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "norse")
 
@@ -96,7 +96,7 @@ def serving(device: str) -> list[dict[str, Any]]:
 
 def caches() -> dict[str, str]:
     """Where compiled kernels are kept."""
-    from coba_triton._cpu_kernels import forward_kernel
+    from coba_triton.backend.cpu.feed_forward import forward_kernel
 
     folder = forward_kernel().stats.cache_path
     found = {"numba": folder or "nowhere, as no folder can be written to; name one in NUMBA_CACHE_DIR"}

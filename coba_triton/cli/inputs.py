@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coba_triton import EventSource, PoissonSource, read_events
-from coba_triton.sources import MadeSource
+from coba_triton.stream.sources import MadeSource
 
 from .config import (
     Channels,

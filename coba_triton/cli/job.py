@@ -23,10 +23,10 @@ from coba_triton import (
     open_result,
     simulate,
 )
-from coba_triton._backends import choose_backend
-from coba_triton._files import reason
-from coba_triton.sinks import Sink
-from coba_triton.sources import Described
+from coba_triton.backend.choose import choose_backend
+from coba_triton.common.files import reason
+from coba_triton.stream.sinks import Sink
+from coba_triton.stream.sources import Described
 
 from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread
 from .errors import UserError

@@ -1,7 +1,7 @@
 """What a run leaves behind beside its result, ``result.zarr`` or ``result.npz``: ``raster.png`` and ``summary.json``.
 
 Each appears whole or not at all, ``summary.json`` last: a folder that has it has all of them. What a result holds stands
-in :mod:`coba_triton.sinks`; of a recording it also has ``signal [T]``, at the steps' beginnings, and the encoder's
+in :mod:`coba_triton.stream.sinks`; of a recording it also has ``signal [T]``, at the steps' beginnings, and the encoder's
 ``events [T, 2]`` (ON, OFF).
 """
 
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
-from coba_triton._files import held, is_there, local_path, reason, written_whole
-from coba_triton._versions import package_version
-from coba_triton.plotting import overview
-from coba_triton.sinks import Sink
+from coba_triton.common.files import held, is_there, local_path, reason, written_whole
+from coba_triton.common.versions import package_version
+from coba_triton.stream.plotting import overview
+from coba_triton.stream.sinks import Sink
 
 from .config import Config
 from .errors import UserError

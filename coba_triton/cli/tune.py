@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from coba_triton import _check, _tuner, tuning
-from coba_triton._files import reason, written_whole
-from coba_triton._tuner import Effort, Journal, Outcome, Task, Trial
-from coba_triton.tuning import KERNELS, TableError
+from coba_triton.common.files import reason, written_whole
+from coba_triton.tools import checker
+from coba_triton.tuning import tables as tuning
+from coba_triton.tuning import tuner
+from coba_triton.tuning.tables import KERNELS, TableError
+from coba_triton.tuning.tuner import Effort, Journal, Outcome, Task, Trial
 
 from . import info
 from .check import writable, write_json
@@ -67,7 +69,7 @@ def run(
     if not budget > 0:
         raise UserError(f"--budget must be a positive number of seconds, got {budget:g}")
     try:
-        used, where = _check.resolve(backend, device)
+        used, where = checker.resolve(backend, device)
         target = tuning.machine(used, where)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error).splitlines()[0]) from None
@@ -83,7 +85,7 @@ def run(
         "threads": torch.get_num_threads(),
     }
     try:
-        _tuner.open_table(path, target)
+        tuner.open_table(path, target)
         journal = Journal(path.with_suffix(".journal.jsonl"), header, resume)
     except TableError as error:
         raise UserError(str(error)) from None
@@ -93,15 +95,15 @@ def run(
     try:
         print(f"Tuning for {target.backend} on {target.arch} ({target.name}), up to {budget:g} s; every set of parameters")
         print("must give the reference's numbers, bit for bit where that is the contract, before it is timed.")
-        bandwidth = _tuner.copy_bandwidth(where)
+        bandwidth = tuner.copy_bandwidth(where)
         print(f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
         for number, task in enumerate(tasks):
             now = time.perf_counter()
             deadline = now + max(0.0, budget - (now - started)) / (len(tasks) - number)
             try:
                 with _progress(task) as show:
-                    workload = _tuner.Timed(task, bandwidth)
-                    outcomes.append(_tuner.tune(task, workload, journal, chosen, deadline, show=show))
+                    workload = tuner.Timed(task, bandwidth)
+                    outcomes.append(tuner.tune(task, workload, journal, chosen, deadline, show=show))
             except ValueError as error:
                 failed = True
                 print(f"{error}")
@@ -126,7 +128,7 @@ def _progress(task: Task) -> Iterator[Any]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         line = bar.add_task("", total=None, title=task.kernel, note="preparing")
 
-        def show(progress: _tuner.Progress) -> None:
+        def show(progress: tuner.Progress) -> None:
             best = progress.best
             speed = f"best {best.p50 * 1e3:.3g} ms: {_words(best.parameters)}" if best and best.p50 else "nothing timed"
             bar.update(line, completed=progress.done, total=progress.total, note=f"{speed}; ETA {progress.eta:.0f} s")
@@ -151,7 +153,7 @@ def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tunin
     versions = info.versions()
     picture = path.with_suffix(".png")
     try:
-        _tuner.write_table(path, target, [_tuner.entry_of(outcome, bandwidth, versions) for outcome in outcomes])
+        tuner.write_table(path, target, [tuner.entry_of(outcome, bandwidth, versions) for outcome in outcomes])
         with written_whole(picture) as part:
             draw(outcomes, bandwidth, target).savefig(part, format="png")
     except TableError as error:
@@ -228,10 +230,10 @@ def compile_only(
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("--compile-only needs Triton's compiler, and TRITON_INTERPRET is set; unset it")
     try:
-        from coba_triton import _compile
+        from coba_triton.tools import compiler
     except ModuleNotFoundError as error:
         raise UserError(f"--compile-only needs the package {error.name}; pip install coba-triton[interp]") from None
-    known = tuple(_compile.TARGETS)
+    known = tuple(compiler.TARGETS)
     if arch is None:
         raise UserError(f"--compile-only needs a target; add --arch, one of {', '.join(known)}")
     _choose("--arch", arch, known)
@@ -245,22 +247,22 @@ def compile_only(
     for task in tasks_for(kernels, neurons, batch, dtype, "triton", torch.device("cpu")):
         trials: list[Trial] = []
         table = Table(title=f"{task.kernel} of {batch} x {neurons} neurons, {dtype}, for {arch}", title_justify="left")
-        with _compile.recorded(arch):
+        with compiler.recorded(arch):
             space, rule = task.space(), task.rule()
         table.add_column("parameters")
         for name in ("registers", "spills", "shared", "occupancy"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("note")
-        proposals = _tuner.proposals(space, rule, chosen)
+        proposals = tuner.proposals(space, rule, chosen)
         try:
             with _progress(task) as show:
                 for parameters, total in proposals:
                     try:
-                        trial = Trial(parameters, "timed", compiled=_tuner.compile_for(task, parameters, arch))
+                        trial = Trial(parameters, "timed", compiled=tuner.compile_for(task, parameters, arch))
                     except ValueError as error:
                         trial = Trial(parameters, "failed", str(error))
                     trials.append(trial)
-                    show(_tuner.Progress(task, len(trials), total, None, trial, 0.0))
+                    show(tuner.Progress(task, len(trials), total, None, trial, 0.0))
         except KeyboardInterrupt:
             interrupted = True
         for trial in trials:

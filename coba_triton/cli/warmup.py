@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import coba_triton
-from coba_triton.tuning import DTYPES
+from coba_triton.tuning.tables import DTYPES
 
 from . import info
 from .errors import UserError, nearest
@@ -31,18 +31,18 @@ def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> i
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("--arch needs Triton's compiler, and TRITON_INTERPRET is set; unset it")
     try:
-        from coba_triton import _compile
+        from coba_triton.tools import compiler
     except ModuleNotFoundError as error:
         raise UserError(f"--arch needs the package {error.name}; pip install coba-triton[interp]") from None
-    if arch not in _compile.TARGETS:
-        known = tuple(_compile.TARGETS)
+    if arch not in compiler.TARGETS:
+        known = tuple(compiler.TARGETS)
         raise UserError(f"--arch must be one of {', '.join(known)}, got {arch!r}{nearest(arch, known)}")
     parsed = [_parse(size) for size in sizes or SIZES]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     done = 0
     with Progress(*columns, console=Console(stderr=True)) as progress:
         line = progress.add_task(f"kernels for {arch}", total=None)
-        for done, total, _ in _compile.compile_ahead(arch, parsed, DTYPES[dtype], cache):
+        for done, total, _ in compiler.compile_ahead(arch, parsed, DTYPES[dtype], cache):
             progress.update(line, completed=done, total=total)
     print(f"Compiled {done} kernels for {arch} into {info.caches()['triton']}")
     return 0

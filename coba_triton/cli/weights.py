@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coba_triton._files import reason
+from coba_triton.common.files import reason
 
 from .config import Config, FanOut, FileWeights, RandomSynapses
 from .errors import UserError

@@ -14,9 +14,11 @@ from sparse_memory import sparse_zeros
 from torch import Tensor
 
 import ptxsim
-from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, _recurrent, _triton, coba_lif_feed_forward_integral
-from coba_triton.model import derive_constants
-from coba_triton.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
+from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
+from coba_triton.backend import triton as triton_backend
+from coba_triton.neuron.records import derive_constants
+from coba_triton.ops import time_blocks
+from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
 
 F32, F64 = torch.float32, torch.float64
 SEEDS = (1, 2, 3)
@@ -166,8 +168,8 @@ def test_recurrent(name: str) -> None:
 
 
 def test_rows_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "ROW_IN_REGISTERS", 0)
-    monkeypatch.setattr(_triton, "TILE", 32)
+    monkeypatch.setattr(triton_backend, "ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(triton_backend, "TILE", 32)
     compare(recurrent_problem(35, 2, 75, per_neuron=True), path="events", spike_dtype="bits")
 
 
@@ -184,9 +186,9 @@ def test_projections_have_the_same_bits_however_dense_their_sources_are(
     for row, source in (sources != 0).nonzero().tolist():
         signed = torch.stack([weights[source].relu(), (-weights[source]).relu()])
         expected[:, row] += signed * sources[row, source]
-    monkeypatch.setattr(_triton, "MANY_ROWS", 1)
+    monkeypatch.setattr(triton_backend, "MANY_ROWS", 1)
     for _ in schedules():
-        assert_same_bits([_triton.project_events(sources, weights)], [expected])
+        assert_same_bits([triton_backend.project_events(sources, weights)], [expected])
 
 
 def test_slices_under_every_interleaving_of_plain_accesses() -> None:
@@ -203,7 +205,7 @@ def test_slices_under_every_interleaving_of_plain_accesses() -> None:
 def test_more_slices_than_the_device_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cooperative launch fails at once where its programs could wait for each other for ever."""
     ptxsim.set_options(sm_count=1, resident=3)
-    monkeypatch.setattr(_triton, "resident_programs", lambda device: 4)
+    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 4)
     with pytest.raises(RuntimeError, match="too many blocks"):
         recurrent_problem(3, 2, 75).run("triton", path="sliced")
 
@@ -212,7 +214,7 @@ def test_more_slices_than_the_device_holds_are_refused(monkeypatch: pytest.Monke
 def test_recurrent_gradients(steps_per_launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks, the last a short one; sums over synapses and time in float64."""
     if steps_per_launch == "step":
-        monkeypatch.setattr(_triton, "SWEEP_IN_ONE_LAUNCH", 0)
+        monkeypatch.setattr(triton_backend, "SWEEP_IN_ONE_LAUNCH", 0)
     case = recurrent_problem(37, 2, 33, F64, exact=False, binary=False, per_neuron=True)
     options = {"order": "jump_first", "record_states": True} if steps_per_launch == "block" else {}
     expected, theirs = case.gradients("reference", **options)
@@ -230,8 +232,8 @@ class LastProgram:
     """Launches run their last program only, on arrays of which only that part becomes memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.launch = _triton._launch
-        monkeypatch.setattr(_triton, "_launch", self)
+        self.launch = triton_backend._launch
+        monkeypatch.setattr(triton_backend, "_launch", self)
         ptxsim.set_options(race=False)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -267,8 +269,8 @@ def test_feed_forward_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> Non
     state[:, -40:] = torch.stack(tuple(case.state))
     grad_spikes[:, -40:] = loss
     constants = constants_of(case)
-    _triton.feed_forward_forward(x, constants, False, 8, state, final, spikes, words, states, checkpoints)
-    _triton.feed_forward_backward(
+    triton_backend.feed_forward_forward(x, constants, False, 8, state, final, spikes, words, states, checkpoints)
+    triton_backend.feed_forward_backward(
         x, constants, False, "super", 8, words, checkpoints, grad_spikes, None, None, grad_x, grad_state, torch.empty(0)
     )
     case.x.requires_grad_()
@@ -283,7 +285,7 @@ def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
     neurons = 32
     case = recurrent_problem(STEPS, 1, neurons)
     weights = case.recurrent_weights
-    net = _recurrent.Network.of(case.input_weights, weights, constants_of(case), False, _triton)
+    net = time_blocks.Network.of(case.input_weights, weights, constants_of(case), False, triton_backend)
 
     def run(batch: int, zeros: Callable[..., Tensor]) -> list[Tensor]:
         drive, recurrent_drive = (zeros(2, STEPS, batch, neurons) for _ in range(2))
@@ -292,10 +294,10 @@ def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
         z[-1:], state[:, -1:] = case.state.z, torch.stack(tuple(case.state)[1:])
         spikes, words = zeros(STEPS, batch, neurons), zeros(2, batch, neurons, dtype=torch.int32)
         trajectory, adjoints = zeros(6, STEPS, batch, neurons), zeros(STEPS, batch, 2 * neurons)
-        _triton.recurrent_block(net, x, drive, z, state, spikes, words, None, sliced=False)
-        _triton._launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, STEPS)
+        triton_backend.recurrent_block(net, x, drive, z, state, spikes, words, None, sliced=False)
+        triton_backend._launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, STEPS)
         grad_spikes = spikes.flatten(1)  # any numbers serve
-        _triton.recurrent_sweep(
+        triton_backend.recurrent_sweep(
             net, weights, trajectory, words, 0, "super", grad_spikes, None, lam, zeros(batch, neurons), adjoints, None
         )  # fmt: skip
         return [spikes[:, -1], words[:, -1], trajectory[:, :, -1], adjoints[:, -1], lam[:, -1]]

@@ -17,16 +17,10 @@ import torch
 import triton
 
 import dry
-from coba_triton import (
-    CobaLIF,
-    CobaLIFParameters,
-    CobaLIFRecurrent,
-    _triton,
-    coba_lif_feed_forward_integral,
-    coba_lif_integral,
-)
+from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, coba_lif_feed_forward_integral, coba_lif_integral
+from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import feed_forward, recurrent
-from coba_triton.problems import sparse_problem
+from coba_triton.tools.problems import sparse_problem
 
 P = CobaLIFParameters()
 X = torch.zeros(40, 3, 64)
@@ -99,12 +93,12 @@ def test_the_host_takes_the_compiled_kernel_that_triton_would_take() -> None:
         assert numbers and all(p.do_not_specialize for p in numbers), kernel
     for steps in (40, 1, 16):
         coba_lif_feed_forward_integral(X[:steps], None, P, 0.1, backend="triton")
-    before = set(_triton._compiled)
+    before = set(triton_backend._compiled)
     coba_lif_feed_forward_integral(X[:17], None, P, 0.2, backend="triton")
-    assert set(_triton._compiled) == before
+    assert set(triton_backend._compiled) == before
     buffer = torch.zeros(X[:17].numel() + 1)
     coba_lif_feed_forward_integral(buffer[1:].view(17, 3, 64), None, P, 0.2, backend="triton")  # not aligned
-    assert len(_triton._compiled) == len(before) + 1
+    assert len(triton_backend._compiled) == len(before) + 1
 
 
 @pytest.mark.parametrize("kind", ["feed-forward", "recurrent"])

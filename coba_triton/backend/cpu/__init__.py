@@ -1,0 +1,1 @@
+"""The CPU path: kernels that Numba compiles, and what launches them."""

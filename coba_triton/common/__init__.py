@@ -1,0 +1,1 @@
+"""Small helpers of many rooms: files, texts, versions, signals."""

@@ -1,0 +1,1 @@
+"""The neuron: its records, equations, adjoint and surrogate derivatives, as plain Python."""

@@ -1,0 +1,1 @@
+"""The operators: schemas, shapes, autograd and vmap rules, time blocks, validation."""

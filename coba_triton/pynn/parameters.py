@@ -1,0 +1,187 @@
+"""Parameter sets of PyNN's ``IF_cond_exp`` and NEST's ``iaf_cond_exp``, to and from :class:`CobaLIFParameters`.
+
+Both are this package's neuron with a refractory period, which it does not have: it must be zero. An offset current ``I``
+is a resting potential of ``v_rest + I / g_l``: the same equation.
+
+Source: the standard cell ``IF_cond_exp`` of PyNN (Davison et al. 2009, doi:10.3389/neuro.11.011.2008) and the model
+``iaf_cond_exp`` of NEST.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..neuron.records import CobaLIFParameters, Number
+from ..ops.validation import check_number, check_numbers, check_parameters, is_one_of
+
+# Names and defaults as the simulators have them.
+DEFAULTS: dict[str, dict[str, float]] = {
+    "IF_cond_exp": dict(
+        v_rest=-65.0, cm=1.0, tau_m=20.0, tau_refrac=0.1, tau_syn_E=5.0, tau_syn_I=5.0,
+        e_rev_E=0.0, e_rev_I=-70.0, v_thresh=-50.0, v_reset=-65.0, i_offset=0.0,
+    ),
+    "iaf_cond_exp": dict(
+        E_L=-70.0, C_m=250.0, g_L=16.6667, t_ref=2.0, tau_syn_ex=0.2, tau_syn_in=2.0,
+        E_ex=0.0, E_in=-85.0, V_th=-55.0, V_reset=-60.0, I_e=0.0,
+    ),
+}  # fmt: skip
+MUST_BE_ZERO = ("tau_refrac", "t_ref")
+POSITIVE = {"cm", "tau_m", "tau_syn_E", "tau_syn_I", "C_m", "g_L", "tau_syn_ex", "tau_syn_in"}
+
+
+def _check_model(model: Any) -> None:
+    if not is_one_of(model, DEFAULTS):
+        raise ValueError(f"model must be 'IF_cond_exp' (PyNN) or 'iaf_cond_exp' (NEST), got {model!r:.200}")
+
+
+def _number(value: Any, name: str) -> Number:
+    """A Python number, or a tensor of an array: of a tensor's own dtype, else of the default one."""
+    if isinstance(value, np.ndarray | list | tuple):
+        try:
+            value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
+        except (OverflowError, TypeError, ValueError) as error:
+            raise TypeError(f"{name} must be a number or an array of numbers, got {value!r:.200} ({error})") from None
+    check_number(value, name)
+    check_numbers({name: value})
+    number: Number = value if isinstance(value, Tensor) else float(value)
+    if name in MUST_BE_ZERO and bool(torch.as_tensor(number != 0).any()):
+        raise ValueError(
+            f"{name} must be 0, as this neuron has no refractory period, got {number}; pass {name}=0 to do without"
+        )
+    if name in POSITIVE and not bool(torch.as_tensor(number > 0).all()):
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
+
+
+def _resting(v_rest: Number, current: Number, g_l: Number) -> Number:
+    """Where a current in nA moves the resting potential."""
+    return v_rest if isinstance(current, float) and current == 0 else v_rest + current / g_l
+
+
+def from_pynn(
+    parameters: Mapping[str, Any], model: str = "IF_cond_exp", *, method: str = "super", alpha: float = 100.0
+) -> CobaLIFParameters:
+    """The parameters of a PyNN or NEST population, in this package's names and units (ms, mV, nF, uS).
+
+    Weights are not among them: those of PyNN are in uS like ours, those of NEST in nS.
+
+    An offset current moves ``v_rest`` of the result to ``v_rest + I / g_l``, where a run begins that is given no state; the
+    simulators begin at their own: pass a state that has it.
+
+    Args:
+        parameters: by the simulator's names, in its units: for ``IF_cond_exp`` nF, ms and mV, for ``iaf_cond_exp`` pF,
+            nS, ms and mV. Each a number, an array or list of one number a neuron ``[N]``, or a tensor, through which
+            gradients flow. What is missing has the simulator's default, and that of the refractory period is not 0.
+        model: ``IF_cond_exp`` of PyNN or ``iaf_cond_exp`` of NEST.
+        method: surrogate derivative of the spike, see :class:`CobaLIFParameters`.
+        alpha: its steepness in 1/mV.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        TypeError: if a value is no number and no array of numbers.
+        ValueError: if the model or a name is unknown, a refractory period is not 0, a time constant, capacitance or
+            conductance is not positive, or a number is not finite.
+
+    Example:
+        >>> p = from_pynn({"cm": 0.25, "tau_m": 10.0, "tau_refrac": 0.0})
+        >>> p.c_m_inv, p.g_l, p.v_thresh
+        (4.0, 0.025, -50.0)
+    """
+    _check_model(model)
+    defaults = DEFAULTS[model]
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"parameters must be a dict of numbers by name, got {type(parameters).__name__}")
+    for name in parameters:
+        if name not in defaults:
+            by_lower = {known.lower(): known for known in defaults}
+            nearest = by_lower[difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.0)[0]]
+            raise ValueError(
+                f"parameters must be of {model}, one of {', '.join(defaults)}, got {name!r}; the nearest is {nearest!r}"
+            )
+    q = {name: _number(parameters.get(name, default), name) for name, default in defaults.items()}
+    if model == "IF_cond_exp":
+        p = CobaLIFParameters(
+            tau_syn_exc_inv=1 / q["tau_syn_E"],
+            tau_syn_inh_inv=1 / q["tau_syn_I"],
+            c_m_inv=1 / q["cm"],
+            g_l=q["cm"] / q["tau_m"],
+            e_rev_I=q["e_rev_I"],
+            e_rev_E=q["e_rev_E"],
+            v_rest=_resting(q["v_rest"], q["i_offset"], q["cm"] / q["tau_m"]),
+            v_reset=q["v_reset"],
+            v_thresh=q["v_thresh"],
+            method=method,
+            alpha=alpha,
+        )
+    else:
+        p = CobaLIFParameters(
+            tau_syn_exc_inv=1 / q["tau_syn_ex"],
+            tau_syn_inh_inv=1 / q["tau_syn_in"],
+            c_m_inv=1000 / q["C_m"],
+            g_l=q["g_L"] / 1000,
+            e_rev_I=q["E_in"],
+            e_rev_E=q["E_ex"],
+            v_rest=_resting(q["E_L"], q["I_e"] / 1000, q["g_L"] / 1000),
+            v_reset=q["V_reset"],
+            v_thresh=q["V_th"],
+            method=method,
+            alpha=alpha,
+        )
+    check_parameters(p)
+    return p
+
+
+def _plain(value: Any) -> Any:
+    """A float, or an array of them, in double precision."""
+    if isinstance(value, Tensor):
+        value = value.detach().double().cpu().numpy()
+        return value if value.ndim else float(value)
+    return float(value)
+
+
+def to_pynn(p: Any, model: str = "IF_cond_exp") -> dict[str, Any]:
+    """The parameters as PyNN or NEST take them, with a refractory period and an offset current of 0.
+
+    The surrogate derivative is left out.
+
+    Args:
+        p: parameters in ms, mV, nF and uS, see :class:`CobaLIFParameters`.
+        model: ``IF_cond_exp`` of PyNN (nF, ms, mV) or ``iaf_cond_exp`` of NEST (pF, nS, ms, mV).
+
+    Returns:
+        Values by name: floats, and numpy arrays of float64 for tensors with axes.
+
+    Raises:
+        TypeError: if ``p`` is no parameter record.
+        ValueError: if the model is unknown, or a time constant, capacitance or conductance is not positive.
+
+    Example:
+        >>> to_pynn(CobaLIFParameters(c_m_inv=4.0, g_l=0.025), "iaf_cond_exp")["g_L"]
+        25.0
+    """
+    _check_model(model)
+    check_parameters(p)
+    for name in ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l"):
+        if not bool(torch.as_tensor(getattr(p, name) > 0).all()):
+            raise ValueError(f"{name} must be positive for {model}, got {getattr(p, name)}")
+    c_m, g_l = 1 / _plain(p.c_m_inv), _plain(p.g_l)
+    tau_e, tau_i = 1 / _plain(p.tau_syn_exc_inv), 1 / _plain(p.tau_syn_inh_inv)
+    e_rev_e, e_rev_i = _plain(p.e_rev_E), _plain(p.e_rev_I)
+    v_rest, v_thresh, v_reset = _plain(p.v_rest), _plain(p.v_thresh), _plain(p.v_reset)
+    if model == "IF_cond_exp":
+        return dict(
+            v_rest=v_rest, cm=c_m, tau_m=c_m / g_l, tau_refrac=0.0, tau_syn_E=tau_e, tau_syn_I=tau_i,
+            e_rev_E=e_rev_e, e_rev_I=e_rev_i, v_thresh=v_thresh, v_reset=v_reset, i_offset=0.0,
+        )  # fmt: skip
+    return dict(
+        E_L=v_rest, C_m=1000 * c_m, g_L=1000 * g_l, t_ref=0.0, tau_syn_ex=tau_e, tau_syn_in=tau_i,
+        E_ex=e_rev_e, E_in=e_rev_i, V_th=v_thresh, V_reset=v_reset, I_e=0.0,
+    )  # fmt: skip

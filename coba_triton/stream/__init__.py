@@ -1,0 +1,1 @@
+"""Long runs: sources, simulation, sinks and results."""

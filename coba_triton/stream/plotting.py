@@ -1,0 +1,359 @@
+"""Pictures of results: functions that draw into axes of matplotlib, and an overview of them all.
+
+Every function takes a :class:`coba_triton.Result` and an ``Axes``, and draws time in ms from ``start`` to ``stop`` (None:
+from the beginning, to the end).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from ..ops.validation import check_int, check_neurons, check_time, is_one_of
+from .results import Result
+
+MAX_EVENTS = 100_000  # of a raster; more are a black area and a slow file
+MAX_POINTS = 4000  # of a trace, two for each piece of it
+MAX_BINS = 250
+
+EXCITATORY, INHIBITORY, NEUTRAL = "#c0392b", "#2c6fbb", "#222222"
+COLORS = {"excitatory": EXCITATORY, "inhibitory": INHIBITORY}
+OTHERS = ["#2e7d5b", "#8e5ea2", "#c98a1b", "#5f6b73"]
+
+
+def populations(result: Result) -> dict[str, NDArray[np.int64]]:
+    """The recorded populations; all neurons under an empty name where there are none."""
+    return result.populations or {"": np.arange(result.neurons)}
+
+
+def _color(name: str, number: int) -> str:
+    return COLORS.get(name) or (OTHERS[number % len(OTHERS)] if name else NEUTRAL)
+
+
+def _plain(text: str, most: int = 60) -> str:
+    """A person's text as it can be drawn: printable, of a length that leaves room for the picture."""
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _label(name: str) -> str | None:
+    """A population's name for the legend, which leaves out what begins with an underscore."""
+    return _plain(f" {name}" if name.startswith("_") else name) or None
+
+
+def _word_for_word(*texts: Text) -> None:
+    """Draw texts as they are: a ``$`` begins no formula."""
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_usetex(False)
+
+
+def _window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
+    """The steps between two times."""
+    times = (0.0 if start is None else start, result.duration if stop is None else stop)
+    known = [isinstance(time, float | int | np.floating | np.integer) and abs(time) < 1e300 for time in times]
+    steps = [float(time) / result.dt for time in times] if all(known) else [math.nan]
+    if not (math.isfinite(sum(steps)) and 0 <= round(steps[0]) < round(steps[1]) <= result.steps):
+        raise ValueError(
+            f"start and stop must be times in ms from 0 to {result.duration:g}, start first, got {start!r:.50} "
+            f"and {stop!r:.50}"
+        )
+    return round(steps[0]), round(steps[1])
+
+
+def _legend(ax: Axes) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        legend = ax.legend(
+            loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4, frameon=False, fontsize=8, borderaxespad=0.1
+        )
+        _word_for_word(*legend.get_texts())
+
+
+def plot_raster(
+    result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None, max_events: int = MAX_EVENTS
+) -> None:
+    """A dot a spike, at the neuron's index. Of more than ``max_events`` spikes, those of every k-th neuron alone."""
+    max_events = check_int(max_events, "max_events")
+    first, last = _window(result, start, stop)
+    total = sum(len(steps) for steps, _ in result.event_blocks(first, last))
+    every = min(math.ceil(total / max_events), result.neurons) if total else 1
+    blocks = [(s[n % every == 0], n[n % every == 0]) for s, n in result.event_blocks(first, last)]
+    steps, neurons = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    shown = populations(result)
+    size = float(np.clip(600 * every / result.neurons, 1.4 if len(shown) > 1 else 1, 5))
+    for number, (name, members) in enumerate(shown.items()):
+        spikes = np.isin(neurons, members)
+        ax.plot(
+            (steps[spikes] + 1) * result.dt,
+            neurons[spikes],
+            linestyle="none",
+            marker=".",
+            markersize=size,
+            markeredgewidth=0,
+            color=_color(name, number),
+        )
+    ax.set_ylim(-0.5, result.neurons - 0.5)
+    ax.set_xlim(first * result.dt, last * result.dt)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylabel("neuron" if every == 1 else f"neuron (1 of {every} shown)")
+
+
+def bin_width(duration: float, dt: float) -> float:
+    """A bin of 1, 2 or 5 times a power of ten ms, at most :data:`MAX_BINS` of them, at least one step, a whole number."""
+    shortest = max(duration / MAX_BINS, dt)
+    magnitude = 10.0 ** math.floor(math.log10(shortest))
+    width = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= shortest * (1 - 1e-9))
+    return max(round(width / dt), 1) * dt
+
+
+def plot_rates(
+    result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None, bin_ms: float | None = None
+) -> None:
+    """Mean rate of every population over time; ``bin_ms`` None for a round number that gives about 100 bins or more."""
+    first, last = _window(result, start, stop)
+    width = bin_width((last - first) * result.dt, result.dt) if bin_ms is None else check_time(bin_ms, "bin_ms")
+    shown = populations(result)
+    for number, (name, members) in enumerate(shown.items()):
+        edges, rates = result.rates(width, name if name else members)
+        filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
+        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **filled)
+    ax.set_xlim(first * result.dt, last * result.dt)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel(f"population rate\n(Hz, {width:g} ms bins)")
+    _legend(ax)
+
+
+def _extremes(values: NDArray[Any], points: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Indices and values of the least and the largest number in each of ``points / 2`` pieces: peaks stay."""
+    if len(values) <= points:
+        return np.arange(len(values)), values
+    bounds = np.linspace(0, len(values), points // 2 + 1).astype(np.int64)
+    pieces = [np.arange(a, b) for a, b in itertools.pairwise(bounds)]
+    index = np.array([sorted((p[values[p].argmin()], p[values[p].argmax()])) for p in pieces]).ravel()
+    return index, values[index]
+
+
+def plot_traces(
+    result: Result,
+    ax: Axes,
+    variable: str = "v",
+    *,
+    neurons: Any = None,
+    start: float | None = None,
+    stop: float | None = None,
+) -> None:
+    """Recorded traces of a variable; of ``v`` with thresholds, and with the spikes as lines above them.
+
+    Args:
+        result: with the variable recorded.
+        ax: where to draw.
+        variable: ``v``, ``g_e`` or ``g_i``.
+        neurons: which of the recorded neurons, by index or mask of all neurons; None for the first three.
+        start: in ms.
+        stop: in ms.
+
+    Raises:
+        ValueError: if the variable or a neuron was not recorded.
+    """
+    first, last = _window(result, start, stop)
+    chosen = result.recorded[:3] if neurons is None else check_neurons(neurons, result.neurons, "neurons")
+    if not is_one_of(variable, result.traces) or not np.isin(chosen, result.recorded).all():
+        raise ValueError(
+            f"{variable!s:.50} of the neurons {chosen.tolist()} must be recorded, got "
+            f"{', '.join(result.traces) or 'nothing'} of {result.recorded.tolist()}; choose among them"
+        )
+    begin = first // result.every  # row r is the end of step (r + 1) * every - 1
+    values = result.traces[variable][begin : last // result.every]
+    threshold = result.parameter("v_thresh")
+    shades = [NEUTRAL, "#7f8c8d", "#b9a06b"]
+    for number, neuron in enumerate(chosen):
+        at, trace = _extremes(values[:, list(result.recorded).index(neuron)], MAX_POINTS)
+        color = shades[number % len(shades)]
+        ax.plot((begin + at + 1) * result.every * result.dt, trace, color=color, linewidth=0.8, label=f"neuron {neuron}")
+        if variable == "v" and "spikes" in result:
+            times, _ = result.events(first, last, neurons=[neuron])
+            height = 0.6 * max(float(threshold[neuron]) - float(values.min(initial=np.inf)), 1.0)
+            spike = EXCITATORY if len(chosen) == 1 else color
+            ax.vlines(times, threshold[neuron], threshold[neuron] + height, color=spike, linewidth=0.8)
+    if variable == "v":
+        for number, level in enumerate(np.unique(threshold[chosen])):
+            label = f"threshold {level:g} mV" if len(np.unique(threshold[chosen])) == 1 else "thresholds"
+            ax.axhline(level, color=INHIBITORY, linestyle="--", linewidth=0.9, label=label if number == 0 else None)
+    ax.set_xlim(first * result.dt, last * result.dt)
+    ax.set_ylabel("v (mV)" if variable == "v" else f"{variable} (uS)")
+    _legend(ax)
+
+
+def plot_intervals(result: Result, ax: Axes) -> None:
+    """Histogram of the intervals between a neuron's spikes, all neurons of a population together, over the whole run."""
+    steps = np.unique(np.geomspace(1, max(result.steps, 2), 60).round())
+    edges = (steps - 0.5) * result.dt  # intervals are whole numbers of steps
+    shown = populations(result)
+    found = np.zeros(len(edges) - 1, bool)
+    for number, (name, members) in enumerate(shown.items()):
+        counts = result.interval_counts(edges, members)
+        share = counts / max(counts.sum(), 1) / np.diff(np.log10(edges))
+        filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
+        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **filled)
+        found |= counts > 0
+    ax.set_xscale("log")
+    if found.any():
+        at = found.nonzero()[0]
+        ax.set_xlim(edges[max(at[0] - 1, 0)], edges[at[-1] + 1])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("interval between spikes (ms)")
+    ax.set_ylabel("density\n(per decade)")
+    _legend(ax)
+
+
+def statistics(result: Result) -> list[dict[str, Any]]:
+    """What :func:`plot_statistics` shows: a row a population; ``None`` where there are too few spikes."""
+    rates, variation = result.firing_rates(), result.intervals().cv
+
+    def known(value: float) -> float | None:
+        return float(value) if math.isfinite(value) else None
+
+    rows = []
+    for name, members in populations(result).items():
+        regular = variation[members][np.isfinite(variation[members])]
+        rows.append(
+            {
+                "population": name or "all",
+                "neurons": len(members),
+                "rate_hz": known(rates[members].mean()),
+                "silent": float((rates[members] == 0).mean()),
+                "interval_cv": known(regular.mean()) if regular.size else None,
+                "synchrony": known(result.synchrony(neurons=name if name else members)),
+            }
+        )
+    return rows
+
+
+def plot_statistics(result: Result, ax: Axes) -> None:
+    """A table of the populations: rate, silent neurons, CV of the intervals, synchrony (:meth:`Result.synchrony`)."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "population": lambda row: _plain(row["population"], 24),
+        "neurons": lambda row: f"{row['neurons']:,}",
+        "rate": lambda row: _number(row["rate_hz"], ".1f", " Hz"),
+        "silent": lambda row: f"{row['silent']:.0%}",
+        "interval CV": lambda row: _number(row["interval_cv"], ".2f"),
+        "synchrony": lambda row: _number(row["synchrony"], ".2f"),
+    }
+    cells = [[show(row) for show in columns.values()] for row in statistics(result)]
+    ax.axis("off")
+    table = ax.table(cells, colLabels=list(columns), loc="center", cellLoc="center", edges="horizontal")
+    _word_for_word(*(cell.get_text() for cell in table.get_celld().values()))
+    table.auto_set_font_size(False)
+    table.set_fontsize(8.5)
+    table.scale(1, 1.6)
+    ax.set_title("synchrony: variance / mean of the spike count in 3 ms, 1 if independent", fontsize=8, y=-0.02, va="top")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def plot_inputs(result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None) -> None:
+    """The recorded mean input, excitatory upwards, inhibitory downwards."""
+    first, last = _window(result, start, stop)
+    width = round(bin_width((last - first) * result.dt, result.dt) / result.dt)
+    begins = np.arange(first, last, width)
+    edges = np.append(begins, last)
+    for name, sign, color, label in (("input_e", 1, EXCITATORY, "excitatory"), ("input_i", -1, INHIBITORY, "inhibitory")):
+        values = result.array(name)[first:last].astype(np.float64)
+        if values.any():
+            means = np.add.reduceat(values, begins - first) / np.diff(edges)
+            ax.stairs(sign * means * 1000 / result.dt, edges * result.dt, color=color, fill=True, alpha=0.8, label=label)
+    ax.axhline(0, color=NEUTRAL, linewidth=0.6)
+    ax.set_xlim(first * result.dt, last * result.dt)
+    ax.set_ylabel("mean input\n(nS per ms)")
+    _legend(ax)
+
+
+def _plot_recording(result: Result, signal: Axes, events: Axes, first: int, last: int) -> None:
+    """The recording that drove the run, and the events that it was encoded into."""
+    recording = result.attributes["config"]["attributes"]["recording"]
+    unit = _plain(recording["unit"] or "")
+    at, values = _extremes(result.array("signal")[first:last], MAX_POINTS)
+    signal.plot((first + at) * result.dt, values, color=NEUTRAL, linewidth=0.9)
+    _word_for_word(signal.set_ylabel(f"recording\n({unit or 'no unit'})"))
+    times = [(first + np.flatnonzero(channel)) * result.dt for channel in result.array("events")[first:last].T]
+    events.eventplot(times, lineoffsets=[1, 0], linelengths=0.8, linewidths=0.6, colors=[EXCITATORY, INHIBITORY])
+    events.set_yticks([1, 0], ["ON", "OFF"])
+    _word_for_word(events.set_ylabel(f"events of\n{recording['threshold']:g} {unit}".rstrip(), fontsize=8))
+
+
+def overview(
+    result: Result,
+    *,
+    title: str | None = None,
+    start: float | None = None,
+    stop: float | None = None,
+    statistics: bool = True,
+) -> Figure:
+    """All of a result on one page: what drove it, raster, rates, traces of v, and over the whole run intervals and a table.
+
+    Args:
+        result: with its spikes recorded.
+        title: above it, None for none.
+        start: of the panels over time, in ms.
+        stop: likewise.
+        statistics: with the last row, intervals and table.
+
+    Returns:
+        A figure, 11 inches wide.
+
+    Raises:
+        ValueError: if the run has no finished step, or start and stop are no times in it.
+    """
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be text or None, got {type(title).__name__}")
+    first, last = _window(result, start, stop)
+    span: dict[str, Any] = {"start": start, "stop": stop}
+    recorded = "signal" in result
+    panels: list[tuple[float, Callable[[Axes], None] | None]] = []
+    if recorded:
+        panels += [(2.2, None), (0.6, None)]
+    elif "input_e" in result:
+        panels += [(1.5, lambda ax: plot_inputs(result, ax, **span))]
+    panels += [(3.6, lambda ax: plot_raster(result, ax, **span)), (1.6, lambda ax: plot_rates(result, ax, **span))]
+    if "v" in result.traces:
+        panels += [(2.0, lambda ax: plot_traces(result, ax, neurons=result.recorded[:1], **span))]
+    heights = [height for height, _ in panels]
+
+    figure = Figure((11.0, 1.0 + 0.9 * sum(heights) + (2.4 if statistics else 0)), 120, layout="constrained")
+    parts: Any = figure.subfigures(2, height_ratios=[sum(heights), 2.5]) if statistics else [figure]
+    axes = parts[0].subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (_, draw) in zip(axes, panels, strict=True):
+        if draw is not None:
+            draw(ax)
+    if recorded:
+        _plot_recording(result, axes[0], axes[1], first, last)
+    axes[-1].set_xlabel("time (ms)")
+    if (last - first) * result.dt >= 2000:
+        axes[-1].xaxis.set_major_formatter(lambda ms, _: f"{ms / 1000:g}")
+        axes[-1].set_xlabel("time (s)")
+    axes[-1].set_xlim(first * result.dt, last * result.dt)
+    parts[0].align_ylabels(axes)
+    if statistics:
+        histogram, table = parts[1].subplots(1, 2, width_ratios=[1, 1.3])
+        plot_intervals(result, histogram)
+        plot_statistics(result, table)
+        axes = [*axes, histogram]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    title = _plain(title or "", 200)
+    if not result.finished:
+        title = f"{title}\n(stopped after {result.steps:,} steps)".strip()
+    if title:
+        _word_for_word(figure.suptitle(title, fontsize=12))
+    return figure

@@ -1,0 +1,638 @@
+"""Long runs: a network over a source in time blocks, streamed to a sink."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import math
+import platform
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import DataParallel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from ..backend.choose import choose_backend
+from ..common.files import reason
+from ..common.versions import package_version
+from ..functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
+from ..modules import CobaLIF, CobaLIFRecurrent
+from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, constants_table
+from ..ops import operators, time_blocks, validation
+from ..ops.spikes import WORD_BITS, word_count
+from .results import Result
+from .sinks import Checkpoint, Header, Sink, open_sink
+from .sources import Blocks, digest
+from .store import checksum, columns_of
+
+if TYPE_CHECKING:
+    from ..backend.cpu.launch import ForwardStream
+
+BLOCK_BYTES = 2**26  # of everything that a block of the default length holds
+MAX_BLOCK_STEPS = 2**16
+LONG = 2**20  # steps of a source that does not say
+STATE_BYTES = 2**24  # of the states of all neurons in every step, where the recorded ones need the others
+
+Variable = Literal["v", "g_e", "g_i"]
+Members = slice | range | Sequence[int] | np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What to keep of a run.
+
+    Attributes:
+        spikes: every spike, one bit for a neuron and step.
+        variables: which traces to keep of ``neurons``: ``v`` (mV), ``g_e``, ``g_i`` (uS).
+        neurons: whose traces to keep; with several axes of neurons, indices into the flattened ones.
+        every: keep the traces of every n-th step alone, ``n - 1``, ``2 n - 1``, ...: at the times ``n dt``, ``2 n dt``, ...
+        populations: name to neurons (a slice, a range, indices) whose spikes are counted in every step.
+        inputs: the excitatory and the inhibitory conductance in uS that the input, recurrent synapses apart, adds in
+            every step, mean over the neurons.
+    """
+
+    spikes: bool = True
+    variables: Sequence[Variable] = ("v",)
+    neurons: Sequence[int] = ()
+    every: int = 1
+    populations: Mapping[str, Members] = field(default_factory=dict)
+    inputs: bool = False
+
+
+def simulate(
+    network: CobaLIF | CobaLIFRecurrent,
+    source: Any,
+    *,
+    sink: Sink | str | Path | None = None,
+    state: Any = None,
+    block_steps: int | None = None,
+    record: Record | None = None,
+    progress: bool | Callable[[int], None] = True,
+    resume: bool = False,
+) -> Result:
+    """Run a network over a source of any length, in memory for a few blocks.
+
+    The network advances block by block, with its state carried from one to the next; a thread reads the next block
+    meanwhile, and another one writes the block before. The spikes are those of one call over the whole input.
+
+    A run into a zarr group that is killed loses at most three blocks, two being computed and one being written: called
+    again with the same arguments and ``resume=True``, it goes on from the last finished block to a result that is equal
+    bit for bit. A run that was not begun yet is begun, one that is finished is returned, and one whose source is longer by
+    now goes on to its new end, so that a script may always pass ``resume=True``. What has been read before is read again
+    and compared, unless the source is a :class:`PoissonSource`, which its arguments tell: another input is refused. One
+    process at a time writes to a path; docs/reliability.md says what is promised, and at what cost.
+
+    Args:
+        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`, also as
+            ``torch.compile`` or ``DistributedDataParallel`` wrap them; its ``record_states`` and ``spike_dtype`` do not
+            matter here. It runs on the device of its parameters.
+        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]`` (``torch.zeros(T, 0)`` for one without
+            input): an array, a
+            :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. An iterable is read from its
+            beginning when a run is resumed.
+        sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
+        state: initial state, None to start at rest.
+        block_steps: steps in a block, rounded up to a multiple of 32 and of ``record.every``; None for as many as hold
+            about 64 MiB, at most 65,536 (what unconnected neurons read where it is does not count: a tensor or a numpy
+            array in memory, unless its numbers are converted or inputs are recorded).
+        record: what to keep; None for the spikes alone.
+        progress: show a bar with steps per second and the time left on a terminal, where the package rich is
+            installed; or a function that takes the number of finished steps.
+        resume: continue a run that was interrupted.
+
+    Returns:
+        The result, as :func:`coba_triton.open_result` gives it.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes do not fit, a parameter, weight or initial state is not finite, a file is damaged or something
+            else, or the run to be resumed was begun with another configuration or
+            another input.
+        FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
+        BlockingIOError: if another run is writing to the sink's path.
+        FloatingPointError: if the state stops being finite, with what made it so; what was finished is kept.
+        OSError: if the sink cannot be written to; what was finished is kept.
+
+    Example:
+        >>> source = PoissonSource(300.0, steps=10_000, shape=(100,), dt=0.1, weight=0.05)
+        >>> result = simulate(CobaLIF(dt=0.1), source)
+        >>> times, neurons = result.events()
+    """
+    if not callable(progress):
+        validation.check_flag(progress, "progress")
+    validation.check_flag(resume, "resume")
+    run = _Run(network, source, state, Record() if record is None else record, block_steps)
+    sink = open_sink(sink)
+    with sink.held():
+        _go_on(run, sink, resume, progress)
+        return Result(*sink.result(), path=sink.path)
+
+
+def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
+    """Make the blocks that the sink does not have yet."""
+    begun = sink.begin(run.header, resume)
+    block_steps, steps = run.header.block_steps, run.header.steps
+    if steps is not None and steps < max(begun.planned or 0, begun.steps):
+        raise ValueError(
+            f"{sink.path} was begun with another configuration: source.steps was {begun.planned or begun.steps} and is "
+            f"{steps}; pass what it was begun with or a longer one, or another path"
+        )
+    with closing(_new_blocks(run, sink, begun)) as blocks:
+        first = next(blocks, None)
+        if first is None:  # nothing is missing
+            sink.end(begun.steps, finished=True)
+            return
+        start = begun.steps // block_steps * block_steps
+        state = sink.go_on(start // block_steps, steps)
+        if state is not None:
+            run.load(state)
+        with (
+            _progress(progress, steps, start) as show,
+            ThreadPoolExecutor(1, "coba_triton sink") as thread,
+            run.threads(),
+        ):
+            commits, running = _Commits(sink, thread, start, show), deque[_Running]()
+            try:
+                for x, given_sum in itertools.chain([first], blocks):
+                    running.append(run.begin(x, start, given_sum))
+                    start += len(x)
+                    if len(running) > run.ahead:
+                        commits.put(*run.finish(running.popleft()))
+                while running:
+                    commits.put(*run.finish(running.popleft()))
+                commits.wait()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    commits.wait()
+                sink.end(commits.steps, finished=False)
+                raise
+    sink.end(commits.steps, finished=True)
+
+
+def _new_blocks(run: _Run, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
+    """The blocks that are not finished, once those that are are found to be the same.
+
+    With their checksums, None where the kernels make them. The last one that is finished comes again if it has become
+    longer.
+
+    Raises:
+        ValueError: if the source differs from what was read before, or ends before it.
+    """
+    blocks, block_steps = run.blocks, run.header.block_steps
+    checks = sink.checks_input and not blocks.described
+    if begun.steps and not checks and begun.steps == blocks.steps:
+        return
+    start = 0 if checks else begun.steps // block_steps * block_steps
+    sums, noted = deque[int | None](), itertools.count(start // block_steps)
+
+    def note(x: Tensor) -> None:
+        later = next(noted) >= len(begun.inputs) and run.sums_up(x)
+        sums.append(None if later and checks else checksum_of(x) if checks else 0)
+
+    for x in blocks.read(start, block_steps, buffers=2 + run.ahead, note=note):
+        given, number = sums.popleft(), start // block_steps
+        known, expected = begun.inputs[number] if number < len(begun.inputs) else (0, 0)
+        if checks and 0 < known <= len(x) and expected != (given if len(x) == known else checksum_of(x[:known])):
+            raise ValueError(
+                f"{sink.path} was begun with another input: steps {start:,} to {start + known:,} of source differ from what "
+                "was read then; pass what it was begun with, or another path"
+            )
+        start += len(x)
+        if len(x) > known:
+            yield x, given
+    if start < begun.steps:
+        raise ValueError(
+            f"source must have the {begun.steps} steps that are finished already, it ended {begun.steps - start} steps "
+            "before"
+        )
+
+
+def checksum_of(x: Tensor) -> int:
+    """Of the numbers in the rows of a block."""
+    from ..backend.cpu.launch import row_sums
+
+    return checksum(row_sums(x.detach().cpu()))
+
+
+class _Commits:
+    """Hands blocks to the sink's thread, one at a time, and knows how many steps it has kept."""
+
+    def __init__(self, sink: Sink, thread: ThreadPoolExecutor, steps: int, show: Callable[[int], None]) -> None:
+        self.sink, self.thread, self.steps, self.show = sink, thread, steps, show
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def put(self, start: int, stop: int, block: dict[str, Any], state: Any, checksum: int) -> None:
+        """Begin to write a block, when the one before it is written."""
+        self.wait()
+        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state, checksum)
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        if self._pending is None:
+            return
+        stop, writing = self._pending
+        try:
+            writing.result()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write steps {self.steps:,} to {stop:,} ({reason(error)}); {self.steps:,} steps are kept: "
+                "make room and continue with resume=True",
+                str(self.sink.path),
+            ) from error
+        self.steps, self._pending = stop, None
+        self.show(stop)
+
+
+class _Running(NamedTuple):
+    """A block that is begun: its first step, input and the checksum of that or what becomes it, states before and after,
+    spikes, traces if there are, and what runs.
+    """
+
+    start: int
+    x: Tensor
+    given: Any
+    before: Any
+    after: Any
+    words: Tensor
+    traces: CobaLIFFeedForwardState | None
+    jobs: Sequence[Future[None]]
+
+
+class _Run:
+    """A network that advances block by block, and what is to be known of it beforehand."""
+
+    def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:
+        network = _unwrapped(network)
+        if not isinstance(network, CobaLIF | CobaLIFRecurrent):
+            raise TypeError(
+                f"network must be a CobaLIF or a CobaLIFRecurrent, got {type(network).__name__}; give a cell's parameters "
+                "and weights to one of them"
+            )
+        block_steps = validation.check_block_steps(block_steps)
+        if not isinstance(record, Record):
+            raise TypeError(f"record must be a Record or None, got {type(record).__name__}")
+        for name, kinds in (("populations", Mapping), ("variables", Sequence)):
+            if not isinstance(value := getattr(record, name), kinds) or isinstance(value, str):
+                raise TypeError(f"record.{name} must be a {kinds.__name__.lower()}, got {type(value).__name__}")
+        for name in record.populations:
+            if not isinstance(name, str):
+                raise TypeError(f"record.populations must have names, got {name!r:.50}; write it in quotes")
+        for name in ("spikes", "inputs"):
+            validation.check_flag(getattr(record, name), f"record.{name}")
+        self.network = cast(Any, network)  # of two kinds, as `recurrent` says
+        self.record = record
+        self.device: torch.device = self.network.v_thresh.device
+        self.recurrent = isinstance(network, CobaLIFRecurrent)
+        self.blocks = Blocks(source, self.device)
+        channels = self.blocks.first.shape[1:]
+        driven = not self.recurrent or self.network.input_size
+        if not (channels if driven else channels[:-1]).numel():
+            raise ValueError(
+                f"a step of source must have at least one number, got shape {list(channels)}; leave out what has no neurons"
+            )
+        first = self.blocks.first.to(self.device)
+        with torch.no_grad():
+            weights = self.network._weights() if self.recurrent else ()
+            self.digests = [digest(w) for w in weights]
+            # the kernels gather rows of the transposed weights: laid out for that here, not anew in every block
+            self.weights: Any = tuple(w.t().contiguous().t() for w in weights)
+            p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
+            detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
+            self.p: Any = CobaLIFParameters(*detached)
+            self._check_numbers()
+            self.state = self._integrate(first[:0], state, False)[1]
+            if state is not None:
+                validation.check_numbers({f"state.{name}": field for name, field in self.state._asdict().items()})
+        self.shape = self.state.v.shape
+        cells = self.shape.numel()
+        chosen = validation.check_neurons(record.neurons, cells, "record.neurons")
+        self.neurons = torch.as_tensor(chosen, device=self.device)
+        self.every = validation.check_int(record.every, "record.every")
+        if (least := math.lcm(WORD_BITS, self.every)) > MAX_BLOCK_STEPS:
+            raise ValueError(
+                f"record.every must have a common multiple with {WORD_BITS} of at most {MAX_BLOCK_STEPS:,}, got "
+                f"{self.every} with {least:,}; take a number with more factors of 2"
+            )
+        self.populations = {
+            name: validation.check_neurons(members, cells, f"record.populations[{name!r}]")
+            for name, members in record.populations.items()
+        }
+        for name in record.variables:
+            if not validation.is_one_of(name, CobaLIFFeedForwardState._fields):
+                raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
+        self.backend = choose_backend(self.network.backend, self.device)
+        self.stream: ForwardStream | None = None
+        self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0  # blocks that run ahead of the one to finish
+        if len(self.neurons) and not self.recurrent:
+            self.chosen = self._chosen_parameters()
+        if self.recurrent and self.backend != "reference":
+            self.kernels = self._kernels()
+            order = self.neurons.argsort()
+            self.ascending, self.places = self.neurons[order], order.argsort()
+        if record.inputs and self.recurrent:
+            self.mean_weights = [w.mean(0) for w in (self.weights[0].relu(), (-self.weights[0]).relu())]
+        self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
+        self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # of what is beyond it at rest there was a warning
+        self.fires_always = False
+        self.header = self._header(state, block_steps)
+
+    def _check_numbers(self) -> None:
+        """Refuse what would make the state infinite or NaN from the start, and warn of what an Euler step cannot follow."""
+        numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
+        validation.check_numbers(numbers | dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False)))
+        single = {name: v.item() for name, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
+        validation.warn_if_unstable(self.p._replace(**single), self.network.dt)
+
+    def _chosen_parameters(self) -> CobaLIFParameters:
+        """The parameters of the recorded neurons."""
+
+        def choose(value: Any) -> Any:
+            each = isinstance(value, Tensor) and value.dim() > 0
+            return value.expand(self.shape).reshape(-1)[self.neurons] if each else value
+
+        return CobaLIFParameters(*map(choose, self.p))
+
+    def _kernels(self) -> time_blocks.Network:
+        """The network as the backend's kernels take it."""
+        dtype = self.state.v.dtype
+        constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
+        kernels = operators.recurrent_kernels(self.backend)
+        input_weights, recurrent_weights = (w.to(dtype) for w in self.weights)
+        jump_first = self.network.order == "jump_first"
+        uses = (self.blocks.steps or LONG) * self.shape[:-1].numel()
+        return time_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
+
+    def _header(self, state: Any, block_steps: int | None) -> Header:
+        cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
+        if block_steps is None:
+            first, itemsize = self.blocks.first, self.state.v.element_size()
+            held = 0 if self._reads_in_place() else first[:1].numel() * first.element_size()
+            step = held + cells // 8 + 3 * itemsize * traced
+            block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
+        whole = math.lcm(WORD_BITS, self.every)  # steps that fill rows of every array
+        numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
+        arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
+        config: dict[str, Any] = {
+            "network": type(self.network).__name__,
+            "neurons": list(self.shape),
+            "dt_ms": self.network.dt,
+            "order": self.network.order,
+            "backend": self.backend,
+            "device": self.device.type,
+            "state_dtype": str(self.state.v.dtype).removeprefix("torch."),
+            "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
+            "weights": dict(zip(("input", "recurrent"), self.digests, strict=False)),
+            "source": self.blocks.describe(),
+            "initial_state": None if state is None else digest(torch.stack(list(self.state))),
+            "record": {
+                "spikes": record.spikes,
+                "variables": list(record.variables),
+                "neurons": self.neurons.tolist(),
+                "every": self.every,
+                "populations": {name: digest(torch.from_numpy(members)) for name, members in self.populations.items()},
+                "inputs": record.inputs,
+            },
+            "block_steps": max(-(-block_steps // whole), 1) * whole,
+        }
+        arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
+        arrays |= {f"population_{number}": members for number, members in enumerate(self.populations.values())}
+        return Header(config, columns_of(config), arrays, self.blocks.steps, config["block_steps"], versions())
+
+    def _reads_in_place(self) -> bool:
+        """Whether a block of the input is a view of a tensor, which no one copies or converts."""
+        source, first = self.blocks.source, self.blocks.first
+        if self.recurrent or self.record.inputs or self.backend == "reference":
+            return False
+        as_it_is = _flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
+        return as_it_is and isinstance(source, Tensor) and source.device == self.device
+
+    def sums_up(self, x: Tensor) -> bool:
+        """Whether the kernels make the checksum of a block of the input, as it is what they read."""
+        plain = x.dtype == self.state.v.dtype == torch.float32 and x.is_contiguous()
+        return bool(self.ahead) and plain and x[:1].numel() == self.shape.numel()
+
+    def load(self, state: Any) -> None:
+        """Go on from a checkpoint."""
+        self.state = type(self.state)(*torch.from_numpy(state).to(self.device))
+
+    def _integrate(self, x: Tensor, state: Any, record_states: bool, p: Any = None) -> tuple[Tensor, Any]:
+        options: dict[str, Any] = {
+            "order": self.network.order,
+            "backend": self.network.backend,
+            "record_states": record_states,
+            "spike_dtype": "bits",
+        }
+        if self.recurrent:
+            options["block_steps"] = self.network.block_steps
+            input_weights, recurrent_weights = self.weights
+            return coba_lif_integral(x, state, input_weights, recurrent_weights, self.p, self.network.dt, **options)
+        return coba_lif_feed_forward_integral(x, state, p or self.p, self.network.dt, **options)
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Have threads for the kernels, where blocks run ahead."""
+        if not self.ahead:
+            yield
+            return
+        from ..backend.cpu.launch import ForwardStream
+
+        dtype = self.state.v.dtype
+        constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
+        state = torch.stack(list(self.state)).reshape(3, -1)
+        with closing(ForwardStream(constants, self.network.order == "jump_first", state, self.header.block_steps)) as stream:
+            self.stream = stream
+            yield
+
+    @torch.no_grad()
+    def begin(self, x: Tensor, start: int, given: int | None = 0) -> _Running:
+        """Simulate the steps that ``x`` drives, from step ``start`` on, or have threads do so."""
+        before, traces = self.state, None
+        jobs: Sequence[Future[None]] = ()
+        if self.stream is not None:
+            words = torch.empty(word_count(len(x)), *self.shape, dtype=torch.int32)
+            sums = None
+            if given is None:
+                from ..backend.cpu.launch import lanes
+
+                given = sums = lanes(self.shape.numel())
+            flat = _flat_input(x, self.shape, before.v.dtype)
+            state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
+            self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
+        elif self.recurrent and self.backend != "reference":
+            words, traces = self._connected(x)
+        elif self.recurrent and len(self.neurons):
+            words, traces = self._with_all_states(x)
+        else:
+            words, self.state = self._integrate(x, before, False)
+        return _Running(start, x, given, before, self.state, words, traces, jobs)
+
+    @torch.no_grad()
+    def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any, int]:
+        """The first step of a block and the first after it, the rows of every column, the state, fields first, and the
+        checksum of the input.
+        """
+        start, x, given, before, after, words, traces, jobs = running
+        for job in jobs:
+            job.result()
+        stop = start + len(x)
+        state = torch.stack(list(after)).cpu().numpy()
+        self._check(state, x, start, stop)
+        if traces is None and len(self.neurons):
+            traces = self._chosen_traces(x, before)
+        on_cpu = words.cpu().numpy()
+        self._warn_of_constant_spikes(on_cpu, start, stop)
+        block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
+        if traces is not None:
+            kept = slice(self.every - 1, None, self.every)  # a block begins with a multiple of it
+            block |= {name: getattr(traces, name)[kept].cpu().numpy() for name in self.record.variables}
+        if self.populations:
+            block["counts"] = self._count(on_cpu, len(x))
+        if self.record.inputs:
+            block["input_e"], block["input_i"] = self._mean_inputs(x)
+        return start, stop, block, state, given if isinstance(given, int) else checksum(given)
+
+    def _connected(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState | None]:
+        """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""
+        z, *others = self.state
+        steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
+        words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
+        traces = z.new_empty(3, steps, len(self.ascending)) if len(self.ascending) else None
+        block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
+        z, state = time_blocks.forward(
+            self.kernels,
+            _kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
+            z.reshape(rows),
+            torch.stack(others).reshape(3, *rows),
+            None,
+            words,
+            traces,
+            None,
+            block_steps,
+            "auto",
+            None if traces is None else self.ascending,
+        )
+        self.state = CobaLIFState(z.reshape(self.shape), *state.reshape(3, *self.shape))
+        kept = None if traces is None else CobaLIFFeedForwardState(*traces[..., self.places])
+        return words.reshape(len(words), *self.shape), kept
+
+    def _with_all_states(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
+        """The same where only whole states are recorded: in parts, of which some neurons are kept."""
+        step = 3 * self.shape.numel() * self.state.v.element_size()
+        words, traces = [], []
+        for part in x.split(word_count(max(STATE_BYTES // step, 1)) * WORD_BITS):
+            spikes, states = self._integrate(part, self.state, True)
+            self.state = CobaLIFState(*(field[-1].clone() for field in states))
+            words.append(spikes)
+            traces.append([field.flatten(1)[:, self.neurons] for field in states[1:]])
+        return torch.cat(words), CobaLIFFeedForwardState(*map(torch.cat, zip(*traces, strict=True)))
+
+    def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
+        """Unconnected neurons do not need the others: those that are recorded run again, alone."""
+        chosen = x.expand(len(x), *self.shape).reshape(len(x), self.shape.numel())[:, self.neurons]
+        state = CobaLIFFeedForwardState(*(field.reshape(-1)[self.neurons] for field in before))
+        return self._integrate(chosen, state, True, self.chosen)[1]  # type: ignore[no-any-return]  # states by record_states
+
+    def _count(self, words: Any, steps: int) -> Any:
+        from .kernels import count_kernel
+
+        counts = np.empty((len(self.populations), WORD_BITS * len(words)), np.int32)
+        for row, members in zip(counts, self.populations.values(), strict=True):
+            count_kernel(words.reshape(len(words), -1), members, row)
+        return counts[:, :steps].T
+
+    def _mean_inputs(self, x: Tensor) -> tuple[Any, Any]:
+        rows = x.reshape(len(x), -1)
+        if self.recurrent:
+            rows = x.reshape(len(x), self.shape[:-1].numel(), x.shape[-1]).to(self.weights[0].dtype)
+            means = [(rows @ weights).mean(1) for weights in self.mean_weights]
+        else:
+            rows = rows.to(self.state.v.dtype)
+            means = [rows.relu().mean(1), (-rows).relu().mean(1)]
+        return means[0].cpu().numpy(), means[1].cpu().numpy()
+
+    def _check(self, state: Any, x: Tensor, start: int, stop: int) -> None:
+        """Refuse a state that is not finite, and warn once of conductances at which the Euler step diverges."""
+        if not np.isfinite(state).all():
+            for step, *channel in (~torch.isfinite(x)).nonzero()[:1].tolist():
+                raise FloatingPointError(
+                    f"the state is no longer finite after step {stop}, as the source has {x[step, *channel].item()} in step "
+                    f"{start + step}, channel {channel}; correct it there"
+                )
+            raise FloatingPointError(
+                f"the state is no longer finite after step {stop}, as the Euler step is unstable at these conductances "
+                "(input, weights, initial state and parameters are finite); make dt, the weights or the input smaller"
+            )
+        rate, g_l = self.rates
+        factor = float(np.max(rate * (g_l + (state[-2] + state[-1]))))
+        if factor > self.limit:
+            self.limit = _next_limit(factor)
+            unstable = validation.instability(factor)
+            wild = ", and the spikes mean nothing" if factor > 2 else ""
+            warnings.warn(
+                f"{unstable}: dt * c_m_inv * (g_l + g_e + g_i) has reached {factor:.3g} by step {stop}, "
+                f"more than {2 if factor > 2 else 1}{wild}; make dt or the weights smaller",
+                stacklevel=3,
+            )
+
+    def _warn_of_constant_spikes(self, words: Any, start: int, stop: int) -> None:
+        """Warn once of neurons that fire in every step, looking at a few of the words of a block ``[W, *shape]``."""
+        whole = words[: (stop - start) // WORD_BITS]
+        always = int((whole[:: max(len(whole) // 8, 1)] == -1).any(0).sum())
+        if always and not self.fires_always:
+            self.fires_always = True
+            warnings.warn(
+                f"{always} of {self.shape.numel()} neurons fire in every step ({WORD_BITS} in a row by step {stop}): the "
+                "input or the weights, which are in uS (1 nS is 0.001 uS), are too strong, or v_thresh is too low; make "
+                "them smaller, or raise v_thresh",
+                stacklevel=3,
+            )
+
+
+def _next_limit(factor: float) -> float:
+    """What ``dt`` times the rate of the potential has to exceed to be worth a warning, once it was as much as ``factor``."""
+    return 1.0 if factor <= 1 else 2.0 if factor <= 2 else np.inf
+
+
+def _unwrapped(network: Any) -> Any:
+    """The module that ``torch.compile``, data parallelism or an average over training has wrapped."""
+    wrappers: tuple[Any, ...] = (DistributedDataParallel, DataParallel, AveragedModel)
+    while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(network, wrappers):
+        network = network.module if inner is None else inner
+    return network
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on, by name."""
+    found = {"python": platform.python_version()}
+    for package in ("coba-triton", "torch", "numpy", "triton", "zarr"):
+        if installed := package_version(package):
+            found[package.replace("-", "_")] = installed
+    return found
+
+
+@contextmanager
+def _progress(progress: bool | Callable[[int], None], steps: int | None, done: int) -> Iterator[Callable[[int], None]]:
+    """Yields the function that takes the number of finished steps."""
+    if callable(progress):
+        progress(done)
+        yield progress
+        return
+    if not progress or importlib.util.find_spec("rich") is None:
+        yield lambda done: None
+        return
+    from .progress import bar
+
+    with bar(steps, done) as show:
+        yield show

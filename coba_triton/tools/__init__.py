@@ -1,0 +1,1 @@
+"""Checking, tuning and timing tools."""

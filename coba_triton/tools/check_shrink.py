@@ -1,0 +1,161 @@
+"""What :func:`coba_triton.check` makes of a failure: the smallest problem that still fails, and a program that shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..neuron.records import CobaLIFFeedForwardState, CobaLIFState
+from .check_cases import AnyProblem, Check
+from .problems import Problem, RecurrentProblem
+
+# A snippet spells out so many numbers at the most.
+SNIPPET_NUMBERS = 400
+# A failing case is run again so often and so many seconds at the most to make it smaller; every size may compile anew.
+SHRINK_RUNS = 150
+SHRINK_SECONDS = 20.0
+
+
+def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slice) -> AnyProblem:
+    """The first steps of some batch rows (recurrent problems), neurons and inputs (recurrent problems)."""
+    if isinstance(case, Problem):
+        pick = (slice(None), neurons)
+        return replace(
+            case,
+            x=case.x[:steps][pick],
+            state=CobaLIFFeedForwardState(*(torch.as_tensor(field)[neurons] for field in case.state)),
+            parameters={name: value[neurons] if value.dim() else value for name, value in case.parameters.items()},
+        )
+
+    def few(value: Tensor) -> Tensor:
+        if value.dim() == 2 and value.shape[0] > 1:
+            value = value[rows]
+        return value[..., neurons] if value.dim() else value
+
+    return replace(
+        case,
+        x=case.x[:steps, rows, inputs],
+        state=CobaLIFState(*(torch.as_tensor(field)[rows][:, neurons] for field in case.state)),
+        input_weights=case.input_weights[neurons, inputs].contiguous(),
+        recurrent_weights=case.recurrent_weights[neurons, neurons].contiguous(),
+        parameters={name: few(value) for name, value in case.parameters.items()},
+    )
+
+
+def flatten(case: AnyProblem) -> AnyProblem:
+    """The same problem with one axis of neurons (and one of batch rows where it is recurrent)."""
+    fields = [torch.as_tensor(field) for field in case.state]
+    axes = 1 if isinstance(case, Problem) else 2
+    shape = fields[0].shape
+    rows = (-1,) if axes == 1 else (-1, shape[-1])
+    parameters = {
+        name: value if value.dim() == 0 else value.expand(shape).reshape(rows) for name, value in case.parameters.items()
+    }
+    state: Any = type(case.state)(*(field.reshape(rows) for field in fields))
+    x = case.x.reshape(len(case.x), *((-1,) if axes == 1 else (-1, case.x.shape[-1])))
+    return replace(case, x=x, state=state, parameters=parameters)
+
+
+def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
+    """The smallest part of a failing problem that was found to fail: fewer steps, neurons, rows, inputs, in turns."""
+    case = flatten(case)
+    everything = slice(None)
+    left, until = SHRINK_RUNS, time.monotonic() + SHRINK_SECONDS
+
+    def sizes(of: AnyProblem) -> dict[str, int]:
+        found = {"steps": of.x.shape[0], "neurons": torch.as_tensor(of.state.v).shape[-1]}
+        return found if isinstance(of, Problem) else found | {"rows": of.x.shape[1], "inputs": of.x.shape[2]}
+
+    def candidates(axis: str, size: int) -> Iterator[slice | int]:
+        for share in (1, size // 8, size // 2, size - 1):
+            if 0 < share < size:
+                yield share if axis == "steps" else slice(0, share)
+                if axis != "steps":
+                    yield slice(size - share, size)
+        if axis != "steps" and size > 4:
+            yield slice(size // 4, size - size // 4)
+
+    def smaller(of: AnyProblem) -> AnyProblem | None:
+        nonlocal left
+        for axis, size in sizes(of).items():
+            for candidate in candidates(axis, size):
+                if left == 0 or time.monotonic() > until:
+                    return None
+                left -= 1
+                arguments: dict[str, Any] = {
+                    "steps": of.x.shape[0], "rows": everything, "neurons": everything, "inputs": everything,
+                } | {axis: candidate}  # fmt: skip
+                try:
+                    tried = part(of, **arguments)
+                    if fails(tried):
+                        return tried
+                except (RuntimeError, ValueError):
+                    continue
+        return None
+
+    if not fails(case):
+        return case
+    while (found := smaller(case)) is not None:
+        case = found
+    return case
+
+
+def _literal(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    device = "" if value.device.type == "cpu" else f", device={str(value.device)!r}"
+    numbers = repr(value.tolist())
+    for special in ("nan", "inf"):
+        numbers = numbers.replace(special, f'float("{special}")')
+    return f"torch.tensor({numbers}, dtype={value.dtype}{device})"
+
+
+def snippet(case: AnyProblem, check: Check) -> str:
+    """A program that runs both sides on a small problem and fails where they differ."""
+    tensors = [case.x, *case.state, *case.parameters.values()]
+    weights = {}
+    if isinstance(case, RecurrentProblem):
+        weights = {name: getattr(case, name) for name in ("input_weights", "recurrent_weights")}
+        tensors += weights.values()
+    if sum(torch.as_tensor(tensor).numel() for tensor in tensors) > SNIPPET_NUMBERS:
+        return (
+            f"import coba_triton\nprint(coba_triton.check(backend={check.ours.backend!r}, "
+            f"device={str(case.x.device)!r}, level='full', only={f'{check.group}, {check.name}'!r}))"
+        )
+    state = type(case.state).__name__
+    lines = [
+        "import torch",
+        f"from coba_triton import {state}",
+        f"from coba_triton.tools.problems import {type(case).__name__}",
+        "",
+        f"case = {type(case).__name__}(",
+        f"    x={_literal(case.x)},",
+        f"    state={state}(",
+        *(f"        {name}={_literal(value)}," for name, value in case.state._asdict().items()),
+        "    ),",
+        *(f"    {name}={_literal(value)}," for name, value in weights.items()),
+        "    parameters={",
+        *(f"        {name!r}: {_literal(value)}," for name, value in case.parameters.items()),
+        "    },",
+        f"    alpha={case.alpha!r},",
+        f"    dt={case.dt!r},",
+        ")",
+    ]
+    for variable, run in (("ours", check.ours), ("theirs", check.theirs)):
+        options = "".join(f", {name}={value!r}" for name, value in run.options.items())
+        lines.append(f"{variable} = case.{'gradients' if check.gradients else 'run'}({run.backend!r}{options})")
+    if check.gradients:
+        lines.append("ours, theirs = ({'spikes': r[0][0], **dict(enumerate(r[0][1:])), **r[1]} for r in (ours, theirs))")
+    else:
+        lines.append("ours, theirs = ({'spikes': spikes, **state._asdict()} for spikes, state in (ours, theirs))")
+    lines += [
+        "for name in ours:",
+        "    same = torch.equal(ours[name], theirs[name])",
+        "    print(name, 'same' if same else f'differs: {ours[name].tolist()} instead of {theirs[name].tolist()}')",
+    ]
+    return "\n".join(lines)

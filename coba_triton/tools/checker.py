@@ -1,0 +1,434 @@
+"""Compare a backend with the reference over generated cases or the user's own input; shrink what fails to a snippet."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..backend import reference
+from ..backend.choose import choose_backend, triton_device_type
+from ..neuron.records import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
+from ..ops import validation
+from .check_cases import LEVELS, AnyProblem, Check, Run, generate
+from .check_shrink import flatten, shrink, snippet
+from .problems import VALUES, Problem, RecurrentProblem
+
+# Surrogates without an exponential or a square root, whose last bits differ between devices.
+EXACT_SURROGATES = ("super", "triangle", "heaviside")
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first tensor that differs.
+
+    Attributes:
+        tensor: its name.
+        differing: number of elements that do.
+        elements: number of elements there are.
+        index: of the first one.
+        ours: its value in the run that is checked.
+        theirs: its value in the other.
+        allowed: difference that rounding explains; 0 where the bits must be equal.
+    """
+
+    tensor: str
+    differing: int
+    elements: int
+    index: tuple[int, ...]
+    ours: float
+    theirs: float
+    allowed: float = 0.0
+
+    def __str__(self) -> str:
+        bound = f", allowed are {self.allowed:.3g}" if self.allowed else ""
+        return (
+            f"{self.tensor}{list(self.index)} is {self.ours!r}, expected {self.theirs!r}{bound}; "
+            f"{self.differing:,} of {self.elements:,} elements differ"
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a check.
+
+    Attributes:
+        group: of the check.
+        name: of the check.
+        status: ``passed``, ``failed`` or ``skipped``.
+        seconds: that it took.
+        detail: why it failed or was skipped.
+        snippet: of a failure, a program that shows the smallest case found.
+    """
+
+    group: str
+    name: str
+    status: Literal["passed", "failed", "skipped"]
+    seconds: float
+    detail: str = ""
+    snippet: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of :func:`check`.
+
+    Attributes:
+        backend: that was checked.
+        device: where.
+        results: one for each case.
+    """
+
+    backend: str
+    device: str
+    results: tuple[Result, ...]
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        """Those that failed."""
+        return tuple(result for result in self.results if result.status == "failed")
+
+    @property
+    def ok(self) -> bool:
+        """Whether none failed and some passed."""
+        return not self.failures and any(result.status == "passed" for result in self.results)
+
+    def __str__(self) -> str:
+        counts = {
+            status: sum(result.status == status for result in self.results) for status in ("passed", "failed", "skipped")
+        }
+        summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+        lines = [f"{self.backend} on {self.device} against the reference: {summary}"]
+        for failure in self.failures:
+            lines += [f"{failure.group}, {failure.name}: {failure.detail}", failure.snippet]
+        return "\n".join(lines)
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor, allowed: Tensor | float = 0.0) -> Mismatch | None:
+    """The mismatch of two tensors, None if there is none: same bits (any NaN equals any other), or within ``allowed``."""
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return Mismatch(
+            f"{name}: {ours.dtype} {list(ours.shape)} instead of {theirs.dtype} {list(theirs.shape)}",
+            max(1, ours.numel()), max(1, theirs.numel()), (), math.nan, math.nan,
+        )  # fmt: skip
+    wrong = (ours != theirs) & ~((ours != ours) & (theirs != theirs))
+    bound = torch.as_tensor(allowed, device=ours.device)
+    if bool((bound > 0).any()):
+        wrong &= ~((ours.double() - theirs.double()).abs() <= bound)
+    differing = int(wrong.sum())
+    if not differing:
+        return None
+    index = tuple(wrong.nonzero()[0].tolist())
+    return Mismatch(
+        name, differing, wrong.numel(), index, ours[index].item(), theirs[index].item(),
+        float(bound.expand(wrong.shape)[index]),
+    )  # fmt: skip
+
+
+def _named(case: AnyProblem, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(["spikes", *(f"state.{name}" for name in case.state._fields)], outputs, strict=True))
+
+
+def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
+    """What rounding may change: nothing where the operations are autograd's own, else the roundings of a sum.
+
+    A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's. The
+    roundings of its terms add up like a random walk, in units of the largest gradient of the array; a single number may
+    be what is left of terms that cancel, and has a unit for every one of them.
+    """
+    own = {"x", *case.state._fields}
+    if isinstance(case, Problem) and name in own and method in EXACT_SURROGATES:
+        return 0.0
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    v = torch.as_tensor(case.state.v)
+    terms = case.x.shape[0] * v.numel()
+    roundings = max(64.0, math.sqrt(terms) if expected.dim() else terms)
+    return scale * (1e-8 if v.dtype == torch.float64 else roundings * 2**-24)
+
+
+def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
+    """Run both sides of a check on a problem and compare them."""
+    if not check.bits:
+        return _mismatch_of_a_step(case, check)
+    if not check.gradients:
+        runs = [
+            _named(case, [spikes, *state])
+            for spikes, state in (case.run(run.backend, **run.options) for run in (check.ours, check.theirs))
+        ]
+        pairs = [(name, tensor, runs[1][name], 0.0) for name, tensor in runs[0].items()]
+    else:
+        (ours, our_grads), (theirs, their_grads) = (
+            case.gradients(run.backend, **run.options) for run in (check.ours, check.theirs)
+        )
+        method = check.ours.options.get("method", "super")
+        same_run = check.ours.backend == check.theirs.backend and check.ours.options == check.theirs.options
+        outputs, expected = _named(case, ours), _named(case, theirs)
+        pairs = [(name, tensor, expected[name], 0.0) for name, tensor in outputs.items()]
+        for name, grad in our_grads.items():
+            allowed = 0.0 if same_run else gradient_bound(case, name, method, their_grads[name])
+            pairs.append((f"gradient by {name}", grad, their_grads[name], allowed))
+    return next(filter(None, (compare(*pair) for pair in pairs)), None)
+
+
+def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
+    """Compare each step with the reference's, from our own state before it, within the rounding of its sums.
+
+    A sum of n terms is exact to ``n 2^-24`` of the sum of their magnitudes; a spike may differ where the potential is
+    that close to the threshold.
+    """
+    assert isinstance(case, RecurrentProblem)
+    options = check.ours.options | {"record_states": True}
+    order, method = options.get("order", "decay_first"), options.get("method", "super")
+    _, trace = case.run(check.ours.backend, **options)
+    z, v, g_e, g_i = (
+        torch.cat([torch.as_tensor(initial)[None], after[:-1]]) for initial, after in zip(case.state, trace, strict=True)
+    )
+    dtype = trace.v.dtype
+    c = derive_constants(case.record(method), case.dt, dtype, case.x.device)
+    weights = reference.SplitWeights.of(case.input_weights, case.recurrent_weights)
+    x = case.x.to(dtype)
+    step = reference.recurrent_step(x, z, v, g_e, g_i, weights, c, order == "jump_first", method)
+    unreset = reference.recurrent_step(
+        x, z, v, g_e, g_i, weights, c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf)), order == "jump_first", method
+    )
+    ulp = torch.finfo(dtype).eps / 2
+    terms = x.shape[-1] + trace.v.shape[-1] + 4
+    magnitude = x.abs() @ case.input_weights.abs().t() + z.abs() @ case.recurrent_weights.abs().t()
+    bounds = {
+        name: terms * ulp * magnitude + 4 * ulp * (magnitude + old.abs()) for name, old in (("g_e", g_e), ("g_i", g_i))
+    }
+    reach = c.k.abs() * ((c.e_rev_E - v).abs() * bounds["g_e"] + (c.e_rev_I - v).abs() * bounds["g_i"])
+    reach = reach + 16 * ulp * (unreset.v.abs() + v.abs() + c.v_thresh.abs())
+    for name, bound in bounds.items():
+        if found := compare(f"state.{name}", getattr(trace, name), getattr(step, name), bound):
+            return found
+    certain = (unreset.v - c.v_thresh).abs() > reach
+    ours = torch.where(certain, trace.z, step.z)
+    if found := compare("spikes", ours, step.z):
+        return found
+    same = trace.z == step.z
+    return compare("state.v", torch.where(same, trace.v, step.v), step.v, reach)
+
+
+def _free_gib(device: torch.device) -> float:
+    if device.type == "cpu":
+        try:
+            with open("/proc/meminfo", encoding="ascii") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
+        except (OSError, StopIteration):
+            return 0.0
+    return float(torch.get_device_module(device).mem_get_info(device)[0]) / 2**30
+
+
+def run_check(check: Check, device: torch.device) -> Result:
+    """Run one check; a failure is shrunk and gets its snippet."""
+    started = time.perf_counter()
+
+    def result(status: Literal["passed", "failed", "skipped"], detail: str = "", snippet: str = "") -> Result:
+        return Result(check.group, check.name, status, time.perf_counter() - started, detail, snippet)
+
+    if check.gib:
+        free = _free_gib(device)
+        if check.gib > free:
+            needs = "no interpreter" if check.gib == math.inf else f"{check.gib:.1f} GiB, {free:.1f} are free"
+            return result("skipped", f"needs {needs}")
+
+    def failure(of: AnyProblem) -> str:
+        try:
+            found = find_mismatch(of, check)
+        except Exception as error:  # whatever a compiler or a driver raises is a result, too
+            return _first_lines(error)
+        return "" if found is None else str(found)
+
+    try:
+        case = check.build(device)
+        detail = failure(case)
+        if not detail:
+            return result("passed")
+        if check.gib:
+            return result("failed", detail, snippet(case, check))
+        small = shrink(case, lambda of: bool(failure(of)))
+        return result("failed", failure(small) or detail, snippet(small, check))
+    except Exception as error:  # after a fault on a device, nothing works there any more
+        return result("failed", _first_lines(error))
+
+
+def _first_lines(error: Exception) -> str:
+    """An error in a few lines: those of a compiler may be hundreds."""
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return "\n".join([*lines[:3], *(["..."] if len(lines) > 4 else []), *lines[3:][-1:]])
+
+
+def default_device() -> torch.device:
+    """The GPU that Triton can drive, else the CPU."""
+    try:
+        return torch.device(triton_device_type())
+    except RuntimeError:
+        return torch.device("cpu")
+
+
+def select(backend: str, device: torch.device, level: str, only: str | None) -> list[Check]:
+    """The checks of a level, or those among them whose group and name contain ``only``.
+
+    Raises:
+        ValueError: if the level is unknown or no check is left.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
+    checks = list(generate(backend, device, level))
+    chosen = [check for check in checks if only is None or only in f"{check.group}, {check.name}"]
+    if not chosen:
+        groups = ", ".join(dict.fromkeys(check.group for check in checks))
+        raise ValueError(f"no check contains {only!r} in its name; the groups are {groups}")
+    return chosen
+
+
+def resolve(backend: str, device: torch.device | str | None) -> tuple[str, torch.device]:
+    """The backend and device to check.
+
+    Raises:
+        ValueError: if the backend is unknown, or is the reference.
+        RuntimeError: if the device is not there, or the backend cannot serve it.
+    """
+    device = default_device() if device is None else torch.device(device)
+    if device.type != "cpu" and not torch.get_device_module(device).is_available():
+        raise RuntimeError(
+            f"device {str(device)!r} is not here: PyTorch {torch.__version__} sees none; run on a machine with one, or "
+            "pass device='cpu'"
+        )
+    used = choose_backend(backend, device)
+    if used == "reference":
+        raise ValueError(
+            f"nothing to check on {str(device)!r}: the reference would serve it, which is what backends are compared with; "
+            "pass another device, or a backend that serves it"
+        )
+    return used, device
+
+
+def _grid(x: Tensor) -> int:
+    """The exponent of the coarsest power of two of which all elements are multiples."""
+    mantissa, exponent = torch.frexp(x.double()[x != 0])
+    if not mantissa.numel():
+        return 1000
+    whole = (mantissa * 2.0**53).long()
+    return int((exponent - 53 + torch.log2((whole & -whole).double()).int()).min())
+
+
+def sums_are_exact(case: RecurrentProblem) -> bool:
+    """Whether no order of the sums over synapses is rounded: all terms are multiples of one number, and not too many."""
+    digits = 53 if torch.as_tensor(case.state.v).dtype == torch.float64 else 24
+    sources = ((case.input_weights, case.x), (case.recurrent_weights, torch.as_tensor(case.state.z)))
+    for weights, x in sources:
+        reach = (x.double().abs() @ weights.double().abs().t()).max() if x.numel() and weights.numel() else torch.zeros(())
+        if x is not case.x:
+            reach = torch.maximum(reach, weights.double().abs().sum(1).max()) if weights.numel() else reach
+        if not reach.isfinite() or float(reach) >= 2.0 ** (digits + _grid(weights) + min(0, _grid(x))):
+            return False
+    return True
+
+
+def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, p: Any, dt: float) -> AnyProblem:
+    """The user's arguments as a problem; checks them as the public functions do."""
+    validation.check_parameters(p)
+    if isinstance(p.alpha, Tensor) and p.alpha.dim():
+        raise ValueError(f"alpha must be one number to be checked, got a tensor of {list(p.alpha.shape)}; pass one number")
+    numbers = {name: torch.as_tensor(getattr(p, name), dtype=None if isinstance(getattr(p, name), Tensor) else torch.float64)
+               for name in VALUES}  # fmt: skip
+    parameters = {name: value.detach().to(x.device) for name, value in numbers.items()}
+    alpha = float(p.alpha)
+    if weights is None:
+        validation.check_input(x, "[T, ...]", 1)
+        tensors = functional._feed_forward_state(x, state, p, dt, x.shape[1:]).detach()
+        neurons = tensors.shape[1:]
+        given = x.detach().reshape(len(x), *(1,) * (len(neurons) - x.dim() + 1), *x.shape[1:]).expand(len(x), *neurons)
+        initial = CobaLIFFeedForwardState(*tensors.clone())
+        return flatten(Problem(given, initial, parameters, alpha, dt))
+    validation.check_input(x, "[T, *batch, I]", 2)
+    tensors = functional._recurrent_state(x, state, *weights, p, dt, x.shape[1:]).detach()
+    before = CobaLIFState(*tensors.clone())
+    w_in, w_rec = (w.to(tensors.dtype) for w in weights)
+    return flatten(RecurrentProblem(x.detach(), before, w_in.detach(), w_rec.detach(), parameters, alpha, dt))
+
+
+def _user_checks(case: AnyProblem, backend: str, options: dict[str, Any]) -> list[Check]:
+    theirs = {name: value for name, value in options.items() if name not in ("path", "block_steps")}
+    exact = not isinstance(case, RecurrentProblem) or sums_are_exact(case)
+    ours, theirs_run = Run(backend, options), Run("reference", theirs)
+    forward = Check("your input", "forward", lambda _: case, ours, theirs_run, bits=exact)
+    repeat = Check("your input", "two runs", lambda _: case, ours, ours, gradients=True)
+    return [forward, repeat, *([replace(forward, name="gradients", gradients=True)] if exact else [])]
+
+
+def check(
+    input_tensor: Tensor | None = None,
+    state: Any = None,
+    input_weights: Tensor | None = None,
+    recurrent_weights: Tensor | None = None,
+    p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
+    dt: float = 0.001,
+    *,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    level: str = "quick",
+    only: str | None = None,
+    show: Callable[[Result, int], None] = lambda result, total: None,
+    **options: Any,
+) -> Report:
+    """Compare a backend with the reference, over generated cases or on your own input.
+
+    Feed-forward runs must have the reference's bits, and so must recurrent ones where the sums of weights are exact; on
+    other weights every step is compared on its own, from the backend's state before it, within the rounding of its sums.
+    Two runs must have the same bits. Gradients must have autograd's bits where the operations are the same, and agree to
+    the rounding of their sums elsewhere.
+
+    Args:
+        input_tensor: your input, as :func:`coba_triton.coba_lif_feed_forward_integral` takes it, or with weights as
+            :func:`coba_triton.coba_lif_integral` does; None for the generated cases.
+        state: with an input, the initial state.
+        input_weights: with an input, ``[N, I]`` in uS.
+        recurrent_weights: with an input, ``[N, N]`` in uS.
+        p: with an input, the parameters; ``alpha`` one number.
+        dt: with an input, the step in ms.
+        backend: what to check: ``auto``, ``triton`` or ``cpu``.
+        device: where; None for that of the input, or the GPU that Triton can drive, else the CPU.
+        level: ``quick`` or ``full``, of the generated cases.
+        only: run those of the generated cases that have this in their names.
+        show: called after every case with its result and the number of all cases.
+        **options: with an input, keywords of the function, such as ``order`` or ``path``.
+
+    Returns:
+        A report; ``report.ok`` says whether all agreed, and ``print(report)`` shows what did not, with programs that
+        show the smallest cases found.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if a value is unknown or shapes do not fit, or there is nothing to check.
+        RuntimeError: if the backend cannot serve the device.
+
+    Example:
+        >>> check(torch.randn(20, 3), dt=0.1, backend="cpu").ok
+        True
+    """
+    if input_tensor is None:
+        if options:
+            raise TypeError(f"{', '.join(options)}: options of your own input, but there is none; pass input_tensor")
+        backend, device = resolve(backend, device)
+        checks = select(backend, device, level, only)
+    else:
+        if (input_weights is None) != (recurrent_weights is None):
+            raise ValueError("input_weights and recurrent_weights must be given together; pass both, or none")
+        weights = None if input_weights is None or recurrent_weights is None else (input_weights, recurrent_weights)
+        case = _user_problem(input_tensor, state, weights, p, dt)
+        backend, device = resolve(backend, input_tensor.device)
+        checks = _user_checks(case, backend, {"method": p.method} | options)
+    results = []
+    for each in checks:
+        results.append(run_check(each, device))
+        show(results[-1], len(checks))
+    return Report(backend, str(device), tuple(results))

@@ -1,0 +1,285 @@
+"""What is timed side by side on one problem: this package, its reference, a compiled step, and other packages.
+
+A contender is a call that runs the whole sequence. Before anything is timed its result is compared with the reference's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import reference
+from ..neuron.records import NUMERIC_PARAMETERS, derive_constants
+from ..ops.spikes import unpack_spikes
+from .problems import Case, Problem, RecurrentProblem
+
+# The order in which norse's feed-forward step adds and decays, so that all contenders have the same spikes.
+ORDER = {"feed_forward": "jump_first", "recurrent": "decay_first"}
+OTHER_PACKAGES = {"norse": "norse==1.1.0", "snntorch": "snntorch", "spikingjelly": "spikingjelly"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a case.
+
+    Attributes:
+        name: what it is called.
+        run: the whole sequence; returns spikes ``[T, B, N]`` (bits: ``[ceil(T / 32), B, N]``), or the gradient in training.
+        roundings: that may tell a gradient from the reference's; spikes, and gradients without any, have the same bits.
+            None for another model, which is timed for scale only.
+        note: what else differs.
+        flips: for one that fuses operations, what tells spikes that rounding has moved from wrong ones: given its own and
+            the reference's, it says what is wrong, or nothing.
+    """
+
+    name: str
+    run: Callable[[], Tensor]
+    roundings: int | None = 0
+    note: str = ""
+    flips: Callable[[Tensor, Tensor], str] | None = None
+
+
+def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) -> Iterator[Contender]:
+    """Everything that can run the case here; the first is the reference.
+
+    Args:
+        case: what to run; training takes the gradient by the input, or by the recurrent weights of a recurrent case.
+        backend: of this package, ``cpu`` or ``triton``.
+        problem: the tensors, from ``case.build()``.
+    """
+    order = ORDER[case.kind]
+    # a weight's gradient is a sum over T B products of adjoints that came through up to T sums over 2 N synapses
+    summed = case.steps * (case.batch + 2 * case.neurons) if case.kind == "recurrent" else 0
+    leaf = problem.recurrent_weights if isinstance(problem, RecurrentProblem) else problem.x
+
+    def of(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """In training, the gradient of all spikes together; in inference, the spikes."""
+
+        def differentiated() -> Tensor:
+            leaf.requires_grad_(case.train)
+            with torch.set_grad_enabled(case.train):
+                spikes = run()
+                (result,) = torch.autograd.grad(spikes.sum(), leaf) if case.train else (spikes,)
+            leaf.requires_grad_(False)
+            return result
+
+        return differentiated
+
+    def ours(name: str, **options: Any) -> Callable[[], Tensor]:
+        return of(lambda: problem.run(name, order=order, **options)[0])
+
+    yield Contender("reference", ours("reference"))
+    yield Contender(backend, ours(backend), summed)
+    if problem.x.device.type == "cuda":  # without what the host does
+        yield Contender("reference, graphed", graphed(ours("reference")))
+        yield Contender(f"{backend}, graphed", graphed(ours(backend)), summed)
+    if not case.train:
+        shape = case.steps, case.batch, case.neurons
+        buffer = torch.empty(shape, dtype=case.dtype, device=problem.x.device)
+        yield Contender(f"{backend}, out=", ours(backend, out=buffer))
+        yield Contender(f"{backend}, uint8", ours(backend, spike_dtype=torch.uint8))
+        yield Contender(f"{backend}, bits", ours(backend, spike_dtype="bits"))
+    # the compiler rearranges the backward, whose products go through all steps
+    compiled = of(lambda: _compiled_loop(problem, order))
+    flips = None if case.train else functools.partial(_wrong_flips, case, problem)
+    yield Contender("compiled step", compiled, max(summed, case.steps), flips=flips)
+    if importlib.util.find_spec("norse"):
+        note = "" if case.kind == "feed_forward" else "its step drops the input, so it fires less"
+        for name, rows in (("norse, unbind", lambda x: x.unbind(0)), ("norse, indexed", _indexed)):
+            loop = of(functools.partial(_norse_loop, problem, rows))
+            # norse's surrogate has no alpha
+            yield Contender(name, loop, 0 if case.kind == "feed_forward" and not case.train else None, note)
+    if case.kind == "feed_forward":
+        leaky = "LIF without conductances"
+        if importlib.util.find_spec("snntorch"):
+            yield Contender("snnTorch Leaky", of(lambda: _snntorch_loop(problem.x)), None, leaky)
+        if importlib.util.find_spec("spikingjelly"):
+            yield Contender("SpikingJelly LIF", of(lambda: _spikingjelly(problem.x)), None, leaky)
+
+
+def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call as a CUDA graph, captured when it is first made; it returns the same memory each time."""
+    replay: list[Callable[[], Tensor]] = []
+
+    def capture() -> Callable[[], Tensor]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what a first call compiles and copies is no part of the graph
+            run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+
+        def again() -> Tensor:
+            graph.replay()
+            return result
+
+        return again
+
+    def call() -> Tensor:
+        if not replay:
+            replay.append(capture())
+        return replay[0]()
+
+    return call
+
+
+def _indexed(x: Tensor) -> Iterator[Tensor]:
+    return (x[t] for t in range(x.shape[0]))
+
+
+@functools.cache
+def _compiled(step: Callable[..., reference.Step]) -> Any:
+    return torch.compile(step, dynamic=False)
+
+
+def _compiled_loop(problem: Problem | RecurrentProblem, order: str) -> Tensor:
+    """The reference's step, compiled, in a loop over time."""
+    state: Any = problem.state
+    c = derive_constants(problem.record(), problem.dt, state.v.dtype, problem.x.device)
+    options: tuple[Any, ...] = (c, order == "jump_first", "super")
+    step = _compiled(reference.feed_forward_step)
+    if isinstance(problem, RecurrentProblem):
+        step = _compiled(reference.recurrent_step)
+        options = (reference.SplitWeights.of(problem.input_weights, problem.recurrent_weights), *options)
+    spikes = []
+    for x in problem.x.unbind(0):
+        new = step(x, *state, *options)
+        state = type(state)(*(getattr(new, field) for field in state._fields))
+        spikes.append(new.z)
+    return torch.stack(spikes)
+
+
+def _norse_loop(problem: Problem | RecurrentProblem, rows: Callable[[Tensor], Any]) -> Tensor:
+    import norse.torch as norse
+
+    numbers = {name: torch.as_tensor(getattr(problem.record(), name)) for name in NUMERIC_PARAMETERS}
+    p = norse.CobaLIFParameters(**numbers, method="super")
+    recurrent = isinstance(problem, RecurrentProblem)
+    state = (norse.CobaLIFState if recurrent else norse.CobaLIFFeedForwardState)(*problem.state)
+    spikes = []
+    for x in rows(problem.x):
+        if isinstance(problem, RecurrentProblem):
+            z, state = norse.coba_lif_step(x, state, problem.input_weights, problem.recurrent_weights, p, problem.dt)
+        else:
+            z, state = norse.coba_lif_feed_forward_step(x, state, p, problem.dt)
+        spikes.append(z)
+    return torch.stack(spikes)
+
+
+def _snntorch_loop(x: Tensor) -> Tensor:
+    import snntorch
+
+    neuron = snntorch.Leaky(beta=0.95, threshold=1.0)
+    potential, spikes = neuron.init_leaky(), []
+    for row in x.unbind(0):
+        z, potential = neuron(row, potential)
+        spikes.append(z)
+    return torch.stack(spikes)
+
+
+def _spikingjelly(x: Tensor) -> Tensor:
+    from spikingjelly.activation_based import neuron
+
+    spikes: Tensor = neuron.LIFNode(tau=20.0, step_mode="m")(x)
+    return spikes
+
+
+def assert_same(case: Case, contender: Contender, expected: Tensor) -> None:
+    """Raise AssertionError if a contender's result is not the reference's: the same spikes, but for those that rounding has
+    moved where operations are fused, and the same gradient but for its roundings, which add up like a random walk.
+    """
+    result = contender.run()
+    if contender.roundings is None:
+        return
+    if case.train:
+        allowed = math.sqrt(contender.roundings) * torch.finfo(case.dtype).eps / 2 * float(expected.abs().max())
+        assert float((result - expected).abs().max()) <= allowed, f"{case.name}: gradient of {contender.name}"
+        return
+    spikes = (unpack_spikes(result, case.steps) if result.dtype == torch.int32 else result).to(expected.dtype)
+    if not torch.equal(spikes, expected):
+        assert contender.flips is not None, f"{case.name}: spikes of {contender.name}"
+        wrong = contender.flips(spikes, expected)
+        assert not wrong, f"{case.name}: spikes of {contender.name} ({wrong})"
+
+
+def _wrong_flips(case: Case, problem: Problem | RecurrentProblem, spikes: Tensor, expected: Tensor) -> str:
+    """What is wrong with spikes of a compiler that fuses multiplications into additions; empty if rounding explains them.
+
+    Up to the first spike that differs, both have had the same history but for their roundings, about 16 a step, which add
+    up like a random walk, in units of the largest potential. So there the reference's potential must be that close to the
+    threshold. A neuron without connections has a history of its own; in a recurrent network all of a batch row share one.
+    """
+    _, trace = problem.run("reference", order=ORDER[case.kind], record_states=True)
+    state: Any = problem.state
+    before = [torch.cat([first[None], after[:-1]]) for first, after in zip(state, trace, strict=True)]
+    c = derive_constants(problem.record(), problem.dt, state.v.dtype, problem.x.device)
+    never = c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf))
+    arguments: list[Any] = [problem.x, *before]
+    step: Callable[..., reference.Step] = reference.feed_forward_step
+    if isinstance(problem, RecurrentProblem):
+        step = reference.recurrent_step
+        arguments.append(reference.SplitWeights.of(problem.input_weights, problem.recurrent_weights))
+    u = step(*arguments, never, ORDER[case.kind] == "jump_first", "super").v
+    differs = spikes != expected
+    shared = differs.any(-1, keepdim=True) if case.kind == "recurrent" else differs
+    first = differs & (shared.cumsum(0) == 1)
+    scale = max(float(values.abs().max()) for values in (u, trace.v, c.v_thresh, c.e_rev_E, c.e_rev_I))
+    margin = math.sqrt(16 * case.steps) * torch.finfo(u.dtype).eps / 2 * scale
+    farthest = float((u - c.v_thresh).abs()[first].max())
+    if farthest <= margin:
+        return ""
+    return f"one differs where the potential is {farthest:.2g} from the threshold, of which rounding explains {margin:.2g}"
+
+
+def time_interleaved(runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every call; one call of each in a round, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call has in use at most beyond those before it; on a CPU the resident set, None where Linux is not."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        run()
+        _wait(device)
+        return int(torch.accelerator.max_memory_allocated(device) - before)
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is resident no more
+    before = _kilobytes(status, "VmRSS")
+    reset.write_text("5")  # the peak is now what is resident
+    run()
+    return 1024 * (_kilobytes(status, "VmHWM") - before)
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))

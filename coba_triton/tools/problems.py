@@ -1,0 +1,310 @@
+"""Random problems that checks, tuning, benchmarks and tests share.
+
+:func:`problem` and :func:`recurrent_problem` are in a regime where neurons fire often and every surrogate derivative
+matters; :func:`sparse_problem` fires about as often as recurrent networks of neurons do. :data:`CASES` are the sizes that
+are timed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
+from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+
+DT = 0.01
+VALUES = {
+    "tau_syn_exc_inv": 20.0,
+    "tau_syn_inh_inv": 12.5,
+    "c_m_inv": 50.0,
+    "g_l": 0.25,
+    "e_rev_I": -1.0,
+    "e_rev_E": 0.6,
+    "v_rest": -0.2,
+    "v_reset": -0.7,
+    "v_thresh": -0.1,
+}
+LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
+
+
+class _Runs:
+    """What both kinds of problem can do; they have ``leaves`` and ``run``."""
+
+    x: Tensor
+    parameters: dict[str, Tensor]
+    alpha: float
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Everything that a gradient can be taken by."""
+        raise NotImplementedError
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
+        """The whole-sequence function; ``method`` and its own keywords are options."""
+        raise NotImplementedError
+
+    def record(self, method: str = "super") -> CobaLIFParameters:
+        """The parameters as the public functions take them."""
+        numbers: dict[str, Any] = self.parameters
+        return CobaLIFParameters(**numbers, method=method, alpha=self.alpha)
+
+    def gradients(self, backend: str, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Outputs, and the gradient of a random weighting of all of them by every leaf (0 where none flows)."""
+        leaves = {name: leaf for name, leaf in self.leaves().items() if leaf.is_floating_point()}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        spikes, state = self.run(backend, **options)
+        outputs = [spikes, *state]
+        generator = torch.Generator().manual_seed(7)
+        loss = torch.zeros((), dtype=state.v.dtype, device=self.x.device)
+        for output in outputs:
+            weights = torch.randn(output.shape, generator=generator, dtype=state.v.dtype)
+            loss = loss + (output.to(state.v.dtype) * weights.to(output.device)).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        for leaf in leaves.values():
+            leaf.requires_grad_(False)
+        return [output.detach() for output in outputs], dict(zip(leaves, grads, strict=True))
+
+
+@dataclass
+class Problem(_Runs):
+    """Inputs of a feed-forward run, and weights that make a loss of everything it returns."""
+
+    x: Tensor
+    state: CobaLIFFeedForwardState
+    parameters: dict[str, Tensor]
+    alpha: float = 5.0
+    dt: float = DT
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {"x": self.x, **self.state._asdict(), **self.parameters}
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
+        p = self.record(options.pop("method", "super"))
+        return coba_lif_feed_forward_integral(self.x, self.state, p, self.dt, backend=backend, **options)
+
+
+def problem(
+    steps: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    per_neuron: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """A feed-forward problem.
+
+    Args:
+        steps: T.
+        shape: of the neurons.
+        dtype: of the input; bool and integers are spikes.
+        device: where all tensors are.
+        per_neuron: whether every neuron has parameters of its own.
+        seed: of everything random.
+    """
+    g = torch.Generator().manual_seed(seed)
+    compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=compute)
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, generator=g, dtype=compute)
+
+    drive = _drawn(steps, shape, compute, torch.device(device), g).mul_(0.35)
+    x = (drive.abs() < 0.1).to(dtype) if not dtype.is_floating_point else drive.to(dtype)
+    state = CobaLIFFeedForwardState(-0.2 + 0.05 * randn(*shape), 0.3 * rand(*shape), 0.3 * rand(*shape))
+    parameters = {
+        name: value * (1 + 0.05 * randn(*shape)) if per_neuron else torch.tensor(value, dtype=compute)
+        for name, value in VALUES.items()
+    }
+    return Problem(
+        x.to(device),
+        CobaLIFFeedForwardState(*(torch.as_tensor(s).to(device) for s in state)),
+        {name: value.to(device) for name, value in parameters.items()},
+    )
+
+
+# More numbers than these are drawn where they are needed: a CPU would take minutes for them. They differ between devices.
+DRAWN_ON_CPU = 2**24
+
+
+def _drawn(
+    steps: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    """Normal random numbers ``[steps, *shape]``; the same on every device if they are not too many."""
+    if steps * math.prod(shape) <= DRAWN_ON_CPU:
+        return torch.randn(steps, *shape, generator=generator, dtype=dtype).to(device)
+    there = torch.Generator(device).manual_seed(generator.initial_seed())
+    return torch.randn(steps, *shape, generator=there, dtype=dtype, device=device)
+
+
+@dataclass
+class RecurrentProblem(_Runs):
+    """Inputs of a recurrent run; with ``exact`` weights every order of their sums gives the same number."""
+
+    x: Tensor
+    state: CobaLIFState
+    input_weights: Tensor
+    recurrent_weights: Tensor
+    parameters: dict[str, Tensor]
+    alpha: float = 5.0
+    dt: float = DT
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {
+            "x": self.x,
+            **self.state._asdict(),
+            "input_weights": self.input_weights,
+            "recurrent_weights": self.recurrent_weights,
+            **self.parameters,
+        }
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
+        p = self.record(options.pop("method", "super"))
+        weights = self.input_weights, self.recurrent_weights
+        return coba_lif_integral(self.x, self.state, *weights, p, self.dt, backend=backend, **options)
+
+
+def recurrent_problem(
+    steps: int,
+    batch: int,
+    neurons: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    inputs: int = 6,
+    exact: bool = True,
+    per_neuron: bool = False,
+    binary: bool = True,
+    seed: int = 0,
+) -> RecurrentProblem:
+    """A recurrent problem.
+
+    Args:
+        steps: T.
+        batch: B.
+        neurons: N.
+        dtype: of all arrays, float32 or float64.
+        device: where all tensors are.
+        inputs: I.
+        exact: whether the weights are on a grid of 2^-10.
+        per_neuron: whether every neuron has parameters of its own.
+        binary: whether the input is spikes.
+        seed: of everything random.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, generator=g, dtype=torch.float64)
+
+    def weights(*size: int) -> Tensor:
+        values = 0.5 * randn(*size) / size[1] ** 0.5 - 0.05
+        return (torch.round(values * 1024) / 1024 if exact else values).to(dtype)
+
+    x = (rand(steps, batch, inputs) < 0.2).double() if binary else torch.round(randn(steps, batch, inputs) * 8) / 8
+    spikes = (rand(batch, neurons) < 0.2).double()
+    state = CobaLIFState(spikes, -0.2 + 0.05 * randn(batch, neurons), 0.2 * rand(batch, neurons), 0.2 * rand(batch, neurons))
+    parameters = {
+        name: value * (1 + 0.05 * randn(neurons)) if per_neuron else torch.tensor(value, dtype=torch.float64)
+        for name, value in VALUES.items()
+    }
+    return RecurrentProblem(
+        x.to(device, dtype),
+        CobaLIFState(*(torch.as_tensor(field).to(device, dtype) for field in state)),
+        weights(neurons, inputs).to(device),
+        weights(neurons, neurons).to(device),
+        {name: value.to(device, dtype) for name, value in parameters.items()},
+    )
+
+
+# A neuron of 20 ms in ms, mV, nF and uS.
+SPARSE_VALUES = {
+    "tau_syn_exc_inv": 1 / 5,
+    "tau_syn_inh_inv": 1 / 10,
+    "c_m_inv": 1 / 0.2,
+    "g_l": 0.01,
+    "e_rev_I": -80.0,
+    "e_rev_E": 0.0,
+    "v_rest": -65.0,
+    "v_reset": -65.0,
+    "v_thresh": -50.0,
+}
+
+
+def sparse_problem(
+    steps: int, batch: int, neurons: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> RecurrentProblem:
+    """A recurrent population that 100 input channels drive to about 1 % spikes per neuron and step; exact weights."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(steps, batch, 100, generator=g) < 0.0025
+    input_weights = torch.round(torch.rand(neurons, 100, generator=g) * 2) / 1024
+    recurrent_weights = torch.round(torch.randn(neurons, neurons, generator=g)) / 2**18
+    rest = torch.full((batch, neurons), SPARSE_VALUES["v_rest"])
+    state = CobaLIFState(torch.zeros_like(rest), rest, torch.zeros_like(rest), torch.zeros_like(rest))
+    return RecurrentProblem(
+        x.to(device, dtype),
+        CobaLIFState(*(torch.as_tensor(field).to(device, dtype) for field in state)),
+        input_weights.to(device, dtype),
+        recurrent_weights.to(device, dtype),
+        {name: torch.tensor(value, dtype=dtype, device=device) for name, value in SPARSE_VALUES.items()},
+        alpha=100.0,
+        dt=0.1,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size to time.
+
+    Attributes:
+        name: what it is called.
+        kind: which function.
+        steps: T.
+        batch: B.
+        neurons: N.
+        train: whether the gradients by input or recurrent weights are part of it.
+        dtype: of all arrays.
+    """
+
+    name: str
+    kind: Literal["feed_forward", "recurrent"]
+    steps: int
+    batch: int
+    neurons: int
+    train: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def neuron_steps(self) -> int:
+        """How often a neuron advances by one step."""
+        return self.steps * self.batch * self.neurons
+
+    def build(self, device: torch.device | str = "cpu") -> Problem | RecurrentProblem:
+        """Its tensors."""
+        if self.kind == "recurrent":
+            return sparse_problem(self.steps, self.batch, self.neurons, self.dtype, device)
+        return problem(self.steps, (self.batch, self.neurons), self.dtype, device)
+
+
+CASES = (
+    Case("inference-small", "feed_forward", 1000, 1, 1000),
+    Case("inference-medium", "feed_forward", 1000, 32, 1024),
+    Case("inference-large", "feed_forward", 60, 256, 4096),
+    Case("training-small", "feed_forward", 1000, 1, 1000, train=True),
+    Case("training-medium", "feed_forward", 300, 32, 1024, train=True),
+    Case("training-large", "feed_forward", 20, 256, 4096, train=True),
+    Case("recurrent-inference-256", "recurrent", 200, 32, 256),
+    Case("recurrent-inference-1024", "recurrent", 200, 32, 1024),
+    Case("recurrent-inference-4000", "recurrent", 100, 1, 4000),
+    Case("recurrent-training-256", "recurrent", 200, 32, 256, train=True),
+    Case("recurrent-training-1024", "recurrent", 100, 32, 1024, train=True),
+)

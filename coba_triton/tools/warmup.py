@@ -1,0 +1,76 @@
+"""Compile the CPU kernels ahead of their first use."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..backend.choose import logger
+from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
+from ..neuron.records import CobaLIFParameters, constants_table
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """The package's messages, such as that it compiles, as lines on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("coba_triton: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def warmup(
+    dtypes: Sequence[torch.dtype] = (torch.float32,), *, train: bool = True, per_neuron: bool = False, method: str = "super"
+) -> None:
+    """Compile the CPU kernels now instead of at their first call, and say so on standard error.
+
+    Takes seconds once; the code is cached on disk, and later processes load it.
+
+    Args:
+        dtypes: of state and arithmetic, ``torch.float32`` or ``torch.float64``.
+        train: with the backward kernels; those that also give the parameters' gradients are compiled when first called.
+        per_neuron: for parameters that are tensors over the neurons instead of single numbers.
+        method: surrogate derivative of the backward.
+
+    Example:
+        >>> coba_triton.warmup(train=False)
+    """
+    with messages_on_stderr():
+        for dtype in dtypes:
+            if dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"dtypes must be torch.float32 or torch.float64, got {dtype}; half precision computes in float32"
+                )
+            x = torch.zeros(1, 1, 2, dtype=dtype, requires_grad=train)
+            weights = torch.zeros(2, 2, dtype=dtype)
+            v_rest = torch.zeros(2, dtype=dtype) if per_neuron else 0.0
+            p = CobaLIFParameters(v_rest=v_rest, method=method)
+            for spikes, _ in (
+                coba_lif_feed_forward_integral(x, None, p, backend="cpu"),
+                coba_lif_integral(x, None, weights, weights, p, backend="cpu"),
+            ):
+                if train:
+                    spikes.sum().backward()
+            if dtype == torch.float32:  # whose input is checked while it is read
+                _warm_up_streams(constants_table(p, 1.0, dtype, x.device, x.shape[2:]), x.detach()[0])
+
+
+def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
+    """Compile what a long run into a zarr group calls besides."""
+    from ..backend.cpu.launch import ForwardStream, lanes, row_sums
+
+    with closing(ForwardStream(constants, False, x.new_zeros(3, x.shape[1]), len(x))) as stream:
+        for job in stream.submit(x, torch.empty(1, x.shape[1], dtype=torch.int32), lanes(x.shape[1]))[1]:
+            job.result()
+    row_sums(x)
