@@ -30,8 +30,9 @@ from .functional import (
     _spike_dtype,
     own_fields,
 )
-from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState, constants_table, derive_constants
+from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState
 from .ops import time_blocks, validation
+from .ops.constants import constants_table, derive_constants
 from .ops.operators import (
     RecurrentBackwardOptions,
     RecurrentOptions,
@@ -325,9 +326,9 @@ def coba_lif_integral(
         c = derive_constants(p, dt, z.dtype, x.device)
         w = reference.SplitWeights.of(*weights)
 
-        def step(x: Tensor, z: Tensor, v: Tensor, g_e: Tensor, g_i: Tensor) -> reference.Step:
-            every = _Gather.apply(z, ranks)  # type: ignore[no-untyped-call]  # torch has no types here
-            return reference.recurrent_step(x, every, v, g_e, g_i, w, c, jump_first, p.method)
+        def step(x: Tensor, s: CobaLIFState) -> reference.Step:
+            every = _Gather.apply(s.z, ranks)  # type: ignore[no-untyped-call]  # torch has no types here
+            return reference.recurrent_step(x, every, s, w, c, jump_first, p.method)
 
         rows, final = _run_reference(step, x.to(z.dtype), CobaLIFState(*initial.unbind()), record_states)
         return _format_spikes(rows, z, spike_dtype, default), final

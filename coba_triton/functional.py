@@ -11,26 +11,17 @@ from torch import Tensor
 
 from .backend import reference
 from .backend.choose import choose_backend
-from .neuron.records import (
-    NUMERIC_PARAMETERS,
-    CobaLIFFeedForwardState,
-    CobaLIFParameters,
-    CobaLIFState,
-    constants_table,
-    derive_constants,
-    keep,
-    known,
-    number_key,
-    numbers_on,
-)
+from .neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, State
 from .ops import operators, time_blocks, validation
+from .ops.constants import constants_table, derive_constants
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
+from .ops.tensors import keep, known, number_key, numbers_on
 from .ops.validation import SpikeDtype
 
 FEED_FORWARD_FIELDS = CobaLIFFeedForwardState._fields
 RECURRENT_FIELDS = CobaLIFState._fields
 
-State = TypeVar("State", CobaLIFState, CobaLIFFeedForwardState)
+AnyState = TypeVar("AnyState", CobaLIFState, CobaLIFFeedForwardState)
 
 
 def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
@@ -161,9 +152,8 @@ def coba_lif_feed_forward_step(
     before = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
     c = derive_constants(p, dt, before.dtype, input_tensor.device)
     x = input_tensor.to(before.dtype).expand(before.shape[1:])
-    v, g_e, g_i = before.unbind()
-    new = reference.feed_forward_step(x, v, g_e, g_i, c, False, p.method)
-    return new.z.to(_spike_dtype(input_tensor, before.dtype)), CobaLIFFeedForwardState(new.v, new.g_e, new.g_i)
+    z, after = reference.feed_forward_step(x, State(*before.unbind()), c, False, p.method)
+    return z.to(_spike_dtype(input_tensor, before.dtype)), CobaLIFFeedForwardState(*after)
 
 
 def coba_lif_step(
@@ -205,10 +195,9 @@ def coba_lif_step(
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
     w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
-    z, v, g_e, g_i = before.unbind()
-    new = reference.recurrent_step(input_tensor.to(dtype), z, v, g_e, g_i, w, c, False, p.method)
-    given = input_weights, recurrent_weights
-    return new.z.to(_spike_dtype(input_tensor, dtype, given)), CobaLIFState(*new)
+    last, *state_before = before.unbind()
+    z, after = reference.recurrent_step(input_tensor.to(dtype), last, State(*state_before), w, c, False, p.method)
+    return z.to(_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), CobaLIFState(z, *after)
 
 
 def _check_sequence(
@@ -224,15 +213,15 @@ def _check_sequence(
 
 
 def _run_reference(
-    step: Callable[..., reference.Step], xs: Tensor, state: State, record_states: bool
-) -> tuple[list[Tensor], State]:
+    step: Callable[[Tensor, AnyState], reference.Step], xs: Tensor, state: AnyState, record_states: bool
+) -> tuple[list[Tensor], AnyState]:
     """Loop ``step`` over time; returns the spikes of every step and the final or the stacked state."""
     spikes: list[Tensor] = []
-    trace: list[State] = []
+    trace: list[AnyState] = []
     for x in xs.unbind(0):
-        new = step(x, *state)
-        state = type(state)(*(getattr(new, name) for name in state._fields))
-        spikes.append(new.z)
+        z, after = step(x, state)
+        state = state._replace(z=z, **after._asdict()) if isinstance(state, CobaLIFState) else type(state)(*after)
+        spikes.append(z)
         if record_states:
             trace.append(state)
     if record_states:
@@ -343,7 +332,7 @@ def coba_lif_feed_forward_integral(
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
         rows, final = _run_reference(
-            lambda x, v, g_e, g_i: reference.feed_forward_step(x, v, g_e, g_i, c, jump_first, p.method),
+            lambda x, s: reference.feed_forward_step(x, s, c, jump_first, p.method),
             _expand_input(input_tensor, neurons).to(dtype),
             CobaLIFFeedForwardState(*initial.unbind()),
             record_states,
@@ -520,7 +509,7 @@ def coba_lif_integral(
         c = derive_constants(p, dt, dtype, device)
         w = reference.SplitWeights.of(*weights)
         rows, final = _run_reference(
-            lambda x, z, v, g_e, g_i: reference.recurrent_step(x, z, v, g_e, g_i, w, c, jump_first, p.method),
+            lambda x, s: reference.recurrent_step(x, s.z, s, w, c, jump_first, p.method),
             input_tensor.to(dtype),
             CobaLIFState(*initial.unbind()),
             record_states,

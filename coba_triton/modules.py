@@ -35,8 +35,9 @@ from .functional import (
     coba_lif_integral,
     coba_lif_step,
 )
-from .neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, known
+from .neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
 from .ops import validation
+from .ops.tensors import known
 from .ops.validation import SpikeDtype
 
 for _function in ("coba_lif_feed_forward_integral", "coba_lif_feed_forward_step", "coba_lif_integral", "coba_lif_step"):

@@ -6,11 +6,11 @@ Arrays are time-major and contiguous; ``B`` batch rows, ``N`` neurons, ``K`` sou
 weights        ``[K, N]``              transposed: the row of a source holds its synapses; signs are split in registers
 drive          ``[2, T, B, N]``        excitatory and inhibitory input of every step
 first          ``[2, B, N]``           recurrent drive of the first step, from the spikes before the block
-state          ``[3, B, N]``           v, g_e, g_i
-constants      ``[10, B N]`` or [10,1] rows of ``step.Constants``
+state          ``[F, B, N]``           fields of the state
+constants      ``[C, B N]`` or [C, 1]  rows of ``Constants``
 lists          ``[2, B, N]``           scratch: the neurons that spiked, ascending; double buffered over steps
 words          ``[ceil(T/32), B, N]``  spikes packed along time
-trajectory     ``[6, T, B, N]``        v before the step; u, g_e, g_i after it; the conductances that decayed
+trajectory     ``[K + 2, T, B, N]``    what ``neuron.keep`` keeps of a step, then the two conductances that decayed
 adjoints       ``[T, B, 2, N]``        gradient by the excitatory and by the inhibitory drive
 =============  ======================  ============================================================================
 
@@ -21,8 +21,22 @@ length of a block are: bits do not depend on them.
 import triton
 import triton.language as tl
 
-from .feed_forward import convert_spike, load_constants, load_state, load_word, store_state
-from .step import NUM_CONSTANTS, Constants, add_drive, integrate, relu, reset, vjp, vjp_constants
+from ..neuron.records import Drive, State
+from .feed_forward import convert_spike, load_word
+from .neuron import (
+    NUM_SUMS,
+    add_sums,
+    advance,
+    decaying,
+    keep,
+    load_constants,
+    load_fields,
+    no_sums,
+    relu,
+    state_of,
+    store_fields,
+    sweep,
+)
 
 
 @triton.jit
@@ -161,35 +175,32 @@ def first_drive(first_ptr, t, cells, M, mask):
 
 @triton.jit
 def forward_tile(
-    t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, next_list_ptr, next_count, c, neurons, mask,
-    drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST: tl.constexpr,
+    t, row, s, word, recurrent, next_list_ptr, next_count, c, neurons, mask,
+    drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One step of one row's tile of neurons: integrate, fire, append the spikes to the next list."""
     M = B * N
     cells = row * N + neurons
-    input_e = tl.load(drive_ptr + t * M + cells, mask=mask)
-    input_i = tl.load(drive_ptr + (T + t) * M + cells, mask=mask)
-    u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, JUMP_FIRST)
-    spike = ((u - c.v_thresh) > 0.0) & mask
-    v = reset(u, spike.to(v.dtype), c)
+    drive = Drive(tl.load(drive_ptr + t * M + cells, mask=mask), tl.load(drive_ptr + (T + t) * M + cells, mask=mask))
+    _, spike, s = advance(s, drive, recurrent, None, mask, c, JUMP_FIRST)
     if spikes_ptr is not None:
         tl.store(spikes_ptr + t * M + cells, convert_spike(spike, spikes_ptr.dtype.element_ty), mask=mask)
     if states_ptr is not None:
-        store_state(states_ptr + t * M + cells, states_stride, v, g_e, g_i, mask)
+        store_fields(states_ptr + t * M + cells, states_stride, s, mask, FIELDS)
     if words_ptr is not None:
         word = word | (spike.to(tl.int32) << (t % 32).to(tl.int32))
         if ((t + 1) % 32 == 0) | (t + 1 == T):
             tl.store(words_ptr + (t // 32) * M + cells, word, mask=mask)
             word = tl.zeros_like(word)
     next_count = compact(spike, next_count, next_list_ptr, neurons.to(tl.int32))
-    return v, g_e, g_i, word, next_count
+    return s, word, next_count
 
 
 @triton.jit(do_not_specialize=["T", "B", "N", "constants_stride", "states_stride"])
 def forward_kernel(
     drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, lists_ptr, words_scratch_ptr,
     spikes_ptr, words_ptr, states_ptr, T, B, N, constants_stride, states_stride,
-    BLOCK: tl.constexpr, ONE_TILE: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, ONE_TILE: tl.constexpr, UNROLL: tl.constexpr,
     PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
     """A program owns a batch row for the whole block: no program waits for another.
@@ -209,7 +220,7 @@ def forward_kernel(
         mask = neurons < N
         cells = row * N + neurons
         c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
-        v, g_e, g_i = load_state(state_ptr + cells, M, mask)
+        s = load_fields(state_ptr + cells, M, mask, FIELDS)
         word = tl.zeros([BLOCK], tl.int32)
         for t in range(0, T):
             t = tl.cast(t, tl.int64)
@@ -217,18 +228,18 @@ def forward_kernel(
             recurrent_e, recurrent_i = add_rows(
                 recurrent_e, recurrent_i, list_ptr + (t % 2) * M, count, None, 0, weights_ptr, N, neurons, mask, UNROLL
             )
-            v, g_e, g_i, word, count = forward_tile(
-                t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, list_ptr + ((t + 1) % 2) * M, 0, c, neurons, mask,
-                drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST,
+            s, word, count = forward_tile(
+                t, row, s, word, Drive(recurrent_e, recurrent_i), list_ptr + ((t + 1) % 2) * M, 0, c, neurons, mask,
+                drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS, JUMP_FIRST,
             )  # fmt: skip
             tl.debug_barrier()  # the list is complete before any thread reads it
-        store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+        store_fields(final_ptr + cells, M, s, mask, FIELDS)
     else:
         for tile in range(0, N, BLOCK):
             mask = tile + neurons < N
             cells = row * N + tile + neurons
-            v, g_e, g_i = load_state(state_ptr + cells, M, mask)
-            store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+            s = load_fields(state_ptr + cells, M, mask, FIELDS)
+            store_fields(final_ptr + cells, M, s, mask, FIELDS)
         for t in range(0, T):
             t = tl.cast(t, tl.int64)
             next_count = 0
@@ -237,17 +248,17 @@ def forward_kernel(
                 mask = here < N
                 cells = row * N + here
                 c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
-                v, g_e, g_i = load_state(final_ptr + cells, M, mask)
+                s = load_fields(final_ptr + cells, M, mask, FIELDS)
                 word = tl.load(words_scratch_ptr + cells, mask=tl.where(mask, t % 32, 0) > 0, other=0)
                 recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
                 recurrent_e, recurrent_i = add_rows(
                     recurrent_e, recurrent_i, list_ptr + (t % 2) * M, count, None, 0, weights_ptr, N, here, mask, UNROLL
                 )
-                v, g_e, g_i, word, next_count = forward_tile(
-                    t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, list_ptr + ((t + 1) % 2) * M, next_count, c,
-                    here, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST,
+                s, word, next_count = forward_tile(
+                    t, row, s, word, Drive(recurrent_e, recurrent_i), list_ptr + ((t + 1) % 2) * M, next_count, c,
+                    here, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS, JUMP_FIRST,
                 )  # fmt: skip
-                store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+                store_fields(final_ptr + cells, M, s, mask, FIELDS)
                 tl.store(words_scratch_ptr + cells, word, mask=mask)
             count = next_count
             tl.debug_barrier()  # the list is complete before any thread reads it
@@ -257,7 +268,7 @@ def forward_kernel(
 def sliced_forward_kernel(
     drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, lists_ptr, counts_ptr, arrived_ptr,
     failed_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, constants_stride, states_stride, spin_limit,
-    BLOCK: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr,
     PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
     """``SLICES`` programs share a batch row, ``BLOCK`` neurons each, and wait for each other after every step.
@@ -277,7 +288,7 @@ def sliced_forward_kernel(
     mask = neurons < N
     cells = row * N + neurons
     c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
-    v, g_e, g_i = load_state(state_ptr + cells, M, mask)
+    s = load_fields(state_ptr + cells, M, mask, FIELDS)
     word = tl.zeros([BLOCK], tl.int32)
     step = 0
     waiting = True
@@ -292,9 +303,9 @@ def sliced_forward_kernel(
                 recurrent_e, recurrent_i, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL, ".cg"
             )
         slot = ((t + 1) % 2) * B + row
-        v, g_e, g_i, word, count = forward_tile(
-            t, row, v, g_e, g_i, word, recurrent_e, recurrent_i, lists_ptr + (slot * SLICES + part) * BLOCK, 0, c,
-            neurons, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, JUMP_FIRST,
+        s, word, count = forward_tile(
+            t, row, s, word, Drive(recurrent_e, recurrent_i), lists_ptr + (slot * SLICES + part) * BLOCK, 0, c,
+            neurons, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS, JUMP_FIRST,
         )  # fmt: skip
         tl.store(counts_ptr + slot * SLICES + part, count)
         step += 1
@@ -309,13 +320,14 @@ def sliced_forward_kernel(
         tl.debug_barrier()  # no thread reads the other lists before they are known to be complete
     if not waiting:
         tl.store(failed_ptr, 1)
-    store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+    store_fields(final_ptr + cells, M, s, mask, FIELDS)
 
 
 @triton.jit(do_not_specialize=["T", "M", "constants_stride", "states_stride"])
 def driven_kernel(
     drive_ptr, recurrent_ptr, state_ptr, constants_ptr, words_ptr, final_ptr, spikes_ptr, states_ptr, trajectory_ptr,
-    T, M, constants_stride, states_stride, BLOCK: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
+    T, M, constants_stride, states_stride,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, KEPT: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Step with a recurrent drive ``[2, T, M]`` that is known: one step after a matrix product, or a block's replay.
 
@@ -326,36 +338,27 @@ def driven_kernel(
     cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = cells < M
     c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
-    v, g_e, g_i = load_state(state_ptr + cells, M, mask)
+    s = load_fields(state_ptr + cells, M, mask, FIELDS)
     for t in range(0, T):
         t = tl.cast(t, tl.int64)
         here = t * M + cells
-        input_e = tl.load(drive_ptr + here, mask=mask)
-        input_i = tl.load(drive_ptr + T * M + here, mask=mask)
-        recurrent_e = tl.load(recurrent_ptr + here, mask=mask)
-        recurrent_i = tl.load(recurrent_ptr + T * M + here, mask=mask)
-        before = v
-        decayed_e = g_e
-        decayed_i = g_i
-        if JUMP_FIRST:
-            decayed_e = add_drive(g_e, input_e, recurrent_e)
-            decayed_i = add_drive(g_i, input_i, recurrent_i)
-        u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, JUMP_FIRST)
+        drive = Drive(tl.load(drive_ptr + here, mask=mask), tl.load(drive_ptr + T * M + here, mask=mask))
+        recurrent = Drive(tl.load(recurrent_ptr + here, mask=mask), tl.load(recurrent_ptr + T * M + here, mask=mask))
+        before = s
+        known = None
         if words_ptr is not None:
-            spike = (load_word(words_ptr, t, M, cells, mask) & 1) != 0
-        else:
-            spike = (u - c.v_thresh) > 0.0
-        v = reset(u, spike.to(v.dtype), c)
+            known = (load_word(words_ptr, t, M, cells, mask) & 1) != 0
+        u, spike, s = advance(s, drive, recurrent, known, None, c, JUMP_FIRST)
         if spikes_ptr is not None:
             tl.store(spikes_ptr + here, convert_spike(spike, spikes_ptr.dtype.element_ty), mask=mask)
         if states_ptr is not None:
-            store_state(states_ptr + here, states_stride, v, g_e, g_i, mask)
+            store_fields(states_ptr + here, states_stride, s, mask, FIELDS)
         if trajectory_ptr is not None:
-            tl.store(trajectory_ptr + here, before, mask=mask)
-            store_state(trajectory_ptr + T * M + here, T * M, u, g_e, g_i, mask)
-            tl.store(trajectory_ptr + 4 * T * M + here, decayed_e, mask=mask)
-            tl.store(trajectory_ptr + 5 * T * M + here, decayed_i, mask=mask)
-    store_state(final_ptr + cells, M, v, g_e, g_i, mask)
+            store_fields(trajectory_ptr + here, T * M, keep(before, u), mask, KEPT)
+            decayed_e, decayed_i = decaying(state_of(before), drive, recurrent, JUMP_FIRST)
+            tl.store(trajectory_ptr + KEPT * T * M + here, decayed_e, mask=mask)
+            tl.store(trajectory_ptr + (KEPT + 1) * T * M + here, decayed_i, mask=mask)
+    store_fields(final_ptr + cells, M, s, mask, FIELDS)
 
 
 @triton.jit(
@@ -365,12 +368,12 @@ def backward_kernel(
     trajectory_ptr, words_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, weights_ptr,
     lam_ptr, lam_z_ptr, adjoints_ptr, grad_constants_ptr,
     begin, end, start, steps, T, B, N, constants_stride, grad_stride_t, grad_stride_m,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr, UNROLL: tl.constexpr,
     PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
 ):  # fmt: skip
     """Sweep back from step ``end - 1`` to step ``begin`` of a block of ``T`` that starts at step ``start`` of ``steps``.
 
-    ``lam [3, B, N]``, ``lam_z [B, N]`` (what the recurrence sends back to the spikes) and ``grad_constants [10, B N]``
+    ``lam [3, B, N]``, ``lam_z [B, N]`` (what the recurrence sends back to the spikes) and ``grad_constants [S, B N]``
     (sums) are carried on. With ``weights [N, N]``, rows post-synaptic, a program owns a whole batch row and forms
     ``lam_z`` of the step before itself; without, the caller does so from ``adjoints`` after each single step.
     """
@@ -384,43 +387,41 @@ def backward_kernel(
     mask = neurons < N
     cells = row * N + neurons
     c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
-    lam_v, lam_e, lam_i = load_state(lam_ptr + cells, M, mask)
+    lam = state_of(load_fields(lam_ptr + cells, M, mask, 3))
     lam_z = tl.load(lam_z_ptr + cells, mask=mask)
     zeros = tl.zeros([BLOCK], constants_ptr.dtype.element_ty)
-    acc = Constants(zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
+    sums = no_sums(zeros)
     for back in range(0, end - begin):
         t = end - 1 - tl.cast(back, tl.int64)
         here = t * M + cells
-        v = tl.load(trajectory_ptr + here, mask=mask)
-        u, g_e, g_i = load_state(trajectory_ptr + T * M + here, T * M, mask)
-        z = (load_word(words_ptr, t, M, cells, mask) & 1).to(v.dtype)
+        kept = load_fields(trajectory_ptr + here, T * M, mask, KEPT)
+        z = (load_word(words_ptr, t, M, cells, mask) & 1).to(lam_z.dtype)
         grad_z = lam_z
         if grad_spikes_ptr is not None:
             spikes = grad_spikes_ptr + (start + t) * grad_stride_t + cells * grad_stride_m
-            grad_z = tl.load(spikes, mask=mask).to(v.dtype) + lam_z
+            grad_z = tl.load(spikes, mask=mask).to(lam_z.dtype) + lam_z
         if grad_states_ptr is not None:
             before = start + t - 1
             # the initial state is not recorded; what is read in its stead is masked out
-            recorded = tl.where(mask, before, -1) >= 0
+            in_range = tl.where(mask, before, -1) >= 0
             states = grad_states_ptr + tl.maximum(before, 0) * M + cells
-            in_v = tl.load(states, mask=recorded, other=0.0)
-            in_e = tl.load(states + steps * M, mask=recorded, other=0.0)
-            in_i = tl.load(states + 2 * steps * M, mask=recorded, other=0.0)
+            recorded = State(
+                tl.load(states, mask=in_range, other=0.0),
+                tl.load(states + steps * M, mask=in_range, other=0.0),
+                tl.load(states + 2 * steps * M, mask=in_range, other=0.0),
+            )
         else:
-            in_v = None
-            in_e = None
-            in_i = None
-        a = vjp(z, u, v, g_e, g_i, grad_z, lam_v, lam_e, lam_i, in_v, in_e, in_i, c, JUMP_FIRST, METHOD)
+            recorded = None
+        a = sweep(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
         if grad_constants_ptr is not None:
-            decayed_e = tl.load(trajectory_ptr + 4 * T * M + here, mask=mask)
-            decayed_i = tl.load(trajectory_ptr + 5 * T * M + here, mask=mask)
-            acc = vjp_constants(acc, z, v, g_e, g_i, decayed_e, decayed_i, lam_v, a, c)
-        lam_v = a.lam_v
-        lam_e = a.lam_e
-        lam_i = a.lam_i
+            # with these addresses in full, the compiler keeps fewer of them in registers
+            decayed_e = tl.load(trajectory_ptr + KEPT * T * M + here, mask=mask)
+            decayed_i = tl.load(trajectory_ptr + (KEPT + 1) * T * M + here, mask=mask)
+            sums = add_sums(sums, z, kept, decayed_e, decayed_i, lam, a, c)
+        lam = a.lam
         adjoints = adjoints_ptr + t * 2 * M + row * 2 * N
-        tl.store(adjoints + neurons, a.drive_e, mask=mask)
-        tl.store(adjoints + N + neurons, a.drive_i, mask=mask)
+        tl.store(adjoints + neurons, a.drive.e, mask=mask)
+        tl.store(adjoints + N + neurons, a.drive.i, mask=mask)
         if weights_ptr is not None:
             tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them
             lam_z = zeros
@@ -436,10 +437,10 @@ def backward_kernel(
                     products_i = products_i + (drive_i * relu(-weight),)
                 for i in tl.static_range(UNROLL):
                     lam_z = (lam_z + products_e[i]) + products_i[i]
-    store_state(lam_ptr + cells, M, lam_v, lam_e, lam_i, mask)
+    store_fields(lam_ptr + cells, M, lam, mask, 3)
     if weights_ptr is not None:
         tl.store(lam_z_ptr + cells, lam_z, mask=mask)
     if grad_constants_ptr is not None:
-        for i in tl.static_range(NUM_CONSTANTS):
-            total = tl.load(grad_constants_ptr + i * M + cells, mask=mask) + acc[i]
+        for i in tl.static_range(NUM_SUMS):
+            total = tl.load(grad_constants_ptr + i * M + cells, mask=mask) + sums[i]
             tl.store(grad_constants_ptr + i * M + cells, total, mask=mask)

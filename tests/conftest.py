@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from coba_triton.backend.choose import triton_device_type
-from coba_triton.neuron import records
-from coba_triton.ops import validation
+from coba_triton.ops import tensors, validation
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker for every core
@@ -50,7 +49,7 @@ def _where_kernels_run() -> torch.device:
 def forget_stability_checks() -> None:
     """Every test sees the warnings that a new process would see."""
     validation._stability_checked.clear()
-    records._kept.clear()
+    tensors._kept.clear()
 
 
 @pytest.fixture

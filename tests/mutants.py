@@ -21,20 +21,21 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "mutants.md"
 COPIED = ("coba_triton", "kernels", "tests", "pyproject.toml", "README.md")
 LAYERS = {
-    "source": "the kernels' and the CPU path's lines are compared with the reference's",
+    "equations": "the neuron's equations against closed forms and numbers by hand, their adjoint against autograd",
     "interpreter": "the Triton kernels in Triton's interpreter, against the reference",
     "executed": "the compiled kernels, executed thread by thread on the CPU by `tests/ptxsim`, against the reference",
     "CPU path": "the Numba kernels against the reference",
 }
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"]
 EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]
-SOURCE = [*PYTEST, "tests/test_one_truth.py"]
+EQUATIONS = [*PYTEST, "tests/test_reference.py", "tests/test_one_truth.py"]
 CPU_TESTS = ["tests/test_feed_forward_kernels.py", "tests/test_cpu.py"]
 CPU_RECURRENT = [*PYTEST, "tests/test_cpu_recurrent.py", "-m", "not slow"]
 # What reaches the code of an area, by layer: arguments of Python.
 AREAS: dict[str, dict[str, list[str]]] = {
-    "step": {
-        "source": SOURCE,
+    "neuron": {"equations": EQUATIONS},
+    "adjoint": {
+        "equations": EQUATIONS,
         "interpreter": [*PYTEST, "tests/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
         "executed": [*EXECUTED, "feed_forward"],
     },
@@ -52,7 +53,6 @@ AREAS: dict[str, dict[str, list[str]]] = {
         "CPU path": CPU_RECURRENT,
     },
     "CPU feed-forward": {
-        "source": SOURCE,
         "CPU path": [
             *PYTEST,
             "tests/test_feed_forward_kernels.py",
@@ -87,8 +87,16 @@ class Mutant(NamedTuple):
         return text
 
 
+def neuron(edits: dict[str, str]) -> Mutant:
+    return Mutant("neuron", "coba_triton/neuron/step.py", edits)
+
+
+def adjoint(edits: dict[str, str]) -> Mutant:
+    return Mutant("adjoint", "coba_triton/neuron/adjoint.py", edits)
+
+
 def step(edits: dict[str, str]) -> Mutant:
-    return Mutant("step", "kernels/step.py", edits)
+    return Mutant("feed-forward", "kernels/neuron.py", edits)
 
 
 def feed_forward(edits: dict[str, str]) -> Mutant:
@@ -111,38 +119,37 @@ def cpu(edits: dict[str, str]) -> Mutant:
     return Mutant("CPU feed-forward", "coba_triton/backend/cpu/feed_forward.py", edits)
 
 
-SPIKE = "spike = (u - c.v_thresh) > 0.0"
-CURRENT = "dv = c.k * ((c.g_l * (c.v_rest - v) + {} * (c.e_rev_E - v)) + {} * (c.e_rev_I - v))"
-FIRST_JUMP = "    if JUMP_FIRST:\n        g_e = add_drive(g_e,"
+def cpu_rows(edits: dict[str, str]) -> Mutant:
+    return Mutant("CPU feed-forward", "coba_triton/backend/cpu/rows.py", edits)
+
+
+SPIKE = "spike = fire(excess(u, c))"
+CURRENT = "{}g_e * (c.e_rev_E - s.v)) + {}g_i * (c.e_rev_I - s.v))"
 OWN_NEURONS = "neurons = tl.program_id(0).to(tl.int64) * {} + tl.arange(0, BLOCK)"
-RESET_GRADIENT = "((grad_z + lam_v * c.v_reset) - lam_v * u)"
+RESET_GRADIENT = "((grad_z + lam.v * c.v_reset) - lam.v * kept.u)"
 BACKWARD_SWEEP = "for i in tl.static_range(STEPS - 1, {}, -1):"
 LIST_BARRIER = "tl.debug_barrier()  # the list is complete before any thread reads it"
 ADJOINT_BARRIER = "tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them"
 BY_SIGN = "(weights > 0) * excitatory {} (weights < 0) * inhibitory"
-STORED_SPIKE = "z: Any = 1.0 if (words[j] >> {}) & 1 else 0.0"
+STORED_SPIKE = "reset(u, 1.0 if (words[j] >> {}) & 1 else 0.0, c)"
 
 MUTANTS = {
-    "a potential on the threshold spikes": feed_forward({SPIKE: SPIKE.replace(">", ">=")}),
-    "inhibition decays with excitation's rate": step({"g_i = g_i + c.decay_i * g_i": "g_i = g_i + c.decay_e * g_i"}),
-    "voltage before conductances": step(
-        {
-            FIRST_JUMP: "    old_e = g_e\n    old_i = g_i\n" + FIRST_JUMP,
-            CURRENT.format("g_e", "g_i"): CURRENT.format("old_e", "old_i"),
-        }
-    ),
-    "reset adds instead of replacing": step({"return (1.0 - z) * u + z * c.v_reset": "return u + z * c.v_reset"}),
+    "a potential on the threshold spikes": neuron({"return x > 0.0": "return x >= 0.0"}),
+    "inhibition decays with excitation's rate": neuron({"g_i = g_i + c.decay_i * g_i": "g_i = g_i + c.decay_e * g_i"}),
+    "voltage before conductances": neuron({CURRENT.format("", ""): CURRENT.format("s.", "s.")}),
+    "reset adds instead of replacing": neuron({"State((1.0 - z) * u.v + z * c.v_reset": "State(u.v + z * c.v_reset"}),
+    "Triton: a potential on the threshold spikes": step({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "a NaN input is dropped": step({"tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)": "tl.maximum(x, 0.0)"}),
     "mask one too wide": feed_forward({"mask = None if EVEN else neurons < M": "mask = None if EVEN else neurons <= M"}),
     "programs overlap": feed_forward({OWN_NEURONS.format("BLOCK"): OWN_NEURONS.format("(BLOCK // 2)")}),
     "offsets of 32 bits": feed_forward({"row = (t + i) * M\n": "row = (t + i).to(tl.int32) * M.to(tl.int32)\n"}),
     "last word of packed spikes left out": feed_forward({"if (end % 32 == 0) | (end == T):": "if end % 32 == 0:"}),
     "packed spikes one bit off": feed_forward({"<< ((t + i) % 32).to(tl.int32))": "<< ((t + i + 1) % 32).to(tl.int32))"}),
-    "checkpoints of the rest all read as one": feed_forward({"(blocks + (t - whole)) * 3 * M": "blocks * 3 * M"}),
+    "checkpoints of the rest all read as one": feed_forward({"(blocks + (t - whole)) * FIELDS * M": "blocks * FIELDS * M"}),
     "replay starts from the wrong checkpoint": feed_forward(
-        {"checkpoints_ptr + block * 3 * M": "checkpoints_ptr + tl.maximum(block - 1, 0) * 3 * M"}
+        {"checkpoints_ptr + block * FIELDS * M": "checkpoints_ptr + tl.maximum(block - 1, 0) * FIELDS * M"}
     ),
-    "reset's gradient dropped": step({RESET_GRADIENT: "grad_z"}),
+    "reset's gradient dropped": adjoint({RESET_GRADIENT: "grad_z"}),
     "recorded gradients one step late": feed_forward({"before = t + i - 1": "before = t + i"}),
     "reverse sweep leaves out the first step of a chunk": feed_forward(
         {BACKWARD_SWEEP.format("-1"): BACKWARD_SWEEP.format("0 if STEPS > 1 else -1")}
@@ -174,13 +181,13 @@ MUTANTS = {
     ),
     "spikes before a block from the wrong bit": blocks({">> (WORD_BITS - 1)) & 1": ">> (WORD_BITS - 2)) & 1"}),
     "inhibitory weights keep the gradient's sign": blocks({BY_SIGN.format("-"): BY_SIGN.format("+")}),
-    "CPU: a potential on the threshold spikes": cpu({SPIKE: SPIKE.replace(">", ">=")}),
+    "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),
-    "CPU: words keep what was there": cpu(
+    "CPU: words keep what was there": cpu_rows(
         {"words[j] = word if bit == 0 else words[j] | word": "words[j] = words[j] | word"}
     ),
-    "CPU: bfloat16 is cut off": cpu({"(b + 0x7FFF + ((b >> 16) & 1)) >> 16": "b >> 16"}),
-    "CPU: reset's gradient dropped": cpu({RESET_GRADIENT: "grad_z"}),
+    "CPU: bfloat16 is cut off": cpu_rows({"(b + 0x7FFF + ((b >> 16) & 1)) >> 16": "b >> 16"}),
+    "CPU: adjoint reads the conductances before the step": cpu({"after.g_e, after.g_i)": "before.g_e, before.g_i)"}),
 }
 
 

@@ -27,6 +27,7 @@ import coba_triton
 from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
 from coba_triton.backend.cpu import cache as _kernel_cache
 from coba_triton.backend.cpu import feed_forward as kernels
+from coba_triton.backend.cpu import numba_bridge, rows
 from coba_triton.tools.problems import Problem, problem, recurrent_problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,7 @@ def test_an_error_in_a_thread_is_raised(threads, monkeypatch) -> None:
 def test_in_a_stream_of_blocks_no_thread_waits_for_another(threads) -> None:
     """While one thread is busy with something else, the other one goes on to the next blocks; the bits are the same."""
     from coba_triton.backend.cpu import launch as cpu_launch
-    from coba_triton.neuron.records import constants_table
+    from coba_triton.ops.constants import constants_table
 
     threads(2)
     case = large(4096, 1000)
@@ -185,9 +186,9 @@ def test_gradients_are_rounded_to_half_precision_as_torch_rounds(dtype) -> None:
 
     @numba.njit
     def store(target, code, row, bits):
-        kernels.store(target, code, 0, row, bits, len(row))
+        rows.store(target, code, 0, row, bits, len(row))
 
-    code = kernels.FLOAT16 if dtype == torch.float16 else kernels.BFLOAT16
+    code = rows.FLOAT16 if dtype == torch.float16 else rows.BFLOAT16
     store(out.view(torch.uint8).numpy(), code, numbers.numpy(), np.empty(len(numbers), np.uint32))
     expected = numbers.to(dtype)
     assert torch.equal(out.isnan(), expected.isnan())
@@ -219,7 +220,7 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
         (recurrent.sweep_kernel("super"), 20),
     ):
         signature = next(s for s in kernel.signatures if "float32" in str(s))
-        anew = numba.njit(**kernels.OPTIONS)(kernel.py_func)  # the disk cache keeps no assembly
+        anew = numba.njit(**numba_bridge.OPTIONS)(kernel.py_func)  # the disk cache keeps no assembly
         anew.compile(signature)
         (assembly,) = anew.inspect_asm().values()
         assert not re.search(r"\bvfn?m(add|sub)", assembly)
@@ -297,7 +298,7 @@ def twice(tmp_path, monkeypatch) -> Callable[[], Any]:
     spec = importlib.util.spec_from_file_location("twice", tmp_path / "twice.py")
     monkeypatch.setitem(sys.modules, "twice", module := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(module)
-    return lambda: kernels._entry_point(module.twice)
+    return lambda: numba_bridge.entry_point(module.twice)
 
 
 def hits(kernel: Any) -> int:

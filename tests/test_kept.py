@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, coba_lif_feed_forward_integral
-from coba_triton.neuron import records
-from coba_triton.neuron.records import NUMERIC_PARAMETERS, constants_table, derive_constants, number_key
+from coba_triton.neuron.records import NUMERIC_PARAMETERS
+from coba_triton.ops import tensors
+from coba_triton.ops.constants import constants_table, derive_constants
+from coba_triton.ops.tensors import number_key
 
 CPU = torch.device("cpu")
 X = torch.full((200, 5), 0.02)
@@ -97,16 +99,16 @@ def test_what_a_transform_makes_is_not_kept() -> None:
     p = P._replace(g_l=0.0124)
     torch.func.grad(lambda x: coba_lif_feed_forward_integral(x, None, p, 0.1, backend="cpu")[1].v.sum())(X)
     assert all(
-        type(kept) is Tensor and not torch._C._functorch.is_gradtrackingtensor(kept) for kept in records._kept.values()
+        type(kept) is Tensor and not torch._C._functorch.is_gradtrackingtensor(kept) for kept in tensors._kept.values()
     )
     assert torch.equal(spikes(p), spikes(p, "reference"))
 
 
 def test_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_KEPT_AT_MOST", 8)
+    monkeypatch.setattr(tensors, "_KEPT_AT_MOST", 8)
     for i in range(40):
         spikes(P._replace(g_l=0.01 + 0.001 * i))
-        assert len(records._kept) <= 8
+        assert len(tensors._kept) <= 8
 
 
 def test_doubles_of_one_device_are_converted_together() -> None:

@@ -1,81 +1,118 @@
-"""The kernels' arithmetic and the reference's are the same lines."""
+"""The neuron's equations and their adjoint stand once: three compilers take them, and the adjoint is autograd's."""
 
-import ast
-from pathlib import Path
+import inspect
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-import coba_triton
-from coba_triton.neuron.records import CobaLIFParameters, Constants
+from coba_triton.backend import reference
+from coba_triton.neuron import adjoint, operations, records, step, surrogate
+from coba_triton.neuron.records import CobaLIFParameters, Constants, Drive, Kept, State, Sums
 
-PACKAGE = Path(coba_triton.__file__).parent
-
-
-def functions(path: Path) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
-
-
-def lines(function: ast.FunctionDef) -> list[str]:
-    """Arguments and body without annotations, docstring, and the ``tl.`` and ``torch.`` of function names."""
-    body = function.body[1:] if ast.get_docstring(function) else function.body
-    text = [", ".join(argument.arg for argument in function.args.args), *map(ast.unparse, body)]
-    return [line.replace("tl.", "").replace("torch.", "") for line in text]
+NEURON = (operations, step, adjoint, surrogate)
 
 
-@pytest.mark.parametrize("name", ["add_drive", "integrate", "reset"])
-def test_step_has_the_lines_of_the_reference(name: str) -> None:
-    kernel = functions(PACKAGE / "kernels" / "step.py")[name]
-    reference = functions(PACKAGE / "backend" / "reference.py")[name]
-    assert lines(kernel) == lines(reference)
+def functions(module: ModuleType) -> dict[str, Any]:
+    """What a module defines itself."""
+    found = inspect.getmembers(module, inspect.isfunction)
+    return {name: function for name, function in found if function.__module__ == module.__name__ and name != "bind"}
 
 
-@pytest.mark.parametrize("name", ["vjp", "vjp_constants"])
-def test_cpu_adjoint_has_the_lines_of_the_kernels(name: str) -> None:
-    kernel = functions(PACKAGE / "kernels" / "step.py")[name]
-    cpu = functions(PACKAGE / "backend" / "cpu" / "feed_forward.py")[name]
-    assert lines(cpu) == lines(kernel)
+EQUATIONS = {name: function for module in NEURON[1:] for name, function in functions(module).items()}
 
 
-def record(path: Path, name: str) -> list[str]:
-    (node,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name)
-    return [field.target.id for field in node.body if isinstance(field, ast.AnnAssign)]  # type: ignore[union-attr]
+@pytest.mark.parametrize("name", functions(step) | functions(surrogate))
+def test_the_reference_runs_the_equations(name: str) -> None:
+    assert getattr(reference, name).__code__ is EQUATIONS[name].__code__
 
 
-def test_cpu_adjoint_has_the_same_fields() -> None:
-    assert record(PACKAGE / "backend" / "cpu" / "feed_forward.py", "Adjoint") == record(
-        PACKAGE / "kernels" / "step.py", "Adjoint"
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_triton_compiles_the_equations(name: str) -> None:
+    pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not installed")
+    from coba_triton.kernels import neuron
+
+    assert getattr(neuron, name).fn.__code__ is EQUATIONS[name].__code__
+
+
+TORCH_NAMES = {"absolute": "abs", "divide": "div", "square_root": "sqrt"}
+
+
+def test_every_operation_has_its_own_in_each_module() -> None:
+    """A function that finds Python's operation instead of the compiler's would compute something else, or nothing."""
+    triton = pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not installed")
+    from coba_triton.kernels import neuron
+
+    for name, python in functions(operations).items():
+        assert getattr(reference, name) is getattr(
+            torch, {"absolute": "abs", "divide": "div", "square_root": "sqrt"}.get(name, name)
+        )
+        own = getattr(neuron, name)
+        assert isinstance(own, triton.runtime.JITFunction | triton.runtime.interpreter.InterpretedFunction)
+        assert own.fn is not python
+
+
+def test_no_equation_stands_elsewhere() -> None:
+    """The packages of the neuron import no compiler."""
+    for module in (*NEURON, records):
+        assert not {"torch", "triton", "numba", "numpy"} & set(vars(module))
+
+
+def test_constants_are_the_parameters_and_three_products() -> None:
+    assert set(Constants._fields) & set(CobaLIFParameters._fields) == set(Constants._fields) - {"decay_e", "decay_i", "k"}
+    assert Sums._fields == Constants._fields[: len(Sums._fields)]
+
+
+CONSTANTS = Constants(-0.02, -0.05, 0.5, 0.25, -100.0, 60.0, -20.0, -70.0, -10.0, 100.0)
+
+
+@pytest.mark.parametrize("jump_first", [False, True])
+@pytest.mark.parametrize("method", surrogate.SURROGATES)
+def test_the_adjoint_is_autograd_s(method: str, jump_first: bool) -> None:
+    """In float64, by everything that a step reads, of neurons below, at, just above and far above the threshold."""
+    torch.manual_seed(5)
+    count = 64
+
+    def numbers(scale: float) -> Tensor:
+        return (scale * torch.rand(count, dtype=torch.float64)).requires_grad_()
+
+    v = (-10.0 + torch.linspace(-2.0, 2.0, count, dtype=torch.float64)).requires_grad_()
+    s, x = State(v, numbers(0.1), numbers(0.2)), numbers(1.0)
+    x = (x - 0.5).detach().requires_grad_()
+    c = Constants(*(torch.full((count,), value, dtype=torch.float64, requires_grad=True) for value in CONSTANTS))
+    c = c._replace(alpha=torch.full((count,), 2.0, dtype=torch.float64))
+    drive = reference.split_input(x)
+    z, after = reference.step(s, drive, None, c, jump_first, method)
+    grad_z, lam = torch.randn(count, dtype=torch.float64), State(*torch.randn(3, count, dtype=torch.float64).unbind())
+    total = (z * grad_z).sum() + sum((a * b).sum() for a, b in zip(after, lam, strict=True))
+    wanted = torch.autograd.grad(total, [*s, x, *c[: len(Sums._fields)]], allow_unused=True, materialize_grads=True)
+
+    operate = vars(reference)
+    names = operate | {"Adjoint": records.Adjoint, "Sums": Sums}
+    vjp, vjp_input, vjp_constants = (
+        operations.bind(function, names) for function in (adjoint.vjp, adjoint.vjp_input, adjoint.vjp_constants)
     )
+    with torch.no_grad():
+        u = reference.integrate(s, drive, None, c, jump_first)
+        kept = Kept(s.v, u.v, u.g_e, u.g_i)
+        a = vjp(z, kept, grad_z, lam, None, c, jump_first, method)
+        decayed = reference.decaying(s, drive, None, jump_first)
+        zero = torch.zeros(count, dtype=torch.float64)
+        sums = vjp_constants(Sums(*(zero,) * len(Sums._fields)), z, kept, *decayed, lam, a, c)
+        found = [*a.lam, vjp_input(x, a.drive), *sums]
+        assert 0 < z.sum() < count
+        torch.testing.assert_close(found, list(wanted), rtol=1e-12, atol=1e-12)
+        recorded = State(*torch.randn(3, count, dtype=torch.float64).unbind())
+        more = vjp(z, kept, grad_z, lam, recorded, c, jump_first, method)
+        expected = [own + other for own, other in zip(a.lam, recorded, strict=True)]
+        torch.testing.assert_close(list(more.lam), expected, rtol=1e-12, atol=1e-12)
 
 
-SURROGATE_BRANCHES = {"super": "super_spike", "triangle": "triangle", "tanh": "tanh", "circ": "circ"} | {
-    "heavi_erfc": "heavi_erfc"
-}
-
-
-@pytest.mark.parametrize("method", SURROGATE_BRANCHES)
-def test_surrogate_has_the_lines_of_the_reference(method: str) -> None:
-    branches = {}
-    node = functions(PACKAGE / "kernels" / "step.py")["surrogate"].body[1]
-    while isinstance(node, ast.If):
-        branches[ast.literal_eval(node.test.comparators[0])] = node.body  # type: ignore[attr-defined]
-        node = node.orelse[0]
-    kernel = "\n".join(map(ast.unparse, branches[method]))
-    reference = "\n".join(lines(functions(PACKAGE / "neuron" / "surrogate.py")[SURROGATE_BRANCHES[method]])[1:])
-    # names that differ: the rounding of `/` and of the square root must be asked for by name in a kernel
-    kernel = kernel.replace("tl.full(q.shape, 1.0, q.dtype)", "1.0").replace("tl.", "").replace("square_root", "sqrt")
-    tree = ast.parse(kernel)
-
-    class Divide(ast.NodeTransformer):
-        def visit_Call(self, node: ast.Call) -> ast.AST:
-            self.generic_visit(node)
-            if isinstance(node.func, ast.Name) and node.func.id == "divide":
-                return ast.BinOp(node.args[0], ast.Div(), node.args[1])
-            return node
-
-    assert ast.unparse(Divide().visit(tree)) == reference
-
-
-def test_constants_have_the_same_rows() -> None:
-    rows = record(PACKAGE / "kernels" / "step.py", "Constants")
-    assert tuple(rows) == Constants._fields
-    assert set(rows) & set(CobaLIFParameters._fields) == set(rows) - {"decay_e", "decay_i", "k"}
+def test_the_equations_run_on_python_numbers() -> None:
+    """One neuron by hand: at rest, a drive of 1 uS raises g_e; a potential above the threshold is reset."""
+    u = step.integrate(State(-20.0, 0.0, 0.0), Drive(1.0, 0.0), None, CONSTANTS, False)
+    assert u == State(-20.0 + 0.5 * (1.0 * (60.0 - -20.0)), 1.0, 0.0)
+    assert step.fire(step.excess(u, CONSTANTS))
+    assert step.reset(u, 1.0, CONSTANTS) == State(-70.0, 1.0, 0.0)

@@ -142,7 +142,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = {name for name in tree_files() if PurePosixPath(name).suffix in {".py", ".toml", ".typed"}}
     package = {name for name in sources if name.startswith("coba_triton/")}
     kernels = {f"coba_triton/{name}" for name in sources if name.startswith("kernels/")}
-    assert {"coba_triton/py.typed", "coba_triton/kernels/step.py"} <= package | kernels
+    assert {"coba_triton/py.typed", "coba_triton/kernels/neuron.py"} <= package | kernels
     assert any(name.startswith("coba_triton/configs/") for name in package)
     assert {name for name in names if name.startswith("coba_triton/")} == package | kernels
 
@@ -190,7 +190,7 @@ import importlib.util, coba_triton
 
 print(coba_triton.__file__)
 print(coba_triton.__version__)
-print(importlib.util.find_spec("coba_triton.kernels.step").origin)
+print(importlib.util.find_spec("coba_triton.kernels.neuron").origin)
 print(getattr(importlib.util.find_spec("kernels"), "submodule_search_locations", None))
 """
 
@@ -205,7 +205,7 @@ def test_kernels_are_found_in_a_checkout(tree: Path, tmp_path: Path, fresh_pytho
     where = tree if how == "bare" else tmp_path
     package, _, step, _ = run(fresh_python, "-c", LOCATE, cwd=where).splitlines()
     assert os.path.samefile(package, tree / "coba_triton" / "__init__.py")
-    assert os.path.samefile(step, tree / "kernels" / "step.py")
+    assert os.path.samefile(step, tree / "kernels" / "neuron.py")
 
 
 COMPILE = """

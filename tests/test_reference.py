@@ -20,7 +20,8 @@ from coba_triton import (
     default_bio_state,
     pack_spikes,
 )
-from coba_triton.neuron.surrogate import SURROGATES, spike
+from coba_triton.backend.reference import spike
+from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import DT, VALUES, problem
 
 ORDERS = ["decay_first", "jump_first"]

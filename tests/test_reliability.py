@@ -124,7 +124,7 @@ def test_inputs_of_every_dtype_are_compared(dtype: torch.dtype, tmp_path: Path) 
 def test_whoever_reads_the_input_makes_the_same_checksum(shape: tuple[int, int], threads: int, tile: int) -> None:
     """The kernels, by tiles and threads of any size, and what reads it alone."""
     from coba_triton.backend.cpu.launch import ForwardStream, lanes, row_sums
-    from coba_triton.neuron.records import constants_table
+    from coba_triton.ops.constants import constants_table
     from coba_triton.tuning import tables as tuning
 
     x, neurons = torch.randn(shape, generator=torch.Generator().manual_seed(0)), shape[1]

@@ -1,98 +1,106 @@
-"""The oracle: the equations in eager PyTorch, one operation a line, differentiated by autograd.
+"""The reference: the neuron's equations in eager PyTorch, one operation a line, differentiated by autograd.
 
-Every other backend must agree with this file bit for bit. :func:`add_drive`, :func:`integrate` and :func:`reset` have
-the same lines as their namesakes in ``kernels/step.py``; a test compares them.
+Every other backend must agree with this file bit for bit.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, exp, relu, where
+from torch import abs as absolute
+from torch import div as divide
+from torch import sqrt as square_root
 
-from ..neuron.records import Constants
-from ..neuron.surrogate import spike
+from ..neuron import step as equations
+from ..neuron import surrogate as derivatives
+from ..neuron.operations import bind
+from ..neuron.records import Constants, Drive, State
+from ..neuron.surrogate import SURROGATES, TWO_OVER_SQRT_PI
 
+# What the neuron's functions find here, and PyTorch's operations for what they are written in.
+OPERATIONS = (absolute, divide, exp, relu, square_root, where)
+NAMES = (Constants, Drive, State, TWO_OVER_SQRT_PI)
 
-def add_drive(g: Tensor, drive: Tensor, recurrent: Tensor | None) -> Tensor:
-    g = g + drive
-    if recurrent is not None:
-        g = g + recurrent
-    return g
-
-
-def integrate(
-    v: Tensor,
-    g_e: Tensor,
-    g_i: Tensor,
-    input_e: Tensor,
-    input_i: Tensor,
-    recurrent_e: Tensor | None,
-    recurrent_i: Tensor | None,
-    c: Constants,
-    JUMP_FIRST: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if JUMP_FIRST:
-        g_e = add_drive(g_e, input_e, recurrent_e)
-        g_i = add_drive(g_i, input_i, recurrent_i)
-    g_e = g_e + c.decay_e * g_e
-    g_i = g_i + c.decay_i * g_i
-    if not JUMP_FIRST:
-        g_e = add_drive(g_e, input_e, recurrent_e)
-        g_i = add_drive(g_i, input_i, recurrent_i)
-    dv = c.k * ((c.g_l * (c.v_rest - v) + g_e * (c.e_rev_E - v)) + g_i * (c.e_rev_I - v))
-    u = v + dv
-    return u, g_e, g_i
+split_input = bind(equations.split_input, globals())
+add_drive = bind(equations.add_drive, globals())
+decaying = bind(equations.decaying, globals())
+integrate = bind(equations.integrate, globals())
+excess = bind(equations.excess, globals())
+fire = bind(equations.fire, globals())
+reset = bind(equations.reset, globals())
+super_spike = bind(derivatives.super_spike, globals())
+triangle = bind(derivatives.triangle, globals())
+tanh = bind(derivatives.tanh, globals())
+circ = bind(derivatives.circ, globals())
+heavi_erfc = bind(derivatives.heavi_erfc, globals())
+surrogate = bind(derivatives.surrogate, globals())
 
 
-def reset(u: Tensor, z: Tensor, c: Constants) -> Tensor:
-    return (1.0 - z) * u + z * c.v_reset
+class _Spike(torch.autograd.Function):
+    """Strict Heaviside with a surrogate derivative; twice differentiable, forward and reverse."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, alpha: Tensor, method: str) -> Tensor:
+        return fire(x).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        x, alpha, ctx.method = inputs
+        ctx.save_for_backward(x, alpha)
+        ctx.save_for_forward(x, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        return grad * surrogate(*ctx.saved_tensors, ctx.method), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent * surrogate(*ctx.saved_tensors, ctx.method)  # type: ignore[no-any-return]  # of a bound function
+
+
+def spike(x: Tensor, alpha: Tensor, method: str) -> Tensor:
+    """1 where ``x > 0``, else 0, in the dtype of ``x``; differentiable by the named surrogate.
+
+    Args:
+        x: distance to the threshold ``u - v_thresh`` in mV, any shape.
+        alpha: steepness, broadcasts with ``x``; no gradient flows to it.
+        method: a key of :data:`~coba_triton.neuron.surrogate.SURROGATES`.
+    """
+    if SURROGATES[method] is None:
+        return fire(x).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
+    return _Spike.apply(x, alpha, method)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types
 
 
 class Step(NamedTuple):
     """Spikes and state after one step."""
 
     z: Tensor
-    v: Tensor
-    g_e: Tensor
-    g_i: Tensor
+    state: State
 
 
-def step(
-    v: Tensor,
-    g_e: Tensor,
-    g_i: Tensor,
-    input_e: Tensor,
-    input_i: Tensor,
-    recurrent_e: Tensor | None,
-    recurrent_i: Tensor | None,
-    c: Constants,
-    jump_first: bool,
-    method: str,
-) -> Step:
+def step(s: State, drive: Drive, recurrent: Drive | None, c: Constants, jump_first: bool, method: str) -> Step:
     """One forward Euler step.
 
     Args:
-        v: membrane potential in mV.
-        g_e: excitatory conductance in uS.
-        g_i: inhibitory conductance in uS.
-        input_e: excitatory drive of this step in uS, not negative.
-        input_i: inhibitory drive of this step in uS, not negative.
-        recurrent_e: excitatory recurrent drive in uS, or None.
-        recurrent_i: inhibitory recurrent drive in uS, or None.
+        s: the state before it.
+        drive: of the input in this step, in uS.
+        recurrent: the recurrent drive in uS, or None.
         c: the step's constants.
         jump_first: add the drive before the decay instead of after it.
         method: surrogate derivative of the spike.
     """
-    u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, jump_first)
-    z = spike(u - c.v_thresh, c.alpha, method)
-    return Step(z, reset(u, z, c), g_e, g_i)
+    u = integrate(s, drive, recurrent, c, jump_first)
+    z = spike(excess(u, c), c.alpha, method)
+    return Step(z, reset(u, z, c))
 
 
-def feed_forward_step(x: Tensor, v: Tensor, g_e: Tensor, g_i: Tensor, c: Constants, jump_first: bool, method: str) -> Step:
+def feed_forward_step(x: Tensor, s: Any, c: Constants, jump_first: bool, method: str) -> Step:
     """One step of unconnected neurons; the sign of the net input ``x`` (in uS) decides which conductance it joins."""
-    return step(v, g_e, g_i, torch.relu(x), torch.relu(-x), None, None, c, jump_first, method)
+    return step(s, split_input(x), None, c, jump_first, method)
 
 
 class SplitWeights(NamedTuple):
@@ -106,31 +114,20 @@ class SplitWeights(NamedTuple):
     @classmethod
     def of(cls, input_weights: Tensor, recurrent_weights: Tensor) -> SplitWeights:
         w_in, w_rec = input_weights.mT, recurrent_weights.mT
-        return cls(torch.relu(w_in), torch.relu(-w_in), torch.relu(w_rec), torch.relu(-w_rec))
+        return cls(relu(w_in), relu(-w_in), relu(w_rec), relu(-w_rec))
 
 
-def recurrent_step(
-    x: Tensor,
-    z: Tensor,
-    v: Tensor,
-    g_e: Tensor,
-    g_i: Tensor,
-    w: SplitWeights,
-    c: Constants,
-    jump_first: bool,
-    method: str,
-) -> Step:
+def recurrent_step(x: Tensor, z: Any, s: Any, w: SplitWeights, c: Constants, jump_first: bool, method: str) -> Step:
     """One step of a recurrent population; the sign of each synapse decides which conductance it drives.
 
     Args:
         x: input of this step, ``[*batch, I]``.
         z: spikes of the last step, ``[*batch, N]``.
-        v: membrane potential in mV, ``[*batch, N]``.
-        g_e: excitatory conductance in uS, ``[*batch, N]``.
-        g_i: inhibitory conductance in uS, ``[*batch, N]``.
+        s: the state before the step, which has the fields of ``State``, ``[*batch, N]`` each.
         w: the weights, split by sign.
         c: the step's constants.
         jump_first: add the drive before the decay instead of after it.
         method: surrogate derivative of the spike.
     """
-    return step(v, g_e, g_i, x @ w.input_e, x @ w.input_i, z @ w.recurrent_e, z @ w.recurrent_i, c, jump_first, method)
+    drive, recurrent = Drive(x @ w.input_e, x @ w.input_i), Drive(z @ w.recurrent_e, z @ w.recurrent_i)
+    return step(s, drive, recurrent, c, jump_first, method)

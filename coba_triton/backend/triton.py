@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..kernels import feed_forward, recurrent
+from ..neuron.records import Kept
 from ..ops.time_blocks import Network, send_back
 from ..tuning.tables import Parameters, launch_parameters
 
@@ -158,6 +159,7 @@ def feed_forward_forward(
         *x.shape,
         *x.stride(),
         constants.stride(0),
+        FIELDS=len(state),
         STEPS=checkpoint_every or parameters["steps"],
     )
 
@@ -199,6 +201,7 @@ def feed_forward_backward(
         *x.stride(),
         *(grad_spikes.stride() if grad_spikes is not None else (0, 0)),
         constants.stride(0),
+        FIELDS=checkpoints.shape[1],
         EVERY=checkpoint_every,
         STEPS=parameters["steps"],
         METHOD=method,
@@ -282,7 +285,7 @@ def recurrent_block(
     :func:`coba_triton.ops.time_blocks.forward`.
     """
     if states is not None and chosen is not None:
-        every = state.new_empty(3, *x.shape[:2], state.shape[2])
+        every = state.new_empty(len(state), *x.shape[:2], state.shape[2])
         final = recurrent_block(net, x, drive, z, state, spikes, words, every, sliced)
         states.copy_(every.flatten(2)[..., chosen])
         return final
@@ -302,7 +305,7 @@ def recurrent_block(
         drive, first, net.recurrent_rows, state, net.constants, final, scratch[:2], scratch[2],
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0),
-        BLOCK=block, ONE_TILE=one_tile, UNROLL=parameters["events_ahead"],
+        BLOCK=block, FIELDS=len(state), ONE_TILE=one_tile, UNROLL=parameters["events_ahead"],
         PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
     )  # fmt: skip
     return final
@@ -344,7 +347,7 @@ def _sliced_block(
         integers((2, batch, slices, block)), integers((2, batch, slices)), arrived, failed,
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT,
-        BLOCK=block, SLICES=slices, UNROLL=EVENTS_AHEAD,
+        BLOCK=block, FIELDS=len(state), SLICES=slices, UNROLL=EVENTS_AHEAD,
         PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, launch_cooperative_grid=True,
     )  # fmt: skip
     torch._assert_async(  # on the device: the host does not wait for it
@@ -374,7 +377,8 @@ def _launch_driven(
         recurrent.driven_kernel, (_cdiv(cells, block),), state.device, num_warps,
         drive, recurrent_drive, state, net.constants, words, final, spikes, states, trajectory,
         steps, cells, net.constants.stride(0), 0 if states is None else states.stride(0),
-        BLOCK=block, PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+        BLOCK=block, FIELDS=len(state), KEPT=len(Kept._fields), PER_NEURON=net.constants.shape[1] > 1,
+        JUMP_FIRST=net.jump_first,
     )  # fmt: skip
     return final
 
@@ -396,14 +400,14 @@ def recurrent_replay(
     words: Tensor,
     constants_grad: bool,
 ) -> Tensor:
-    """The trajectory ``[6, T, B, N]`` of a block whose spikes are known, as those ``before`` each step and as ``words``.
+    """The trajectory ``[K + 2, T, B, N]`` of a block whose spikes are known, as those ``before`` each step and as ``words``.
 
     A drive that is None is summed from the events.
     """
     drive = project_events(x, net.input_rows) if drive is None else drive
     if recurrent_drive is None:
         recurrent_drive = project_events(before, net.recurrent_rows)
-    trajectory = state.new_empty(6, len(before), *state.shape[1:])
+    trajectory = state.new_empty(len(Kept._fields) + 2, len(before), *state.shape[1:])
     _launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, before.shape[0])
     return trajectory
 
@@ -444,7 +448,7 @@ def recurrent_sweep(
             weights, lam, lam_z, adjoints, grad_constants,
             begin, end, start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
             net.constants.stride(0), *grad_strides,
-            BLOCK=block, UNROLL=EVENTS_AHEAD,
+            BLOCK=block, KEPT=len(trajectory) - 2, UNROLL=EVENTS_AHEAD,
             PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=method,
         )  # fmt: skip
 

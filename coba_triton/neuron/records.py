@@ -1,4 +1,4 @@
-"""The neuron model's records: states, parameters with their defaults, and the constants of one step.
+"""The neuron's records: its states, its parameters with their defaults, and the constants of one step.
 
 Units: ms for time, mV for potentials, nF for capacitance, uS for conductances (so that uS * mV = nA and
 nA / nF = mV / ms). Any other consistent system works as well: the arithmetic knows no units.
@@ -9,36 +9,17 @@ conductance-based leaky integrate-and-fire neuron with exponential synapses as i
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Number = float | Tensor
+Number: TypeAlias = "float | Tensor"
 """A Python number, a 0-dim tensor, or a tensor that broadcasts over the neurons."""
 
-# The dtypes that are taken: of numbers that need no scale and have more than a few bits.
-FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SPIKES = (*FLOATING, torch.bool, torch.uint8)
-INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
-NUMBERS = frozenset((*SPIKES, *INTEGERS))
 
-
-def is_tracked(tensor: Tensor) -> bool:
-    """Whether autograd follows a tensor, back or forward."""
-    return has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
-
-
-def has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation follows a tensor."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _detach(value: Number) -> Number:
-    return value.detach() if isinstance(value, Tensor) else value
+def _detach(value: Any) -> Any:
+    return value.detach() if hasattr(value, "detach") else value
 
 
 class CobaLIFState(NamedTuple):
@@ -126,14 +107,33 @@ default_bio_parameters = CobaLIFParameters(
 )
 default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 
-for _record in (CobaLIFState, CobaLIFFeedForwardState, CobaLIFParameters):
-    # an exported program that takes or returns one can be saved
-    torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
-    torch.serialization.add_safe_globals([_record])  # torch.load(weights_only=True) reads what holds one
-
-_METHOD = CobaLIFParameters._fields.index("method")
-_DOUBLES = struct.Struct(f"{len(CobaLIFParameters._fields) - 1}d")
 NUMERIC_PARAMETERS = tuple(name for name in CobaLIFParameters._fields if name != "method")
+
+
+class State(NamedTuple):
+    """What a step starts from and what it leaves, for one neuron, an array of registers or a tensor.
+
+    Attributes:
+        v: membrane potential in mV; of what :func:`~coba_triton.neuron.step.integrate` returns, that before the reset.
+        g_e: excitatory conductance in uS.
+        g_i: inhibitory conductance in uS.
+    """
+
+    v: Any
+    g_e: Any
+    g_i: Any
+
+
+class Drive(NamedTuple):
+    """What the synapses add to the two conductances in one step, in uS; not negative.
+
+    Attributes:
+        e: joins the excitatory conductance.
+        i: joins the inhibitory conductance.
+    """
+
+    e: Any
+    i: Any
 
 
 class Constants(NamedTuple):
@@ -143,151 +143,65 @@ class Constants(NamedTuple):
     are the parameters of the same name.
     """
 
-    decay_e: Tensor
-    decay_i: Tensor
-    k: Tensor
-    g_l: Tensor
-    e_rev_I: Tensor
-    e_rev_E: Tensor
-    v_rest: Tensor
-    v_reset: Tensor
-    v_thresh: Tensor
-    alpha: Tensor
+    decay_e: Any
+    decay_i: Any
+    k: Any
+    g_l: Any
+    e_rev_I: Any
+    e_rev_E: Any
+    v_rest: Any
+    v_reset: Any
+    v_thresh: Any
+    alpha: Any
 
 
-def is_watched() -> bool:
-    """Whether a compiler, a transform or a mode looks on, to which every new tensor belongs."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+class Sums(NamedTuple):
+    """Derivatives of the loss by the constants that have one, in the order of :class:`Constants`."""
+
+    decay_e: Any
+    decay_i: Any
+    k: Any
+    g_l: Any
+    e_rev_I: Any
+    e_rev_E: Any
+    v_rest: Any
+    v_reset: Any
+    v_thresh: Any
 
 
-def number_key(p: Any) -> bytes | None:
-    """The numbers of a parameter record as a key for :func:`keep`, or None if one is not a Python number."""
-    if type(p) is not CobaLIFParameters or is_watched():
-        return None
-    numbers: Any = (*p[:_METHOD], *p[_METHOD + 1 :])
-    for number in numbers:
-        if type(number) is not float and type(number) is not int:
-            return None
-    try:
-        return _DOUBLES.pack(*numbers)  # unlike the numbers themselves, these bytes tell -0.0 from 0.0
-    except struct.error:  # an int that no double can hold
-        return None
+class Kept(NamedTuple):
+    """What the adjoint of a step reads of the step.
 
-
-def known(value: Any) -> Any:
-    """A tensor whose value can be read without waiting for a device, and which nothing follows, as a Python number."""
-    if (
-        type(value) in (Tensor, torch.nn.Parameter)  # a tensor of a compiler or of a subclass has no value to read
-        and value.dim() == 0
-        and value.device.type == "cpu"
-        and not is_watched()
-        and not is_tracked(value)
-    ):
-        # not .item(), which profilers take for a wait
-        plain = value.dtype != torch.bfloat16 and not value.is_neg()
-        return value.detach().numpy().item() if plain else value.item()
-    return value
-
-
-_kept: dict[tuple[Any, ...], Tensor] = {}
-_KEPT_AT_MOST = 1024
-
-
-def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """What ``make`` made for this key before, else what it makes now; it must follow from the key alone, and not be changed.
-
-    So nothing that is kept can be out of date, and the host waits for a device only where a key is new.
+    Attributes:
+        v: potential before the step in mV.
+        u: potential before the reset in mV.
+        g_e: excitatory conductance after the step in uS.
+        g_i: inhibitory conductance after the step in uS.
     """
-    if (found := _kept.get(key)) is not None:
-        return found
-    with torch.inference_mode(False):  # so that any later call may save it for a gradient
-        made = make()
-    if _is_capturing(device):
-        return made  # the memory is the graph's
-    streams = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    if streams is not None:
-        streams.current_stream(device).synchronize()  # a later call may be on another stream
-    if len(_kept) >= _KEPT_AT_MOST:
-        if streams is not None:
-            streams.synchronize()  # a kernel may still read what is given up
-        _kept.clear()
-    _kept[key] = made
-    return made
+
+    v: Any
+    u: Any
+    g_e: Any
+    g_i: Any
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+class Adjoint(NamedTuple):
+    """Derivatives of the loss by what one step reads and computes.
 
-
-def numbers_on(device: torch.device, dtype: torch.dtype, numbers: Sequence[float]) -> Tensor:
-    """Python numbers as a tensor ``[len(numbers)]``, which must not be changed."""
-    if torch.compiler.is_compiling():  # products, which a compiler keeps for any dt, where it would freeze tensor(dt)
-        one = torch.ones((), dtype=torch.float64, device=device)
-        return torch.stack([(one * number).to(dtype) for number in numbers])
-
-    def make() -> Tensor:
-        if _is_capturing(device):  # a graph may not copy from the host
-            return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
-        return torch.tensor(numbers, dtype=dtype, device=device)
-
-    if is_watched():
-        return make()
-    return keep((struct.pack(f"{len(numbers)}d", *numbers), dtype, device), device, make)
-
-
-def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device) -> Constants:
-    """The constants of a step as tensors of the compute dtype, each of its parameter's own shape.
-
-    The products with ``dt`` are evaluated before the conversion, in the dtype eager PyTorch would use (a Python
-    number in double precision, a float32 tensor in float32); gradients flow through them to the parameters.
-
-    Args:
-        p: a parameter record, duck-typed.
-        dt: time step in ms.
-        dtype: compute dtype, float32 or float64.
-        device: where the state lives.
+    Attributes:
+        lam: by the state before the step.
+        drive: by the drive.
+        spike: by ``u - v_thresh``, through the spike.
+        u: by the potential before the reset.
+        ds: by the bracket of ``dv``.
+        g_e: by the excitatory conductance after the step.
+        g_i: by the inhibitory conductance after the step.
     """
-    factors = (-dt, -dt, dt, *(1.0,) * 7)
-    numbers: list[Any] = [
-        p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l, p.e_rev_I, p.e_rev_E, p.v_rest, p.v_reset, p.v_thresh,
-        _detach(p.alpha),
-    ]  # fmt: skip
-    for i, number in enumerate(numbers):
-        if isinstance(number, Tensor) and number.dtype == torch.float64:
-            numbers[i] = known(number)
-    # the numbers of a module on a GPU: three operations for all of them, not one or two for each
-    together = [] if is_watched() else [i for i, number in enumerate(numbers) if _is_double_on(device, number)]
-    if together:
-        doubles = torch.stack([numbers[i] for i in together])
-        products = doubles * numbers_on(device, torch.float64, [factors[i] for i in together])
-        for i, product in zip(together, products.to(dtype).unbind(), strict=True):
-            numbers[i] = product
-    for i in {0, 1, 2}.difference(together):
-        numbers[i] = factors[i] * numbers[i]
-    numbers = [known(number) if isinstance(number, Tensor) else number for number in numbers]
-    singles = numbers_on(device, dtype, [0.0 if isinstance(number, Tensor) else number for number in numbers]).unbind()
-    return Constants(
-        *(
-            number.to(device=device, dtype=dtype) if isinstance(number, Tensor) else single
-            for number, single in zip(numbers, singles, strict=True)
-        )
-    )
 
-
-def _is_double_on(device: torch.device, number: Any) -> bool:
-    return isinstance(number, Tensor) and number.dtype == torch.float64 and number.dim() == 0 and number.device == device
-
-
-def constants_table(p: Any, dt: float, dtype: torch.dtype, device: torch.device, neurons: torch.Size) -> Tensor:
-    """The constants as the kernels take them: ``[10, 1]`` where every one is a single number, else ``[10, neurons]``."""
-    if (key := number_key(p)) is not None and type(dt) is float:
-        made = keep((key, dt, dtype, device), device, lambda: torch.stack(derive_constants(p, dt, dtype, device)))
-        return made.unsqueeze(1)
-    c = derive_constants(p, dt, dtype, device)
-    if all(constant.dim() == 0 for constant in c):
-        return torch.stack(c).unsqueeze(1)
-    return torch.stack([constant.expand(neurons) for constant in c]).reshape(len(c), -1)
+    lam: State
+    drive: Drive
+    spike: Any
+    u: Any
+    ds: Any
+    g_e: Any
+    g_i: Any

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..neuron.records import SPIKES
 from ..neuron.surrogate import SURROGATES
+from .tensors import SPIKES
 
 INPUT = SPIKES
 COMPUTE = (torch.float32, torch.float64)

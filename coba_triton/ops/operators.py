@@ -19,16 +19,19 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from ..neuron.records import FLOATING, SPIKES, Constants, has_tangent, is_tracked, is_watched
+from ..neuron.records import Constants, Sums
 from ..tuning.tables import launch_parameters
 from . import time_blocks
+from .constants import constants_gradient
 from .operands import COMPUTE, INPUT, WORDS, Operand, check_options, checked, rank, rows_of
 from .samples import columns, each, join, join_constants, join_optional, part, part_constants
 from .spikes import word_count
+from .tensors import FLOATING, SPIKES, has_tangent, is_tracked, is_watched
 from .time_blocks import PATHS, Network, choose_block_steps
 from .validation import check_block_steps, check_path
 
 NUM_CONSTANTS = len(Constants._fields)
+NUM_SUMS = len(Sums._fields)
 # Steps between two saved states of the CPU path: 0.75 bytes per neuron-step of float32, 1.5 of float64.
 CPU_CHECKPOINT_EVERY = 16
 
@@ -291,7 +294,7 @@ def _feed_forward_backward(
     if x.numel() == 0:
         grad_state.zero_() if grad_final is None else grad_state.copy_(grad_final)
         return grad_x, grad_state, shared.zero_()
-    grad_constants = constants.new_empty(NUM_CONSTANTS, x.shape[1] if o.constants_grad else 0)
+    sums = constants.new_empty(NUM_SUMS, x.shape[1] if o.constants_grad else 0)
     feed_forward_kernels(o.backend).feed_forward_backward(
         x,
         constants.contiguous(),
@@ -305,12 +308,9 @@ def _feed_forward_backward(
         grad_states.contiguous() if grad_states is not None and grad_states.numel() else None,  # none were recorded
         grad_x,
         grad_state,
-        grad_constants,
+        sums,
     )
-    if o.constants_grad and constants.shape[1] == 1:
-        # torch.sum has a fixed order: one sum a neuron, then one over the neurons
-        grad_constants = grad_constants.sum(1, keepdim=True)
-    return grad_x, grad_state, grad_constants
+    return grad_x, grad_state, constants_gradient(sums, constants)
 
 
 class RecurrentOptions(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..neuron.records import NUMBERS
+from .tensors import NUMBERS
 
 WORD_BITS = 32
 # Spikes that are packed or unpacked at a time.

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..neuron.records import Sums
+from .constants import constants_gradient
 from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
 
 P = ParamSpec("P")
@@ -263,7 +265,7 @@ def backward(
     input_sums = sums_of(net.input_weights, input_weights_grad)
     recurrent_sums = sums_of(net.recurrent_weights, recurrent_weights_grad)
     grad_x = x.new_zeros(x.shape if x_grad else (0, *x.shape[1:]))
-    grad_constants = z.new_zeros(net.constants.shape[0], z.numel() if constants_grad else 0)
+    constants_sums = z.new_zeros(len(Sums._fields), z.numel() if constants_grad else 0)
     input_events = net.kernels.is_sparse(x)
     for start in reversed(range(0, steps if z.numel() else 0, block_steps)):
         here = slice(start, min(start + block_steps, steps))
@@ -289,7 +291,7 @@ def backward(
         adjoints = z.new_empty(here.stop - start, batch, 2 * neurons)
         lam_z = net.kernels.recurrent_sweep(
             net, split_recurrent, trajectory, block_words, start, method, grad_spikes, grad_states, lam, lam_z, adjoints,
-            grad_constants if constants_grad else None,
+            constants_sums if constants_grad else None,
         )  # fmt: skip
         for sums, sources, sparse in ((recurrent_sums, before, events), (input_sums, x[here], input_events)):
             for number_of_sample, own in enumerate(sums):
@@ -297,9 +299,6 @@ def backward(
                 net.kernels.add_products(own, sources[:, rows].flatten(0, 1), adjoints[:, rows].flatten(0, 1), sparse)
         if x_grad:
             grad_x[here] = (adjoints.flatten(0, 1) @ split_input).view(grad_x[here].shape)
-
-    if constants_grad and net.constants.shape[1] == 1:
-        grad_constants = grad_constants.sum(1, keepdim=True)
 
     def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
         excitatory, inhibitory = sums.mT.chunk(2, 1)
@@ -311,5 +310,5 @@ def backward(
         lam,
         by_sign(net.input_weights, input_sums),
         by_sign(net.recurrent_weights, recurrent_sums),
-        grad_constants,
+        constants_gradient(constants_sums, net.constants),
     )

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..neuron.records import NUMBERS, NUMERIC_PARAMETERS, SPIKES, is_tracked, number_key
+from ..neuron.records import NUMERIC_PARAMETERS
 from ..neuron.surrogate import SURROGATES
 from .spikes import WORD_BITS
+from .tensors import NUMBERS, SPIKES, is_tracked, number_key
 
 ORDERS = ("decay_first", "jump_first")
 SpikeDtype = torch.dtype | Literal["bits"] | None

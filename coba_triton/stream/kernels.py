@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from ..backend.cpu.feed_forward import OPTIONS, _entry_point
+from ..backend.cpu.numba_bridge import OPTIONS, entry_point
 
 DRAWS = 16  # counters in one vectorised batch, two gaps each
 _HIGH = np.uint64(32)
@@ -120,5 +120,5 @@ def count_spikes(words: Any, members: Any, counts: Any) -> None:
                 block[bit] += np.int32((lanes[bit % 8] >> np.uint32(bit // 8 * 8)) & np.uint32(255))
 
 
-poisson_kernel = _entry_point(poisson_fill)
-count_kernel = _entry_point(count_spikes)
+poisson_kernel = entry_point(poisson_fill)
+count_kernel = entry_point(count_spikes)

@@ -28,8 +28,9 @@ from ..common.files import reason
 from ..common.versions import package_version
 from ..functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
 from ..modules import CobaLIF, CobaLIFRecurrent
-from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, constants_table
+from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
 from ..ops import operators, time_blocks, validation
+from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
 from .results import Result
 from .sinks import Checkpoint, Header, Sink, open_sink

@@ -14,8 +14,9 @@ from torch import Tensor
 from .. import functional
 from ..backend import reference
 from ..backend.choose import choose_backend, triton_device_type
-from ..neuron.records import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, derive_constants
+from ..neuron.records import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, State
 from ..ops import validation
+from ..ops.constants import derive_constants
 from .check_cases import LEVELS, AnyProblem, Check, Run, generate
 from .check_shrink import flatten, shrink, snippet
 from .problems import VALUES, Problem, RecurrentProblem
@@ -193,10 +194,10 @@ def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
     c = derive_constants(case.record(method), case.dt, dtype, case.x.device)
     weights = reference.SplitWeights.of(case.input_weights, case.recurrent_weights)
     x = case.x.to(dtype)
-    step = reference.recurrent_step(x, z, v, g_e, g_i, weights, c, order == "jump_first", method)
-    unreset = reference.recurrent_step(
-        x, z, v, g_e, g_i, weights, c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf)), order == "jump_first", method
-    )
+    jump_first, before = order == "jump_first", State(v, g_e, g_i)
+    never = c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf))
+    fired, after = reference.recurrent_step(x, z, before, weights, c, jump_first, method)
+    _, unreset = reference.recurrent_step(x, z, before, weights, never, jump_first, method)
     ulp = torch.finfo(dtype).eps / 2
     terms = x.shape[-1] + trace.v.shape[-1] + 4
     magnitude = x.abs() @ case.input_weights.abs().t() + z.abs() @ case.recurrent_weights.abs().t()
@@ -206,14 +207,14 @@ def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
     reach = c.k.abs() * ((c.e_rev_E - v).abs() * bounds["g_e"] + (c.e_rev_I - v).abs() * bounds["g_i"])
     reach = reach + 16 * ulp * (unreset.v.abs() + v.abs() + c.v_thresh.abs())
     for name, bound in bounds.items():
-        if found := compare(f"state.{name}", getattr(trace, name), getattr(step, name), bound):
+        if found := compare(f"state.{name}", getattr(trace, name), getattr(after, name), bound):
             return found
     certain = (unreset.v - c.v_thresh).abs() > reach
-    ours = torch.where(certain, trace.z, step.z)
-    if found := compare("spikes", ours, step.z):
+    ours = torch.where(certain, trace.z, fired)
+    if found := compare("spikes", ours, fired):
         return found
-    same = trace.z == step.z
-    return compare("state.v", torch.where(same, trace.v, step.v), step.v, reach)
+    same = trace.z == fired
+    return compare("state.v", torch.where(same, trace.v, after.v), after.v, reach)
 
 
 def _free_gib(device: torch.device) -> float:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..backend import reference
-from ..neuron.records import NUMERIC_PARAMETERS, derive_constants
+from ..neuron.records import NUMERIC_PARAMETERS, State
+from ..ops.constants import derive_constants
 from ..ops.spikes import unpack_spikes
 from .problems import Case, Problem, RecurrentProblem
 
@@ -149,16 +150,22 @@ def _compiled_loop(problem: Problem | RecurrentProblem, order: str) -> Tensor:
     """The reference's step, compiled, in a loop over time."""
     state: Any = problem.state
     c = derive_constants(problem.record(), problem.dt, state.v.dtype, problem.x.device)
-    options: tuple[Any, ...] = (c, order == "jump_first", "super")
-    step = _compiled(reference.feed_forward_step)
+    jump_first = order == "jump_first"
+    spikes = []
     if isinstance(problem, RecurrentProblem):
         step = _compiled(reference.recurrent_step)
-        options = (reference.SplitWeights.of(problem.input_weights, problem.recurrent_weights), *options)
-    spikes = []
-    for x in problem.x.unbind(0):
-        new = step(x, *state, *options)
-        state = type(state)(*(getattr(new, field) for field in state._fields))
-        spikes.append(new.z)
+        weights = reference.SplitWeights.of(problem.input_weights, problem.recurrent_weights)
+        z, *fields = state
+        s = State(*fields)
+        for x in problem.x.unbind(0):
+            z, s = step(x, z, s, weights, c, jump_first, "super")
+            spikes.append(z)
+    else:
+        step = _compiled(reference.feed_forward_step)
+        s = State(*state)
+        for x in problem.x.unbind(0):
+            z, s = step(x, s, c, jump_first, "super")
+            spikes.append(z)
     return torch.stack(spikes)
 
 
@@ -227,12 +234,13 @@ def _wrong_flips(case: Case, problem: Problem | RecurrentProblem, spikes: Tensor
     before = [torch.cat([first[None], after[:-1]]) for first, after in zip(state, trace, strict=True)]
     c = derive_constants(problem.record(), problem.dt, state.v.dtype, problem.x.device)
     never = c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf))
-    arguments: list[Any] = [problem.x, *before]
-    step: Callable[..., reference.Step] = reference.feed_forward_step
+    jump_first = ORDER[case.kind] == "jump_first"
     if isinstance(problem, RecurrentProblem):
-        step = reference.recurrent_step
-        arguments.append(reference.SplitWeights.of(problem.input_weights, problem.recurrent_weights))
-    u = step(*arguments, never, ORDER[case.kind] == "jump_first", "super").v
+        z, *fields = before
+        weights = reference.SplitWeights.of(problem.input_weights, problem.recurrent_weights)
+        u = reference.recurrent_step(problem.x, z, State(*fields), weights, never, jump_first, "super").state.v
+    else:
+        u = reference.feed_forward_step(problem.x, State(*before), never, jump_first, "super").state.v
     differs = spikes != expected
     shared = differs.any(-1, keepdim=True) if case.kind == "recurrent" else differs
     first = differs & (shared.cumsum(0) == 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..backend.choose import logger
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
-from ..neuron.records import CobaLIFParameters, constants_table
+from ..neuron.records import CobaLIFParameters
+from ..ops.constants import constants_table
 
 
 @contextmanager

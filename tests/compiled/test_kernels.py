@@ -16,8 +16,8 @@ from torch import Tensor
 import ptxsim
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
 from coba_triton.backend import triton as triton_backend
-from coba_triton.neuron.records import derive_constants
 from coba_triton.ops import time_blocks
+from coba_triton.ops.constants import derive_constants
 from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
 
 F32, F64 = torch.float32, torch.float64

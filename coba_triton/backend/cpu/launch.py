@@ -17,6 +17,7 @@ from torch import Tensor
 from ...ops.operators import CPU_CHECKPOINT_EVERY
 from ...tuning.tables import Parameters, launch_parameters
 from . import feed_forward as kernels
+from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
 
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
 HUGE_PAGES_FROM = 8 << 20
@@ -26,17 +27,17 @@ MIN_STEPS_PER_THREAD = 1 << 19
 SHARE_OF = 64
 
 TYPE_CODES = {
-    torch.float32: kernels.FLOAT32,
-    torch.float64: kernels.FLOAT64,
-    torch.float16: kernels.FLOAT16,
-    torch.bfloat16: kernels.BFLOAT16,
-    torch.uint8: kernels.UINT8,
-    torch.bool: kernels.UINT8,
+    torch.float32: FLOAT32,
+    torch.float64: FLOAT64,
+    torch.float16: FLOAT16,
+    torch.bfloat16: BFLOAT16,
+    torch.uint8: UINT8,
+    torch.bool: UINT8,
 }
 
 
 @functools.cache
-def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
+def pool(pid: int, workers: int) -> ThreadPoolExecutor:
     """Threads of this process: those of a parent do not survive a fork."""
     return ThreadPoolExecutor(workers, thread_name_prefix="coba_triton")
 
@@ -45,7 +46,7 @@ def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Para
     """The launch parameters where no tuning table has any; see :data:`coba_triton.tuning.SPACE`."""
     parameters = {"threads": torch.get_num_threads()}
     if kernel.startswith("feed_forward"):
-        parameters = {"tile": kernels.TILE} | parameters
+        parameters = {"tile": TILE} | parameters
     if kernel == "feed_forward_backward":
         parameters["checkpoint_every"] = CPU_CHECKPOINT_EVERY
     return parameters
@@ -74,7 +75,7 @@ def _split(name: str, dtype: torch.dtype, steps: int, neurons: int) -> tuple[int
 def _launch(name: str, kernel: Callable[..., None], *args: Any, dtype: torch.dtype, steps: int, neurons: int) -> None:
     """Run ``kernel`` over all neurons; the result does not depend on the launch parameters."""
     tile, (first, *rest) = _split(name, dtype, steps, neurons)
-    jobs = [_pool(os.getpid(), len(rest)).submit(kernel, *args, tile, steps, *share) for share in rest]
+    jobs = [pool(os.getpid(), len(rest)).submit(kernel, *args, tile, steps, *share) for share in rest]
     kernel(*args, tile, steps, *first)
     for job in jobs:
         job.result()
@@ -85,7 +86,7 @@ def _madvise() -> Callable[..., int] | None:
     return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
-def _ask_for_huge_pages(*outputs: Tensor) -> None:
+def ask_for_huge_pages(*outputs: Tensor) -> None:
     """Advise the kernel to back large outputs, not yet touched, with huge pages. It may decline."""
     advise = _madvise()
     for output in outputs:
@@ -103,25 +104,25 @@ def _bytes(x: Tensor) -> Any:
     return x.detach().as_strided((length,), (1,)).view(torch.uint8).numpy()
 
 
-def _strided(x: Tensor | None) -> kernels.Strided:
+def strided_bytes(x: Tensor | None) -> Strided:
     if x is None:
-        return kernels.Strided(_bytes(torch.empty(0)), 0, 0, 0, 0)
-    return kernels.Strided(_bytes(x), TYPE_CODES[x.dtype], x.itemsize, *x.stride())
+        return Strided(_bytes(torch.empty(0)), 0, 0, 0, 0)
+    return Strided(_bytes(x), TYPE_CODES[x.dtype], x.itemsize, *x.stride())
 
 
-def _rows(x: Tensor) -> Any:
+def array_of_rows(x: Tensor) -> Any:
     """All leading axes as one: ``[..., M]`` as an array of rows."""
     return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
 
 
-def _constants(constants: Tensor) -> tuple[Any, Any]:
+def constants_arrays(constants: Tensor) -> tuple[Any, Any]:
     """The constants as (shared, None) or (None, per neuron)."""
-    table = _rows(constants)
+    table = array_of_rows(constants)
     return (table[:, 0].copy(), None) if constants.shape[1] == 1 else (None, table)
 
 
 @functools.cache
-def _one(dtype: torch.dtype) -> int:
+def bits_of_one(dtype: torch.dtype) -> int:
     """The bits of the number 1 as an integer."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     return int(torch.ones((), dtype=dtype).view(integer))
@@ -140,18 +141,18 @@ def _forward_arguments(
     checkpoints: Tensor | None,
 ) -> tuple[Any, ...]:
     """What the forward kernel takes before the tile."""
-    _ask_for_huge_pages(*(output for output in (spikes, words, states, checkpoints) if output is not None))
+    ask_for_huge_pages(*(output for output in (spikes, words, states, checkpoints) if output is not None))
     none = state[:0]
     return (
-        _strided(x),
-        _rows(state),
-        *_constants(constants),
-        _rows(final),
-        _strided(spikes),
-        _one(torch.uint8 if spikes is None else spikes.dtype),
-        _rows(none.int() if words is None else words),
-        _rows(none if states is None else states),
-        _rows(none if checkpoints is None else checkpoints),
+        strided_bytes(x),
+        array_of_rows(state),
+        *constants_arrays(constants),
+        array_of_rows(final),
+        strided_bytes(spikes),
+        bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
+        array_of_rows(none.int() if words is None else words),
+        array_of_rows(none if states is None else states),
+        array_of_rows(none if checkpoints is None else checkpoints),
         checkpoint_every,
         jump_first,
     )
@@ -237,20 +238,20 @@ def feed_forward_backward(
     """Fill ``grad_state`` and every non-empty gradient; shapes as in ``kernels/feed_forward.py``."""
     steps, neurons = x.shape
     none = constants.new_empty(0, 1)
-    _ask_for_huge_pages(grad_x)
+    ask_for_huge_pages(grad_x)
     _launch(
         "feed_forward_backward",
         kernels.backward_kernel(method),
-        _strided(x),
-        *_constants(constants),
-        _rows(words),
-        _rows(checkpoints),
-        _strided(grad_spikes),
-        _rows(none if grad_final is None else grad_final),
-        _rows(none if grad_states is None else grad_states),
-        _strided(grad_x),
-        _rows(grad_state),
-        _rows(grad_constants) if grad_constants.numel() else None,
+        strided_bytes(x),
+        *constants_arrays(constants),
+        array_of_rows(words),
+        array_of_rows(checkpoints),
+        strided_bytes(grad_spikes),
+        array_of_rows(none if grad_final is None else grad_final),
+        array_of_rows(none if grad_states is None else grad_states),
+        strided_bytes(grad_x),
+        array_of_rows(grad_state),
+        array_of_rows(grad_constants) if grad_constants.numel() else None,
         checkpoint_every,
         jump_first,
         dtype=constants.dtype,

@@ -11,9 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...neuron.records import Kept
 from ...ops.time_blocks import Network, send_back
 from . import recurrent as kernels
-from .launch import _ask_for_huge_pages, _constants, _one, _pool, _rows, _strided, count_threads, parameters_of
+from .launch import (
+    array_of_rows,
+    ask_for_huge_pages,
+    bits_of_one,
+    constants_arrays,
+    count_threads,
+    parameters_of,
+    pool,
+    strided_bytes,
+)
 
 # A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
 EVENT_DENSITY = 0.25
@@ -32,7 +42,7 @@ def _launch(kernel: Callable[..., None], *args: Any, rows: int, work: int, most:
     threads = min(rows, count_threads(most, work)) or 1
     bounds = [rows * thread // threads for thread in range(threads + 1)]
     jobs = [
-        _pool(os.getpid(), threads - 1).submit(kernel, *args, begin, end) for begin, end in itertools.pairwise(bounds[1:])
+        pool(os.getpid(), threads - 1).submit(kernel, *args, begin, end) for begin, end in itertools.pairwise(bounds[1:])
     ]
     kernel(*args, bounds[0], bounds[1])
     for job in jobs:
@@ -99,14 +109,14 @@ def _block(
     input_synapses, recurrent_synapses = net.synapses
     kept = cells if chosen is None else len(chosen)
     in_place = states is not None and states.is_contiguous()
-    trace = state.new_empty(3, 0 if states is None or in_place else steps, kept)
+    trace = state.new_empty(len(state), 0 if states is None or in_place else steps, kept)
     if states is not None and in_place:
-        trace = states.view(3, steps, kept)
+        trace = states.view(-1, steps, kept)
     no_words = torch.empty(0, cells, dtype=torch.int32)
-    _ask_for_huge_pages(*(output for output in (spikes, trajectory) if output is not None))
+    ask_for_huge_pages(*(output for output in (spikes, trajectory) if output is not None))
     _launch(
         kernels.block_kernel(),
-        _strided(None if x is None else x.reshape(steps, -1)),
+        strided_bytes(None if x is None else x.reshape(steps, -1)),
         _array(no_drive if drive is None else drive),
         _array(net.input_rows),
         input_synapses,
@@ -114,13 +124,13 @@ def _block(
         _array(no_drive if recurrent_drive is None else recurrent_drive),
         _array(net.recurrent_rows),
         recurrent_synapses,
-        *_constants(net.constants),
-        _rows(final.view(3, cells)),
-        _strided(None if spikes is None else spikes.view(steps, cells)),
-        _one(torch.uint8 if spikes is None else spikes.dtype),
+        *constants_arrays(net.constants),
+        array_of_rows(final.view(-1, cells)),
+        strided_bytes(None if spikes is None else spikes.view(steps, cells)),
+        bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
         _array(no_words if words is None else words.view(-1, cells)),
         forced,
-        _rows(trace),
+        array_of_rows(trace),
         _array(torch.empty(0, dtype=torch.int64) if chosen is None else chosen),
         _array(none.view(0, 0, cells) if trajectory is None else trajectory.view(-1, steps, cells)),
         net.jump_first,
@@ -170,8 +180,9 @@ def recurrent_replay(
     words: Tensor,
     constants_grad: bool,
 ) -> Tensor:
-    """The trajectory of a block whose spikes are known: ``[6, T, B, N]``, or 4 where no constant needs a gradient."""
-    trajectory = state.new_empty(6 if constants_grad else 4, len(before), *state.shape[1:])
+    """The trajectory of a block whose spikes are known: ``[K + 2, T, B, N]``, or K where no constant needs a gradient."""
+    planes = len(Kept._fields) + (2 if constants_grad else 0)
+    trajectory = state.new_empty(planes, len(before), *state.shape[1:])
     z = before[0].to(net.dtype)
     _block(net, x, drive, z, recurrent_drive, state, None, words, True, None, trajectory, x.shape[0])
     return trajectory
@@ -199,11 +210,11 @@ def recurrent_sweep(
     arrays = [
         _array(trajectory.view(planes, steps, cells)),
         _array(words.view(-1, cells)),
-        *_constants(net.constants),
+        *constants_arrays(net.constants),
         _array(gradients),
     ]
     carried = [
-        _rows(lam.view(3, cells)),
+        array_of_rows(lam.view(3, cells)),
         _array(lam_z.view(cells)),
         _array(adjoints),
         None if grad_constants is None else _array(grad_constants),

@@ -12,50 +12,50 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..reference import add_drive, integrate, reset
-from .feed_forward import (
-    G_E,
-    G_I,
-    IN_E,
-    IN_I,
-    IN_V,
+from ...neuron.adjoint import vjp, vjp_constants
+from ...neuron.operations import relu
+from ...neuron.records import Drive, Kept
+from ...neuron.step import decaying, excess, fire, integrate, reset
+from .numba_bridge import borrow, compiled, entry_point, sources
+from .rows import (
+    BACKWARD_ROWS,
+    FORWARD_ROWS,
+    RECORDED,
     ROW,
+    STATE,
     SUMS,
     TILE,
     Strided,
-    V,
-    _entry_point,
-    _sources,
-    borrow,
     borrow_strided,
-    compiled,
     constants_of,
     copy,
     expand,
-    load_constants,
     load_per_neuron,
     load_shared,
     load_state,
     pack,
     prefetch,
-    relu,
+    put_state,
+    put_sums,
     row_of,
-    store_constants,
+    state_at,
     store_state,
-    vjp,
-    vjp_constants,
+    sums_at,
 )
 
-# More rows of a tile. Forward: the drives, each excitatory and then inhibitory, the potential before the reset and the
-# conductances that decay. Backward, after SUMS: what the forward left of the step, the gradient by its spikes, and the
-# adjoints of the drives.
-INPUT, RECURRENT = 13 * ROW, 15 * ROW
-U, DECAYED_E, DECAYED_I = 17 * ROW, 18 * ROW, 19 * ROW
-FORWARD_SIZE = 20 * ROW
-STEP_V, STEP_U, STEP_E, STEP_I = 26 * ROW, 27 * ROW, 28 * ROW, 29 * ROW
-STEP_DECAYED_E, STEP_DECAYED_I = 30 * ROW, 31 * ROW
-GRAD_Z, ADJOINT_E, ADJOINT_I = 32 * ROW, 33 * ROW, 34 * ROW
-BACKWARD_SIZE = 35 * ROW
+# More rows of a tile. Forward: the two drives, each excitatory and then inhibitory, and what a trajectory keeps of a step:
+# what its adjoint reads, then the two conductances that decayed.
+INPUT = FORWARD_ROWS
+RECURRENT = INPUT + 2 * ROW
+KEPT = RECURRENT + 2 * ROW
+DECAYED = KEPT + 4 * ROW
+FORWARD_SIZE = DECAYED + 2 * ROW
+# Backward: what the forward left of the step, the gradient by its spikes, and the adjoints of the two drives.
+STEP = BACKWARD_ROWS
+STEP_DECAYED = STEP + 4 * ROW
+GRAD_Z = STEP_DECAYED + 2 * ROW
+ADJOINT = GRAD_Z + ROW
+BACKWARD_SIZE = ADJOINT + 2 * ROW
 
 # Numbers that are looked through at once for one that is not 0.
 FEW = 16
@@ -186,6 +186,18 @@ def add_synapses(
 
 
 @compiled
+def drive_at(tile: Any, at: int, j: int) -> Drive:
+    """The drive of neuron ``j`` in the two rows from offset ``at`` on."""
+    return Drive(tile[at + j], tile[at + ROW + j])
+
+
+@compiled
+def kept_at(tile: Any, at: int, j: int) -> Kept:
+    """What a step kept of neuron ``j``, in the rows from offset ``at`` on."""
+    return Kept(tile[at + j], tile[at + ROW + j], tile[at + 2 * ROW + j], tile[at + 3 * ROW + j])
+
+
+@compiled
 def step_row(
     tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any, keep: bool | None
 ) -> None:  # fmt: skip
@@ -195,20 +207,16 @@ def step_row(
     """
     for j in range(neurons):
         c = constants_of(tile, j, shared)
-        v, g_e, g_i = tile[V + j], tile[G_E + j], tile[G_I + j]
-        input_e, input_i = tile[INPUT + j], tile[INPUT + ROW + j]
-        recurrent_e, recurrent_i = tile[RECURRENT + j], tile[RECURRENT + ROW + j]
+        before = state_at(tile, STATE, j)
+        drive, recurrent = drive_at(tile, INPUT, j), drive_at(tile, RECURRENT, j)
+        u = integrate(before, drive, recurrent, c, jump_first)
         if keep is not None:
-            tile[DECAYED_E + j] = add_drive(g_e, input_e, recurrent_e) if jump_first else g_e
-            tile[DECAYED_I + j] = add_drive(g_i, input_i, recurrent_i) if jump_first else g_i
-        u, g_e, g_i = integrate(v, g_e, g_i, input_e, input_i, recurrent_e, recurrent_i, c, jump_first)
-        spike = fired[j] != 0 if forced else (u - c.v_thresh) > 0.0
-        z: Any = 1.0 if spike else 0.0
-        if keep is not None:
-            tile[U + j] = u
-        tile[V + j] = reset(u, z, c)
-        tile[G_E + j] = g_e
-        tile[G_I + j] = g_i
+            decayed_e, decayed_i = decaying(before, drive, recurrent, jump_first)
+            tile[KEPT + j], tile[KEPT + ROW + j] = before.v, u.v
+            tile[KEPT + 2 * ROW + j], tile[KEPT + 3 * ROW + j] = u.g_e, u.g_i
+            tile[DECAYED + j], tile[DECAYED + ROW + j] = decayed_e, decayed_i
+        spike = fired[j] != 0 if forced else fire(excess(u, c))
+        put_state(tile, STATE, j, reset(u, 1.0 if spike else 0.0, c))
         fired[j] = spike
 
 
@@ -221,10 +229,10 @@ def unpack(fired: Any, words: Any, bit: int) -> None:
 @functools.cache
 def projection_kernel() -> Any:
     """``relu(W) x`` and ``relu(-W) x`` for the rows from ``first`` to ``last``."""
-    sources = _sources()
+    digest = sources()
 
     def projection(values: Any, weights: Any, drive: Any, first: int, last: int) -> None:
-        _ = sources  # part of the key of the disk cache
+        _ = digest  # part of the key of the disk cache
         values, weights, drive = borrow(values), borrow(weights), borrow(drive)
         inputs, neurons = weights.shape
         tile = np.empty(2 * ROW, drive.dtype)
@@ -243,16 +251,16 @@ def projection_kernel() -> Any:
                 copy(drive[0, row, begin : begin + n], tile, 0, 1, n)
                 copy(drive[1, row, begin : begin + n], tile, ROW, 1, n)
 
-    return _entry_point(projection)
+    return entry_point(projection)
 
 
 @functools.cache
 def synapses_kernel() -> Any:
     """:class:`Synapses` of dense rows, without elements if there are more than ``most``."""
-    sources = _sources()
+    digest = sources()
 
     def synapses(rows: Any, most: int) -> tuple[Any, Any, Any]:
-        _ = sources  # part of the key of the disk cache
+        _ = digest  # part of the key of the disk cache
         neurons = rows.shape[1]
         tiles = (neurons + TILE - 1) // TILE
         starts = np.empty((len(rows), tiles + 1), np.int64)
@@ -275,13 +283,13 @@ def synapses_kernel() -> Any:
                         count += few[n] != 0
         return starts, targets[:total], weights[:total]
 
-    return _entry_point(synapses)
+    return entry_point(synapses)
 
 
 @functools.cache
 def block_kernel() -> Any:
     """A block of steps of the batch rows from ``first`` to ``last``: simulated, or replayed with the spikes known."""
-    sources = _sources()
+    digest = sources()
 
     def block(
         x: Strided, input_drive: Any, input_rows: Any, input_synapses: Synapses, initial: Any, recurrent_drive: Any,
@@ -296,7 +304,7 @@ def block_kernel() -> Any:
         the :class:`Synapses` have the others. ``state`` is carried on; ``forced``: the spikes are those of ``words``.
         ``states`` are of all neurons, or of those ``chosen`` (ascending).
         """
-        _ = sources  # part of the key of the disk cache
+        _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         input_synapses, recurrent_synapses = borrow_synapses(input_synapses), borrow_synapses(recurrent_synapses)
         input_rows, recurrent_rows, initial = borrow(input_rows), borrow(recurrent_rows), borrow(initial)
@@ -318,7 +326,7 @@ def block_kernel() -> Any:
                 begin = k * TILE
                 n = min(TILE, neurons - begin)
                 load_per_neuron(tiles[k], per_neuron, cells + begin, n)
-                load_state(tiles[k], V, state, 0, 1, cells + begin, n)
+                load_state(tiles[k], STATE, state, 0, 1, cells + begin, n)
             for t in range(steps):
                 values = buffer[:inputs]
                 if input_drive.size == 0:
@@ -358,14 +366,9 @@ def block_kernel() -> Any:
                     if trajectory.size == 0:
                         step_row(tile, fired[here], n, jump_first, forced, c, None)
                     else:
-                        copy(trajectory[0, t, cell : cell + n], tile, V, 1, n)
                         step_row(tile, fired[here], n, jump_first, forced, c, True)
-                        copy(trajectory[1, t, cell : cell + n], tile, U, 1, n)
-                        copy(trajectory[2, t, cell : cell + n], tile, G_E, 1, n)
-                        copy(trajectory[3, t, cell : cell + n], tile, G_I, 1, n)
-                        if len(trajectory) > 4:
-                            copy(trajectory[4, t, cell : cell + n], tile, DECAYED_E, 1, n)
-                            copy(trajectory[5, t, cell : cell + n], tile, DECAYED_I, 1, n)
+                        for plane in range(len(trajectory)):
+                            copy(trajectory[plane, t, cell : cell + n], tile, KEPT + plane * ROW, 1, n)
                     if spikes.data.size > 0:
                         at = t * spikes.stride_t + cell
                         if spikes.itemsize == 1:
@@ -384,7 +387,7 @@ def block_kernel() -> Any:
                 begin = k * TILE
                 store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin))
 
-    return _entry_point(block)
+    return entry_point(block)
 
 
 @compiled
@@ -395,27 +398,19 @@ def sweep_row(
     for j in range(neurons):
         c = constants_of(tile, j, shared)
         z = 1.0 if (words[j] >> bit) & 1 else 0.0
-        v, g_e, g_i = tile[STEP_V + j], tile[STEP_E + j], tile[STEP_I + j]
-        lam_v = tile[V + j]
-        a = vjp(
-            z, tile[STEP_U + j], v, g_e, g_i, tile[GRAD_Z + j], lam_v, tile[G_E + j], tile[G_I + j],
-            tile[IN_V + j], tile[IN_E + j], tile[IN_I + j], c, jump_first, METHOD,
-        )  # fmt: skip
+        kept, lam = kept_at(tile, STEP, j), state_at(tile, STATE, j)
+        a = vjp(z, kept, tile[GRAD_Z + j], lam, state_at(tile, RECORDED, j), c, jump_first, METHOD)
         if sums is not None:
-            acc = load_constants(tile, SUMS, j)
-            acc = vjp_constants(acc, z, v, g_e, g_i, tile[STEP_DECAYED_E + j], tile[STEP_DECAYED_I + j], lam_v, a, c)
-            store_constants(tile, SUMS, j, acc)
-        tile[V + j] = a.lam_v
-        tile[G_E + j] = a.lam_e
-        tile[G_I + j] = a.lam_i
-        tile[ADJOINT_E + j] = a.drive_e
-        tile[ADJOINT_I + j] = a.drive_i
+            decayed_e, decayed_i = tile[STEP_DECAYED + j], tile[STEP_DECAYED + ROW + j]
+            put_sums(tile, j, vjp_constants(sums_at(tile, j), z, kept, decayed_e, decayed_i, lam, a, c))
+        put_state(tile, STATE, j, a.lam)
+        tile[ADJOINT + j], tile[ADJOINT + ROW + j] = a.drive.e, a.drive.i
 
 
 @functools.cache
 def sweep_kernel(method: str) -> Any:
     """The adjoint of one step of a block, for the batch rows from ``first`` to ``last``."""
-    sources = _sources()
+    digest = sources()
 
     def sweep(
         t: int, trajectory: Any, words: Any, shared: Any, per_neuron: Any, grad_spikes: Any, grad_before: Any, lam: Any,
@@ -423,9 +418,9 @@ def sweep_kernel(method: str) -> Any:
     ) -> None:  # fmt: skip
         """``grad_before [3, M]``: incoming gradient by the recorded state before the step, or without elements.
 
-        ``grad_constants`` [10, M] is carried on, or is None.
+        ``grad_constants`` [S, M] is carried on, or is None.
         """
-        _ = sources  # part of the key of the disk cache
+        _ = digest  # part of the key of the disk cache
         trajectory, words, grad_spikes, grad_before = (
             borrow(trajectory),
             borrow(words),
@@ -442,11 +437,11 @@ def sweep_kernel(method: str) -> Any:
                 n = min(TILE, neurons - begin)
                 cell = row * neurons + begin
                 load_per_neuron(tile, per_neuron, cell, n)
-                load_state(tile, V, lam, 0, 1, cell, n)
+                load_state(tile, STATE, lam, 0, 1, cell, n)
                 if grad_before.size > 0:
-                    load_state(tile, IN_V, grad_before, 0, 1, cell, n)
+                    load_state(tile, RECORDED, grad_before, 0, 1, cell, n)
                 for k in range(len(trajectory)):
-                    copy(tile[STEP_V + k * ROW : STEP_V + k * ROW + n], trajectory[k, t], cell, 1, n)
+                    copy(tile[STEP + k * ROW : STEP + k * ROW + n], trajectory[k, t], cell, 1, n)
                 copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
                 if grad_spikes.size > 0:
                     tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
@@ -454,23 +449,23 @@ def sweep_kernel(method: str) -> Any:
                     for k in range(len(grad_constants)):
                         copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
                 sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, sums, method)
-                copy(adjoints[t, row, begin : begin + n], tile, ADJOINT_E, 1, n)
-                copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT_I, 1, n)
+                copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
+                copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
                 store_state(tile, lam, 0, 1, cell, n)
                 if sums is not None:
                     for k in range(len(grad_constants)):
                         copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
 
-    return _entry_point(sweep)
+    return entry_point(sweep)
 
 
 @functools.cache
 def products_kernel() -> Any:
     """``sums += sources^T rows`` from the sources that are not 0, for the columns from ``first`` to ``last``."""
-    sources = _sources()
+    digest = sources()
 
     def products(sums: Any, rows: Any, row_of_event: Any, source: Any, values: Any, first: int, last: int) -> None:
-        _ = sources  # part of the key of the disk cache
+        _ = digest  # part of the key of the disk cache
         sums, rows = borrow(sums), borrow(rows)
         for begin in range(first, last, COLUMNS):
             end = min(begin + COLUMNS, last)
@@ -481,4 +476,4 @@ def products_kernel() -> Any:
                 for n in range(end - begin):
                     target[n] += value * row[n]
 
-    return _entry_point(products)
+    return entry_point(products)

@@ -1,0 +1,145 @@
+"""How plain functions become CPU kernels: Numba compiles them, for rows of neurons in float32 or float64.
+
+The neuron's equations and the operations that they are written in are compiled as they stand in ``coba_triton/neuron``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, event
+from numba.extending import intrinsic, overload
+
+from ...neuron import adjoint, operations, step, surrogate
+from ..choose import logger
+from .cache import KernelCache
+
+OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
+
+
+def _with_literals(function: Callable[..., Any], dtype: type) -> Callable[..., Any]:
+    """The function with its float literals in ``dtype``: as in PyTorch, and unlike in NumPy, they do not promote."""
+
+    def cast(value: Any) -> Any:
+        return dtype(value) if type(value) is float else value
+
+    code = function.__code__
+    names = {name: cast(value) for name, value in function.__globals__.items()}
+    return types.FunctionType(code.replace(co_consts=tuple(map(cast, code.co_consts))), names, function.__name__)
+
+
+def _compute_dtype(arguments: tuple[Any, ...]) -> type:
+    """The dtype of the first floating-point argument, a number or an array; float64 if there is none."""
+    kinds = (getattr(argument, "dtype", argument) for argument in arguments)
+    return next((getattr(np, str(kind)) for kind in kinds if isinstance(kind, numba.types.Float)), np.float64)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let compiled code call a plain function; returns the function, which stays plain Python."""
+
+    @overload(function, jit_options=OPTIONS, strict=False, prefer_literal=True)
+    def choose(*arguments: Any) -> Callable[..., Any]:
+        return _with_literals(function, _compute_dtype(arguments))
+
+    return function
+
+
+@overload(surrogate.surrogate, jit_options=OPTIONS, strict=False, prefer_literal=True)
+def _choose_surrogate(x: Any, alpha: Any, METHOD: Any) -> Callable[..., Any]:
+    derivative = surrogate.SURROGATES[METHOD.literal_value]
+    if derivative is None:
+        return _with_literals(lambda x, alpha, METHOD: x * 0.0, _compute_dtype((x,)))
+    return lambda x, alpha, METHOD: derivative(x, alpha)
+
+
+@overload(operations.exp, jit_options=OPTIONS, strict=False)
+def _choose_exp(x: Any) -> Callable[..., Any]:
+    return lambda x: np.exp(x)
+
+
+def _compile_the_neuron() -> None:
+    taken: set[Any] = {surrogate.surrogate, operations.exp, operations.bind}
+    for module in (operations, step, surrogate, adjoint):
+        for function in vars(module).values():
+            if isinstance(function, types.FunctionType) and function.__module__ == module.__name__ and function not in taken:
+                compiled(function)
+
+
+_compile_the_neuron()
+
+
+@intrinsic
+def borrow(context: Any, array: Any) -> Any:
+    """An argument without its count of references, which the caller holds.
+
+    A slice counts up and down, and threads that count on one array wait for each other's cache line.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        view.meminfo = cgutils.get_null_value(view.meminfo.type)
+        view.parent = cgutils.get_null_value(view.parent.type)
+        return view._getvalue()
+
+    return array(array), generate
+
+
+@intrinsic
+def prefetch_line(context: Any, data: Any, index: Any) -> Any:
+    """Ask for the cache line of ``data[index]``, an array of bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        signature = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
+        # to be read, kept in all caches, data
+        builder.call(prefetch, [builder.gep(array.data, [arguments[1]]), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return numba.types.void(data, numba.types.intp), generate
+
+
+def entry_point(function: Callable[..., Any]) -> Any:
+    """Compile lazily, once for each compute dtype and choice of optional arguments, and cache on disk if possible."""
+    kernel = numba.njit(**OPTIONS)(function)
+    try:
+        kernel._cache = KernelCache(function)
+        kept = "kept on disk"
+    except RuntimeError:  # no folder that Numba tries can be written to
+        kept = "kept for this process: no cache folder can be written to, NUMBA_CACHE_DIR names one"
+    _reported[kernel] = f"compiling the CPU kernel {function.__name__!r}, which takes seconds; the code is {kept}"
+    return kernel
+
+
+# What is said when an entry point is compiled and not loaded from the cache.
+_reported: dict[Any, str] = {}
+
+
+class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
+    def on_start(self, event: Any) -> None:
+        if event.data["dispatcher"] in _reported:
+            logger.info(_reported[event.data["dispatcher"]])
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Report())
+
+
+@functools.cache
+def sources() -> str:
+    """Digest of what kernels take from other files, whose changes Numba's disk cache does not see."""
+    neuron = Path(str(step.__file__)).parent
+    here = Path(__file__).parent
+    files = [*sorted(neuron.glob("*.py")), *(here / f"{name}.py" for name in ("numba_bridge", "rows", "feed_forward"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,122 @@
+"""What a call's tensors and numbers are: which dtypes are taken, who follows a tensor, and what is kept between calls."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..neuron.records import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+
+# The dtypes that are taken: of numbers that need no scale and have more than a few bits.
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SPIKES = (*FLOATING, torch.bool, torch.uint8)
+INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
+NUMBERS = frozenset((*SPIKES, *INTEGERS))
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether autograd follows a tensor, back or forward."""
+    return has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows a tensor."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+for _record in (CobaLIFState, CobaLIFFeedForwardState, CobaLIFParameters):
+    # an exported program that takes or returns one can be saved
+    torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
+    torch.serialization.add_safe_globals([_record])  # torch.load(weights_only=True) reads what holds one
+
+_METHOD = CobaLIFParameters._fields.index("method")
+_DOUBLES = struct.Struct(f"{len(CobaLIFParameters._fields) - 1}d")
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a transform or a mode looks on, to which every new tensor belongs."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def number_key(p: Any) -> bytes | None:
+    """The numbers of a parameter record as a key for :func:`keep`, or None if one is not a Python number."""
+    if type(p) is not CobaLIFParameters or is_watched():
+        return None
+    numbers: Any = (*p[:_METHOD], *p[_METHOD + 1 :])
+    for number in numbers:
+        if type(number) is not float and type(number) is not int:
+            return None
+    try:
+        return _DOUBLES.pack(*numbers)  # unlike the numbers themselves, these bytes tell -0.0 from 0.0
+    except struct.error:  # an int that no double can hold
+        return None
+
+
+def known(value: Any) -> Any:
+    """A tensor whose value can be read without waiting for a device, and which nothing follows, as a Python number."""
+    if (
+        type(value) in (Tensor, torch.nn.Parameter)  # a tensor of a compiler or of a subclass has no value to read
+        and value.dim() == 0
+        and value.device.type == "cpu"
+        and not is_watched()
+        and not is_tracked(value)
+    ):
+        # not .item(), which profilers take for a wait
+        plain = value.dtype != torch.bfloat16 and not value.is_neg()
+        return value.detach().numpy().item() if plain else value.item()
+    return value
+
+
+_kept: dict[tuple[Any, ...], Tensor] = {}
+_KEPT_AT_MOST = 1024
+
+
+def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` made for this key before, else what it makes now; it must follow from the key alone, and not be changed.
+
+    So nothing that is kept can be out of date, and the host waits for a device only where a key is new.
+    """
+    if (found := _kept.get(key)) is not None:
+        return found
+    with torch.inference_mode(False):  # so that any later call may save it for a gradient
+        made = make()
+    if _is_capturing(device):
+        return made  # the memory is the graph's
+    streams = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    if streams is not None:
+        streams.current_stream(device).synchronize()  # a later call may be on another stream
+    if len(_kept) >= _KEPT_AT_MOST:
+        if streams is not None:
+            streams.synchronize()  # a kernel may still read what is given up
+        _kept.clear()
+    _kept[key] = made
+    return made
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def numbers_on(device: torch.device, dtype: torch.dtype, numbers: Sequence[float]) -> Tensor:
+    """Python numbers as a tensor ``[len(numbers)]``, which must not be changed."""
+    if torch.compiler.is_compiling():  # products, which a compiler keeps for any dt, where it would freeze tensor(dt)
+        one = torch.ones((), dtype=torch.float64, device=device)
+        return torch.stack([(one * number).to(dtype) for number in numbers])
+
+    def make() -> Tensor:
+        if _is_capturing(device):  # a graph may not copy from the host
+            return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
+        return torch.tensor(numbers, dtype=dtype, device=device)
+
+    if is_watched():
+        return make()
+    return keep((struct.pack(f"{len(numbers)}d", *numbers), dtype, device), device, make)
