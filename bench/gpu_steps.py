@@ -250,7 +250,8 @@ def digits(step: Step) -> None:
     if step.small:
         step.say(text="left out of the practice run")
         return
-    command = [sys.executable, str(ROOT / "bench" / "train_digits.py"), "--device", str(step.device), "--out", str(step.out)]
+    command = [sys.executable, str(ROOT / "examples" / "train_digits.py")]
+    command += ["--device", str(step.device), "--out", str(step.out)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-8000:], done.stderr[-4000:])

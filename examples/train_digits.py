@@ -4,8 +4,8 @@ scikit-learn's digits (1797 images of 8 x 8 pixels) become spike trains of 50 ms
 with a probability that is proportional to its brightness. They drive a recurrent population, and a linear readout of
 the firing rates of that population tells the digit. All weights are learned by backpropagation through time.
 
-    python bench/train_digits.py
-    python bench/train_digits.py --device cuda --epochs 60 --out out/digits-gpu
+    python examples/train_digits.py
+    python examples/train_digits.py --device cuda --epochs 60 --out out/digits-gpu
 
 It writes ``training.png``, loss, accuracy and firing rate after every epoch, and ``training.json``, all numbers. A
 fifth of the images, stratified, is the test set: it is used once, after the last epoch. Another fifth is for
