@@ -21,8 +21,7 @@ import coba_triton
 from coba_triton.common.versions import package_version
 from coba_triton.tools import contenders
 from coba_triton.tools.problems import Case, problem, recurrent_problem, sparse_problem
-from coba_triton.tuning import tables as tuning
-from coba_triton.tuning import tuner
+from coba_triton.tuning import tables, tuner
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("coba-triton", "torch", "triton", "numpy", "numba", "norse", "snntorch", "spikingjelly")
@@ -54,7 +53,7 @@ class Step:
 
 def device_name(device: torch.device) -> str:
     """The name of the card, or of the processor."""
-    return tuning.cpu_name() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
+    return tables.cpu_name() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
 
 
 def machine(step: Step) -> None:
@@ -68,13 +67,14 @@ def machine(step: Step) -> None:
     bandwidth = tuner.copy_bandwidth(step.device)
     size = 512 if step.small else 8192
     a = torch.randn(size, size, device=step.device)
-    seconds = min(tuner._seconds(lambda: a @ a, step.device, 1, time.perf_counter) for _ in range(3 if step.small else 10))
+    rounds = 3 if step.small else 10
+    seconds = min(tuner.seconds_per_call(lambda: a @ a, step.device, 1, time.perf_counter) for _ in range(rounds))
     step.say(
         name=device_name(step.device),
         driver=driver or None,
         versions={name: version for name in PACKAGES if (version := package_version(name))},
         missing=[name for name in PACKAGES if package_version(name) is None],
-        sources=tuning.source_hash(step.backend),
+        sources=tables.source_hash(step.backend),
         copy_gb_per_s=bandwidth / 1e9,
         float32_tflops=2 * size**3 / seconds / 1e12,
         threads=torch.get_num_threads(),
@@ -161,7 +161,7 @@ def host_us(run: Callable[[], Any], device: torch.device) -> float:
     """Microseconds until a call returns, while the device is idle: what the host does; the median of some."""
     taken = []
     for _ in range(20):
-        contenders._wait(device)
+        contenders.synchronize(device)
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
@@ -270,7 +270,7 @@ def tuning_tables(step: Step) -> None:
     """Launch parameters for this card, at several sizes, into one table that can be shipped."""
     if step.needs_a_gpu():
         return
-    table = step.out / "tuning.json"
+    table = step.out / "tables.json"
     both = ("feed_forward_forward", "feed_forward_backward")
     tasks = [(both, neurons, 1) for neurons in (1024, 65536, 1048576)]
     tasks += [(("recurrent_forward",), neurons, batch) for neurons, batch in ((256, 32), (1024, 32), (4096, 1))]

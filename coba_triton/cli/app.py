@@ -1,4 +1,4 @@
-"""Commands, their arguments, and what they print."""
+"""The commands simulate and plot, the start of every command, and what they print."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from rich.table import Table
 from ..common.signals import as_interrupts
 from ..tools.warmup import messages_on_stderr
 from . import tools
-from .errors import UserError, require
-
-INTERRUPTED = 130
+from .errors import INTERRUPTED, UserError, require
 
 
 class Form(StrEnum):
-    """How a result is kept."""
+    """The format in which a result is kept."""
 
     zarr = "zarr"
     npz = "npz"
@@ -50,7 +48,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str) -> None:
-    """A line on standard error, word for word."""
+    """Print a line on standard error, as it is."""
     print(message, file=sys.stderr)
 
 
@@ -132,7 +130,7 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
     with report.own_folder(out):
         try:
             source, recurrent = open_source(config), open_recurrent(config)
-        except (OverflowError, ValueError) as error:  # a number that has the right sign and unit, and is too large
+        except (OverflowError, ValueError) as error:  # a number has the right sign and unit, but is too large
             raise UserError(f"{name}: {error}") from None
         sink = report.open_sink(out / f"result.{form.value}", name, config, source)
         with _warnings_in_one_line():
@@ -151,7 +149,7 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Show warnings to users without the source line they come from."""
+    """Within the block, show warnings without the source line that they come from."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"coba-triton: warning: {message}")
         yield

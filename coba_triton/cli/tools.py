@@ -1,4 +1,7 @@
-"""The commands for people who run kernels: info, check, tune, bench. What they do is imported when one is called."""
+"""The options of the commands for people who run kernels: info, check, tune, bench, warmup.
+
+The module of a command is imported when the command is called.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UserError, require
-
-INTERRUPTED = 130
+from .errors import INTERRUPTED, UserError, require
 
 
 def for_users(command: Callable[..., int]) -> Callable[..., None]:
-    """A command that returns its exit status: 130 after Ctrl-C, and errors that a user can put right as one sentence."""
+    """Make a command of a function that returns an exit status. Ctrl-C gives 130, and a lack of memory is a UserError."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -91,12 +92,12 @@ def tune(
     require("tune", "matplotlib")
     from . import tune
 
-    kernels = kernel or ["all"]
+    wanted = tune.Wanted(kernel or ["all"], neurons, batch, dtype, effort)
     if compile_only:
-        return tune.compile_only(kernels, neurons, batch, dtype, arch, effort, out)
+        return tune.compile_only(wanted, arch, out)
     if arch is not None:
         raise UserError("--arch goes with --compile-only: a run that measures does so for the device it runs on")
-    return tune.run(kernels, neurons, batch, dtype, backend, device, effort, budget, out, resume)
+    return tune.run(wanted, backend, device, budget, out, resume)
 
 
 @for_users

@@ -11,13 +11,13 @@ import torch
 def package_version(name: str) -> str | None:
     """The version of an installed package, None if it is not installed.
 
-    PyTorch's is its own, which names the build (``+cu130``, ``+cpu``); a wheel's metadata may leave that out.
+    For PyTorch it is ``torch.__version__``, which names the build (``+cu130``, ``+cpu``); a wheel's metadata may not.
     """
     if name == "torch":
         return str(torch.__version__)
     with suppress(PackageNotFoundError):
         return version(name)
-    for distribution in packages_distributions().get(name, ()):  # PyTorch for ROCm brings Triton under another name
+    for distribution in packages_distributions().get(name, ()):  # PyTorch for ROCm installs Triton under another name
         with suppress(PackageNotFoundError):
             return version(distribution)
     return None

@@ -1,4 +1,4 @@
-"""Checks in a process of their own: a kernel that crashes, hangs or spoils the device takes its own case alone."""
+"""Run checks in another process. If a kernel crashes, hangs or spoils the device, only its own check fails."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import torch
 from . import checker
 from .checker import Result
 
-# Seconds after which a case is given up and its process is killed.
-CASE_SECONDS = 300.0
+CASE_SECONDS = 300.0  # after so many seconds the process of a check is killed
 
 
 def _serve(backend: str, device: str, level: str, only: str | None, requests: Connection) -> None:
-    """Run the checks whose numbers come, and send what became of them, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    """In the other process: receive numbers of checks, run these checks and send their results, until None comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks handles Ctrl-C
     checks = checker.select(backend, torch.device(device), level, only)
     requests.send(None)
     while (number := requests.recv()) is not None:
@@ -27,10 +26,10 @@ def _serve(backend: str, device: str, level: str, only: str | None, requests: Co
 
 
 class _Server:
-    """A process that runs checks."""
+    """The process that runs checks, seen from the one that asks for them."""
 
     def __init__(self, backend: str, device: str, level: str, only: str | None) -> None:
-        context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
+        context = multiprocessing.get_context("spawn")  # after a process has used a GPU, it cannot fork
         self._requests, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(backend, device, level, only, theirs), daemon=True)
         self._process.start()
@@ -39,7 +38,7 @@ class _Server:
             raise RuntimeError(f"the process that runs the checks {failure}; run them with --in-process to see why")
 
     def run(self, number: int) -> Result | str:
-        """What became of a check, or what became of the process."""
+        """Run a check; returns its result, or in words how the process ended."""
         self._requests.send(number)
         return self._answer()  # type: ignore[return-value]  # only the first answer is None
 
@@ -60,9 +59,9 @@ class _Server:
 
 
 def run_checks(backend: str, device: torch.device, level: str, only: str | None) -> Generator[Result]:
-    """The results of the checks that :func:`coba_triton.tools.checker.select` selects, one after the other.
+    """Run the checks that :func:`coba_triton.tools.checker.select` selects, and yield the result of each.
 
-    After a failure the next case gets a new process: a fault on a device spoils all that its process does afterwards.
+    After a failure the next check gets a new process: after a fault on a device, nothing works in the old one.
     """
     server: _Server | None = None
     try:
