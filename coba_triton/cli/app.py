@@ -132,7 +132,7 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
             source, recurrent = open_source(config), open_recurrent(config)
         except (OverflowError, ValueError) as error:  # a number has the right sign and unit, but is too large
             raise UserError(f"{name}: {error}") from None
-        sink = report.open_sink(out / f"result.{form.value}", name, config, source)
+        sink = report.make_sink(out / f"result.{form.value}", name, config, source)
         with _warnings_in_one_line():
             run = job.run(config, source, recurrent, sink, resume)
         if not run.result.steps:
