@@ -1,4 +1,4 @@
-"""Time calls in one process, one after the other in every round, so that a busy machine slows all of them alike."""
+"""Time several calls in turns in one process, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROUNDS = int(os.environ.get("BENCH_ROUNDS", "7"))
 
 
 def compare(title: str, runs: dict[str, Callable[[], Any]], neuron_steps: int) -> None:
-    """Print a row a run; the first run is the baseline.
+    """Time the runs and print a row for each. The first run is the baseline.
 
-    A row has the median time of a call, the spread (half the range between the quartiles), the time of one neuron for one
-    step, and how many times faster than the baseline the call is.
+    A row has the median time of a call, the spread (half the range between the quartiles), the time for one neuron and step,
+    and how many times faster than the baseline the call is.
     """
     seconds = time_interleaved(runs, ROUNDS, torch.device("cpu"))
     machine = platform.processor() or platform.machine()

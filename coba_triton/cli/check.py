@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from coba_triton.tools import check_process, checker
-from coba_triton.tools.checker import Result
+from coba_triton.tools.checker import CheckResult
 from coba_triton.tuning import tables
 
 from . import info
@@ -21,7 +21,7 @@ from .errors import INTERRUPTED, UserError
 from .shared import check_writable, find_target, write_json
 
 
-def _table(results: list[Result]) -> Table:
+def _table(results: list[CheckResult]) -> Table:
     table = Table()
     table.add_column("checked")
     for name in ("passed", "failed", "skipped", "seconds"):
@@ -63,7 +63,7 @@ def run(
         check_writable(report)
     _say_what(machine, where, level)
     console = Console()
-    results: list[Result] = []
+    results: list[CheckResult] = []
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )

@@ -132,7 +132,7 @@ def plot_rates(
     _legend(ax)
 
 
-def _extremes(values: NDArray[Any], points: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def extremes(values: NDArray[Any], points: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """The smallest and the largest number in each of ``points / 2`` pieces, so that no peak is lost: indices and values."""
     if len(values) <= points:
         return np.arange(len(values)), values
@@ -176,7 +176,7 @@ def plot_traces(
     threshold = result.parameter("v_thresh")
     shades = [NEUTRAL, "#7f8c8d", "#b9a06b"]
     for number, neuron in enumerate(chosen):
-        at, trace = _extremes(values[:, list(result.recorded).index(neuron)], MAX_POINTS)
+        at, trace = extremes(values[:, list(result.recorded).index(neuron)], MAX_POINTS)
         color = shades[number % len(shades)]
         ax.plot((begin + at + 1) * result.every * result.dt, trace, color=color, linewidth=0.8, label=f"neuron {neuron}")
         if variable == "v" and "spikes" in result:
@@ -283,7 +283,7 @@ def _plot_recording(result: Result, signal: Axes, events: Axes, first: int, last
     """Draw the recording that drove the run, and the events that it was encoded into."""
     recording = result.attributes["config"]["attributes"]["recording"]
     unit = _plain(recording["unit"] or "")
-    at, values = _extremes(result.array("signal")[first:last], MAX_POINTS)
+    at, values = extremes(result.array("signal")[first:last], MAX_POINTS)
     signal.plot((first + at) * result.dt, values, color=NEUTRAL, linewidth=0.9)
     _word_for_word(signal.set_ylabel(f"recording\n({unit or 'no unit'})"))
     times = [(first + np.flatnonzero(channel)) * result.dt for channel in result.array("events")[first:last].T]

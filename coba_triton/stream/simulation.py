@@ -130,14 +130,14 @@ def simulate(
     if not callable(progress):
         validation.check_flag(progress, "progress")
     validation.check_flag(resume, "resume")
-    run = _Run(network, source, state, Record() if record is None else record, block_steps)
+    run = BlockRun(network, source, state, Record() if record is None else record, block_steps)
     sink = open_sink(sink)
     with sink.held():
         _go_on(run, sink, resume, progress)
         return Result(*sink.result(), path=sink.path)
 
 
-def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
+def _go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
     """Simulate the blocks that the sink does not have yet, and give them to it."""
     begun = sink.begin(run.header, resume)
     block_steps, steps = run.header.block_steps, run.header.steps
@@ -178,7 +178,7 @@ def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int],
     sink.end(commits.steps, finished=True)
 
 
-def _new_blocks(run: _Run, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
+def _new_blocks(run: BlockRun, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
     """First compare the finished blocks with the source, if it has to be compared; then yield the blocks that are missing.
 
     If the last finished block was short and the source is longer now, this block comes again.
@@ -293,7 +293,7 @@ class _Finished(NamedTuple):
     input_sum: int
 
 
-class _Run:
+class BlockRun:
     """A network that advances block by block, after its arguments were checked."""
 
     def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:

@@ -11,12 +11,12 @@ from multiprocessing.connection import Connection
 import torch
 
 from . import checker
-from .checker import Result
+from .checker import CheckResult
 
 CASE_SECONDS = 300.0  # after so many seconds the process of a check is killed
 
 
-def _serve(backend: str, device: str, level: str, only: str | None, requests: Connection) -> None:
+def serve(backend: str, device: str, level: str, only: str | None, requests: Connection) -> None:
     """In the other process: receive numbers of checks, run these checks and send their results, until None comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks handles Ctrl-C
     checks = checker.select(backend, torch.device(device), level, only)
@@ -31,21 +31,21 @@ class _Server:
     def __init__(self, backend: str, device: str, level: str, only: str | None) -> None:
         context = multiprocessing.get_context("spawn")  # after a process has used a GPU, it cannot fork
         self._requests, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(backend, device, level, only, theirs), daemon=True)
+        self._process = context.Process(target=serve, args=(backend, device, level, only, theirs), daemon=True)
         self._process.start()
         theirs.close()
         if (failure := self._answer()) is not None:
             raise RuntimeError(f"the process that runs the checks {failure}; run them with --in-process to see why")
 
-    def run(self, number: int) -> Result | str:
+    def run(self, number: int) -> CheckResult | str:
         """Run a check; returns its result, or in words how the process ended."""
         self._requests.send(number)
         return self._answer()  # type: ignore[return-value]  # only the first answer is None
 
-    def _answer(self) -> Result | str | None:
+    def _answer(self) -> CheckResult | str | None:
         try:
             if self._requests.poll(CASE_SECONDS):
-                answer: Result | None = self._requests.recv()
+                answer: CheckResult | None = self._requests.recv()
                 return answer
         except EOFError:
             self._process.join()
@@ -58,7 +58,7 @@ class _Server:
         self._process.join()
 
 
-def run_checks(backend: str, device: torch.device, level: str, only: str | None) -> Generator[Result]:
+def run_checks(backend: str, device: torch.device, level: str, only: str | None) -> Generator[CheckResult]:
     """Run the checks that :func:`coba_triton.tools.checker.select` selects, and yield the result of each.
 
     After a failure the next check gets a new process: after a fault on a device, nothing works in the old one.
@@ -71,7 +71,7 @@ def run_checks(backend: str, device: torch.device, level: str, only: str | None)
             result = server.run(number)
             if isinstance(result, str):
                 seconds = time.perf_counter() - started
-                result = Result(check.group, check.name, "failed", seconds, f"the process that ran it {result}")
+                result = CheckResult(check.group, check.name, "failed", seconds, f"the process that ran it {result}")
             yield result
             if result.status == "failed":
                 server.stop()

@@ -55,7 +55,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class Result:
+class CheckResult:
     """The result of a check.
 
     Attributes:
@@ -87,10 +87,10 @@ class Report:
 
     backend: str
     device: str
-    results: tuple[Result, ...]
+    results: tuple[CheckResult, ...]
 
     @property
-    def failures(self) -> tuple[Result, ...]:
+    def failures(self) -> tuple[CheckResult, ...]:
         """The results of the checks that failed."""
         return tuple(result for result in self.results if result.status == "failed")
 
@@ -231,12 +231,12 @@ def _free_gib(device: torch.device) -> float:
     return float(torch.get_device_module(device).mem_get_info(device)[0]) / 2**30
 
 
-def run_check(check: Check, device: torch.device) -> Result:
+def run_check(check: Check, device: torch.device) -> CheckResult:
     """Run one check. If it fails, make the case small and write a program that shows the failure."""
     started = time.perf_counter()
 
-    def result(status: Literal["passed", "failed", "skipped"], detail: str = "", snippet: str = "") -> Result:
-        return Result(check.group, check.name, status, time.perf_counter() - started, detail, snippet)
+    def result(status: Literal["passed", "failed", "skipped"], detail: str = "", snippet: str = "") -> CheckResult:
+        return CheckResult(check.group, check.name, status, time.perf_counter() - started, detail, snippet)
 
     if check.gib:
         free = _free_gib(device)
@@ -382,7 +382,7 @@ def check(
     device: torch.device | str | None = None,
     level: str = "quick",
     only: str | None = None,
-    show: Callable[[Result, int], None] = lambda result, total: None,
+    show: Callable[[CheckResult, int], None] = lambda result, total: None,
     **options: Any,
 ) -> Report:
     """Compare a backend with the reference, on generated cases or on your own input.
