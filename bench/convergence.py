@@ -30,6 +30,7 @@ GRID = 0.4  # ms between the times at which spikes may arrive and potentials are
 STEPS = tuple(GRID / 2**k for k in range(2, 8))  # ms, the time steps compared
 FIRST = 6  # the times of so many spikes of each neuron are compared
 EXCITATORY, INHIBITORY = 0.001, 0.002  # uS
+SUBSTEPS = 8  # steps of solve() in GRID
 SUBTHRESHOLD = CobaLIFParameters(1 / 5, 1 / 10, 1 / 0.2, 0.01, -80.0, 0.0, -60.0, -60.0, v_thresh=1e6)
 SPIKING = SUBTHRESHOLD._replace(v_thresh=-50.0)
 
@@ -65,7 +66,7 @@ def euler(x: Array, p: CobaLIFParameters, dt: float) -> Solution:
     return Solution(states.v[every - 1 :: every].numpy(), [dt * (1 + np.flatnonzero(row)) for row in z.numpy().T])
 
 
-def solve(x: Array, p: CobaLIFParameters, substeps: int = 8) -> Solution:
+def solve(x: Array, p: CobaLIFParameters) -> Solution:
     """Runge-Kutta of order 4 for the potentials, exact exponentials for the conductances, and bisection for the spikes."""
     decay = np.array([p.tau_syn_exc_inv, p.tau_syn_inh_inv])[:, None]
     reversal = np.array([p.e_rev_E, p.e_rev_I])[:, None]
@@ -86,10 +87,10 @@ def solve(x: Array, p: CobaLIFParameters, substeps: int = 8) -> Solution:
     v, g = np.full(neurons, float(p.v_rest)), np.zeros((2, neurons))
     potentials: list[Array] = []
     spikes: list[list[float]] = [[] for _ in range(neurons)]
-    h = GRID / substeps
+    h = GRID / SUBSTEPS
     for row, weights in enumerate(x):
         g = g + np.maximum([weights, -weights], 0)
-        for substep in range(substeps):
+        for substep in range(SUBSTEPS):
             after = advance(v, g, h)
             for n in np.flatnonzero(after > p.v_thresh):
                 low, high = 0.0, h

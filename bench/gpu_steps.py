@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import coba_triton
-from coba_triton.common.versions import package_version
+from coba_triton.common.versions import driver_version, package_version
 from coba_triton.tools import contenders
 from coba_triton.tools.problems import Case, problem, recurrent_problem, sparse_problem
 from coba_triton.tuning import tables, tuner
@@ -58,20 +58,14 @@ def device_name(device: torch.device) -> str:
 
 def machine(step: Step) -> None:
     """Describe the machine, and measure its limits: bytes and floating-point operations per second."""
-    driver = (
-        shutil.which("nvidia-smi")
-        and subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        ).stdout.strip()
-    )
     bandwidth = tuner.copy_bandwidth(step.device)
     size = 512 if step.small else 8192
     a = torch.randn(size, size, device=step.device)
     rounds = 3 if step.small else 10
-    seconds = min(tuner.seconds_per_call(lambda: a @ a, step.device, 1, time.perf_counter) for _ in range(rounds))
+    seconds = min(tuner.seconds_per_call(lambda: a @ a, step.device, 1) for _ in range(rounds))
     step.say(
         name=device_name(step.device),
-        driver=driver or None,
+        driver=driver_version(),
         versions={name: version for name in PACKAGES if (version := package_version(name))},
         missing=[name for name in PACKAGES if package_version(name) is None],
         sources=tables.source_hash(step.backend),

@@ -6,13 +6,15 @@ python -m pytest bench/test_stream.py -s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interleaved import compare
 from torch import Tensor
 
 from coba_triton import (
@@ -30,9 +32,29 @@ from coba_triton.cli import job
 from coba_triton.cli.config import load
 from coba_triton.cli.inputs import open_source
 from coba_triton.cli.weights import open_recurrent
+from coba_triton.tools.contenders import time_interleaved
 from coba_triton.tools.problems import SPARSE_VALUES
 
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "7"))
 NEURON = CobaLIFParameters(**SPARSE_VALUES)
+
+
+def compare(title: str, runs: dict[str, Callable[[], Any]], neuron_steps: int) -> None:
+    """Time the runs and print a row for each. The first run is the baseline.
+
+    A row has the median time of a call, the spread (half the range between the quartiles), the time for one neuron and step,
+    and how many times faster than the baseline the call is.
+    """
+    seconds = time_interleaved(runs, ROUNDS, torch.device("cpu"))
+    machine = platform.processor() or platform.machine()
+    print(f"\n{title} ({machine}, torch {torch.__version__}, {torch.get_num_threads()} threads)")
+    baseline = statistics.median(next(iter(seconds.values())))
+    for name, measured in seconds.items():
+        low, median, high = statistics.quantiles(measured, n=4)
+        print(
+            f"  {name:11} {median * 1e3:9.2f} ms ± {(high - low) / 2e-3:.2f}  {median / neuron_steps * 1e9:7.2f} ns"
+            f"  x{baseline / median:.1f}"
+        )
 
 
 def words(result: Result) -> Tensor:

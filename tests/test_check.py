@@ -190,7 +190,7 @@ def test_bad_arguments(arguments, message, capsys) -> None:
 
 
 def test_bad_arguments_from_python() -> None:
-    with pytest.raises(TypeError, match="order: options of your own input, but there is none"):
+    with pytest.raises(TypeError, match="order: options for your own input, but there is none"):
         coba_triton.check(order="jump_first")
     with pytest.raises(ValueError, match="must be given together"):
         coba_triton.check(torch.ones(2, 3), None, torch.ones(3, 3))

@@ -6,9 +6,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from rich.table import Table
 import coba_triton
 from coba_triton.backend.choose import BACKENDS, choose_backend
 from coba_triton.common.files import is_there
-from coba_triton.common.versions import package_version
+from coba_triton.common.versions import driver_version, package_version
 from coba_triton.tuning import tables
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "norse")
@@ -34,19 +31,6 @@ def versions() -> dict[str, str | None]:
         "torch's HIP": torch.version.hip,
         "GPU driver": driver_version(),
     }
-
-
-def driver_version() -> str | None:
-    """The version of the GPU's driver, as NVIDIA's or AMD's driver reports it."""
-    if tool := shutil.which("nvidia-smi"):
-        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return (done.stdout.splitlines() or [""])[0].strip() or None if done.returncode == 0 else None
-    amd = Path("/sys/module/amdgpu/version")
-    return amd.read_text(encoding="utf-8").strip() if amd.exists() else None
 
 
 def devices() -> list[dict[str, Any]]:

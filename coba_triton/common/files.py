@@ -40,14 +40,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
-def read_text(path: str | os.PathLike[str], limit: int = MOST) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a regular file, see :func:`coba_triton.common.text.decode`.
 
     Raises:
         OSError: as in :func:`read_bytes`.
         ValueError: if the content is no text.
     """
-    return decode(read_bytes(path, limit))
+    return decode(read_bytes(path, MOST))
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -57,7 +57,7 @@ def read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
             expected = {name: (column.rows(steps), *column.shape) for name, column in columns_of(config).items()}
             expected |= {"state": state_shape(config)[1:]} if steps else {}
             if set(kept) != set(members) or any(shapes[name] != shape for name, shape in expected.items()):
-                raise ValueError(f"it holds {sorted(members)}, which are not what {steps} steps of it leave")
+                raise ValueError(f"it holds {sorted(members)}, which do not belong to {steps} steps of it")
             arrays = {name: _read_member(file, info, kept[name]["dtype"], shapes[name]) for name, info in members.items()}
             for name, array in arrays.items():
                 if crc32(array) != kept[name]["crc32"]:

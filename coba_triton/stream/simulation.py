@@ -144,7 +144,7 @@ def _go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[i
     if steps is not None and steps < max(begun.planned or 0, begun.steps):
         raise ValueError(
             f"{sink.path} was begun with another configuration: source.steps was {begun.planned or begun.steps} and is "
-            f"{steps}; pass what it was begun with or a longer one, or another path"
+            f"{steps}; pass the source it was begun with or a longer one, or another path"
         )
     with closing(_new_blocks(run, sink, begun)) as blocks:
         first = next(blocks, None)
@@ -210,7 +210,7 @@ def _new_blocks(run: BlockRun, sink: Sink, begun: Checkpoint) -> Generator[tuple
         if checks and 0 < known <= len(x) and expected != (input_sum if len(x) == known else checksum_of(x[:known])):
             raise ValueError(
                 f"{sink.path} was begun with another input: steps {start:,} to {start + known:,} of source differ from what "
-                "was read then; pass what it was begun with, or another path"
+                "was read then; pass the source it was begun with, or another path"
             )
         start += len(x)
         if len(x) > known:
@@ -218,7 +218,7 @@ def _new_blocks(run: BlockRun, sink: Sink, begun: Checkpoint) -> Generator[tuple
     if start < begun.steps:
         raise ValueError(
             f"source must have the {begun.steps} steps that are finished already, it ended {begun.steps - start} steps "
-            "before"
+            "before; pass the source that the run was begun with, or a longer one"
         )
 
 
@@ -323,7 +323,7 @@ class BlockRun:
         driven = not self.recurrent or self.network.input_size
         if not (channels if driven else channels[:-1]).numel():
             raise ValueError(
-                f"a step of source must have at least one number, got shape {list(channels)}; leave out what has no neurons"
+                f"a step of source must have at least one number, got shape {list(channels)}; leave out axes of size 0"
             )
         first = self.blocks.first.to(self.device)
         with torch.no_grad():

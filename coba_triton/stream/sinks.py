@@ -307,7 +307,7 @@ class ZarrSink(Sink):
             )
         if foreign := _foreign(Store(self.path)):
             raise ValueError(
-                f"{foreign} is no part of the result {self.path}, which is not replaced for that; move it away, or choose "
+                f"{foreign} is no part of the result {self.path}, so the result is not replaced; move it away, or choose "
                 "another path"
             )
 
@@ -349,8 +349,8 @@ class ZarrSink(Sink):
         difference = difference or difference_of(kept.attributes["arrays"], attributes["arrays"], "arrays")
         if difference:
             raise ValueError(
-                f"{self.path} was begun with another configuration: {difference}; pass what it was begun with, or another "
-                "path"
+                f"{self.path} was begun with another configuration: {difference}; pass the arguments it was begun with, or "
+                "another path"
             )
         for name in kept.names:
             folder = self.path / name

@@ -231,13 +231,13 @@ class EventSource(MadeSource):
             got = f"{channels.min() + first} to {channels.max() + first}"
             raise ValueError(
                 f"neurons must be from {first} to {first + width - 1} for channels {list(shape)}, got {got}; change shape "
-                "or first, or take the spikes of some"
+                "or first, or leave out the spikes of other neurons"
             )
         number = np.ceil((at - start) / self.dt - ROUNDING).astype(np.int64) - 1
         if start == 0:
             number = np.maximum(number, 0)
         if steps is None and not (number >= 0).any():
-            raise ValueError("steps must be given where there is no spike, got None")
+            raise ValueError("steps must be given if there is no spike, got None; pass a number of steps")
         steps = int(number.max()) + 1 if steps is None else validation.check_int(steps, "steps")
         kept = (number >= 0) & (number < steps)
         cells = number[kept] * width + channels[kept]
@@ -424,8 +424,8 @@ def _in_memory(x: Any) -> bool:
 def _chunk(x: Any) -> Tensor:
     if not hasattr(x, "shape"):  # numpy would make one array of a list of batches
         raise TypeError(
-            f"every chunk of source must be a tensor or an array [t, ...], got {type(x).__name__}; of a loader whose "
-            "batches are lists pass what is time first in them, such as (batch[0] for batch in loader)"
+            f"every chunk of source must be a tensor or an array [t, ...], got {type(x).__name__}; if a "
+            "loader gives lists, pass the part of each that is time first, such as (batch[0] for batch in loader)"
         )
     return _tensor(x)
 
@@ -446,7 +446,7 @@ def _from_numpy(array: Any) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError:
-        raise TypeError(f"source must be of numbers that torch has, got {array.dtype}; convert it with .astype") from None
+        raise TypeError(f"source must have a dtype that torch has, got {array.dtype}; convert it with .astype") from None
 
 
 def digest(x: Tensor) -> str:

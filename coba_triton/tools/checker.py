@@ -310,7 +310,7 @@ def resolve(backend: str, device: torch.device | str | None) -> tuple[str, torch
     used = choose_backend(backend, device)
     if used == "reference":
         raise ValueError(
-            f"nothing to check on {str(device)!r}: the reference would serve it, which is what backends are compared with; "
+            f"nothing to check on {str(device)!r}: only the reference serves it, and backends are compared with that; "
             "pass another device, or a backend that serves it"
         )
     return used, device
@@ -423,7 +423,7 @@ def check(
     """
     if input_tensor is None:
         if options:
-            raise TypeError(f"{', '.join(options)}: options of your own input, but there is none; pass input_tensor")
+            raise TypeError(f"{', '.join(options)}: options for your own input, but there is none; pass input_tensor")
         backend, device = resolve(backend, device)
         checks = select(backend, device, level, only)
     else:

@@ -143,24 +143,21 @@ class Workload(Protocol):
         """Registers, spills and occupancy on a GPU; empty elsewhere."""
 
 
-def copy_bandwidth(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second that a copy reads and writes, the best of ten copies, with as many threads as PyTorch uses."""
     elements = 2**24 if device.type == "cpu" else 2**28
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        best = min(best, seconds_per_call(lambda: target.copy_(source), device, 1, clock))
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / min(seconds_per_call(lambda: target.copy_(source), device, 1) for _ in range(10))
 
 
-def seconds_per_call(call: Callable[[], Any], device: torch.device, repeats: int, clock: Callable[[], float]) -> float:
+def seconds_per_call(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """The mean time of ``repeats`` calls. A GPU's events measure it on a GPU, the clock elsewhere."""
     if device.type == "cpu":
-        start = clock()
+        start = time.perf_counter()
         for _ in range(repeats):
             call()
-        return (clock() - start) / repeats
+        return (time.perf_counter() - start) / repeats
     module = torch.get_device_module(device)
     begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
     begin.record()
@@ -174,8 +171,8 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device, repeats: int
 class Timed:
     """Times the public function, or its backward, on random neurons."""
 
-    def __init__(self, task: Task, bandwidth: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.task, self.bandwidth, self.clock = task, bandwidth, clock
+    def __init__(self, task: Task, bandwidth: float) -> None:
+        self.task, self.bandwidth = task, bandwidth
         self.device = torch.device(task.device)
         dtype = tables.DTYPES[task.dtype]
         cells = task.neurons * task.batch
@@ -241,9 +238,9 @@ class Timed:
     def time(self, samples: int) -> list[float]:
         call = self._call()
         call()
-        once = seconds_per_call(call, self.device, 1, self.clock)
+        once = seconds_per_call(call, self.device, 1)
         repeats = max(1, min(1000, int(SAMPLE_SECONDS / max(once, 1e-9))))
-        return [seconds_per_call(call, self.device, repeats, self.clock) for _ in range(samples)]
+        return [seconds_per_call(call, self.device, repeats) for _ in range(samples)]
 
     def floor(self, parameters: Parameters) -> float:
         if self.task.recurrent:
