@@ -41,17 +41,7 @@ TOLERANCE = 1.1
 def run(
     suite: str, backend: str, device: str | None, only: str | None, rounds: int, out: Path | None, compare: Path | None
 ) -> int:
-    """Time a suite; returns the exit status.
-
-    Args:
-        suite: a name in :data:`SUITES`.
-        backend: the backend to time.
-        device: where to run; None for the GPU, if Triton can drive one, else the CPU.
-        only: a part of the names of the cases to time; None for all cases.
-        rounds: how often each contender is called.
-        out: a file for the times.
-        compare: the file of an earlier run.
-    """
+    """Time a suite; returns the exit status."""
     check_choice("--suite", suite, SUITES)
     if rounds < 2:
         raise UserError(f"--rounds must be at least 2, to know the spread, got {rounds}")

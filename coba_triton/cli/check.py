@@ -42,16 +42,7 @@ def _table(results: list[CheckResult]) -> Table:
 def run(
     device: str | None, backend: str, level: str, only: str | None, report: Path | None, apart: bool | None = None
 ) -> int:
-    """Run the checks; returns the exit status.
-
-    Args:
-        device: where to run; None for the GPU, if Triton can drive one, else the CPU.
-        backend: what to check.
-        level: ``quick`` or ``full``.
-        only: a part of the names of the cases to run; None for all cases.
-        report: a file for a JSON report.
-        apart: whether to run the cases in another process; None for all devices but the CPU.
-    """
+    """Run the checks; returns the exit status."""
     where, machine = find_target(backend, device)
     used = machine.backend
     try:

@@ -1,6 +1,6 @@
 """The options of the commands for people who run kernels: info, check, tune, bench, warmup.
 
-The module of a command is imported when the command is called.
+Here are the options with their help texts. A module of the same name does the work; it is imported when it is needed.
 """
 
 from __future__ import annotations

@@ -63,16 +63,7 @@ class Wanted:
 
 
 def run(wanted: Wanted, backend: str, device: str | None, budget: float, out: Path | None, resume: bool) -> int:
-    """Tune; returns the exit status.
-
-    Args:
-        wanted: what to tune.
-        backend: the backend whose kernels are tuned.
-        device: where to run; None for the GPU, if Triton can drive one, else the CPU.
-        budget: after so many seconds no measurement begins.
-        out: the table; None for the user's.
-        resume: whether to continue a run that was cut off.
-    """
+    """Tune; returns the exit status."""
     if not budget > 0:
         raise UserError(f"--budget must be a positive number of seconds, got {budget:g}")
     where, target = find_target(backend, device)
@@ -226,16 +217,7 @@ def draw(outcomes: list[Outcome], bandwidth: float, target: tables.Machine) -> F
 
 
 def compile_only(wanted: Wanted, arch: str | None, out: Path | None) -> int:
-    """Compile the launches for a GPU that may be absent.
-
-    Args:
-        wanted: what to compile.
-        arch: the GPU's architecture, which the user must name.
-        out: a file for a JSON report.
-
-    Returns:
-        The exit status: 1 if a kernel does not compile.
-    """
+    """Compile the launches for a GPU that may be absent; returns the exit status, 1 if a kernel does not compile."""
     compiler = open_compiler("--compile-only")
     if arch is None:
         raise UserError(f"--compile-only needs a target; add --arch, one of {', '.join(compiler.TARGETS)}")

@@ -20,14 +20,7 @@ SIZES = ("100x1", "1000x1", "1024x32", "256x32", "4096x1", "4096x32", "262144x1"
 
 
 def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> int:
-    """Compile, and show how far it is; returns the exit status.
-
-    Args:
-        arch: the GPU to compile for; None compiles the CPU kernels.
-        cache: the folder of Triton's cache; None for Triton's own.
-        sizes: neurons and rows such as ``1024x32``; empty for :data:`SIZES`.
-        dtype: ``float32`` or ``float64``.
-    """
+    """Compile, and show how far it is; returns the exit status."""
     check_choice("--dtype", dtype, DTYPES)
     if arch is None:
         if cache is not None or sizes:

@@ -17,7 +17,7 @@ from typing import Any
 
 from .text import decode
 
-MOST = 2**24  # bytes; the largest file of those that people write or read
+LARGEST = 2**24  # bytes of a file that people write or read
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -47,7 +47,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         OSError: as in :func:`read_bytes`.
         ValueError: if the content is no text.
     """
-    return decode(read_bytes(path, MOST))
+    return decode(read_bytes(path, LARGEST))
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -58,7 +58,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: if the content is no JSON, or is nested too deeply to be read.
     """
     try:
-        return json.loads(read_bytes(path, MOST))
+        return json.loads(read_bytes(path, LARGEST))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..common.files import written_whole
 from .store import Array, Refused, check_attributes, columns_of, state_shape
 
-READ_BYTES = 2**24  # bytes that are read from the file at a time
+PIECE_BYTES = 2**24  # bytes that are read from the file at a time
 DEFLATE = 1040  # zip's compression makes nothing more than this many times smaller
 
 
@@ -81,8 +81,8 @@ def _read_member(file: zipfile.ZipFile, info: zipfile.ZipInfo, dtype: str, shape
         if (found, name) != (shape, dtype) or size > min(info.file_size, DEFLATE * info.compress_size):
             raise ValueError(f"{info.filename} is {kind} of shape {list(found)}, in {info.compress_size:,} bytes")
         array = np.empty(size, np.uint8)
-        for begin in range(0, size, READ_BYTES):
-            part = array[begin : begin + READ_BYTES]
+        for begin in range(0, size, PIECE_BYTES):
+            part = array[begin : begin + PIECE_BYTES]
             part[:] = np.frombuffer(member.read(len(part)), np.uint8)
         if member.read(1):  # at the end of the data, zipfile compares its own checksum
             raise ValueError(f"{info.filename} is longer than its shape")

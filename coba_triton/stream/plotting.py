@@ -50,6 +50,11 @@ def _label(name: str) -> str | None:
     return _plain(f" {name}" if name.startswith("_") else name) or None
 
 
+def _style(shown: dict[str, Any]) -> dict[str, Any]:
+    """How to draw a histogram: filled if there is one population, as a line if there are several."""
+    return {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
+
+
 def _word_for_word(*texts: Text) -> None:
     """Draw texts as they are; a ``$`` does not begin a formula."""
     for text in texts:
@@ -124,8 +129,7 @@ def plot_rates(
     shown = populations(result)
     for number, (name, members) in enumerate(shown.items()):
         edges, rates = result.rates(width, name if name else members)
-        filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **filled)
+        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **_style(shown))
     ax.set_xlim(first * result.dt, last * result.dt)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"population rate\n(Hz, {width:g} ms bins)")
@@ -202,8 +206,7 @@ def plot_intervals(result: Result, ax: Axes) -> None:
     for number, (name, members) in enumerate(shown.items()):
         counts = result.interval_counts(edges, members)
         share = counts / max(counts.sum(), 1) / np.diff(np.log10(edges))
-        filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **filled)
+        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **_style(shown))
         found |= counts > 0
     ax.set_xscale("log")
     if found.any():

@@ -40,7 +40,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
 }
-KERNELS = {
+TRITON_FUNCTIONS = {
     **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
     "recurrent_forward_kernel": (recurrent, "forward_kernel"),
     "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
@@ -90,20 +90,20 @@ class Recorder:
 @contextmanager
 def recorded(target: str) -> Iterator[dict[str, Recorder]]:
     """Within the block, the backend ``triton`` takes CPU tensors, and its launches are recorded for a target, not made."""
-    kernels = {kernel: getattr(module, function) for kernel, (module, function) in KERNELS.items()}
+    kernels = {kernel: getattr(module, function) for kernel, (module, function) in TRITON_FUNCTIONS.items()}
     recorders = {kernel: Recorder(function) for kernel, function in kernels.items()}
     kept = choose.triton_device_type, triton_backend.threads_per_warp, triton_backend.resident_programs
     choose.triton_device_type = lambda: "cpu"
     triton_backend.threads_per_warp = functools.cache(lambda: TARGETS[target].warp_size)
     triton_backend.resident_programs = lambda device: 132
-    for kernel, (module, function) in KERNELS.items():
+    for kernel, (module, function) in TRITON_FUNCTIONS.items():
         setattr(module, function, recorders[kernel])
     try:
         with tables.off():
             yield recorders
     finally:
         choose.triton_device_type, triton_backend.threads_per_warp, triton_backend.resident_programs = kept
-        for kernel, (module, function) in KERNELS.items():
+        for kernel, (module, function) in TRITON_FUNCTIONS.items():
             setattr(module, function, kernels[kernel])
 
 

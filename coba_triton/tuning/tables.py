@@ -36,7 +36,7 @@ FORMAT = "coba_triton tuning table"
 VERSION = 2
 VARIABLE = "COBA_TRITON_TUNING"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-MOST = 2**62  # the largest number of neurons or batch rows in an entry
+LARGEST = 2**62  # the largest number of neurons or batch rows in an entry
 
 Parameters = dict[str, int]
 
@@ -234,7 +234,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def _check_entry(backend: str, entry: Any) -> None:
     well = isinstance(entry, dict) and entry.get("dtype") in tuple(DTYPES) and isinstance(entry.get("sources"), str)
-    if not well or not all(type(entry.get(size)) is int and 0 < entry[size] <= MOST for size in ("neurons", "batch")):
+    if not well or not all(type(entry.get(size)) is int and 0 < entry[size] <= LARGEST for size in ("neurons", "batch")):
         raise TableError(f"has a malformed entry: {entry!r:.200}")
     check_parameters(backend, entry.get("kernel"), entry.get("parameters"))
 
@@ -301,9 +301,8 @@ def _tables(target: Machine) -> tuple[tuple[Path, list[Entry]], ...]:
     """Read every table that can be used, and warn of those that exist and cannot be used."""
     tables = []
     for path in sources(target.name):
-        named = path not in (user_table(target.name), shipped_table(target.name))
-        if not named and not is_there(path):
-            continue
+        if not is_there(path) and path in (user_table(target.name), shipped_table(target.name)):
+            continue  # only a table that the user has named must exist
         try:
             tables.append((path, entries_for(read_table(path), target)))
         except TableError as error:
@@ -406,7 +405,7 @@ def explain(
             f"dtype must be torch.float32 or torch.float64, which state and arithmetic have, got {dtype!r:.200}"
         )
     for size in (neurons, batch):
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST:
             raise ValueError(f"neurons and batch must be positive, got {neurons!r:.50} and {batch!r:.50}")
     device = the_device(device)
     backend = choose_backend(backend, device)

@@ -496,21 +496,18 @@ def tune(
     parameters, total = next(generator)
     complete = True
     while True:
-        found = journal.find(task, parameters)
-        if found is None or not trials:  # the rule always runs, as its bits are compared with those of the others
-            if trials and clock() >= deadline:
-                complete = False
-                break
-            trial = try_parameters(task, workload, parameters, best, effort)
-            if not trials and trial.status == "failed":
-                raise ValueError(f"{task}: the launcher's own parameters failed: {trial.reason}")
-            if found is None:
+        trial = journal.find(task, parameters)
+        if trial is None and trials and clock() >= deadline:
+            complete = False
+            break
+        if trial is None or not trials:  # the rule always runs: the bits of all other sets are compared with its bits
+            made = try_parameters(task, workload, parameters, best, effort)
+            if not trials and made.status == "failed":
+                raise ValueError(f"{task}: the launcher's own parameters failed: {made.reason}")
+            if trial is None:
+                trial = made
                 journal.add(task, trial)
                 fresh += 1
-            else:
-                trial = found
-        else:
-            trial = found
         trials.append(trial)
         if trial.p50 is not None and (best is None or trial.p50 < (best.p50 or 0.0)):
             best = trial
