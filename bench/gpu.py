@@ -1,8 +1,8 @@
 """Find out on a machine with a GPU, in nine minutes, whether the kernels are right there, and how fast they are.
 
     make gpu                                    # or: python bench/gpu.py
-    python bench/gpu.py --steps smoke,recurrent # some of the steps again; the results of the others stay
-    python bench/gpu.py --device cpu --small    # the same script where there is no GPU, for practice
+    python bench/gpu.py --steps smoke,recurrent # run some steps again and keep the results of the others
+    python bench/gpu.py --device cpu --small    # try the script on a machine without a GPU
 
 Every step runs in its own process and has a time limit. It writes each result at once, as a line of JSON. So a step that
 fails, hangs or runs out of time keeps its results and does not stop the others. The folder ``bench/results/<device>/`` then

@@ -174,7 +174,7 @@ def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, riva
             expected = contender.run() if expected is None else expected
             contenders.assert_same(case, contender, expected)
             able.append(contender)
-        except Exception as error:  # another package may raise anything; the rest goes on
+        except Exception as error:  # another package may raise anything; go on with the next one
             if ours:
                 raise
             step.say(case=name, missing=contender.name, why=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")

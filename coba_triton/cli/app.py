@@ -60,14 +60,14 @@ def commands() -> None:
 @app.command()
 def simulate(
     config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a built-in configuration.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; an earlier run's are replaced.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; those of an earlier run are replaced.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted in this folder.")] = False,
     form: Annotated[Form, typer.Option("--format", help="How to keep the result; only zarr can be resumed.")] = Form.zarr,
     list_: Annotated[bool, typer.Option("--list", help="List the built-in configurations.")] = False,
 ) -> None:
     """Run a configuration: writes result.zarr, raster.png and summary.json to a folder.
 
-    Ctrl-C ends the run, and so does whatever kills it; with --resume it goes on from the last finished block.
+    After Ctrl-C, or if the run is killed, --resume goes on from the last finished block.
     """
     require("simulate", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
     if list_:
@@ -97,8 +97,8 @@ def simulate(
 def plot(
     result: Annotated[Path, typer.Argument(help="A result: the folder of a run, a .zarr group or an .npz file.")],
     out: Annotated[Path | None, typer.Option(help="PNG, PDF or SVG file; plot.png beside the result by default.")] = None,
-    start: Annotated[float | None, typer.Option(help="Begin of the panels over time, in ms.")] = None,
-    stop: Annotated[float | None, typer.Option(help="Their end, in ms.")] = None,
+    start: Annotated[float | None, typer.Option(help="Where the panels over time begin, in ms.")] = None,
+    stop: Annotated[float | None, typer.Option(help="Where they end, in ms.")] = None,
 ) -> int:
     """Draw a result: raster, rates, membrane potential, intervals between spikes, and a table of the populations."""
     require("plot", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")

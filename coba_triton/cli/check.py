@@ -103,9 +103,9 @@ def run(
 def _say_what(machine: tables.Machine, device: torch.device, level: str) -> None:
     print(f"Checking backend {machine.backend} on {device} ({machine.name}) against the reference, {level} level.")
     if device.type == "cpu":
-        print("This says nothing about a GPU: run it on a machine with one, where it settles what tests without one cannot.")
+        print("This says nothing about a GPU. Run it on a machine with one to check the kernels as they run there.")
     else:
-        print("This settles, for this device, what tests without a GPU cannot.")
+        print("This checks the kernels as they run on this device, which tests on another machine cannot do.")
 
 
 def _write(path: Path, report: checker.Report, machine: tables.Machine, level: str, interrupted: bool) -> None:

@@ -88,7 +88,7 @@ def run(wanted: Wanted, backend: str, device: str | None, budget: float, out: Pa
     started = time.perf_counter()
     try:
         print(f"Tuning for {target.backend} on {target.arch} ({target.name}), up to {budget:g} s; every set of parameters")
-        print("must give the reference's numbers, bit for bit where that is the contract, before it is timed.")
+        print("is compared with the reference, bit by bit where the bits must be equal, before it is timed.")
         bandwidth = tuner.copy_bandwidth(where)
         print(f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
         for number, task in enumerate(tasks):
@@ -111,7 +111,7 @@ def run(wanted: Wanted, backend: str, device: str | None, budget: float, out: Pa
         print(f"Interrupted; what was measured is in {journal.path}: continue with --resume.")
         return INTERRUPTED
     if not all(outcome.complete for outcome in outcomes):
-        print(f"The budget of {budget:g} s ended it; what was measured is in {journal.path}: continue with --resume.")
+        print(f"The budget of {budget:g} s ended the run; what was measured is in {journal.path}: continue with --resume.")
     return 1 if failed else 0
 
 
@@ -136,7 +136,7 @@ def _words(parameters: dict[str, int]) -> str:
 
 def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tables.Machine) -> None:
     console = Console(highlight=False)
-    print("rule: what the launcher takes where no table has an entry")
+    print("rule: the parameters that the launcher takes if no table has an entry")
     for outcome in outcomes:
         console.print(_table(outcome, bandwidth))
         best, rule = outcome.best, outcome.trials[0]

@@ -97,7 +97,7 @@ def _linked(part: Path, path: Path) -> bool:
         os.link(part, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         if path.exists():
             raise FileExistsError(errno.EEXIST, "exists; it has come while its content was made", str(path)) from None
         return False
@@ -116,7 +116,7 @@ def held(path: Path, timeout: float = 0.0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    if not path.parent.is_dir():  # the package filelock would make it
+    if not path.parent.is_dir():  # the package filelock would make the folder
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; make it, or choose another path")
     beside = path.with_name(f".{path.name}.lock")
     lock = FileLock(beside, timeout=timeout, thread_local=False)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 2**26  # a block of the default length takes this much memory
 MAX_BLOCK_STEPS = 2**16
-LONG = 2**20  # steps, the assumption about a source that does not say how long it is
+LONG = 2**20  # steps that are assumed if a source does not say how long it is
 STATE_BYTES = 2**24  # memory for the states of all neurons, where they are needed to record those of some
 
 Variable = Literal["v", "g_e", "g_i"]

@@ -347,7 +347,7 @@ class Blocks:
             x = next(blocks, None)
             if x is not None and note is not None:
                 note(x)
-            if x is None or stream is None or x.device.type != "cpu":  # it is where it is used, or moves there now
+            if x is None or stream is None or x.device.type != "cpu":  # to() copies a block only if it is elsewhere
                 return x if x is None else (x.to(self.device), None)
             with torch.cuda.stream(stream):
                 return x.pin_memory().to(self.device, non_blocking=True), stream.record_event()

@@ -49,7 +49,7 @@ DTYPES = (
 ALWAYS = ("state", "progress", "checksums")  # arrays that every group has
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 TAKEN = {"spikes", "v", "g_e", "g_i", "counts", "input_e", "input_i", "recorded", *ALWAYS, *NUMERIC_PARAMETERS}
-TAKEN |= {"file", "attributes", "allow_pickle"}  # numpy.savez has arguments of these names, or we an array
+TAKEN |= {"file", "attributes", "allow_pickle"}  # arguments of numpy.savez, and the array of the attributes
 
 Array = NDArray[Any]
 
