@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -135,10 +135,6 @@ def compare(name: str, ours: Tensor, theirs: Tensor, allowed: Tensor | float = 0
     )  # fmt: skip
 
 
-def _named(case: AnyProblem, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(["spikes", *(f"state.{name}" for name in case.state._fields)], outputs, strict=True))
-
-
 def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
     """By how much rounding may change a gradient.
 
@@ -161,23 +157,17 @@ def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
     """Run both sides of a check on a problem; returns the first mismatch, None if they agree."""
     if not check.bits:
         return _mismatch_of_a_step(case, check)
-    if not check.gradients:
-        runs = [
-            _named(case, [spikes, *state])
-            for spikes, state in (case.run(run.backend, **run.options) for run in (check.ours, check.theirs))
-        ]
-        pairs = [(name, tensor, runs[1][name], 0.0) for name, tensor in runs[0].items()]
-    else:
-        (ours, our_grads), (theirs, their_grads) = (
-            case.gradients(run.backend, **run.options) for run in (check.ours, check.theirs)
-        )
-        method = check.ours.options.get("method", "super")
-        same_run = check.ours.backend == check.theirs.backend and check.ours.options == check.theirs.options
-        outputs, expected = _named(case, ours), _named(case, theirs)
-        pairs = [(name, tensor, expected[name], 0.0) for name, tensor in outputs.items()]
-        for name, grad in our_grads.items():
-            allowed = 0.0 if same_run else gradient_bound(case, name, method, their_grads[name])
-            pairs.append((f"gradient by {name}", grad, their_grads[name], allowed))
+    (ours, our_grads), (theirs, their_grads) = (
+        case.results(run.backend, check.gradients, **run.options) for run in (check.ours, check.theirs)
+    )
+    names = ["spikes", *(f"state.{name}" for name in case.state._fields)]
+    pairs: list[tuple[str, Tensor, Tensor, float]] = [
+        (name, one, other, 0.0) for name, one, other in zip(names, ours, theirs, strict=True)
+    ]
+    method, same_run = check.ours.options.get("method", "super"), check.ours == check.theirs
+    for name, grad in our_grads.items():
+        allowed = 0.0 if same_run else gradient_bound(case, name, method, their_grads[name])
+        pairs.append((f"gradient by {name}", grad, their_grads[name], allowed))
     return next(filter(None, (compare(*pair) for pair in pairs)), None)
 
 

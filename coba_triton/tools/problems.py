@@ -68,6 +68,14 @@ class _Runs:
             leaf.requires_grad_(False)
         return [output.detach() for output in outputs], dict(zip(leaves, grads, strict=True))
 
+    def results(self, backend: str, gradients: bool, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The outputs, and with ``gradients`` also those of :meth:`gradients`, by the leaf's name."""
+        if gradients:
+            return self.gradients(backend, **options)
+        with torch.no_grad():
+            spikes, state = self.run(backend, **options)
+        return [spikes, *state], {}
+
 
 @dataclass
 class Problem(_Runs):

@@ -188,27 +188,19 @@ class Timed:
         steps = self.case.x.shape[0]
         self.neuron_steps = steps * cells
         item = dtype.itemsize
-        backward = task.kernel.endswith("backward")
+        self.backward = task.kernel.endswith("backward")
         # what a feed-forward kernel reads and writes: input, spikes, gradients; the memory does not limit recurrent ones
-        self.bytes_moved = self.neuron_steps * (3 * item + 2 if backward else 2 * item)
-        self.backward = backward
+        self.bytes_moved = self.neuron_steps * (3 * item + 2 if self.backward else 2 * item)
         self.options: dict[str, Any] = {"path": "events"} if task.recurrent else {}
-        self.expected = self._results("reference", {})
+        self.expected = self.case.results("reference", self.backward)
         self.rule_bits: list[Tensor] | None = None
 
-    def _results(self, backend: str, options: dict[str, Any]) -> Any:
-        if self.backward:
-            return self.case.gradients(backend, **options)
-        with torch.no_grad():
-            spikes, state = self.case.run(backend, **options)
-        return [spikes, *state], {}
-
     def verify(self) -> float:
-        outputs, grads = self._results(self.task.backend, self.options)
+        outputs, grads = self.case.results(self.task.backend, self.backward, **self.options)
         expected, expected_grads = self.expected
         worst = 0.0
-        for name, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
-            if found := checker.compare(f"output {name}", ours, theirs):
+        for number, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
+            if found := checker.compare(f"output {number}", ours, theirs):
                 raise ValueError(f"not the reference's bits: {found}")
         for name, ours in grads.items():
             theirs = expected_grads[name]
