@@ -294,7 +294,22 @@ class _Finished(NamedTuple):
 
 
 class BlockRun:
-    """A network that advances block by block, after its arguments were checked."""
+    """A network that advances block by block.
+
+    The constructor checks all arguments of :func:`simulate`.
+
+    Attributes:
+        blocks: the source.
+        header: what the sink is told about the run.
+        state: the state after the last block that was begun.
+        weights: input and recurrent weights of connected neurons.
+        p: the parameters, detached from autograd.
+        neurons: indices of the neurons whose traces are recorded; ``ascending[places]`` are the same.
+        ahead: how many blocks are begun before the first of them is finished.
+        stream: the threads that run the kernels, if blocks run ahead.
+        rates: ``dt * c_m_inv`` and ``g_l``, which with the conductances tell whether the Euler step is stable.
+        limit: the value of ``dt * c_m_inv * (g_l + g_e + g_i)`` beyond which the next warning comes.
+    """
 
     def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:
         network = _unwrapped(network)
@@ -304,16 +319,7 @@ class BlockRun:
                 "and weights to one of them"
             )
         block_steps = validation.check_block_steps(block_steps)
-        if not isinstance(record, Record):
-            raise TypeError(f"record must be a Record or None, got {type(record).__name__}")
-        for name, kinds in (("populations", Mapping), ("variables", Sequence)):
-            if not isinstance(value := getattr(record, name), kinds) or isinstance(value, str):
-                raise TypeError(f"record.{name} must be a {kinds.__name__.lower()}, got {type(value).__name__}")
-        for name in record.populations:
-            if not isinstance(name, str):
-                raise TypeError(f"record.populations must have names, got {name!r:.50}; write it in quotes")
-        for name in ("spikes", "inputs"):
-            validation.check_flag(getattr(record, name), f"record.{name}")
+        _check_record(record)
         self.network = cast(Any, network)  # `recurrent` says which of the two classes it is
         self.record = record
         self.device: torch.device = self.network.v_thresh.device
@@ -357,7 +363,6 @@ class BlockRun:
                 raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
         self.backend = choose_backend(self.network.backend, self.device)
         self.stream: ForwardStream | None = None
-        # how many blocks are begun before the first of them is finished
         self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
@@ -627,6 +632,20 @@ class BlockRun:
                 "them smaller, or raise v_thresh",
                 stacklevel=3,
             )
+
+
+def _check_record(record: Any) -> None:
+    """Refuse a record whose fields are of wrong types."""
+    if not isinstance(record, Record):
+        raise TypeError(f"record must be a Record or None, got {type(record).__name__}")
+    for name, kinds in (("populations", Mapping), ("variables", Sequence)):
+        if not isinstance(value := getattr(record, name), kinds) or isinstance(value, str):
+            raise TypeError(f"record.{name} must be a {kinds.__name__.lower()}, got {type(value).__name__}")
+    for name in record.populations:
+        if not isinstance(name, str):
+            raise TypeError(f"record.populations must have names, got {name!r:.50}; write it in quotes")
+    for name in ("spikes", "inputs"):
+        validation.check_flag(getattr(record, name), f"record.{name}")
 
 
 def _next_limit(factor: float) -> float:
