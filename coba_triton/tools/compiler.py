@@ -22,7 +22,9 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from ..backend import choose
 from ..backend import triton as triton_backend
+from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
 from ..kernels import feed_forward, recurrent
+from ..neuron.records import CobaLIFParameters
 from ..tuning import tables
 
 TARGETS = {
@@ -188,8 +190,6 @@ MOST_CONNECTED = 2**13
 
 def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     """The usual calls: both kinds of networks, inference with every spike format, and training with shared parameters."""
-    from .. import CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
-
     options: dict[str, Any] = {"dt": 0.1, "backend": "triton"}
     connected = neurons <= MOST_CONNECTED
     x = torch.zeros(33, batch, neurons, dtype=dtype)
