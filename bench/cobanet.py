@@ -1,11 +1,11 @@
-"""Biological seconds per wall second of ``cobanet``: this package, Brian2 (C++ standalone) and NEST, with the same weights.
+"""Time ``cobanet`` with this package, Brian2 (C++ standalone) and NEST: biological seconds per wall second, same weights.
 
     pip install brian2 nest-simulator   # both optional
     python bench/cobanet.py --seconds 1
 
-The simulators draw their own Poisson spikes and NEST integrates with an adaptive step, so that spike trains differ and
-rates agree; the rates are printed beside the speeds. Building and compiling the network is not counted. Each simulator
-runs in a process of its own, on as many threads as it is told.
+Every simulator draws its own Poisson spikes, and NEST integrates with an adaptive step. So the spike trains differ, but the
+rates agree; they are printed beside the speeds. Building and compiling the network is not counted. Each simulator runs in
+its own process, with the number of threads that ``--threads`` says.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def network() -> tuple[Any, np.ndarray, np.ndarray]:
 
 
 def run_coba_triton(seconds: float, threads: int) -> tuple[float, float]:
-    """Wall seconds of the simulation, and the mean rate in Hz; the Poisson spikes are drawn ahead, as a tensor."""
+    """Wall seconds of the simulation, and the mean rate in Hz. The Poisson spikes are drawn before, as a tensor."""
     import torch
 
     from coba_triton import coba_lif_integral, unpack_spikes
@@ -51,7 +51,7 @@ def run_coba_triton(seconds: float, threads: int) -> tuple[float, float]:
     dt, rate = config.simulation.dt, config.input.spikes.rate
     steps = round(1000 * seconds / dt)
     x = torch.rand(steps, 1, w_in.shape[1], generator=torch.Generator().manual_seed(2)) < rate * dt / 1000
-    # the transpose of the weights is contiguous: nothing is copied at the start of a run
+    # with these strides the transposed weights are contiguous, so nothing is copied at the start of a run
     weights = [torch.from_numpy(np.asfortranarray(w)) for w in (w_in, w_rec)]
     p = parameters(config.neuron)
 

@@ -1,12 +1,12 @@
-"""The explicit Euler step against accurate solutions of the same neurons, as the time step shrinks: an error of order dt.
+"""Compare the explicit Euler step with accurate solutions, for smaller and smaller time steps: its error is of order dt.
 
     pip install brian2
     python bench/convergence.py --out convergence.png
 
-Unconnected neurons take the same spikes, all of them on a grid that every time step divides. This package runs in float64
-with dt, dt / 2, dt / 4 and so on; Brian2 integrates the same equations by Runge-Kutta of order 4 with a far smaller step.
-``tests/test_convergence.py`` holds the package to what is drawn, against Brian2 where it is installed, and always against
-:func:`solve`, for which no simulator is needed.
+Unconnected neurons get the same spikes in all runs, on a grid of times that is a multiple of every time step. This package
+runs in float64 with dt, dt / 2, dt / 4 and so on. Brian2 integrates the same equations with Runge-Kutta of order 4 and a far
+smaller step. ``tests/test_convergence.py`` checks the order of the error, against Brian2 if it is installed, and always
+against :func:`solve`, which needs no simulator.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ Array = NDArray[np.float64]
 
 GRID = 0.4  # ms between the times at which spikes may arrive and potentials are compared
 STEPS = tuple(GRID / 2**k for k in range(2, 8))  # ms, the time steps compared
-FIRST = 6  # spikes of each neuron whose times are compared
+FIRST = 6  # the times of so many spikes of each neuron are compared
 EXCITATORY, INHIBITORY = 0.001, 0.002  # uS
+SUBSTEPS = 8  # steps of solve() in GRID
 SUBTHRESHOLD = CobaLIFParameters(1 / 5, 1 / 10, 1 / 0.2, 0.01, -80.0, 0.0, -60.0, -60.0, v_thresh=1e6)
 SPIKING = SUBTHRESHOLD._replace(v_thresh=-50.0)
 
 
 class Solution(NamedTuple):
-    """Attributes:
-    v: potentials at the grid's times GRID, 2 GRID, ... in mV, ``[T, N]``.
-    spikes: of each neuron, the times in ms.
+    """A solution of the equations.
+
+    Attributes:
+        v: potentials at the times GRID, 2 GRID, ... in mV, ``[T, N]``.
+        spikes: the times of the spikes in ms, for each neuron.
     """
 
     v: Array
@@ -45,16 +48,17 @@ class Solution(NamedTuple):
 
 
 def drive(steps: int = 150, neurons: int = 64) -> Array:
-    """Weights in uS of the spikes that arrive at ``0, GRID, 2 GRID, ...``, ``[T, N]``; negative ones are inhibitory.
+    """Weights in uS of the spikes that arrive at ``0, GRID, 2 GRID, ...``, ``[T, N]``; negative weights are inhibitory.
 
-    The drive is steep at the threshold: where a potential only touches it, the smallest error decides about a spike.
+    The drive moves the potentials quickly across the threshold. If a potential only touched it, the smallest error
+    would decide whether the neuron fires.
     """
     kind = np.random.default_rng(1).random((steps, neurons))
     return EXCITATORY * (kind < 0.9) - INHIBITORY * (kind >= 0.9)
 
 
 def euler(x: Array, p: CobaLIFParameters, dt: float) -> Solution:
-    """This package. A spike is at the end of the step whose potential is above the threshold."""
+    """This package's solution. A spike has the time at the end of its step."""
     every = round(GRID / dt)
     fine = np.zeros((len(x) * every, x.shape[1]))
     fine[::every] = x
@@ -62,8 +66,8 @@ def euler(x: Array, p: CobaLIFParameters, dt: float) -> Solution:
     return Solution(states.v[every - 1 :: every].numpy(), [dt * (1 + np.flatnonzero(row)) for row in z.numpy().T])
 
 
-def solve(x: Array, p: CobaLIFParameters, substeps: int = 8) -> Solution:
-    """Runge-Kutta of order 4 for the potentials, the conductances' exact exponentials, and crossings by bisection."""
+def solve(x: Array, p: CobaLIFParameters) -> Solution:
+    """Runge-Kutta of order 4 for the potentials, exact exponentials for the conductances, and bisection for the spikes."""
     decay = np.array([p.tau_syn_exc_inv, p.tau_syn_inh_inv])[:, None]
     reversal = np.array([p.e_rev_E, p.e_rev_I])[:, None]
 
@@ -83,10 +87,10 @@ def solve(x: Array, p: CobaLIFParameters, substeps: int = 8) -> Solution:
     v, g = np.full(neurons, float(p.v_rest)), np.zeros((2, neurons))
     potentials: list[Array] = []
     spikes: list[list[float]] = [[] for _ in range(neurons)]
-    h = GRID / substeps
+    h = GRID / SUBSTEPS
     for row, weights in enumerate(x):
         g = g + np.maximum([weights, -weights], 0)
-        for substep in range(substeps):
+        for substep in range(SUBSTEPS):
             after = advance(v, g, h)
             for n in np.flatnonzero(after > p.v_thresh):
                 low, high = 0.0, h
@@ -100,7 +104,7 @@ def solve(x: Array, p: CobaLIFParameters, substeps: int = 8) -> Solution:
 
 
 def brian2(x: Array, p: CobaLIFParameters, dt: float) -> Solution:
-    """Brian2's Runge-Kutta of order 4. It, too, fires and resets at the ends of its steps only."""
+    """Brian2's Runge-Kutta of order 4. Brian2 also fires and resets only at the ends of its steps."""
     import brian2 as b
 
     b.prefs.codegen.target = "numpy"  # compiles nothing
@@ -123,14 +127,14 @@ def brian2(x: Array, p: CobaLIFParameters, dt: float) -> Solution:
     parts = [cells]
     for target, weight, arrives in (("g_e", EXCITATORY, x > 0), ("g_i", INHIBITORY, x < 0)):
         rows, neurons = np.nonzero(arrives)
-        # a spike acts at the end of the step in which it is sent; those at time 0 are there from the beginning
+        # Brian2 delivers a spike at the end of the step in which it is sent; spikes at time 0 are put into the initial state
         later = rows > 0
         getattr(cells, target)[neurons[~later]] = weight * b.uS
         sent = b.SpikeGeneratorGroup(x.shape[1], neurons[later], rows[later] * GRID * b.ms - dt * b.ms)
         synapses = b.Synapses(sent, cells, on_pre=f"{target} += jump", namespace={"jump": weight * b.uS})
         synapses.connect(j="i")
         parts += [sent, synapses]
-    # at a step's begin, and one sample past the end
+    # samples are taken at the beginnings of steps, so there is one more at the end
     potentials = b.StateMonitor(cells, "v", record=True, dt=GRID * b.ms)
     fired = b.SpikeMonitor(cells)
     b.Network(*parts, potentials, fired).run((len(x) * GRID + dt) * b.ms)

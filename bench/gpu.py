@@ -1,14 +1,15 @@
-"""Settle on a machine with a GPU, in nine minutes, what cannot be settled without one: is it right, and how fast is it?
+"""Find out on a machine with a GPU, in nine minutes, whether the kernels are right there, and how fast they are.
 
     make gpu                                    # or: python bench/gpu.py
-    python bench/gpu.py --steps smoke,recurrent # some of the steps again; the results of the others stay
-    python bench/gpu.py --device cpu --small    # the same script where there is no GPU, for practice
+    python bench/gpu.py --steps smoke,recurrent # run some steps again and keep the results of the others
+    python bench/gpu.py --device cpu --small    # try the script on a machine without a GPU
 
-Every step runs in a process of its own under a time limit. It writes each result as it comes, one line of JSON, so that a
-step which fails, hangs or runs out of time keeps what it has, and does not stop the others. At the end there are a table,
-two pictures, and ``results.json`` with the device, the driver, all versions and a hash of the kernels, in
-``bench/results/<device>/``. Packages that the machine lacks are taken from a folder of wheels (``--wheels``), if there is
-one; a rival that is not installed is named as missing.
+Every step runs in its own process and has a time limit. It writes each result at once, as a line of JSON. So a step that
+fails, hangs or runs out of time keeps its results and does not stop the others. The folder ``bench/results/<device>/`` then
+has a table, two pictures, and ``results.json`` with the device, the driver, all versions and a hash of the kernels.
+
+Packages that the machine lacks are taken from a folder of wheels (``--wheels``), if there is one. If a package to compare
+with is not installed, the results say so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540.0
-# Step to its time limit in seconds. A broken smoke test stops the run: nothing after it would mean anything.
+# The time limit of each step in seconds. If the smoke test fails, the run stops: the rest would mean nothing.
 STEPS = {
     "machine": 40,
     "smoke": 60,
@@ -40,7 +41,7 @@ STEPS = {
     "sanitizer": 60,
     "barrier": 40,
 }
-# What an H100 is expected to reach: a key of the results, the least or the largest value, and what it is.
+# What an H100 should reach: the case, the key in its results, the value, whether it is a lower or upper bound, its unit.
 GOALS = (
     ("feed-forward 262144 inference", "percent_of_copy", 85.0, "at least", "% of the copy bandwidth, float32 spikes"),
     ("feed-forward 262144 training", "percent_of_copy", 75.0, "at least", "% of the copy bandwidth"),
@@ -52,23 +53,13 @@ GOALS = (
 
 
 def install(wheels: Path) -> dict[str, str]:
-    """The environment of the steps, with the packages of a folder of wheels that this Python lacks."""
+    """The environment variables for the steps. Wheels from the folder, if it has any, are installed beside Python."""
     environment = dict(os.environ)
     found = sorted(wheels.glob("*.whl")) if wheels.is_dir() else []
     if found:
         target = tempfile.mkdtemp(prefix="wheels")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--no-compile",
-            "--target",
-            target,
-        ]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+        command += ["--target", target]
         done = subprocess.run([*command, *map(str, found)], capture_output=True, text=True)
         print(f"{len(found)} wheels from {wheels}" if done.returncode == 0 else f"wheels: {done.stderr.strip()[-300:]}")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [target, environment.get("PYTHONPATH")]))
@@ -81,7 +72,7 @@ def install(wheels: Path) -> dict[str, str]:
 def run_step(
     step: str, arguments: argparse.Namespace, out: Path, environment: dict[str, str], limit: float
 ) -> dict[str, Any]:
-    """Run one step; returns what is to be known of it beside its results."""
+    """Run one step; returns how it ended and how long it took."""
     lines = out / f"{step}.jsonl"
     lines.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "bench" / "gpu_steps.py"), step, "--device", arguments.device, "--out", str(out)]
@@ -109,7 +100,7 @@ def run_step(
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results that a step has written; a last line that was cut off is none."""
+    """The results that a step has written. A last line that was cut off is left out."""
     results = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -120,7 +111,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def collect(out: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All results as one, with those of steps that did not run now from an earlier run."""
+    """Put all results into ``results.json``. Steps that did not run this time keep their earlier results."""
     path = out / "results.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
     names = [run["step"] for run in runs]
@@ -135,7 +126,7 @@ def collect(out: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def find(result: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The result of this package's own run of a case."""
+    """The result of this package for a case; None if it was not measured."""
     for lines in result["results"].values():
         for line in lines:
             if line.get("case") == name and line.get("ours"):
@@ -144,7 +135,7 @@ def find(result: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What was measured, a line a contender, then the goals, in Markdown."""
+    """The results in Markdown: a table with a line for each contender, and then the goals."""
     machine = next(iter(result["results"]["machine"]), {})
     lines = [
         f"{machine.get('name', 'unknown device')}; " + ", ".join(f"{k} {v}" for k, v in machine.get("versions", {}).items())
@@ -184,7 +175,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], out: Path) -> list[Path]:
-    """A picture of each kind of network: the time of a neuron and step against the number of neurons."""
+    """Draw a picture for each kind of network: the time for a neuron and step against the number of neurons."""
     from matplotlib.figure import Figure
 
     machine = next(iter(result["results"]["machine"]), {})

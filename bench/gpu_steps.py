@@ -1,4 +1,4 @@
-"""The steps of ``gpu.py``, one a process: python bench/gpu_steps.py STEP --device cuda --out DIR [--small]"""
+"""The steps of ``gpu.py``, each in its own process: python bench/gpu_steps.py STEP --device cuda --out DIR [--small]"""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 import coba_triton
-from coba_triton.common.versions import package_version
+from coba_triton.common.versions import driver_version, package_version
 from coba_triton.tools import contenders
 from coba_triton.tools.problems import Case, problem, recurrent_problem, sparse_problem
-from coba_triton.tuning import tables as tuning
-from coba_triton.tuning import tuner
+from coba_triton.tuning import tables, tuner
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("coba-triton", "torch", "triton", "numpy", "numba", "norse", "snntorch", "spikingjelly")
@@ -30,7 +29,7 @@ ROUNDS = 7
 
 
 class Step:
-    """Where a step runs, and where its results go."""
+    """Knows where a step runs, and takes its results."""
 
     def __init__(self, name: str, device: str, out: Path, small: bool) -> None:
         self.device = torch.device(device)
@@ -40,13 +39,13 @@ class Step:
         self._lines = (out / f"{name}.jsonl").open("w", encoding="utf-8")
 
     def say(self, **result: Any) -> None:
-        """Write a result down at once."""
+        """Write a result to the step's file at once, and print it."""
         self._lines.write(json.dumps(result) + "\n")
         self._lines.flush()
         print(result)
 
     def needs_a_gpu(self) -> bool:
-        """Whether there is none, which is said."""
+        """Whether the device is no GPU; then a result says so."""
         if self.device.type != "cuda":
             self.say(text=f"needs a CUDA device, not {str(self.device)!r}")
         return self.device.type != "cuda"
@@ -54,27 +53,22 @@ class Step:
 
 def device_name(device: torch.device) -> str:
     """The name of the card, or of the processor."""
-    return tuning.cpu_name() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
+    return tables.cpu_name() if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
 
 
 def machine(step: Step) -> None:
-    """What this machine is, and the two ceilings: bytes and multiplications a second."""
-    driver = (
-        shutil.which("nvidia-smi")
-        and subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        ).stdout.strip()
-    )
+    """Describe the machine, and measure its limits: bytes and floating-point operations per second."""
     bandwidth = tuner.copy_bandwidth(step.device)
     size = 512 if step.small else 8192
     a = torch.randn(size, size, device=step.device)
-    seconds = min(tuner._seconds(lambda: a @ a, step.device, 1, time.perf_counter) for _ in range(3 if step.small else 10))
+    rounds = 3 if step.small else 10
+    seconds = min(tuner.seconds_per_call(lambda: a @ a, step.device, 1) for _ in range(rounds))
     step.say(
         name=device_name(step.device),
-        driver=driver or None,
+        driver=driver_version(),
         versions={name: version for name in PACKAGES if (version := package_version(name))},
         missing=[name for name in PACKAGES if package_version(name) is None],
-        sources=tuning.source_hash(step.backend),
+        sources=tables.source_hash(step.backend),
         copy_gb_per_s=bandwidth / 1e9,
         float32_tflops=2 * size**3 / seconds / 1e12,
         threads=torch.get_num_threads(),
@@ -82,7 +76,7 @@ def machine(step: Step) -> None:
 
 
 def smoke(step: Step) -> None:
-    """The bits of both directions, torch.compile, CUDA graphs, and a streamed run; any difference ends the step."""
+    """Compare bits: both directions, torch.compile, CUDA graphs and a streamed run. Any difference ends the step."""
     d, b = step.device, step.backend
 
     def same(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
@@ -127,7 +121,7 @@ def smoke(step: Step) -> None:
 
 
 def tests(step: Step) -> None:
-    """The tests of the kernels, on the device."""
+    """Run the tests of the kernels on the device."""
     if step.needs_a_gpu():
         return
     files = ["test_feed_forward_kernels.py", "test_recurrent_kernels.py", "test_operators.py", "test_training.py"]
@@ -144,7 +138,7 @@ def tests(step: Step) -> None:
 
 
 def check(step: Step) -> None:
-    """``coba-triton check``: all cases against the reference, in a process that may crash."""
+    """Run ``coba-triton check``, which compares all cases with the reference."""
     report = step.out / "check.json"
     command = [sys.executable, "-m", "coba_triton.cli", "check", "--device", str(step.device), "--report", str(report)]
     command += ["--only", "input dtypes"] if step.small else ["--full"]
@@ -158,10 +152,10 @@ def check(step: Step) -> None:
 
 
 def host_us(run: Callable[[], Any], device: torch.device) -> float:
-    """Microseconds until a call returns, while the device is idle: what the host does; the median of some."""
+    """The microseconds of the host's work: until a call returns, while the device is idle. A median of 20 calls."""
     taken = []
     for _ in range(20):
-        contenders._wait(device)
+        contenders.synchronize(device)
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
@@ -169,7 +163,7 @@ def host_us(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, rivals: bool, bytes_moved: float | None) -> None:
-    """Time this package's ways to run a case, and those of others where they are wanted, after comparing their results."""
+    """Time this package's ways to run a case, after a check of their results; with ``rivals``, other packages as well."""
     tensors = case.build(step.device)
     expected, able = None, []
     for contender in contenders.contenders(case, step.backend, tensors):
@@ -180,7 +174,7 @@ def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, riva
             expected = contender.run() if expected is None else expected
             contenders.assert_same(case, contender, expected)
             able.append(contender)
-        except Exception as error:  # of whatever kind: the others go on
+        except Exception as error:  # another package may raise anything; go on with the next one
             if ours:
                 raise
             step.say(case=name, missing=contender.name, why=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
@@ -214,14 +208,14 @@ def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, riva
 
 
 def feed_forward(step: Step) -> None:
-    """Unconnected neurons: inference and training against the number of neurons; then some sizes beside others."""
+    """Time unconnected neurons, inference and training, for several numbers of neurons; then some beside other packages."""
     bandwidth = tuner.copy_bandwidth(step.device)
     sizes, compared = ((64, 1024), (64,)) if step.small else ((1024, 4096, 65536, 262144, 4194304), (262144, 4096))
     for neurons, rivals in [*((n, False) for n in sizes), *((n, True) for n in compared)]:
         for train in (False, True):
             steps = 50 if step.small else 1000 if neurons <= 65536 else 200
             if train and neurons > 2**20:
-                steps = 20  # autograd keeps twenty numbers of every step of the reference
+                steps = 20  # for each neuron and step of the reference, autograd keeps twenty numbers
             kind = "training" if train else "inference"
             case = Case("gpu", "feed_forward", steps, 1, neurons, train)
             # float32 in and out; training: forward 4 + 1.63 saved, backward 4 + 1.63 read, the gradient 4 + 4
@@ -230,7 +224,7 @@ def feed_forward(step: Step) -> None:
 
 
 def recurrent(step: Step) -> None:
-    """Recurrent populations, about 1 % spikes a neuron and step; then some sizes beside others."""
+    """Time recurrent populations with about 1 % spikes per neuron and step; then some beside other packages."""
     sizes = ((256, 32), (1024, 32), (256, 1), (1024, 1), (1024, 128), (4096, 1), (4096, 32))
     compared = ((1024, 32), (256, 32))
     if step.small:
@@ -246,11 +240,12 @@ def recurrent(step: Step) -> None:
 
 
 def digits(step: Step) -> None:
-    """The training example of this repository, on the device."""
+    """Run the training example of this repository on the device."""
     if step.small:
         step.say(text="left out of the practice run")
         return
-    command = [sys.executable, str(ROOT / "bench" / "train_digits.py"), "--device", str(step.device), "--out", str(step.out)]
+    command = [sys.executable, str(ROOT / "examples" / "train_digits.py")]
+    command += ["--device", str(step.device), "--out", str(step.out)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-8000:], done.stderr[-4000:])
@@ -266,10 +261,10 @@ def digits(step: Step) -> None:
 
 
 def tuning_tables(step: Step) -> None:
-    """Launch parameters for this card, at several sizes, into one table that can be shipped."""
+    """Tune launch parameters for this card at several sizes, into one table that can be shipped."""
     if step.needs_a_gpu():
         return
-    table = step.out / "tuning.json"
+    table = step.out / "tables.json"
     both = ("feed_forward_forward", "feed_forward_backward")
     tasks = [(both, neurons, 1) for neurons in (1024, 65536, 1048576)]
     tasks += [(("recurrent_forward",), neurons, batch) for neurons, batch in ((256, 32), (1024, 32), (4096, 1))]
@@ -291,7 +286,7 @@ SPECIMENS = {
 
 
 def lacks(step: Step, tool: str) -> bool:
-    """Whether there is no GPU or no such program here, which the report then says."""
+    """Whether there is no GPU or no such program; then a result says so."""
     if step.needs_a_gpu():
         return True
     if shutil.which(tool) is None:
@@ -301,7 +296,7 @@ def lacks(step: Step, tool: str) -> bool:
 
 
 def profile(step: Step) -> None:
-    """Nsight Compute of the two most important kernels: bandwidth, occupancy, what warps wait for."""
+    """Run Nsight Compute on the two most important kernels: bandwidth, occupancy, and what warps wait for."""
     if lacks(step, "ncu"):
         return
     for name, call in SPECIMENS.items():
@@ -315,7 +310,7 @@ def profile(step: Step) -> None:
 
 
 def sanitizer(step: Step) -> None:
-    """compute-sanitizer on small cases: accesses out of bounds, and races in shared memory."""
+    """Run compute-sanitizer on small cases: it finds accesses out of bounds, and races in shared memory."""
     if lacks(step, "compute-sanitizer"):
         return
     program = (
@@ -336,7 +331,7 @@ def sanitizer(step: Step) -> None:
 
 
 def barrier(step: Step) -> None:
-    """The kernel whose programs wait for each other: its bits, then its time; few looks, so that it cannot hang for long."""
+    """Check and time the kernel whose programs wait for each other, with a small spin limit, so that it cannot hang long."""
     if step.needs_a_gpu():
         return
     from coba_triton.backend import triton as triton_backend

@@ -1,10 +1,10 @@
-"""Steps per second of a recurrent network whose neurons are divided among processes, and what their exchange costs.
+"""Time a recurrent network whose neurons are divided among processes: steps per second, and the cost of the exchange.
 
     torchrun --standalone --nproc-per-node 2 bench/neuron_parallel.py --neurons 4000
     torchrun --standalone --nproc-per-node 8 bench/neuron_parallel.py --neurons 100000 --device cuda
 
-Every process draws the rows of its own neurons, the same ones whatever the number of processes is: --compare runs the whole
-network on the first process as well, and every process compares its spikes with those, bit for bit.
+Every process draws the weights of its own neurons; they do not depend on the number of processes. With --compare the first
+process also runs the whole network, and every process compares its spikes with those, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXCITATORY = 0.8  # of the neurons
 
 
 def draw_weights(rows: range, neurons: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Input and recurrent weights of some neurons in uS, each row drawn by itself; laid out as the kernels read them."""
+    """Input and recurrent weights of some neurons in uS. Each row is drawn by itself. The transposes are contiguous."""
     g = torch.Generator()
     w_in, w_rec = torch.empty(INPUTS, len(rows)), torch.empty(neurons, len(rows))
     for k, neuron in enumerate(rows):
@@ -40,7 +40,7 @@ def draw_weights(rows: range, neurons: int, device: torch.device) -> tuple[Tenso
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Of the second call: the first one compiles."""
+    """The seconds that a second call takes, and its result. The first call compiles."""
     run()
     start = time.perf_counter()
     result = run()

@@ -1,8 +1,10 @@
-"""How time grows with the length, the number of neurons and the rate: this package, its reference, and norse if installed.
+"""Draw how the time grows with the length, the number of neurons and the firing rate.
+
+This package is compared with its reference, and with norse if it is installed.
 
     python bench/scaling.py --out scaling.png
 
-Interleaved in one process, medians; every point runs the same spikes in all of them.
+All run in one process, in turns, on the same spikes. A point is the median of its times.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ NAMES = {"cpu": "#2c6fbb", "reference": "#c0392b", "norse, unbind": "#7f8c8d"}
 
 
 def measure(case: Case, problem: Problem | RecurrentProblem) -> dict[str, float]:
-    """Median seconds of each contender, after equal spikes."""
+    """The median seconds of each contender, after a check that its spikes are equal."""
     runs: dict[str, Callable[[], torch.Tensor]] = {
         rival.name: rival.run for rival in contenders(case, "cpu", problem) if rival.name in NAMES
     }
@@ -35,10 +37,10 @@ def measure(case: Case, problem: Problem | RecurrentProblem) -> dict[str, float]
 
 
 def at_rate(rate: float) -> tuple[Case, RecurrentProblem]:
-    """A recurrent population that fires at about this rate, in spikes per neuron and step: its input fires it."""
+    """A recurrent population whose input makes it fire at about this rate, in spikes per neuron and step."""
     case = Case(f"rate-{rate:g}", "recurrent", 100, 16, 512)
     problem = recurrent_problem(case.steps, case.batch, case.neurons, inputs=case.neurons)
-    # one strong synapse a neuron, and a threshold that only it reaches
+    # each neuron has one strong synapse from the input, and only this one can bring it to the threshold
     problem.input_weights = torch.eye(case.neurons) * 1024
     problem.recurrent_weights = torch.round(torch.randn(case.neurons, case.neurons)) / 2**18
     problem.x = (torch.rand(case.steps, case.batch, case.neurons) < rate).float()

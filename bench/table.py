@@ -1,4 +1,4 @@
-"""A table in Markdown of what pytest-benchmark measured: python bench/table.py comparison.json"""
+"""Print the times of pytest-benchmark as a table in Markdown: python bench/table.py comparison.json"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BASELINE = "norse, unbind"
 
 
 def table(report: dict[str, Any]) -> str:
-    """Rows by case and contender; ratios to norse's loop, or the reference where norse was absent."""
+    """A row for each case and contender. Ratios are relative to norse's loop, or to the reference if norse was absent."""
     machine, first = report["machine_info"], report["benchmarks"][0]["extra_info"]
     lines = [
         f"{machine['cpu'].get('brand_raw', machine['processor'])}, torch {first['torch']}, {first['threads']} threads; "

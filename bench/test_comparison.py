@@ -1,9 +1,9 @@
-"""Every case against everything that can run it here, interleaved in one process, equal results first.
+"""Time every contender of every case in turns, in one process, after a check that their results are equal.
 
     python -m pytest bench/test_comparison.py --benchmark-json=comparison.json
     python bench/table.py comparison.json
 
-snnTorch, SpikingJelly and norse join where they are installed (pip install --no-deps norse==1.1.0 nir nirtorch).
+snnTorch, SpikingJelly and norse are timed if they are installed (pip install --no-deps norse==1.1.0 nir nirtorch).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKEND, DEVICE = ("triton", torch.device("cuda")) if torch.cuda.is_available() 
 
 
 class Clock:
-    """Time as the interleaved measurement found it, for pytest-benchmark, which would measure one after the other."""
+    """A clock for pytest-benchmark that shows the times measured in turns. By itself, it would time one after the other."""
 
     now = 0.0
 
@@ -61,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for rival in contenders(tiny, BACKEND, tiny.build(DEVICE))
         ]
     for package, source in OTHER_PACKAGES.items():
-        if not find_spec(package):  # what cannot be timed is named in the report, with the way to get it
+        if not find_spec(package):  # the report names what is missing, and how to get it
             absent = pytest.mark.skip(reason=f"{package} is not installed: pip install {source}")
             parameters.append(pytest.param(CASES[0], package, id=package, marks=absent))
     metafunc.parametrize(("case", "name"), parameters)

@@ -1,4 +1,4 @@
-"""Streamed runs to a zarr group against their kernels alone: one process, interleaved, equal spikes first.
+"""Compare the time of runs into a zarr group with the time of their kernels alone, in turns, after a check of the spikes.
 
 python -m pytest bench/test_stream.py -s
 """
@@ -6,13 +6,15 @@ python -m pytest bench/test_stream.py -s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interleaved import compare
 from torch import Tensor
 
 from coba_triton import (
@@ -30,9 +32,29 @@ from coba_triton.cli import job
 from coba_triton.cli.config import load
 from coba_triton.cli.inputs import open_source
 from coba_triton.cli.weights import open_recurrent
+from coba_triton.tools.contenders import time_interleaved
 from coba_triton.tools.problems import SPARSE_VALUES
 
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "7"))
 NEURON = CobaLIFParameters(**SPARSE_VALUES)
+
+
+def compare(title: str, runs: dict[str, Callable[[], Any]], neuron_steps: int) -> None:
+    """Time the runs and print a row for each. The first run is the baseline.
+
+    A row has the median time of a call, the spread (half the range between the quartiles), the time for one neuron and step,
+    and how many times faster than the baseline the call is.
+    """
+    seconds = time_interleaved(runs, ROUNDS, torch.device("cpu"))
+    machine = platform.processor() or platform.machine()
+    print(f"\n{title} ({machine}, torch {torch.__version__}, {torch.get_num_threads()} threads)")
+    baseline = statistics.median(next(iter(seconds.values())))
+    for name, measured in seconds.items():
+        low, median, high = statistics.quantiles(measured, n=4)
+        print(
+            f"  {name:11} {median * 1e3:9.2f} ms ± {(high - low) / 2e-3:.2f}  {median / neuron_steps * 1e9:7.2f} ns"
+            f"  x{baseline / median:.1f}"
+        )
 
 
 def words(result: Result) -> Tensor:
@@ -40,7 +62,7 @@ def words(result: Result) -> Tensor:
 
 
 class Repeated:
-    """An input that is in memory, again and again."""
+    """An input in memory that is repeated."""
 
     def __init__(self, x: Tensor, times: int) -> None:
         self.x, self.shape = x, (times * len(x), *x.shape[1:])
@@ -52,7 +74,7 @@ class Repeated:
 
 @pytest.fixture(params=sorted({1, torch.get_num_threads()}), ids="{} threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Of the kernels: one, which leaves the other cores to packing and writing, or as many as there are cores."""
+    """The number of the kernels' threads: one, so that the other cores pack and write, or as many as there are cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -63,7 +85,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("block_steps", [2**14, 2**16], ids="blocks of {}".format)  # defaults: source, tensor
 @pytest.mark.parametrize("weight", [0.004, 0.008], ids=["9 Hz", "46 Hz"])
 def test_unconnected(tmp_path: Path, weight: float, block_steps: int) -> None:
-    """1000 neurons, packed spikes: blocks that are in memory, and Poisson spikes of 100 Hz that are made on the way."""
+    """1000 neurons with packed spikes. The input is in memory, or it is Poisson spikes that are made when they are read."""
     times, steps = 16, 2**18
     source = PoissonSource(100.0, times * steps, (1000,), 0.1, weight=weight, seed=1)
     x = source[:steps]
@@ -101,8 +123,10 @@ def test_unconnected(tmp_path: Path, weight: float, block_steps: int) -> None:
 
 
 def test_cobanet(tmp_path: Path) -> None:
-    """The built-in configuration for 30 s: 4000 connected neurons, Poisson input made on the way, spikes and counts; and
-    the traces of three neurons as well. The kernels alone have the first 6 s of the input in memory, five times.
+    """The built-in configuration for 30 s: 4000 connected neurons with Poisson input.
+
+    Spikes and counts are recorded, and in another run also the traces of three neurons. The kernels alone get the first 6 s
+    of the input from memory, five times.
     """
     times, config = 5, load("cobanet")[1]
     config = config.model_copy(update={"simulation": config.simulation.model_copy(update={"duration": times * 6000.0})})

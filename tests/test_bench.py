@@ -201,11 +201,9 @@ def test_spikes_that_rounding_moved_are_told_from_wrong_ones(kind) -> None:
         index = torch.unravel_index(place, quiet.shape) if explained else tuple(place)
         spikes = expected.clone()
         spikes[index] = 1
-        message = contenders._wrong_flips(case, each, spikes, expected)
+        message = contenders.wrong_flips(case, each, spikes, expected)
         assert (message == "") == explained, message
-        moved = Contender(
-            "fused", lambda spikes=spikes: spikes, flips=functools.partial(contenders._wrong_flips, case, each)
-        )
+        moved = Contender("fused", lambda spikes=spikes: spikes, flips=functools.partial(contenders.wrong_flips, case, each))
         if explained:
             contenders.assert_same(case, moved, expected)
         else:

@@ -190,7 +190,7 @@ def test_bad_arguments(arguments, message, capsys) -> None:
 
 
 def test_bad_arguments_from_python() -> None:
-    with pytest.raises(TypeError, match="order: options of your own input, but there is none"):
+    with pytest.raises(TypeError, match="order: options for your own input, but there is none"):
         coba_triton.check(order="jump_first")
     with pytest.raises(ValueError, match="must be given together"):
         coba_triton.check(torch.ones(2, 3), None, torch.ones(3, 3))
@@ -257,12 +257,12 @@ def serve_badly(backend, device, level, only, requests) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         if number == 2:
             time.sleep(60)
-        requests.send(checker.Result("group", str(number), "failed" if number == 3 else "passed", 0.0, "wrong"))
+        requests.send(checker.CheckResult("group", str(number), "failed" if number == 3 else "passed", 0.0, "wrong"))
 
 
 @pytest.mark.slow
 def test_a_case_that_takes_its_process_along_leaves_the_others_alone(monkeypatch) -> None:
-    monkeypatch.setattr(check_process, "_serve", serve_badly)
+    monkeypatch.setattr(check_process, "serve", serve_badly)
     monkeypatch.setattr(check_process, "CASE_SECONDS", 15.0)
     results = list(check_process.run_checks("cpu", CPU, "quick", "input dtypes"))
     assert [result.status for result in results] == ["passed", "failed", "failed", "failed", "passed"]

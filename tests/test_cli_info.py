@@ -97,7 +97,7 @@ def test_commands_for_kernels_need_nothing_that_only_simulations_need() -> None:
     ("arguments", "message"),
     [
         (["--cache", "x"], "--cache and --size are of kernels for a GPU; add --arch"),
-        (["--dtype", "float16"], "--dtype must be float32 or float64, got 'float16'"),
+        (["--dtype", "float16"], "--dtype must be one of float32, float64, got 'float16'"),
         (["--arch", "sm_91"], "--arch must be one of sm_80, sm_90, sm_100, gfx942, gfx1100, got 'sm_91'; did you mean"),
         (["--arch", "sm_90", "--size", "1024"], "--size must be neurons and rows such as 1024x32, got '1024'"),
     ],

@@ -251,14 +251,14 @@ def test_builtin_ecg(tmp_path: Path) -> None:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
     """A real signal before the block that begins at this step is finished."""
-    finish = simulation._Run.finish
+    finish = simulation.BlockRun.finish
 
-    def interrupted(self: simulation._Run, running: Any) -> Any:
+    def interrupted(self: simulation.BlockRun, running: Any) -> Any:
         if running.start == step:
             signal.raise_signal(number)
         return finish(self, running)
 
-    monkeypatch.setattr(simulation._Run, "finish", interrupted)
+    monkeypatch.setattr(simulation.BlockRun, "finish", interrupted)
 
 
 def test_interrupted_run_is_resumed(

@@ -275,7 +275,7 @@ def test_messages_for_what_is_no_file(tmp_path: Path) -> None:
         ({"weight": np.ones(2)}, ValueError, "weight must be a number or one for every spike, [3], got [2]"),
         ({"times": [0.1, 0.2, 1e300]}, ValueError, "times must be of the first 281,474,976,710,656 steps, got 1e+300 ms"),
         ({"times": [10**400, 0.1, 0.2]}, TypeError, "times must be numbers, got [1000"),
-        ({"start": 5.0}, ValueError, "steps must be given where there is no spike, got None"),
+        ({"start": 5.0}, ValueError, "steps must be given if there is no spike, got None"),
         ({"steps": 0}, ValueError, "steps must be a positive int, got 0"),
         ({"dt": -1.0}, ValueError, "dt must be a positive finite number"),
         ({"shape": (3, 0)}, ValueError, "every size in shape must be a positive int, got 0"),

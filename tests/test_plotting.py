@@ -103,7 +103,7 @@ def test_traces_of_every_nth_step_stand_at_their_times() -> None:
 
 def test_long_traces_keep_their_peaks() -> None:
     values = np.random.default_rng(0).normal(size=50_000)
-    at, shown = plotting._extremes(values, 1000)
+    at, shown = plotting.extremes(values, 1000)
     assert len(shown) == 1000
     assert (np.diff(at) >= 0).all()
     assert (shown.max(), shown.min()) == (values.max(), values.min())

@@ -618,7 +618,7 @@ def test_what_is_not_ours_is_not_removed(name: str, tmp_path: Path) -> None:
     (path / name).parent.mkdir(exist_ok=True)
     (path / name).write_text("years of work")
     before = contents(path)
-    with pytest.raises(ValueError, match="is no part of the result .*, which is not replaced for that; move it away"):
+    with pytest.raises(ValueError, match="is no part of the result .*, so the result is not replaced; move it away"):
         run(path, sink=ZarrSink(path, overwrite=True))
     assert contents(path) == before
     assert run(path, resume=True).finished

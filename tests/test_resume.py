@@ -127,12 +127,12 @@ def test_threads_of_kernels_and_of_blosc_change_no_byte(threads: int, tmp_path: 
 @pytest.mark.parametrize("network", ["feed-forward", "recurrent"])
 def test_at_most_three_blocks_are_lost(network: str, slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step that is not written yet to the last one that is begun."""
-    from coba_triton.stream.simulation import _Run
+    from coba_triton.stream.simulation import BlockRun
 
     begun, on_their_way = [0], set()
-    begin = _Run.begin
+    begin = BlockRun.begin
 
-    def noted(self: _Run, x: torch.Tensor, start: int, given: int | None) -> Any:
+    def noted(self: BlockRun, x: torch.Tensor, start: int, given: int | None) -> Any:
         begun[0] = start // BLOCK + 1
         if slow == "kernels":
             time.sleep(0.005)
@@ -145,7 +145,7 @@ def test_at_most_three_blocks_are_lost(network: str, slow: str, tmp_path: Path, 
             on_their_way.add(begun[0] - start // BLOCK)
             super().write(start, *others)
 
-    monkeypatch.setattr(_Run, "begin", noted)
+    monkeypatch.setattr(BlockRun, "begin", noted)
     changes = {"network": recurrent(), "source": drive((6,))} if network == "recurrent" else {}
     run(tmp_path / "run.zarr", sink=Noting(tmp_path / "run.zarr"), **changes)
     assert on_their_way

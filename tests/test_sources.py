@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from coba_triton import CobaLIF, PoissonSource, Record, simulate, stream_blocks
-from coba_triton.stream.kernels import philox
+from coba_triton.stream.loops import philox
 
 STEPS = 700
 
@@ -300,13 +300,13 @@ def test_a_source_that_breaks_its_word_is_refused(give: Callable[[int], Any], fi
         (3, TypeError, "source must be a tensor, an array that gives its steps as slices"),
         (torch.tensor(1.0), ValueError, "source must have a leading time axis [T, ...], got a 0-dim array"),
         (torch.eye(3).to_sparse(), TypeError, "source must be dense, got a tensor of torch.sparse_coo; use .to_dense()"),
-        (np.array(["a"]), TypeError, "source must be of numbers that torch has, got <U1; convert it with .astype"),
-        (np.zeros((4, 2), object), TypeError, "source must be of numbers that torch has, got object"),
-        ([np.zeros((4, 2), np.longdouble)], TypeError, "source must be of numbers that torch has, got float128"),
+        (np.array(["a"]), TypeError, "source must have a dtype that torch has, got <U1; convert it with .astype"),
+        (np.zeros((4, 2), object), TypeError, "source must have a dtype that torch has, got object"),
+        ([np.zeros((4, 2), np.longdouble)], TypeError, "source must have a dtype that torch has, got float128"),
         (np.ma.masked_equal([[0, 1.0]], 1.0), ValueError, "got a masked array; put one there with .filled(0)"),
         ([], ValueError, "source must have at least one chunk [t, ...], got an empty iterator"),
         *(
-            (source, TypeError, f"every chunk of source must be a tensor or an array [t, ...], got {got}; of a loader whose")
+            (source, TypeError, f"every chunk of source must be a tensor or an array [t, ...], got {got}; if a loader gives")
             for source, got in (
                 (DataLoader(TensorDataset(torch.zeros(8, 3)), batch_size=4), "list"),
                 ([(torch.zeros(4, 3), torch.zeros(4))], "tuple"),

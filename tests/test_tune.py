@@ -49,7 +49,7 @@ class Fake:
 
     @property
     def parameters(self) -> dict:
-        return dict(tuning._forced[TASK.kernel])
+        return dict(tuning.forced_parameters[TASK.kernel])
 
     def verify(self) -> float:
         if self.parameters["tile"] == self.wrong:
@@ -278,7 +278,7 @@ def test_a_launch_that_changes_bits_fails(journal, monkeypatch) -> None:
 
     def spoiled(x, constants, jump_first, every, state, final, *outputs):
         forward(x, constants, jump_first, every, state, final, *outputs)
-        if tuning._forced.get("feed_forward_forward", {}).get("tile") == 64:
+        if tuning.forced_parameters.get("feed_forward_forward", {}).get("tile") == 64:
             final[0, 0] += 1e-6
 
     monkeypatch.setattr(cpu_launch, "feed_forward_forward", spoiled)
@@ -350,7 +350,7 @@ def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeyp
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_DFL)
     monkeypatch.setattr(tuner, "NEURON_STEPS", 2**12)
-    attempt, calls = tuner._try, []
+    attempt, calls = tuner.try_parameters, []
 
     def interrupt(*args):
         calls.append(args)
@@ -358,7 +358,7 @@ def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeyp
             signal.raise_signal(number)
         return attempt(*args)
 
-    monkeypatch.setattr(tuner, "_try", interrupt)
+    monkeypatch.setattr(tuner, "try_parameters", interrupt)
     out = tmp_path / "t.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 128 + number
     assert "continue with --resume" in capsys.readouterr().out
@@ -372,7 +372,7 @@ def test_other_signals_do_as_well_and_let_go_of_the_lock(name, tmp_path, monkeyp
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(tuner, "NEURON_STEPS", 2**12)
-    attempt = tuner._try
+    attempt = tuner.try_parameters
     calls = []
 
     def interrupt(*args):
@@ -381,7 +381,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
             raise KeyboardInterrupt
         return attempt(*args)
 
-    monkeypatch.setattr(tuner, "_try", interrupt)
+    monkeypatch.setattr(tuner, "try_parameters", interrupt)
     out = tmp_path / "t.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 130
     assert "continue with --resume" in capsys.readouterr().out

@@ -262,7 +262,7 @@ def test_a_table_reaches_the_launch_and_changes_no_bit(monkeypatch) -> None:
 def test_forced_parameters_hold_within_their_block() -> None:
     with tuning.forced(KERNEL, {"tile": 64}), tuning.forced("recurrent_forward", {"threads": 1}):
         assert tile() == 64 and tile(10**6) == 64
-    assert tile() == 1024 and not tuning._forced
+    assert tile() == 1024 and not tuning.forced_parameters
 
 
 @pytest.mark.parametrize("kernel", tuning.KERNELS)

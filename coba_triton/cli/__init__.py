@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..common.signals import silent_start
 
-_EXTRA = ("rich", "typer")  # of every command; some need more, and say so
+_EXTRA = ("rich", "typer")  # packages that every command needs; some commands need more and say so themselves
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; None takes them from ``sys.argv``.
 
     Returns:
-        The exit status: 0 on success, 2 for bad input or a missing package, 130 after Ctrl-C, and 128 and its
+        The exit status: 0 on success, 2 for bad input or a missing package, 130 after Ctrl-C, and 128 plus the signal's
         number after another signal.
     """
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]

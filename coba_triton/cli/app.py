@@ -1,4 +1,4 @@
-"""Commands, their arguments, and what they print."""
+"""The commands simulate and plot, the start of every command, and what they print."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from rich.table import Table
 from ..common.signals import as_interrupts
 from ..tools.warmup import messages_on_stderr
 from . import tools
-from .errors import UserError, require
-
-INTERRUPTED = 130
+from .errors import INTERRUPTED, UserError, require
 
 
 class Form(StrEnum):
-    """How a result is kept."""
+    """The format in which a result is kept."""
 
     zarr = "zarr"
     npz = "npz"
@@ -50,7 +48,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str) -> None:
-    """A line on standard error, word for word."""
+    """Print a line on standard error, as it is."""
     print(message, file=sys.stderr)
 
 
@@ -62,14 +60,14 @@ def commands() -> None:
 @app.command()
 def simulate(
     config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a built-in configuration.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; an earlier run's are replaced.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; those of an earlier run are replaced.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted in this folder.")] = False,
     form: Annotated[Form, typer.Option("--format", help="How to keep the result; only zarr can be resumed.")] = Form.zarr,
     list_: Annotated[bool, typer.Option("--list", help="List the built-in configurations.")] = False,
 ) -> None:
     """Run a configuration: writes result.zarr, raster.png and summary.json to a folder.
 
-    Ctrl-C ends the run, and so does whatever kills it; with --resume it goes on from the last finished block.
+    After Ctrl-C, or if the run is killed, --resume goes on from the last finished block.
     """
     require("simulate", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
     if list_:
@@ -99,8 +97,8 @@ def simulate(
 def plot(
     result: Annotated[Path, typer.Argument(help="A result: the folder of a run, a .zarr group or an .npz file.")],
     out: Annotated[Path | None, typer.Option(help="PNG, PDF or SVG file; plot.png beside the result by default.")] = None,
-    start: Annotated[float | None, typer.Option(help="Begin of the panels over time, in ms.")] = None,
-    stop: Annotated[float | None, typer.Option(help="Their end, in ms.")] = None,
+    start: Annotated[float | None, typer.Option(help="Where the panels over time begin, in ms.")] = None,
+    stop: Annotated[float | None, typer.Option(help="Where they end, in ms.")] = None,
 ) -> int:
     """Draw a result: raster, rates, membrane potential, intervals between spikes, and a table of the populations."""
     require("plot", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
@@ -132,9 +130,9 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
     with report.own_folder(out):
         try:
             source, recurrent = open_source(config), open_recurrent(config)
-        except (OverflowError, ValueError) as error:  # a number that has the right sign and unit, and is too large
+        except (OverflowError, ValueError) as error:  # a number has the right sign and unit, but is too large
             raise UserError(f"{name}: {error}") from None
-        sink = report.open_sink(out / f"result.{form.value}", name, config, source)
+        sink = report.make_sink(out / f"result.{form.value}", name, config, source)
         with _warnings_in_one_line():
             run = job.run(config, source, recurrent, sink, resume)
         if not run.result.steps:
@@ -151,7 +149,7 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Show warnings to users without the source line they come from."""
+    """Within the block, show warnings without the source line that they come from."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"coba-triton: warning: {message}")
         yield

@@ -1,4 +1,7 @@
-"""``coba-triton bench``: this package beside its reference, a compiled step and norse, in one run; JSON, PNG, ratios."""
+"""``coba-triton bench``: time this package beside its reference, a compiled step and norse, all in one run.
+
+It writes the times as JSON and as a picture, and can compare them with those of an earlier run.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
-from coba_triton.common.files import read_json, reason, written_whole
-from coba_triton.tools import checker, contenders
+from coba_triton.common.files import read_json, reason
+from coba_triton.tools import contenders
 from coba_triton.tools.contenders import Contender
 from coba_triton.tools.problems import CASES, Case
-from coba_triton.tuning import tables as tuning
 from coba_triton.tuning import tuner
 
 from . import info
-from .check import writable, write_json
-from .errors import UserError, nearest
+from .errors import INTERRUPTED, UserError, check_choice
+from .shared import check_writable, find_target, write_json, write_picture
 
 FORMAT, VERSION = "coba_triton benchmark", 1
 SUITES = {
@@ -32,7 +34,7 @@ SUITES = {
     "recurrent": tuple(case.name for case in CASES if case.kind == "recurrent"),
     "full": tuple(case.name for case in CASES),
 }
-# Slower than before by more than this, and by more than the spread of both, is a regression.
+# A run is slower if it takes more than this many times as long as before, and if the quartiles of both do not overlap.
 TOLERANCE = 1.1
 
 
@@ -40,21 +42,17 @@ def run(
     suite: str, backend: str, device: str | None, only: str | None, rounds: int, out: Path | None, compare: Path | None
 ) -> int:
     """Time a suite; returns the exit status."""
-    if suite not in SUITES:
-        raise UserError(f"--suite must be one of {', '.join(SUITES)}, got {suite!r}{nearest(suite, SUITES)}")
+    check_choice("--suite", suite, SUITES)
     if rounds < 2:
         raise UserError(f"--rounds must be at least 2, to know the spread, got {rounds}")
     cases = [case for case in CASES if case.name in SUITES[suite] and (only is None or only in case.name)]
     if not cases:
         raise UserError(f"no case of suite {suite} contains {only!r}; it has {', '.join(SUITES[suite])}")
-    try:
-        used, where = checker.resolve(backend, device)
-        target = tuning.machine(used, where)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
+    where, target = find_target(backend, device)
+    used = target.backend
     old = None if compare is None else read(compare)
     if out is not None:
-        writable(out)
+        check_writable(out)
     bandwidth = tuner.copy_bandwidth(where)
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -89,24 +87,21 @@ def run(
     if out is not None and result["cases"]:
         write_json(out, result)
         picture = out.with_suffix(".png")
-        try:
-            with written_whole(picture) as part:
-                draw(result).savefig(part, format="png")
-        except OSError as error:
-            raise UserError(f"cannot write {picture}: {reason(error)}; name another --out") from None
+        write_picture(picture, draw(result))
         print(f"Wrote {out} and {picture}")
     slower = old is not None and _print_ratios(old, result)
     if interrupted:
         print(f"Interrupted after {len(result['cases'])} of {len(cases)} cases.")
-        return 130
+        return INTERRUPTED
     return 1 if slower or different else 0
 
 
 def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwidth: float) -> dict[str, Any]:
-    """Time a case, after every contender that must agree with the reference was compared with it.
+    """Compare every contender of a case with the reference, and time those that agree.
 
-    Raises:
-        AssertionError: if a result is not the reference's.
+    Returns:
+        What the JSON file says about the case. Contenders that do not run here are listed under ``failed``, and those with
+        wrong results under ``different``.
     """
     problem = case.build(device)
     failed: list[str] = []
@@ -141,7 +136,7 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
     rows: list[dict[str, Any]] = []
     for contender in able:
         low, median, high = statistics.quantiles(seconds[contender.name], n=4)
-        # what memory must at least see: the input, what is returned, and in training the input again
+        # what at least goes through the memory: the input, the result, and in training the input a second time
         moved = problem.x.nbytes * (2 if case.train else 1) + results[contender.name].nbytes
         rows.append(
             {
@@ -206,7 +201,7 @@ def _table(case: dict[str, Any]) -> Table:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Time of one neuron and step of every contender, on a logarithmic axis."""
+    """Draw the time that every contender takes for one neuron and step, on a logarithmic axis."""
     cases = result["cases"]
     figure = Figure((10, 0.8 + sum(0.9 + 0.24 * len(case["contenders"]) for case in cases)), 110, layout="constrained")
     heights = [2 + len(case["contenders"]) for case in cases]
@@ -238,7 +233,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """An earlier result.
+    """Read the result of an earlier run.
 
     Raises:
         UserError: if the file cannot be read or is no result of this command.
@@ -258,7 +253,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _is_case(case: Any) -> bool:
-    """Whether this is what a result says of a case, as far as it is compared."""
+    """Whether a part of a file is a case: it has everything that is compared."""
     rows = case.get("contenders") if isinstance(case, dict) and isinstance(case.get("name"), str) else None
     return (
         isinstance(rows, list)
@@ -281,10 +276,10 @@ def _check_comparable(old: dict[str, Any], new: dict[str, Any], path: Path | Non
 
 
 def ratios(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every case and way to run it of this package that both have: new time by old, and whether that is a regression.
+    """The new time divided by the old one, for every way of this package to run a case that both results have.
 
-    It is one if it is slower by more than :data:`TOLERANCE`, also relative to the reference, whose time tells how fast the
-    machine was, and if the quartiles of old and new times do not overlap.
+    The new time is slower if the ratio exceeds :data:`TOLERANCE`, if it also does so relative to the reference, whose times
+    tell how fast the machine was, and if the quartiles of the old and the new times do not overlap.
     """
     before = {
         (case["name"], row["name"]): row | {"reference": case["contenders"][0]["median_s"]}
@@ -306,7 +301,7 @@ def ratios(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _print_ratios(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether anything is slower."""
+    """Print the ratios; returns whether anything is slower."""
     rows = ratios(old, new)
     if not rows:
         raise UserError("the two runs have no case in common; run the suite of the older one")

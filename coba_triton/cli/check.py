@@ -1,13 +1,10 @@
-"""``coba-triton check``: a live table of what agrees with the reference, and the smallest case of what does not."""
+"""``coba-triton check``: show in a table what agrees with the reference; of what does not, show the smallest case."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console, Group
@@ -15,16 +12,16 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from coba_triton.common.files import local_path, reason, written_whole
 from coba_triton.tools import check_process, checker
-from coba_triton.tools.checker import Result
-from coba_triton.tuning import tables as tuning
+from coba_triton.tools.checker import CheckResult
+from coba_triton.tuning import tables
 
 from . import info
-from .errors import UserError
+from .errors import INTERRUPTED, UserError
+from .shared import check_writable, find_target, write_json
 
 
-def _table(results: list[Result]) -> Table:
+def _table(results: list[CheckResult]) -> Table:
     table = Table()
     table.add_column("checked")
     for name in ("passed", "failed", "skipped", "seconds"):
@@ -46,17 +43,18 @@ def run(
     device: str | None, backend: str, level: str, only: str | None, report: Path | None, apart: bool | None = None
 ) -> int:
     """Run the checks; returns the exit status."""
+    where, machine = find_target(backend, device)
+    used = machine.backend
     try:
-        used, where = checker.resolve(backend, device)
         checks = checker.select(used, where, level, only)
         torch.empty(0, device=where)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(str(error).splitlines()[0]) from None
     if report is not None:
-        writable(report)
-    _say_what(used, where, level)
+        check_writable(report)
+    _say_what(machine, where, level)
     console = Console()
-    results: list[Result] = []
+    results: list[CheckResult] = []
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
@@ -76,7 +74,7 @@ def run(
                 results.append(next(running))
                 progress.advance(task)
                 if report is not None and time.monotonic() > written + 1:
-                    _write(report, checker.Report(used, str(where), tuple(results)), level, interrupted=True)
+                    _write(report, checker.Report(used, str(where), tuple(results)), machine, level, interrupted=True)
                     written = time.monotonic()
         except KeyboardInterrupt:
             interrupted = True
@@ -89,11 +87,11 @@ def run(
         shown = f"The smallest case found:\n\n{result.snippet}\n" if result.snippet else ""
         print(f"\nMISMATCH: {result.group}, {result.name}\n{result.detail}\n{shown}")
     if report is not None:
-        _write(report, done, level, interrupted)
+        _write(report, done, machine, level, interrupted)
         print(f"Wrote {report}")
     if interrupted:
         print(f"Interrupted after {len(results)} of {len(checks)} checks.")
-        return 130
+        return INTERRUPTED
     passed = sum(result.status == "passed" for result in results)
     verdict = (
         "agrees with the reference" if done.ok else "does not agree with the reference" if done.failures else "nothing ran"
@@ -102,49 +100,15 @@ def run(
     return 0 if done.ok else 1
 
 
-def _say_what(backend: str, device: torch.device, level: str) -> None:
-    name = tuning.machine(backend, device).name
-    print(f"Checking backend {backend} on {device} ({name}) against the reference, {level} level.")
+def _say_what(machine: tables.Machine, device: torch.device, level: str) -> None:
+    print(f"Checking backend {machine.backend} on {device} ({machine.name}) against the reference, {level} level.")
     if device.type == "cpu":
-        print("This says nothing about a GPU: run it on a machine with one, where it settles what tests without one cannot.")
+        print("This says nothing about a GPU. Run it on a machine with one to check the kernels as they run there.")
     else:
-        print("This settles, for this device, what tests without a GPU cannot.")
+        print("This checks the kernels as they run on this device, which tests on another machine cannot do.")
 
 
-def writable(path: Path) -> None:
-    """Find out, before the work, whether a file can be written.
-
-    Raises:
-        UserError: if it cannot.
-    """
-    try:
-        local_path(path, "a file").parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder; name a file")
-        probe = path.with_name(f".{path.name}.{os.getpid()}.part")
-        probe.touch()
-        probe.unlink()
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason(error)}; name another file") from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that appears whole or not at all.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    try:
-        with written_whole(path) as part:
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason(error)}; make room or name another file") from None
-
-
-def _write(path: Path, report: checker.Report, level: str, interrupted: bool) -> None:
-    machine = tuning.machine(report.backend, torch.device(report.device))
+def _write(path: Path, report: checker.Report, machine: tables.Machine, level: str, interrupted: bool) -> None:
     write_json(
         path,
         {
@@ -153,7 +117,7 @@ def _write(path: Path, report: checker.Report, level: str, interrupted: bool) ->
             "name": machine.name,
             "arch": machine.arch,
             "versions": info.versions(),
-            "sources": tuning.source_hash(report.backend),
+            "sources": tables.source_hash(report.backend),
             "level": level,
             "ok": report.ok and not interrupted,
             "interrupted": interrupted,

@@ -1,6 +1,6 @@
-"""Configurations: what their TOML files may say, the units in them, and where the built-in ones are.
+"""Configurations: the keys of their TOML files, the units in them, and the built-in configurations.
 
-Every quantity is written with its unit, any unit of the right dimension, and read into the model's system:
+Every quantity is written with a unit, which may be any unit of the right dimension. It is converted to the model's units:
 ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these tables::
 
     description = "one line"              # optional
@@ -39,8 +39,8 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     variables = ["v", "g_e", "g_i"]       # default: v
     every = 10                            # steps from one number of a trace to the next; default: 1
 
-and one of six inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. The first
-three give every neuron its own, and what one neuron gets in one step is summed before it is split by its sign::
+and one of six inputs. The model takes conductances: positive input adds to g_e, negative input to g_i. With the first
+three, every neuron has its own input. All input of a neuron in one step is summed first and then split by its sign::
 
     [input]
     kind = "poisson"                      # every neuron has its own Poisson spikes
@@ -61,7 +61,7 @@ three give every neuron its own, and what one neuron gets in one step is summed 
     array = "x"                           # which array of an .npz; optional if it has only one
     weight = "2 nS"                       # of one spike; for input in a unit of conductance that unit, "1 uS"
 
-The other two have channels, which random or given synapses fan out over the population::
+The other inputs have channels. Synapses, random ones or those of a file, lead from the channels to the neurons::
 
     [input]
     kind = "recording"                    # one signal, delta-encoded: a channel of ON and one of OFF events
@@ -99,7 +99,7 @@ The other two have channels, which random or given synapses fan out over the pop
     [input]
     kind = "none"                         # neurons that start above rest, have a current, or drive each other
 
-With the table ``recurrent`` the neurons are connected to each other, by random synapses or by a file's::
+With the table ``recurrent`` the neurons are connected to each other, by random synapses or by those of a file::
 
     [recurrent]
     seed = 1
@@ -113,9 +113,9 @@ With the table ``recurrent`` the neurons are connected to each other, by random 
     array = "x"                           # as above; or an .npz of scipy, or one of row, col and weight of every synapse
     weight = "1 nS"                       # what the number 1 in the file stands for
 
-Excitation and inhibition are then kept apart synapse by synapse instead of being summed first: channels reach g_e
-through positive and g_i through negative weights. An input of the neurons' own stays what it is without recurrence
-(it takes two channels a neuron: for thousands of neurons, ``channels`` are much faster).
+Then excitation and inhibition are not summed first but kept apart, synapse by synapse: positive weights lead to g_e,
+negative weights to g_i. If every neuron has its own input, this input is the same as without recurrence. It then takes two
+channels for each neuron, so for thousands of neurons ``channels`` are much faster.
 """
 
 from __future__ import annotations
@@ -152,12 +152,12 @@ from coba_triton.common.text import decode, look_alike, plain_minus
 from .errors import UserError, nearest
 
 _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.+-].*?)\s*")
-# A power in a unit: of one digit, of a name. Of numbers, a tower of powers would be computed without end.
+# A power in a unit must be a name to the power of one digit. A tower of powers of numbers would take forever to compute.
 _POWER = re.compile(r"\s*(?:\*\*|\^|[⁰¹²³⁴-⁹])\s*")
 _GOOD_POWER = re.compile(r"(?<=[^\W\d])(?:\s*(?:\*\*|\^)\s*-?\d(?!\s*(?:[\d.^]|\*\*))|[⁰¹²³⁴-⁹](?![⁰¹²³⁴-⁹]))")
 _LONGEST = 100  # characters of a quantity
-_UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # tables of several forms
-ALL_OTHERS = "all others"  # what the neurons of no population are called
+_UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # keys of tables that have several forms
+ALL_OTHERS = "all others"  # the name of the neurons that belong to no population
 
 
 @functools.cache
@@ -169,12 +169,12 @@ def _registry() -> Any:
 
 @dataclass(frozen=True)
 class Unit:
-    """Pydantic annotation of a number that is written as text with a unit.
+    """A pydantic annotation for a number that is written as text with a unit.
 
     Attributes:
-        symbol: the unit that the number is read into and written back in.
-        kind: what is measured, for messages.
-        example: how to write one, for messages.
+        symbol: the unit to which the number is converted, and with which it is written back.
+        kind: what the number measures, for messages.
+        example: an example of such a text, for messages.
         sign: which numbers are allowed.
     """
 
@@ -202,7 +202,7 @@ class Unit:
             raise ValueError(f"unknown unit {unit!r}; {wanted}, got {text!r}") from None
         if not quantity.is_compatible_with(self.symbol):
             raise ValueError(f"{unit!r} does not measure {self.kind}; {wanted}, got {text!r}")
-        # 15 digits drop the rounding of the conversion: "200 pF" is 0.2 nF, as is "0.2 nF"
+        # 15 digits remove the rounding of the conversion, so that "200 pF" and "0.2 nF" give the same number
         value = float(f"{quantity.m_as(self.symbol):.15g}")
         if not math.isfinite(value):
             raise ValueError(f"{text!r} is too large; {wanted}")
@@ -241,7 +241,7 @@ InputPath = Annotated[Path, Field(strict=False), AfterValidator(_beside_the_conf
 
 
 class _Table(BaseModel):
-    """A table of the file: no conversions, no unknown keys, and messages that say what was meant."""
+    """A table of the file. It refuses values of another type and unknown keys, and its messages help to correct them."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -262,7 +262,7 @@ class _Table(BaseModel):
 
 
 class Simulation(_Table):
-    """When, and on what, to simulate."""
+    """The time to simulate, and the device."""
 
     dt: PositiveTime
     duration: PositiveTime
@@ -273,7 +273,7 @@ class Simulation(_Table):
 
     @property
     def steps(self) -> int:
-        """T, the number of steps."""
+        """The number of steps T."""
         return round(self.duration / self.dt)
 
     @model_validator(mode="after")
@@ -288,7 +288,7 @@ class Simulation(_Table):
 
 
 class Spread(_Table):
-    """Potentials that are drawn evenly from a range."""
+    """Random potentials, evenly distributed over a range."""
 
     low: Potential
     high: Potential
@@ -302,7 +302,7 @@ class Spread(_Table):
 
 
 def _potential_form(value: Any) -> str:
-    """Whether it is one potential or a table of a range."""
+    """Which form it has: one potential, or a table of a range."""
     return "range" if isinstance(value, dict | Spread) else "one"
 
 
@@ -310,7 +310,7 @@ Start = Annotated[Annotated[Potential, Tag("one")] | Annotated[Spread, Tag("rang
 
 
 class Neuron(_Table):
-    """All neurons, and the parameters that they share."""
+    """The number of neurons, and the parameters that they share."""
 
     count: PositiveInt
     tau_syn_exc: PositiveTime
@@ -327,7 +327,7 @@ class Neuron(_Table):
 
 
 class Population(_Table):
-    """Neurons that have parameters of their own, None where they do not."""
+    """Neurons with some parameters of their own. A parameter that is None is shared with all neurons."""
 
     name: str = Field(min_length=1)
     neurons: list[NonNegativeInt] = Field(min_length=2, max_length=2)
@@ -344,20 +344,20 @@ class Population(_Table):
     v_init: Start | None = None
 
     def applied_to(self, neuron: Neuron) -> Neuron:
-        """The parameters of these neurons: what the population does not say is as for all."""
+        """The parameters of these neurons: the population's own, and the shared ones."""
         own = {key: value for key, value in self if key not in ("name", "neurons") and value is not None}
         return neuron.model_copy(update=own)
 
 
 class Drive(_Table):
-    """Poisson spikes of one sign: their rate, and what one adds to the conductance."""
+    """Poisson spikes of one sign: their rate, and what a spike adds to the conductance."""
 
     rate: Rate
     weight: Conductance
 
 
 class _Signed(_Table):
-    """What excites, what inhibits, or both."""
+    """An input with an excitatory part, an inhibitory part, or both."""
 
     excitatory: Any = None
     inhibitory: Any = None
@@ -379,14 +379,14 @@ class PoissonInput(_Signed):
 
 
 class EventFile(_Table):
-    """A list of spikes of one sign, and what one adds to the conductance."""
+    """A list of spikes of one sign, and what a spike adds to the conductance."""
 
     path: InputPath | list[InputPath]
     weight: Conductance
 
 
 class EventsInput(_Signed):
-    """Listed spikes for every neuron."""
+    """Spikes for every neuron from lists."""
 
     kind: Literal["events"]
     excitatory: EventFile | None = None
@@ -439,7 +439,7 @@ class FileWeights(_Table):
 
 
 def _weights_form(table: Any) -> str:
-    """Which of the two tables that describe weights it is: the one of a file has a path."""
+    """Which form a table of weights has: that of a file has a path, the other is random."""
     return "file" if isinstance(table, FileWeights) or (isinstance(table, dict) and "path" in table) else "random"
 
 
@@ -449,7 +449,7 @@ InputWeights = Annotated[
 
 
 class RecordingInput(_Table):
-    """A signal, delta-encoded and fanned out."""
+    """A signal that is delta-encoded; synapses lead from its events to the neurons."""
 
     kind: Literal["recording"]
     start: Time = 0.0
@@ -487,27 +487,27 @@ class EventSpikes(_Table):
 
 
 class Channels(_Table):
-    """Spikes in channels, fanned out."""
+    """Spikes in channels, and the synapses that lead from them to the neurons."""
 
     spikes: Annotated[PoissonSpikes | FileSpikes | EventSpikes, Field(discriminator="source")]
     fan_out: InputWeights
 
 
 class ChannelsInput(Channels):
-    """One group of channels or several."""
+    """One group of channels, or several."""
 
     kind: Literal["channels"]
     more: list[Channels] = []
 
 
 class NoInput(_Table):
-    """Nothing drives the neurons from outside."""
+    """No input."""
 
     kind: Literal["none"]
 
 
 class RandomSynapses(_Table):
-    """Random connections among the neurons, of which the first are excitatory and the others inhibitory."""
+    """Random connections among the neurons. The first neurons are excitatory, the others inhibitory."""
 
     seed: NonNegativeInt
     probability: float = Field(gt=0, le=1)
@@ -522,7 +522,7 @@ RecurrentWeights = Annotated[
 
 
 class Record(_Table):
-    """Which neurons' traces to keep."""
+    """The traces to keep, and the neurons they belong to."""
 
     neurons: list[NonNegativeInt] = [0]
     variables: list[Literal["v", "g_e", "g_i"]] = ["v"]
@@ -580,17 +580,17 @@ class Config(_Table):
 
 
 def builtin_folder() -> Path:
-    """Where the built-in configurations are."""
+    """The folder of the built-in configurations."""
     return Path(str(importlib.resources.files("coba_triton"))) / "configs"
 
 
 def builtins() -> dict[str, Path]:
-    """The built-in configurations by name."""
+    """The files of the built-in configurations, by name."""
     return {path.stem: path for path in sorted(builtin_folder().glob("*.toml"))}
 
 
 def describe(name: str) -> str:
-    """The description of a built-in configuration; that is all that is read of it."""
+    """The description of a built-in configuration. Nothing else in it is checked, so no package is needed for it."""
     return str(tomllib.loads(decode(builtins()[name].read_bytes()))["description"])
 
 
@@ -601,10 +601,10 @@ def load(name: str) -> tuple[str, Config]:
         name: path of a TOML file, or the name of a built-in configuration.
 
     Returns:
-        The configuration's short name and what it says.
+        The configuration's short name, and the configuration.
 
     Raises:
-        UserError: if there is no such file or it cannot be read, is not TOML, or says what is not allowed.
+        UserError: if there is no such file, it cannot be read, is not TOML, or has a key or value that is not allowed.
     """
     path = Path(name)
     if not os.path.isfile(path) and name in builtins():
@@ -631,9 +631,9 @@ def load(name: str) -> tuple[str, Config]:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem in one sentence, and how many more there are."""
+    """The first error in one sentence, and how many more there are."""
     first, *others = error.errors()
-    loc = first["loc"]  # after the key of a table of several forms comes the form's name, which is not the user's
+    loc = first["loc"]  # after the key of a table with several forms, pydantic puts the form's name; leave that out
     where = ".".join(str(part) for before, part in zip(("", *loc), loc, strict=False) if before not in _UNIONS)
     context = first.get("ctx", {})
     kind = context.get("discriminator", "").strip("'")

@@ -1,4 +1,4 @@
-"""What is wrong with what a user has given, in words."""
+"""Errors that a user can put right, and their messages."""
 
 from __future__ import annotations
 
@@ -6,29 +6,42 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
+INTERRUPTED = 130  # the exit status after Ctrl-C
+
 
 class UserError(Exception):
-    """What the user can put right: its message is one sentence that says how."""
+    """An error that the user can put right. Its message is one sentence, which says how."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A ``; did you mean ...?`` for a misspelt word, empty if nothing known is near."""
+    """``; did you mean ...?`` for a misspelt word. Empty if no known word is similar."""
     matches = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_choice(option: str, value: str, known: Iterable[str]) -> None:
+    """Refuse an option's value that is none of the known words.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    known = tuple(known)
+    if value not in known:
+        raise UserError(f"{option} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
 
 
 def _is_there(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # it is kept from being imported
+    except ValueError:  # sys.modules blocks the package
         return False
 
 
 def require(what: str, *packages: str) -> None:
-    """Refuse a command some of whose packages are not installed; the others work without them.
+    """Refuse a command whose packages are not installed. Other commands work without them.
 
     Raises:
-        UserError: if one is missing.
+        UserError: if a package is missing.
     """
     missing = [name for name in packages if not _is_there(name)]
     if missing:

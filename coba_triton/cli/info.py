@@ -1,4 +1,4 @@
-"""``coba-triton info``: what is installed, which devices there are, and which backend serves each of them."""
+"""``coba-triton info``: which packages and devices there are, which backend serves each device, and which tables it uses."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +15,14 @@ from rich.table import Table
 import coba_triton
 from coba_triton.backend.choose import BACKENDS, choose_backend
 from coba_triton.common.files import is_there
-from coba_triton.common.versions import package_version
-from coba_triton.tuning import tables as tuning
+from coba_triton.common.versions import driver_version, package_version
+from coba_triton.tuning import tables
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "norse")
 
 
 def versions() -> dict[str, str | None]:
-    """Of this package, Python, and what it works with; None for what is not installed."""
+    """Versions of this package, Python and the packages it works with; None for what is not installed."""
     return {
         "coba_triton": coba_triton.__version__,
         "python": platform.python_version(),
@@ -36,25 +33,12 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def driver_version() -> str | None:
-    """Of the GPU, as NVIDIA's or AMD's driver reports it."""
-    if tool := shutil.which("nvidia-smi"):
-        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return (done.stdout.splitlines() or [""])[0].strip() or None if done.returncode == 0 else None
-    amd = Path("/sys/module/amdgpu/version")
-    return amd.read_text(encoding="utf-8").strip() if amd.exists() else None
-
-
 def devices() -> list[dict[str, Any]]:
     """The processor and every accelerator that PyTorch sees."""
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
-            "name": tuning.cpu_name(),
+            "name": tables.cpu_name(),
             "arch": platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -82,7 +66,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def serving(device: str) -> list[dict[str, Any]]:
-    """For every backend: whether it serves a device, with what, and why not."""
+    """For every backend, whether it serves a device, and if not, why."""
     rows: list[dict[str, Any]] = []
     for backend in BACKENDS:
         try:
@@ -95,7 +79,7 @@ def serving(device: str) -> list[dict[str, Any]]:
 
 
 def caches() -> dict[str, str]:
-    """Where compiled kernels are kept."""
+    """The folders in which compiled kernels are kept."""
     from coba_triton.backend.cpu.feed_forward import forward_kernel
 
     folder = forward_kernel().stats.cache_path
@@ -108,25 +92,25 @@ def caches() -> dict[str, str]:
 
 
 def tuning_tables(device: str) -> list[dict[str, Any]]:
-    """For every fused backend that serves a device: the tables that are looked into, first ones first."""
-    tables = []
+    """The tables that launches look into, in their order, for every backend with tables that serves a device."""
+    found = []
     for row in serving(device):
         if row["backend"] in ("auto", "reference") or not row["serves"]:
             continue
-        target = tuning.machine(row["uses"], torch.device(device))
-        for path in tuning.sources(target.name):
+        target = tables.machine(row["uses"], torch.device(device))
+        for path in tables.sources(target.name):
             entry = {"backend": target.backend, "arch": target.arch, "path": str(path), "state": "not there", "entries": 0}
             if is_there(path):
                 try:
-                    entry |= {"state": "used", "entries": len(tuning.entries_for(tuning.read_table(path), target))}
-                except tuning.TableError as error:
+                    entry |= {"state": "used", "entries": len(tables.entries_for(tables.read_table(path), target))}
+                except tables.TableError as error:
                     entry["state"] = f"ignored: it {error}"
-            tables.append(entry)
-    return tables
+            found.append(entry)
+    return found
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``coba-triton info`` says, ready for JSON."""
+    """Everything that ``coba-triton info`` says, as plain JSON."""
     present = devices()
     return {
         "versions": versions(),
@@ -171,7 +155,7 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
             entries = f", {table['entries']} entries" if table["entries"] else ""
             rows.append((f"tuning, {table['backend']}", f"{table['path']} ({table['state']}{entries})"))
         if not found["tuning"][name]:
-            rows.append(("tuning", f"no table is looked into ({tuning.VARIABLE}=off)"))
+            rows.append(("tuning", f"no table is looked into ({tables.VARIABLE}=off)"))
         sections.append((f"{name}: {device['name']}", rows))
     if not any(device["device"] != "cpu" for device in found["devices"]):
         sections.append(("GPU", [("", "none that PyTorch sees; the CPU path serves every function")]))

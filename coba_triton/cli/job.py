@@ -1,4 +1,4 @@
-"""A run from a configuration: its network, its source, what it records, and the call that runs it."""
+"""Run a configuration: make its network and its source, choose what to record, and simulate."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Run:
     """A run that has ended.
 
     Attributes:
-        result: what it has left, that of earlier attempts included.
+        result: the result, with the steps of earlier attempts.
         backend: the backend that served it, such as ``"triton"``.
-        device: the torch device it ran on.
-        steps: number of steps that it made itself.
-        wall_time: of these, in s.
+        device: the torch device that it ran on.
+        steps: how many steps this attempt made.
+        wall_time: the time that these steps took, in s.
     """
 
     result: Result
@@ -54,7 +54,7 @@ class Run:
 
 
 class Feed:
-    """The source as an array ``[T, I]`` for :func:`coba_triton.simulate`."""
+    """Gives a source the form of an array ``[T, I]``, for :func:`coba_triton.simulate`."""
 
     def __init__(self, read: Callable[[int, int], Any], steps: int) -> None:
         self.read = read
@@ -66,19 +66,18 @@ class Feed:
 
 
 class DrawnFeed(Feed, Described):
-    """A source that is drawn at random from a seed: its settings tell what it gives."""
+    """The same for a source that is drawn at random from a seed: its settings say what it gives."""
 
     def __init__(self, read: Callable[[int, int], Any], steps: int, settings: dict[str, Any]) -> None:
         super().__init__(read, steps)
         self.settings = settings
 
     def describe(self) -> dict[str, Any]:
-        """See :class:`Described`."""
         return {"settings": self.settings}
 
 
 def _of_every_neuron(config: Config, value: Callable[[Neuron], float]) -> float | Tensor:
-    """A number of the neurons; where populations differ in it one for each, ``[N]``."""
+    """A parameter of the neurons: one number, or if populations differ in it, one for each neuron, ``[N]``."""
     shared = value(config.neuron)
     own = [value(population.applied_to(config.neuron)) for population in config.population]
     if all(number == shared for number in own):
@@ -90,7 +89,7 @@ def _of_every_neuron(config: Config, value: Callable[[Neuron], float]) -> float 
 
 
 def parameters(config: Config) -> CobaLIFParameters:
-    """The model's parameters, which hold the inverses of the time constants and of the capacitance."""
+    """The parameters for the model, which takes the inverses of the time constants and of the capacitance."""
     values: dict[str, Callable[[Neuron], float]] = {
         "tau_syn_exc_inv": lambda n: 1 / n.tau_syn_exc,
         "tau_syn_inh_inv": lambda n: 1 / n.tau_syn_inh,
@@ -107,20 +106,20 @@ def parameters(config: Config) -> CobaLIFParameters:
 
 
 def _start(neuron: Neuron, count: int) -> NDArray[np.float64]:
-    """Potentials at the beginning."""
+    """Initial potentials of ``count`` neurons."""
     if isinstance(neuron.v_init, Spread):
         return np.random.default_rng(neuron.v_init.seed).uniform(neuron.v_init.low, neuron.v_init.high, count)
     return np.full(count, neuron.v_rest if neuron.v_init is None else neuron.v_init)
 
 
 def initial_state(config: Config, connected: bool, device: torch.device) -> CobaLIFState | CobaLIFFeedForwardState | None:
-    """Where the neurons start if that is not the resting potential of the parameters."""
+    """The initial state; None if the neurons start at the resting potential of the parameters."""
     neuron, own = config.neuron, [population.applied_to(config.neuron) for population in config.population]
     if all(n.v_init is None and not n.i_offset for n in (neuron, *own)):
         return None
     v = _start(neuron, neuron.count)
     for population, members in zip(config.population, own, strict=True):
-        if population.v_init is not None or neuron.v_init is None:  # else all are drawn at once
+        if population.v_init is not None or neuron.v_init is None:  # else one draw for all neurons has served them
             where = slice(*population.neurons)
             v[where] = _start(members, v[where].size)
     potentials = torch.from_numpy(v).float().to(device)
@@ -128,7 +127,7 @@ def initial_state(config: Config, connected: bool, device: torch.device) -> Coba
 
 
 def choose_device(simulation: Simulation) -> torch.device:
-    """The device that a configuration names; ``"auto"`` is the GPU if Triton drives it, else the CPU.
+    """The device that a configuration names. ``"auto"`` means the GPU if Triton drives it, else the CPU.
 
     Raises:
         UserError: if there is no such device.
@@ -147,7 +146,7 @@ def choose_device(simulation: Simulation) -> torch.device:
 
 
 def make_network(config: Config, source: Source, recurrent: Recurrent | None) -> CobaLIF | CobaLIFRecurrent:
-    """The population as a module, with its weights if its neurons are connected."""
+    """The module for the population. If the neurons are connected, it has their weights."""
     simulation, p = config.simulation, parameters(config)
     options: dict[str, Any] = {"order": simulation.order, "backend": simulation.backend}
     if recurrent is None:
@@ -159,7 +158,7 @@ def make_network(config: Config, source: Source, recurrent: Recurrent | None) ->
 
 
 def populations(config: Config, recurrent: Recurrent | None) -> dict[str, NDArray[np.int64]]:
-    """The neurons that are shown apart: those that the configuration names, else by the sign of their synapses."""
+    """The populations that are shown apart: those in the configuration, else neurons by the sign of their synapses."""
     if not config.population:
         return {name: mask.nonzero()[0] for name, mask in recurrent.populations().items()} if recurrent else {}
     found = {population.name: np.arange(*population.neurons) for population in config.population}
@@ -168,7 +167,7 @@ def populations(config: Config, recurrent: Recurrent | None) -> dict[str, NDArra
 
 
 def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
-    """What the configuration asks for, and what the figure and the summary show."""
+    """What to record: the traces in the configuration, and what the picture and the summary need."""
     settings = config.record
     return Record(
         variables=settings.variables if settings.neurons else (),
@@ -180,11 +179,11 @@ def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
 
 
 def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink, resume: bool = False) -> Run:
-    """Run a configuration into a sink; Ctrl-C ends it after the last finished block.
+    """Run a configuration into a sink. Ctrl-C ends the run; its finished blocks are kept.
 
     Raises:
-        UserError: if the device or the backend cannot serve, the state stops being finite, the sink cannot be written
-            to, or what is there is damaged, something else, or of another configuration.
+        UserError: if the device or the backend cannot serve, the state stops being finite, the sink cannot be written to,
+            or its path has something else, something damaged, or the result of another configuration.
     """
     simulation = config.simulation
     device = choose_device(simulation)

@@ -1,8 +1,8 @@
-"""What a run leaves behind beside its result, ``result.zarr`` or ``result.npz``: ``raster.png`` and ``summary.json``.
+"""Write the files beside a run's result (``result.zarr`` or ``result.npz``): ``raster.png`` and ``summary.json``.
 
-Each appears whole or not at all, ``summary.json`` last: a folder that has it has all of them. What a result holds stands
-in :mod:`coba_triton.stream.sinks`; of a recording it also has ``signal [T]``, at the steps' beginnings, and the encoder's
-``events [T, 2]`` (ON, OFF).
+Each file appears whole or not at all. ``summary.json`` is written last, so a folder that has it has all files. The arrays of
+a result are described in :mod:`coba_triton.stream.sinks`. If a recording drives the run, the result also has ``signal [T]``,
+its values at the beginnings of the steps, and ``events [T, 2]``, the encoder's ON and OFF events.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _local(path: Path) -> Path:
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Make the output folder, and be the only command that writes to it.
+    """Make the output folder; within the block, no other command writes to it.
 
     Raises:
-        UserError: if it cannot be made or written to, or another command writes to it.
+        UserError: if it cannot be made or written to, or if another command writes to it.
     """
     with ExitStack() as stack:
         try:
@@ -61,11 +61,11 @@ def own_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
-    """Where a run's result goes; an earlier one is replaced, unless it is resumed."""
+def make_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
+    """The sink for a run's result. It replaces an earlier result, unless the run is resumed."""
     recording = source.encoded if isinstance(source, RecordingSource) else None
     settings = config.model_dump(mode="json")
-    del settings["simulation"]["duration"]  # the result has its steps, and may be resumed to more of them
+    del settings["simulation"]["duration"]  # the result has its number of steps, and a resumed run may be longer
     attributes: dict[str, Any] = {"configuration": name, "settings": settings, "recording": None}
     arrays: dict[str, Any] = {}
     if recording is not None:
@@ -77,7 +77,7 @@ def open_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
 
 
 def title(result: Result) -> str | None:
-    """Name and description of the configuration that made a result."""
+    """The title for a result: name and description of its configuration; None if it was made without one."""
     attributes = result.attributes["config"]["attributes"]
     if "configuration" not in attributes:
         return None
@@ -89,7 +89,7 @@ def write(folder: Path, name: str, config: Config, source: Source, recurrent: Re
     """Write a run's picture and summary, which replace those of an earlier run.
 
     Returns:
-        What ``summary.json`` says.
+        The content of ``summary.json``.
 
     Raises:
         UserError: if a file cannot be written.
@@ -128,6 +128,7 @@ def plot(path: Path, out: Path | None, start: float | None, stop: float | None) 
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
+    """Within the block, an error while a file is written becomes a UserError."""
     try:
         yield
     except OSError as error:
@@ -140,7 +141,7 @@ def _mean_variation(variation: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def summarize(name: str, config: Config, source: Source, recurrent: Recurrent | None, run: Run) -> dict[str, Any]:
-    """What ``summary.json`` says; rates are in Hz, times in s unless named otherwise."""
+    """The content of ``summary.json``. Rates are in Hz; times are in s if their names have no other unit."""
     result = run.result
     rates, variation = result.firing_rates(), result.intervals().cv
     settings = config.model_dump(mode="json")

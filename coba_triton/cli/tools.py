@@ -1,4 +1,7 @@
-"""The commands for people who run kernels: info, check, tune, bench. What they do is imported when one is called."""
+"""The options of the commands for people who run kernels: info, check, tune, bench, warmup.
+
+Here are the options with their help texts. A module of the same name does the work; it is imported when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UserError, require
-
-INTERRUPTED = 130
+from .errors import INTERRUPTED, UserError, require
 
 
 def for_users(command: Callable[..., int]) -> Callable[..., None]:
-    """A command that returns its exit status: 130 after Ctrl-C, and errors that a user can put right as one sentence."""
+    """Make a command of a function that returns an exit status. Ctrl-C gives 130, and a lack of memory is a UserError."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -35,7 +36,7 @@ def for_users(command: Callable[..., int]) -> Callable[..., None]:
 
 @for_users
 def info(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> int:
-    """Versions, devices, which backend serves each and why another does not, caches, and tuning tables in use."""
+    """Show versions, devices, which backends serve each device and which do not, caches, and the tuning tables in use."""
     from . import info
 
     info.run(json_)
@@ -44,8 +45,8 @@ def info(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 
 @for_users
 def check(
-    device: Annotated[str | None, typer.Option(help="Where: cuda, cpu, ...; the GPU if Triton has one.")] = None,
-    backend: Annotated[str, typer.Option(help="What to check: auto, triton or cpu.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="The device: cuda, cpu, ...; by default the GPU, if any.")] = None,
+    backend: Annotated[str, typer.Option(help="The backend to check: auto, triton or cpu.")] = "auto",
     full: Annotated[bool, typer.Option("--full/--quick", help="All cases, or a selection (the default).")] = False,
     only: Annotated[str | None, typer.Option(metavar="TEXT", help="Only cases whose names contain this.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a JSON report to this file, after every case.")] = None,
@@ -57,10 +58,10 @@ def check(
         ),
     ] = None,
 ) -> int:
-    """Compare a backend with the reference, bit by bit where it must be; exit status 1 on a mismatch.
+    """Compare a backend with the reference, bit by bit where the bits must be equal. A mismatch gives exit status 1.
 
-    On a machine with a GPU this settles what tests without one cannot: that the kernels, as they run on this device,
-    give the reference's numbers.
+    On a machine with a GPU this shows that the kernels, as they run on this device, give the reference's numbers. Tests on
+    another machine cannot show that.
     """
     from . import check
 
@@ -69,49 +70,49 @@ def check(
 
 @for_users
 def tune(
-    neurons: Annotated[int, typer.Option(help="N of one batch row.")],
+    neurons: Annotated[int, typer.Option(help="The number of neurons N in one batch row.")],
     kernel: Annotated[
-        list[str] | None, typer.Option(help="What to tune, may be repeated: a kernel's name, or all (the default).")
+        list[str] | None, typer.Option(help="The name of a kernel to tune, or all (the default); may be repeated.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="B.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where; the GPU if Triton has one.")] = None,
-    effort: Annotated[str, typer.Option(help="quick: one parameter at a time; full: every combination.")] = "quick",
-    budget: Annotated[float, typer.Option(metavar="SECONDS", help="No measurement begins after so long.")] = 120.0,
-    out: Annotated[Path | None, typer.Option(help="The table; else the user's, where launches look.")] = None,
+    batch: Annotated[int, typer.Option(help="The number of batch rows B.")] = 1,
+    dtype: Annotated[str, typer.Option(help="The dtype: float32 or float64.")] = "float32",
+    backend: Annotated[str, typer.Option(help="The backend: auto, triton or cpu.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="The device; by default the GPU, if Triton can drive one.")] = None,
+    effort: Annotated[str, typer.Option(help="quick: one parameter at a time; full: all combinations.")] = "quick",
+    budget: Annotated[float, typer.Option(metavar="SECONDS", help="After this time no measurement begins.")] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="The table to write; by default the user's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
     compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile for --arch; needs no GPU.")] = False,
     arch: Annotated[str | None, typer.Option(help="With --compile-only: sm_80, sm_90, sm_100, gfx942 or gfx1100.")] = None,
 ) -> int:
-    """Measure launch parameters that change no bit, and write a table that launches look into.
+    """Measure launch parameters and write the best ones into a table, which launches look into.
 
-    Every set of parameters is verified against the reference before it is timed.
+    The parameters change no bit of a result: every set is compared with the reference before it is timed.
     """
     require("tune", "matplotlib")
     from . import tune
 
-    kernels = kernel or ["all"]
+    wanted = tune.Wanted(kernel or ["all"], neurons, batch, dtype, effort)
     if compile_only:
-        return tune.compile_only(kernels, neurons, batch, dtype, arch, effort, out)
+        return tune.compile_only(wanted, arch, out)
     if arch is not None:
         raise UserError("--arch goes with --compile-only: a run that measures does so for the device it runs on")
-    return tune.run(kernels, neurons, batch, dtype, backend, device, effort, budget, out, resume)
+    return tune.run(wanted, backend, device, budget, out, resume)
 
 
 @for_users
 def bench(
-    suite: Annotated[str, typer.Option(help="quick, feed-forward, recurrent or full.")] = "quick",
-    backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where; the GPU if Triton has one.")] = None,
+    suite: Annotated[str, typer.Option(help="The cases: quick, feed-forward, recurrent or full.")] = "quick",
+    backend: Annotated[str, typer.Option(help="The backend: auto, triton or cpu.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="The device; by default the GPU, if Triton can drive one.")] = None,
     only: Annotated[str | None, typer.Option(metavar="TEXT", help="Only cases whose names contain this.")] = None,
-    rounds: Annotated[int, typer.Option(help="Calls of each contender.")] = 7,
+    rounds: Annotated[int, typer.Option(help="How often each contender is called.")] = 7,
     out: Annotated[Path | None, typer.Option(help="Write JSON to this file, and a PNG beside it.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="An earlier --out: exit status 1 if something is slower.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier --out; exit status 1 if something is slower.")] = None,
 ) -> int:
-    """Time this package beside its reference, a compiled step and norse, if installed, in one run.
+    """Time this package beside its reference, a compiled step and, if it is installed, norse, in one run.
 
-    Results are compared with the reference's before they are timed; a difference ends in exit status 1.
+    Every result is compared with the reference's first. A difference gives exit status 1.
     """
     require("bench", "matplotlib")
     from . import bench
@@ -124,16 +125,16 @@ def warmup(
     arch: Annotated[
         str | None, typer.Option(help="Compile the GPU kernels for sm_80, sm_90, sm_100, gfx942 or gfx1100; needs no GPU.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="With --arch, the folder of Triton's cache; else Triton's own.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="With --arch, the folder of Triton's cache.")] = None,
     size: Annotated[
-        list[str] | None, typer.Option(metavar="NxB", help="With --arch, neurons and rows, may be repeated: 1024x32.")
+        list[str] | None, typer.Option(metavar="NxB", help="With --arch, neurons and rows such as 1024x32; may be repeated.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="The dtype: float32 or float64.")] = "float32",
 ) -> int:
-    """Compile kernels ahead: those of the CPU, or with --arch those of a GPU that need not be here.
+    """Compile kernels before they are needed: those for the CPU, or with --arch those for a GPU that may be absent.
 
-    So the first job of a cluster, or a machine that is rented by the minute, does not spend its time compiling. The cache
-    serves the same release of Triton, at the same path (TRITON_CACHE_DIR).
+    Then the first job on a cluster, or on a machine that is rented by the minute, need not compile. The cache serves only
+    the same release of Triton and the same path of the folder (TRITON_CACHE_DIR).
     """
     from . import warmup
 

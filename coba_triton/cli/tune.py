@@ -1,11 +1,11 @@
-"""``coba-triton tune``: measure launch parameters and write a table, or compile them for a GPU that is not here."""
+"""``coba-triton tune``: measure launch parameters and write a table, or compile them for a GPU that is absent."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,72 +15,66 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from coba_triton.common.files import reason, written_whole
-from coba_triton.tools import checker
-from coba_triton.tuning import tables as tuning
-from coba_triton.tuning import tuner
+from coba_triton.common.files import reason
+from coba_triton.tuning import tables, tuner
 from coba_triton.tuning.tables import KERNELS, TableError
 from coba_triton.tuning.tuner import Effort, Journal, Outcome, Task, Trial
 
 from . import info
-from .check import writable, write_json
-from .errors import UserError, nearest
+from .errors import INTERRUPTED, UserError, check_choice
+from .shared import check_writable, find_target, open_compiler, write_json, write_picture
 
 COMPILE_REPORT = "coba_triton compile report"
 
 
-def _choose(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
-    return value
+@dataclass(frozen=True)
+class Wanted:
+    """What the user wants to tune.
 
-
-def tasks_for(kernels: list[str], neurons: int, batch: int, dtype: str, backend: str, device: torch.device) -> list[Task]:
-    """One task for each kernel that was asked for.
-
-    Raises:
-        UserError: if a name is unknown or a size is not positive.
+    Attributes:
+        kernels: names of kernels, or ``all``.
+        neurons: N of one batch row.
+        batch: B.
+        dtype: ``float32`` or ``float64``.
+        effort: ``quick`` or ``full``.
     """
-    if "all" in kernels:
-        kernels = list(KERNELS)
-    for kernel in kernels:
-        _choose("--kernel", kernel, (*KERNELS, "all"))
-    _choose("--dtype", dtype, tuple(tuning.DTYPES))
-    if neurons < 1 or batch < 1:
-        raise UserError(f"--neurons and --batch must be positive, got {neurons} and {batch}")
-    return [Task(backend, kernel, dtype, neurons, batch, str(device)) for kernel in dict.fromkeys(kernels)]
+
+    kernels: list[str]
+    neurons: int
+    batch: int
+    dtype: str
+    effort: str
+
+    def tasks(self, backend: str, device: torch.device) -> tuple[list[Task], Effort]:
+        """One task for each kernel, and the effort.
+
+        Raises:
+            UserError: if a word is unknown or a size is not positive.
+        """
+        for kernel in self.kernels:
+            check_choice("--kernel", kernel, (*KERNELS, "all"))
+        check_choice("--dtype", self.dtype, tables.DTYPES)
+        check_choice("--effort", self.effort, get_args(Effort))
+        if self.neurons < 1 or self.batch < 1:
+            raise UserError(f"--neurons and --batch must be positive, got {self.neurons} and {self.batch}")
+        kernels = KERNELS if "all" in self.kernels else dict.fromkeys(self.kernels)
+        tasks = [Task(backend, kernel, self.dtype, self.neurons, self.batch, str(device)) for kernel in kernels]
+        return tasks, cast(Effort, self.effort)
 
 
-def run(
-    kernels: list[str],
-    neurons: int,
-    batch: int,
-    dtype: str,
-    backend: str,
-    device: str | None,
-    effort: str,
-    budget: float,
-    out: Path | None,
-    resume: bool,
-) -> int:
+def run(wanted: Wanted, backend: str, device: str | None, budget: float, out: Path | None, resume: bool) -> int:
     """Tune; returns the exit status."""
-    _choose("--effort", effort, get_args(Effort))
-    chosen = cast(Effort, effort)
     if not budget > 0:
         raise UserError(f"--budget must be a positive number of seconds, got {budget:g}")
-    try:
-        used, where = checker.resolve(backend, device)
-        target = tuning.machine(used, where)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    tasks = tasks_for(kernels, neurons, batch, dtype, used, where)
-    path = out or tuning.user_table(target.name)
+    where, target = find_target(backend, device)
+    tasks, effort = wanted.tasks(target.backend, where)
+    path = out or tables.user_table(target.name)
     if path is None:
         raise UserError("this user has no home for a table; name a file with --out")
-    writable(path)
+    check_writable(path)
     header = {
         "machine": list(target),
-        "sources": tuning.source_hash(used),
+        "sources": tables.source_hash(target.backend),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -94,7 +88,7 @@ def run(
     started = time.perf_counter()
     try:
         print(f"Tuning for {target.backend} on {target.arch} ({target.name}), up to {budget:g} s; every set of parameters")
-        print("must give the reference's numbers, bit for bit where that is the contract, before it is timed.")
+        print("is compared with the reference, bit by bit where the bits must be equal, before it is timed.")
         bandwidth = tuner.copy_bandwidth(where)
         print(f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
         for number, task in enumerate(tasks):
@@ -103,7 +97,7 @@ def run(
             try:
                 with _progress(task) as show:
                     workload = tuner.Timed(task, bandwidth)
-                    outcomes.append(tuner.tune(task, workload, journal, chosen, deadline, show=show))
+                    outcomes.append(tuner.tune(task, workload, journal, effort, deadline, show=show))
             except ValueError as error:
                 failed = True
                 print(f"{error}")
@@ -115,9 +109,9 @@ def run(
         _report(outcomes, bandwidth, path, target)
     if interrupted:
         print(f"Interrupted; what was measured is in {journal.path}: continue with --resume.")
-        return 130
+        return INTERRUPTED
     if not all(outcome.complete for outcome in outcomes):
-        print(f"The budget of {budget:g} s ended it; what was measured is in {journal.path}: continue with --resume.")
+        print(f"The budget of {budget:g} s ended the run; what was measured is in {journal.path}: continue with --resume.")
     return 1 if failed else 0
 
 
@@ -140,9 +134,9 @@ def _words(parameters: dict[str, int]) -> str:
     return ", ".join(f"{name}={value}" for name, value in parameters.items())
 
 
-def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tuning.Machine) -> None:
+def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tables.Machine) -> None:
     console = Console(highlight=False)
-    print("rule: what the launcher takes where no table has an entry")
+    print("rule: the parameters that the launcher takes if no table has an entry")
     for outcome in outcomes:
         console.print(_table(outcome, bandwidth))
         best, rule = outcome.best, outcome.trials[0]
@@ -154,17 +148,16 @@ def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tunin
     picture = path.with_suffix(".png")
     try:
         tuner.write_table(path, target, [tuner.entry_of(outcome, bandwidth, versions) for outcome in outcomes])
-        with written_whole(picture) as part:
-            draw(outcomes, bandwidth, target).savefig(part, format="png")
+        write_picture(picture, draw(outcomes, bandwidth, target))
     except TableError as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; make room or name another --out") from None
     print(f"Wrote {path} and {picture}")
-    if path == tuning.user_table(target.name):
+    if path == tables.user_table(target.name):
         print("Launches look there from now on.")
     else:
-        print(f"To use it: {tuning.VARIABLE}={path}, or coba_triton.tuning.use({str(path)!r})")
+        print(f"To use it: {tables.VARIABLE}={path}, or coba_triton.tuning.use({str(path)!r})")
 
 
 def _table(outcome: Outcome, bandwidth: float) -> Table:
@@ -174,7 +167,7 @@ def _table(outcome: Outcome, bandwidth: float) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note")
     rule, best = outcome.trials[0], outcome.best
-    # the fastest first, then what was not timed
+    # the fastest set comes first; sets that were not timed come last
     for trial in sorted(outcome.trials, key=lambda trial: trial.p50 or float("inf")):
         names_of = [name for name, which in (("best", best), ("rule", rule)) if trial is which]
         note = trial.reason or ", ".join(names_of)
@@ -187,8 +180,8 @@ def _table(outcome: Outcome, bandwidth: float) -> Table:
     return table
 
 
-def draw(outcomes: list[Outcome], bandwidth: float, target: tuning.Machine) -> Figure:
-    """Median and p20 to p80 of every set of parameters, the fastest first, beside what memory needs at the least."""
+def draw(outcomes: list[Outcome], bandwidth: float, target: tables.Machine) -> Figure:
+    """Draw the median and p20 to p80 of every set of parameters, the fastest first, and the time to copy as many bytes."""
     figure = Figure((10, 1.2 + sum(0.9 + 0.24 * len(outcome.trials) for outcome in outcomes)), 110, layout="constrained")
     heights = [2 + len(outcome.trials) for outcome in outcomes]
     axes = figure.subplots(len(outcomes), squeeze=False, height_ratios=heights)
@@ -223,37 +216,30 @@ def draw(outcomes: list[Outcome], bandwidth: float, target: tuning.Machine) -> F
     return figure
 
 
-def compile_only(
-    kernels: list[str], neurons: int, batch: int, dtype: str, arch: str | None, effort: str, out: Path | None
-) -> int:
-    """Compile launches for a target; returns the exit status: 1 if a kernel does not compile."""
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise UserError("--compile-only needs Triton's compiler, and TRITON_INTERPRET is set; unset it")
-    try:
-        from coba_triton.tools import compiler
-    except ModuleNotFoundError as error:
-        raise UserError(f"--compile-only needs the package {error.name}; pip install coba-triton[interp]") from None
-    known = tuple(compiler.TARGETS)
+def compile_only(wanted: Wanted, arch: str | None, out: Path | None) -> int:
+    """Compile the launches for a GPU that may be absent; returns the exit status, 1 if a kernel does not compile."""
+    compiler = open_compiler("--compile-only")
     if arch is None:
-        raise UserError(f"--compile-only needs a target; add --arch, one of {', '.join(known)}")
-    _choose("--arch", arch, known)
-    _choose("--effort", effort, get_args(Effort))
-    chosen = cast(Effort, effort)
+        raise UserError(f"--compile-only needs a target; add --arch, one of {', '.join(compiler.TARGETS)}")
+    check_choice("--arch", arch, compiler.TARGETS)
+    tasks, effort = wanted.tasks("triton", torch.device("cpu"))
     if out is not None:
-        writable(out)
+        check_writable(out)
     rows: list[dict[str, Any]] = []
     interrupted = False
     console = Console(highlight=False)
-    for task in tasks_for(kernels, neurons, batch, dtype, "triton", torch.device("cpu")):
+    for task in tasks:
         trials: list[Trial] = []
-        table = Table(title=f"{task.kernel} of {batch} x {neurons} neurons, {dtype}, for {arch}", title_justify="left")
+        table = Table(
+            title=f"{task.kernel} of {task.batch} x {task.neurons} neurons, {task.dtype}, for {arch}", title_justify="left"
+        )
         with compiler.recorded(arch):
             space, rule = task.space(), task.rule()
         table.add_column("parameters")
         for name in ("registers", "spills", "shared", "occupancy"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("note")
-        proposals = tuner.proposals(space, rule, chosen)
+        proposals = tuner.proposals(space, rule, effort)
         try:
             with _progress(task) as show:
                 for parameters, total in proposals:
@@ -278,8 +264,8 @@ def compile_only(
             break
     if out is not None:
         content = {"format": COMPILE_REPORT, "arch": arch, "versions": info.versions(), "compiled": rows}
-        write_json(out, content | {"sources": tuning.source_hash("triton"), "interrupted": interrupted})
+        write_json(out, content | {"sources": tables.source_hash("triton"), "interrupted": interrupted})
         print(f"Wrote {out}")
     if interrupted:
-        return 130
+        return INTERRUPTED
     return 1 if any(row["error"] for row in rows) else 0

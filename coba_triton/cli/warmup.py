@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -13,30 +12,23 @@ import coba_triton
 from coba_triton.tuning.tables import DTYPES
 
 from . import info
-from .errors import UserError, nearest
+from .errors import UserError, check_choice
+from .shared import open_compiler
 
-# Neurons of a row and rows: programs of one warp and of four, rows in one tile and in several.
+# Neurons in a row x rows. These sizes need every kind of launch: one warp and four, a row in one tile and in several.
 SIZES = ("100x1", "1000x1", "1024x32", "256x32", "4096x1", "4096x32", "262144x1")
 
 
 def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> int:
-    """Compile, and say how far it is; returns the exit status."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
+    """Compile, and show how far it is; returns the exit status."""
+    check_choice("--dtype", dtype, DTYPES)
     if arch is None:
         if cache is not None or sizes:
             raise UserError("--cache and --size are of kernels for a GPU; add --arch")
         coba_triton.warmup([DTYPES[dtype]])
         return 0
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise UserError("--arch needs Triton's compiler, and TRITON_INTERPRET is set; unset it")
-    try:
-        from coba_triton.tools import compiler
-    except ModuleNotFoundError as error:
-        raise UserError(f"--arch needs the package {error.name}; pip install coba-triton[interp]") from None
-    if arch not in compiler.TARGETS:
-        known = tuple(compiler.TARGETS)
-        raise UserError(f"--arch must be one of {', '.join(known)}, got {arch!r}{nearest(arch, known)}")
+    compiler = open_compiler("--arch")
+    check_choice("--arch", arch, compiler.TARGETS)
     parsed = [_parse(size) for size in sizes or SIZES]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     done = 0
@@ -49,7 +41,7 @@ def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> i
 
 
 def _parse(size: str) -> tuple[int, int]:
-    """Neurons and rows in ``1024x32``."""
+    """Read neurons and rows from a word such as ``1024x32``."""
     match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", size)
     if match is None:
         raise UserError(f"--size must be neurons and rows such as 1024x32, got {size!r}")

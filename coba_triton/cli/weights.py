@@ -1,4 +1,4 @@
-"""Weights, drawn or read from files: of the input's channels, and among the neurons."""
+"""Weights from the input's channels to the neurons, and among the neurons. They are drawn at random or read from files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from coba_triton.common.files import reason
 from .config import Config, FanOut, FileWeights, RandomSynapses
 from .errors import UserError
 
-_SYNAPSES = (("row", "col", "weight"), ("row", "col", "data"))  # what an .npz calls them
-_SCIPY = {"format", "shape", "data"}  # what every .npz of scipy.sparse.save_npz has
+_SYNAPSES = (("row", "col", "weight"), ("row", "col", "data"))  # names of the arrays of an .npz that lists synapses
+_SCIPY = {"format", "shape", "data"}  # arrays in every .npz that scipy.sparse.save_npz writes
 _POPULATIONS = {1: "excitatory", -1: "inhibitory", 0: "other"}
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    """Within the block, an error while the file is read becomes a UserError."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("it is no regular file")  # a pipe would wait for a writer
@@ -33,12 +34,12 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}; give a .npy or .npz file") from None
-    except Exception:  # the formats of arrays, archives and their compression have an exception each for what is damaged
+    except Exception:  # every kind of archive and compression has its own exception for a damaged file
         raise UserError(f"{path} is no .npy or .npz file of numbers; write it with numpy.save or numpy.savez") from None
 
 
 def array_names(path: Path) -> list[str]:
-    """The arrays that an ``.npz`` file holds; of a ``.npy`` file, none.
+    """The names of the arrays in an ``.npz`` file; empty for a ``.npy`` file.
 
     Raises:
         UserError: if the file cannot be read.
@@ -72,7 +73,7 @@ def read_array(path: Path, name: str | None) -> Any:
 
 
 def read_sparse(path: Path) -> Any:
-    """What ``scipy.sparse.save_npz`` has written, by rows.
+    """Read the file that ``scipy.sparse.save_npz`` has written, as an array that is sliced by rows.
 
     Raises:
         UserError: if scipy is missing or the file is damaged.
@@ -89,17 +90,20 @@ def read_sparse(path: Path) -> Any:
 
 
 def dense(rows: Any) -> NDArray[Any]:
-    """The rows of a sparse array as an ordinary one; other arrays as they are."""
+    """A sparse array as an ordinary one; other arrays as they are."""
     return np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
 
 
 def read_weights(settings: FileWeights, shape: tuple[int, int], key: str) -> NDArray[np.float32]:
-    """Weights in uS from a file: an array, also a sparse one, or rows, columns and weights of synapses, which add up.
+    """Read weights in uS from a file.
+
+    The file has an array, which may be sparse, or a list of synapses with rows, columns and weights. Weights of the same
+    row and column add up.
 
     Args:
-        settings: which file, and what its number 1 stands for.
-        shape: what the array must have.
-        key: which table of the configuration names it, for messages.
+        settings: the file, and the weight that the number 1 in it stands for.
+        shape: the shape that the array must have.
+        key: the table of the configuration that names the file, for messages.
 
     Returns:
         Weights of ``shape``.
@@ -147,16 +151,16 @@ def _check_numbers(values: NDArray[Any], path: Path, key: str) -> None:
 
 
 def input_weights(settings: FanOut | FileWeights, neurons: int, channels: int) -> NDArray[np.float32]:
-    """Weights from the input's channels to the neurons.
+    """Weights from the input's channels to the neurons, from a file or at random.
 
-    At random, a connection exists with the given probability, is excitatory with the given fraction and else
-    inhibitory (negative), and has an exponentially distributed strength.
+    Random connections exist with the given probability. The given fraction of them is excitatory, the others are inhibitory
+    (negative). Their strengths are exponentially distributed.
 
     Returns:
         Weights in uS, ``[N, I]``.
 
     Raises:
-        UserError: if they are in a file that cannot be read or does not fit.
+        UserError: if the file cannot be read or does not fit.
     """
     if isinstance(settings, FileWeights):
         return read_weights(settings, (neurons, channels), "input.fan_out")
@@ -173,9 +177,9 @@ class Recurrent:
     """The synapses among the neurons.
 
     Attributes:
-        weights: in uS, rows post-synaptic, ``[N, N]``.
+        weights: weights in uS, rows post-synaptic, ``[N, N]``.
         signs: 1 for an excitatory neuron, -1 for an inhibitory one, 0 for one that is both or has no synapses, ``[N]``.
-        provenance: where the weights come from: a seed, or a file and its checksum.
+        provenance: the origin of the weights: a seed, or a file and its checksum.
     """
 
     weights: NDArray[np.float32]
@@ -184,17 +188,17 @@ class Recurrent:
 
     @property
     def synapses(self) -> int:
-        """Number of weights that are not zero."""
+        """The number of weights that are not zero."""
         return int(np.count_nonzero(self.weights))
 
     def populations(self) -> dict[str, NDArray[np.bool_]]:
-        """The neurons that are excitatory, inhibitory or neither, ``[N]`` each, as far as there are any."""
+        """Masks ``[N]`` of the neurons that are excitatory, inhibitory or neither, without empty ones."""
         members = {name: self.signs == sign for sign, name in _POPULATIONS.items()}
         return {name: mask for name, mask in members.items() if mask.any()}
 
 
 def open_recurrent(config: Config) -> Recurrent | None:
-    """The recurrent weights that a configuration names, None if it names none.
+    """The recurrent weights of a configuration; None if its neurons are not connected.
 
     Raises:
         UserError: if a file cannot be read or does not fit.
@@ -212,10 +216,10 @@ def open_recurrent(config: Config) -> Recurrent | None:
 
 
 def draw_recurrent(settings: RandomSynapses, neurons: int) -> Recurrent:
-    """Random synapses: every neuron reaches every other one with the same probability.
+    """Draw random synapses: each neuron has a synapse to each other neuron with the same probability, and none to itself.
 
-    The first neurons, in the given fraction, are excitatory, the others inhibitory: a neuron's synapses, a column
-    of the weights, all have its sign. No neuron reaches itself.
+    The first neurons are excitatory, as many as the given fraction says, and the others are inhibitory. All synapses of a
+    neuron, a column of the weights, have its sign.
     """
     excitatory = round(settings.excitatory_fraction * neurons)
     signs = np.where(np.arange(neurons) < excitatory, 1, -1).astype(np.int8)

@@ -1,1 +1,1 @@
-"""Small helpers of many rooms: files, texts, versions, signals."""
+"""Small helpers that many rooms use: files, texts, versions, signals."""

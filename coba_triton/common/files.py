@@ -1,5 +1,5 @@
-"""Small files: read without waiting and without reading on and on, whoever wrote them; written whole or not at all, by one
-writer at a time.
+"""Small files. Reading never waits and never reads without end, whoever wrote the file. Writing gives a whole file or none,
+and only one process writes at a time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from .text import decode
 
-MOST = 2**24  # bytes of a file that people write, or that is written for them to read
+LARGEST = 2**24  # bytes of a file that people write or read
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """What a regular file holds.
+    """The content of a regular file.
 
     Raises:
-        OSError: if it cannot be read, is a folder, a pipe or a device, or is larger than ``limit`` bytes.
+        OSError: if the file cannot be read, is a folder, a pipe or a device, or is larger than ``limit`` bytes.
     """
 
     def without_waiting(name: str, flags: int) -> int:
@@ -40,40 +40,40 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
-def read_text(path: str | os.PathLike[str], limit: int = MOST) -> str:
-    """The text of a regular file, see :func:`read_bytes` and :func:`coba_triton.common.text.decode`.
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a regular file, see :func:`coba_triton.common.text.decode`.
 
     Raises:
-        OSError: as there.
-        ValueError: if it is no text.
+        OSError: as in :func:`read_bytes`.
+        ValueError: if the content is no text.
     """
-    return decode(read_bytes(path, limit))
+    return decode(read_bytes(path, LARGEST))
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file says; see :func:`read_bytes`.
+    """The content of a JSON file.
 
     Raises:
-        OSError: as there.
-        ValueError: if it is no JSON, or nested too deeply to be read.
+        OSError: as in :func:`read_bytes`.
+        ValueError: if the content is no JSON, or is nested too deeply to be read.
     """
     try:
-        return json.loads(read_bytes(path, MOST))
+        return json.loads(read_bytes(path, LARGEST))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def part_of(path: Path) -> Path:
-    """A path beside ``path`` that nobody can guess, so that no link waits there that leads elsewhere."""
+    """A path beside ``path`` with a random name. As nobody can guess it, nobody can have put a link there."""
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
 
 
 @contextmanager
 def written_whole(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A new, empty file beside ``path``: takes its place when the block ends well, goes away otherwise.
+    """Yield a new, empty file beside ``path``. When the block ends well, it becomes ``path``; after an error it is removed.
 
     Raises:
-        FileExistsError: if there is something at ``path`` by then and it is not to be replaced.
+        FileExistsError: if ``replace`` is False and ``path`` exists when the block ends.
     """
     part = part_of(path)
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -86,12 +86,18 @@ def written_whole(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def _linked(part: Path, path: Path) -> bool:
-    """Whether ``path`` is now the same file as ``part``: what is there already stays, even if it came this moment."""
+    """Try to give ``part`` the second name ``path``; returns False if the file system has no hard links.
+
+    Unlike a rename, this never replaces a file, not even one that appears at the same moment.
+
+    Raises:
+        FileExistsError: if ``path`` exists.
+    """
     try:
         os.link(part, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         if path.exists():
             raise FileExistsError(errno.EEXIST, "exists; it has come while its content was made", str(path)) from None
         return False
@@ -99,21 +105,21 @@ def _linked(part: Path, path: Path) -> bool:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Be the only one that writes to ``path``, among all processes and threads that ask.
+def held(path: Path, timeout: float = 0.0) -> Iterator[None]:
+    """Within the block, be the only one that writes to ``path``, of all processes and threads that use this function.
 
-    The lock is the operating system's, on an empty file beside ``path``: whoever dies lets it go.
+    The operating system locks an empty file beside ``path``, and unlocks it when the process dies.
 
     Raises:
-        BlockingIOError: if another one holds it.
+        BlockingIOError: if another one still holds the lock after ``timeout`` seconds.
         OSError: if the folder is missing or cannot be written to.
     """
     from filelock import FileLock, Timeout
 
-    if not path.parent.is_dir():  # which the lock would make
+    if not path.parent.is_dir():  # the package filelock would make the folder
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; make it, or choose another path")
     beside = path.with_name(f".{path.name}.lock")
-    lock = FileLock(beside, timeout=0, thread_local=False)
+    lock = FileLock(beside, timeout=timeout, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
@@ -128,15 +134,15 @@ def held(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            beside.unlink()  # while it is held: whoever has opened it sees that it is gone, and makes another one
+            beside.unlink()  # while it is locked: who has opened it sees that it is gone, and makes a new one
         lock.release()
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """A path in the file system, and no address: that of ``s3://bucket`` would be a new folder here, called ``s3:``.
+    """The path, after a check that it is no address: ``s3://bucket`` would make a new folder with the name ``s3:``.
 
     Raises:
-        ValueError: if it is an address, also one that has been a :class:`Path`, which has lost a slash.
+        ValueError: if it is an address. A :class:`Path` has made one slash of two; that is recognised too.
     """
     text = os.fspath(path)
     if "://" in text or re.match(r"[A-Za-z][\w+.:-]+:/", text):
@@ -148,10 +154,10 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is something at a path, as far as one can see: a folder that must not be looked into has nothing."""
+    """Whether a path exists. In a folder that may not be read, nothing exists."""
     return os.path.exists(path)
 
 
 def reason(error: OSError) -> str:
-    """Why a file could not be read or written, in words: not every error has those of the system."""
+    """Why a file could not be read or written, in words. Not every error has the words of the operating system."""
     return error.strerror or str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""How signals end the command line: at once and in silence while it is imported, and in an orderly way while it runs."""
+"""Signals end the command line: while it is imported, at once and without a message; while it runs, after a tidy-up."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 def _is_command_line() -> bool:
     """Whether this process is ``coba-triton`` or ``python -m coba_triton.cli``."""
-    program = next(iter(getattr(sys, "argv", ())), "")  # a program that embeds Python may have none
+    program = next(iter(getattr(sys, "argv", ())), "")  # a program that embeds Python may have no argv
     return Path(program).stem in ("coba-triton", "coba-triton-script") or "coba_triton.cli" in sys.orig_argv
 
 
 @contextmanager
 def silent_start() -> Iterator[None]:
-    """Let Ctrl-C end the command line without a traceback while it is imported, when there is nothing to be kept yet."""
+    """Within the block, Ctrl-C ends the command line without a traceback, as there is nothing to keep yet."""
     handler = signal.getsignal(signal.SIGINT)
     mine = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if not mine or not _is_command_line():
@@ -34,14 +34,15 @@ def silent_start() -> Iterator[None]:
 
 @contextmanager
 def as_interrupts() -> Iterator[list[int]]:
-    """Let SIGTERM and SIGHUP interrupt a command as Ctrl-C does, so that it writes what is finished and lets go of locks.
+    """Within the block, SIGTERM and SIGHUP interrupt a command like Ctrl-C, so that it writes its results and frees locks.
 
-    Yields the signal that has come, if one has. Who ignores a signal, as ``nohup`` does, goes on ignoring it.
+    Yields a list, to which the signal is added when it comes. A signal that the process ignores, as under ``nohup``, is
+    still ignored.
     """
     received: list[int] = []
 
     def interrupt(number: int, _: Any) -> None:
-        if not received:  # a second one would cut off what the first one began
+        if not received:  # a second signal would interrupt the tidy-up
             received.append(number)
             raise KeyboardInterrupt
 

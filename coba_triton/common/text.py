@@ -1,4 +1,4 @@
-"""Text that people write: its encodings, and characters that look like those that are meant."""
+"""Text that people write: its encodings, and characters that look like other ones."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _LOOK_ALIKE = (
 
 
 def decode(data: bytes) -> str:
-    """UTF-8, with a byte order mark or without, or UTF-16 with one, as editors on Windows write it.
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one, which editors on Windows write.
 
     Raises:
-        UnicodeDecodeError: if it is neither.
+        UnicodeDecodeError: if the bytes are neither.
     """
     return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 def plain_minus(text: str) -> str:
-    """The text with minus signs and dashes as papers print them, such as U+2212, as the sign of a keyboard."""
+    """The text with a hyphen, as on a keyboard, for every minus sign or dash of printed papers, such as U+2212."""
     return text.translate({ord(sign): plain for sign, plain in _DASHES.items()})
 
 
 def look_alike(text: str, line: int) -> str:
-    """``; in line 3, ...`` that names the first character of a line that is not what it looks like, or nothing."""
+    """``; in line 3, ...``, which names the first character of a line that only looks like another one. Empty if none."""
     for char in "".join(text.split("\n")[line - 1 : line]):
         if char in _LOOK_ALIKE:
             name = f"U+{ord(char):04X} {unicodedata.name(char)}"

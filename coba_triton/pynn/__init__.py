@@ -1,4 +1,4 @@
-"""PyNN's names and units for the parameters of a neuron."""
+"""Convert the parameters of neurons between this package, PyNN and NEST."""
 
 from .parameters import from_pynn, to_pynn
 

@@ -1,7 +1,7 @@
-"""Parameter sets of PyNN's ``IF_cond_exp`` and NEST's ``iaf_cond_exp``, to and from :class:`CobaLIFParameters`.
+"""Convert parameters of PyNN's ``IF_cond_exp`` and NEST's ``iaf_cond_exp`` to and from :class:`CobaLIFParameters`.
 
-Both are this package's neuron with a refractory period, which it does not have: it must be zero. An offset current ``I``
-is a resting potential of ``v_rest + I / g_l``: the same equation.
+Both models are this package's neuron with a refractory period in addition. This package has no refractory period, so it must
+be zero. An offset current ``I`` becomes a resting potential of ``v_rest + I / g_l``, which gives the same equation.
 
 Source: the standard cell ``IF_cond_exp`` of PyNN (Davison et al. 2009, doi:10.3389/neuro.11.011.2008) and the model
 ``iaf_cond_exp`` of NEST.
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..neuron.records import CobaLIFParameters, Number
 from ..ops.validation import check_number, check_numbers, check_parameters, is_one_of
 
-# Names and defaults as the simulators have them.
+# The names and the defaults of the simulators.
 DEFAULTS: dict[str, dict[str, float]] = {
     "IF_cond_exp": dict(
         v_rest=-65.0, cm=1.0, tau_m=20.0, tau_refrac=0.1, tau_syn_E=5.0, tau_syn_I=5.0,
@@ -41,7 +41,7 @@ def _check_model(model: Any) -> None:
 
 
 def _number(value: Any, name: str) -> Number:
-    """A Python number, or a tensor of an array: of a tensor's own dtype, else of the default one."""
+    """Check a parameter. A number becomes a float, an array a tensor of the default dtype; a tensor stays as it is."""
     if isinstance(value, np.ndarray | list | tuple):
         try:
             value = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(torch.get_default_dtype())
@@ -60,34 +60,35 @@ def _number(value: Any, name: str) -> Number:
 
 
 def _resting(v_rest: Number, current: Number, g_l: Number) -> Number:
-    """Where a current in nA moves the resting potential."""
+    """The resting potential with an offset current in nA."""
     return v_rest if isinstance(current, float) and current == 0 else v_rest + current / g_l
 
 
 def from_pynn(
     parameters: Mapping[str, Any], model: str = "IF_cond_exp", *, method: str = "super", alpha: float = 100.0
 ) -> CobaLIFParameters:
-    """The parameters of a PyNN or NEST population, in this package's names and units (ms, mV, nF, uS).
+    """Convert the parameters of a PyNN or NEST population to this package's names and units (ms, mV, nF, uS).
 
-    Weights are not among them: those of PyNN are in uS like ours, those of NEST in nS.
+    Weights are not converted: PyNN's are in uS like ours, NEST's are in nS.
 
-    An offset current moves ``v_rest`` of the result to ``v_rest + I / g_l``, where a run begins that is given no state; the
-    simulators begin at their own: pass a state that has it.
+    An offset current moves ``v_rest`` of the result to ``v_rest + I / g_l``. A run that is given no state begins there. The
+    simulators begin at their own resting potential; to begin like them, pass a state with that potential.
 
     Args:
-        parameters: by the simulator's names, in its units: for ``IF_cond_exp`` nF, ms and mV, for ``iaf_cond_exp`` pF,
-            nS, ms and mV. Each a number, an array or list of one number a neuron ``[N]``, or a tensor, through which
-            gradients flow. What is missing has the simulator's default, and that of the refractory period is not 0.
-        model: ``IF_cond_exp`` of PyNN or ``iaf_cond_exp`` of NEST.
+        parameters: values by the simulator's names, in its units: nF, ms and mV for ``IF_cond_exp``; pF, nS, ms and mV for
+            ``iaf_cond_exp``. A value is a number, an array or a list with a number for each neuron ``[N]``, or a tensor,
+            through which gradients flow. A missing value has the simulator's default; the default refractory period is not
+            0.
+        model: ``IF_cond_exp`` for PyNN or ``iaf_cond_exp`` for NEST.
         method: surrogate derivative of the spike, see :class:`CobaLIFParameters`.
-        alpha: its steepness in 1/mV.
+        alpha: steepness of the surrogate derivative in 1/mV.
 
     Returns:
         The parameters.
 
     Raises:
-        TypeError: if a value is no number and no array of numbers.
-        ValueError: if the model or a name is unknown, a refractory period is not 0, a time constant, capacitance or
+        TypeError: if a value is neither a number nor an array of numbers.
+        ValueError: if the model or a name is unknown, the refractory period is not 0, a time constant, capacitance or
             conductance is not positive, or a number is not finite.
 
     Example:
@@ -140,7 +141,7 @@ def from_pynn(
 
 
 def _plain(value: Any) -> Any:
-    """A float, or an array of them, in double precision."""
+    """A number as a float, or a tensor with axes as an array in double precision."""
     if isinstance(value, Tensor):
         value = value.detach().double().cpu().numpy()
         return value if value.ndim else float(value)
@@ -148,16 +149,16 @@ def _plain(value: Any) -> Any:
 
 
 def to_pynn(p: Any, model: str = "IF_cond_exp") -> dict[str, Any]:
-    """The parameters as PyNN or NEST take them, with a refractory period and an offset current of 0.
+    """Convert parameters to those of PyNN or NEST, with a refractory period and an offset current of 0.
 
     The surrogate derivative is left out.
 
     Args:
         p: parameters in ms, mV, nF and uS, see :class:`CobaLIFParameters`.
-        model: ``IF_cond_exp`` of PyNN (nF, ms, mV) or ``iaf_cond_exp`` of NEST (pF, nS, ms, mV).
+        model: ``IF_cond_exp`` for PyNN (nF, ms, mV) or ``iaf_cond_exp`` for NEST (pF, nS, ms, mV).
 
     Returns:
-        Values by name: floats, and numpy arrays of float64 for tensors with axes.
+        The values by name. A tensor with axes becomes a numpy array of float64, everything else a float.
 
     Raises:
         TypeError: if ``p`` is no parameter record.

@@ -1,4 +1,4 @@
-"""Lists of spikes, ``(times, neurons)``, as files and other packages have them."""
+"""Read lists of spikes, ``(times, neurons)``, from files and from objects of other packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .results import open_result
 
 Events = tuple[NDArray[np.float64], NDArray[np.int64]]
 
-# Names of the two arrays of an .npz file: this package's, its CSV's, and NEST's.
+# What the two arrays of an .npz file may be called: as in this package, as in its CSV files, and as in NEST.
 NAMES = (("times", "neurons"), ("time_ms", "neuron"), ("times", "senders"))
 
 
@@ -26,20 +26,22 @@ def read_events(source: Any) -> Events:
     Args:
         source: one of these, or several of them, whose lists are joined:
 
-            - ``.csv``: a line ``time_ms,neuron`` a spike below this header, as :meth:`Result.to_csv` writes it;
-            - ``.npz``: arrays ``times`` in ms and ``neurons`` (or ``senders``), or a result of this package; ``.zarr``: one;
-            - ``.dat`` and ``.gdf``: what NEST's spike recorder writes, with times in ms;
-            - ``.nwb``: the table of units, which are numbered from 0 as they stand there (needs the extra ``nwb``);
-            - any other file that Neo reads, or its ``Block`` or ``Segment``: the spike trains, numbered from 0 (``neo``).
+            - ``.csv``: the header ``time_ms,neuron`` and a line for each spike, as :meth:`Result.to_csv` writes them;
+            - ``.npz``: arrays ``times`` in ms and ``neurons`` (or ``senders``), or a result of this package;
+            - ``.zarr``: a result of this package;
+            - ``.dat`` and ``.gdf``: the files of NEST's spike recorder, with times in ms;
+            - ``.nwb``: the table of units, numbered from 0 in its order (needs the extra ``nwb``);
+            - any other file that Neo reads, or its ``Block`` or ``Segment``: the spike trains, numbered from 0 (needs the
+              extra ``neo``).
 
     Returns:
-        Times in ms and neurons, ``[S]`` each, in the order of the file, which need not be that of time; as
-        :class:`EventSource` takes them.
+        Times in ms and neurons, ``[S]`` each, in the order of the file, which may not be sorted by time. An
+        :class:`EventSource` takes them like this.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ImportError: if a package that reads it is missing.
-        ValueError: if it is something else or damaged.
+        ImportError: if a package that reads the file is missing.
+        ValueError: if the file is something else, or damaged.
 
     Example:
         >>> times, neurons = read_events("spikes.csv")  # doctest: +SKIP
@@ -67,7 +69,7 @@ def read_events(source: Any) -> Events:
             f"{path} must have a time and a neuron for every spike, got {times.dtype} {list(times.shape)} and "
             f"{neurons.dtype} {list(neurons.shape)}; write both as [spikes]"
         )
-    with np.errstate(invalid="ignore"):  # what is no number is no whole one either
+    with np.errstate(invalid="ignore"):  # NaN and infinity are refused below, as they are not whole numbers
         whole = neurons.astype(np.int64)
     if (whole != neurons).any():
         raise ValueError(f"{path} must number its neurons, got {neurons[whole != neurons][0]}; are the columns exchanged?")
@@ -75,7 +77,7 @@ def read_events(source: Any) -> Events:
 
 
 def _table(path: Path, text: str, columns: list[int], delimiter: str | None) -> list[NDArray[np.float64]]:
-    """Columns of numbers."""
+    """Read columns of numbers from text."""
     if not text.strip():
         return [np.empty(0)] * len(columns)
     try:
@@ -118,7 +120,7 @@ def _npz(path: Path) -> Any:
                 return [file[name] for name in found]
     except MemoryError:
         raise
-    except Exception as error:  # archives and their compression have an exception each for what is damaged
+    except Exception as error:  # every kind of archive and compression has its own exception for a damaged file
         raise ValueError(f"{path} is no .npz file of numbers, or damaged ({error}); write it with numpy.savez") from None
     if "attributes" in names:
         return _result(path)
@@ -162,7 +164,7 @@ def _neo(path: Path) -> Any:
 
 
 def _neo_trains(block: Any, what: str) -> Events:
-    """The spike trains of a block of one segment, or of a segment."""
+    """The spike trains of a segment, or of a block with one segment."""
     segments = getattr(block, "segments", [block])
     if len(segments) != 1:
         raise ValueError(f"{what} must have one segment, got {len(segments)}; pass the segment, or times and neurons")

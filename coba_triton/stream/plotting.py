@@ -1,7 +1,7 @@
-"""Pictures of results: functions that draw into axes of matplotlib, and an overview of them all.
+"""Pictures of results: functions that draw one panel each, and an overview with all panels.
 
-Every function takes a :class:`coba_triton.Result` and an ``Axes``, and draws time in ms from ``start`` to ``stop`` (None:
-from the beginning, to the end).
+Every function takes a :class:`coba_triton.Result` and an ``Axes`` of matplotlib. It draws the time from ``start`` to
+``stop`` in ms; None means the beginning and the end of the run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ..ops.validation import check_int, check_neurons, check_time, is_one_of
 from .results import Result
 
-MAX_EVENTS = 100_000  # of a raster; more are a black area and a slow file
-MAX_POINTS = 4000  # of a trace, two for each piece of it
+MAX_EVENTS = 100_000  # spikes in a raster; more would give a black area and a slow file
+MAX_POINTS = 4000  # points of a trace; each piece of the trace has two
 MAX_BINS = 250
 
 EXCITATORY, INHIBITORY, NEUTRAL = "#c0392b", "#2c6fbb", "#222222"
@@ -31,7 +31,7 @@ OTHERS = ["#2e7d5b", "#8e5ea2", "#c98a1b", "#5f6b73"]
 
 
 def populations(result: Result) -> dict[str, NDArray[np.int64]]:
-    """The recorded populations; all neurons under an empty name where there are none."""
+    """The recorded populations. If there are none, all neurons are one population with an empty name."""
     return result.populations or {"": np.arange(result.neurons)}
 
 
@@ -40,25 +40,30 @@ def _color(name: str, number: int) -> str:
 
 
 def _plain(text: str, most: int = 60) -> str:
-    """A person's text as it can be drawn: printable, of a length that leaves room for the picture."""
+    """A user's text so that it can be drawn: with printable characters only, and short enough for the picture."""
     text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _label(name: str) -> str | None:
-    """A population's name for the legend, which leaves out what begins with an underscore."""
+    """A population's name for the legend. Matplotlib would leave out a label that begins with an underscore."""
     return _plain(f" {name}" if name.startswith("_") else name) or None
 
 
+def _style(shown: dict[str, Any]) -> dict[str, Any]:
+    """How to draw a histogram: filled if there is one population, as a line if there are several."""
+    return {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
+
+
 def _word_for_word(*texts: Text) -> None:
-    """Draw texts as they are: a ``$`` begins no formula."""
+    """Draw texts as they are; a ``$`` does not begin a formula."""
     for text in texts:
         text.set_parse_math(False)
         text.set_usetex(False)
 
 
 def _window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
-    """The steps between two times."""
+    """The steps from one time to the other: the first step, and the one after the last."""
     times = (0.0 if start is None else start, result.duration if stop is None else stop)
     known = [isinstance(time, float | int | np.floating | np.integer) and abs(time) < 1e300 for time in times]
     steps = [float(time) / result.dt for time in times] if all(known) else [math.nan]
@@ -81,7 +86,7 @@ def _legend(ax: Axes) -> None:
 def plot_raster(
     result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None, max_events: int = MAX_EVENTS
 ) -> None:
-    """A dot a spike, at the neuron's index. Of more than ``max_events`` spikes, those of every k-th neuron alone."""
+    """Draw a dot for each spike, at its neuron's index. With more than ``max_events`` spikes, only every k-th neuron."""
     max_events = check_int(max_events, "max_events")
     first, last = _window(result, start, stop)
     total = sum(len(steps) for steps, _ in result.event_blocks(first, last))
@@ -108,7 +113,7 @@ def plot_raster(
 
 
 def bin_width(duration: float, dt: float) -> float:
-    """A bin of 1, 2 or 5 times a power of ten ms, at most :data:`MAX_BINS` of them, at least one step, a whole number."""
+    """The shortest width for at most :data:`MAX_BINS` bins that is 1, 2 or 5 times a power of ten ms, in whole steps."""
     shortest = max(duration / MAX_BINS, dt)
     magnitude = 10.0 ** math.floor(math.log10(shortest))
     width = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= shortest * (1 - 1e-9))
@@ -118,22 +123,21 @@ def bin_width(duration: float, dt: float) -> float:
 def plot_rates(
     result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None, bin_ms: float | None = None
 ) -> None:
-    """Mean rate of every population over time; ``bin_ms`` None for a round number that gives about 100 bins or more."""
+    """Draw the mean rate of every population over time. ``bin_ms`` None chooses a round width, for 100 bins or more."""
     first, last = _window(result, start, stop)
     width = bin_width((last - first) * result.dt, result.dt) if bin_ms is None else check_time(bin_ms, "bin_ms")
     shown = populations(result)
     for number, (name, members) in enumerate(shown.items()):
         edges, rates = result.rates(width, name if name else members)
-        filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **filled)
+        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **_style(shown))
     ax.set_xlim(first * result.dt, last * result.dt)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"population rate\n(Hz, {width:g} ms bins)")
     _legend(ax)
 
 
-def _extremes(values: NDArray[Any], points: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Indices and values of the least and the largest number in each of ``points / 2`` pieces: peaks stay."""
+def extremes(values: NDArray[Any], points: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The smallest and the largest number in each of ``points / 2`` pieces, so that no peak is lost: indices and values."""
     if len(values) <= points:
         return np.arange(len(values)), values
     bounds = np.linspace(0, len(values), points // 2 + 1).astype(np.int64)
@@ -151,15 +155,15 @@ def plot_traces(
     start: float | None = None,
     stop: float | None = None,
 ) -> None:
-    """Recorded traces of a variable; of ``v`` with thresholds, and with the spikes as lines above them.
+    """Draw recorded traces of a variable. With ``v``, also draw the thresholds, and the spikes as lines above them.
 
     Args:
-        result: with the variable recorded.
+        result: a result in which the variable is recorded.
         ax: where to draw.
         variable: ``v``, ``g_e`` or ``g_i``.
-        neurons: which of the recorded neurons, by index or mask of all neurons; None for the first three.
-        start: in ms.
-        stop: in ms.
+        neurons: some of the recorded neurons, as indices or a mask of all neurons; None for the first three.
+        start: begin of the panel in ms.
+        stop: end of the panel in ms.
 
     Raises:
         ValueError: if the variable or a neuron was not recorded.
@@ -176,7 +180,7 @@ def plot_traces(
     threshold = result.parameter("v_thresh")
     shades = [NEUTRAL, "#7f8c8d", "#b9a06b"]
     for number, neuron in enumerate(chosen):
-        at, trace = _extremes(values[:, list(result.recorded).index(neuron)], MAX_POINTS)
+        at, trace = extremes(values[:, list(result.recorded).index(neuron)], MAX_POINTS)
         color = shades[number % len(shades)]
         ax.plot((begin + at + 1) * result.every * result.dt, trace, color=color, linewidth=0.8, label=f"neuron {neuron}")
         if variable == "v" and "spikes" in result:
@@ -194,7 +198,7 @@ def plot_traces(
 
 
 def plot_intervals(result: Result, ax: Axes) -> None:
-    """Histogram of the intervals between a neuron's spikes, all neurons of a population together, over the whole run."""
+    """Draw a histogram of the intervals between a neuron's spikes, for each population, over the whole run."""
     steps = np.unique(np.geomspace(1, max(result.steps, 2), 60).round())
     edges = (steps - 0.5) * result.dt  # intervals are whole numbers of steps
     shown = populations(result)
@@ -202,8 +206,7 @@ def plot_intervals(result: Result, ax: Axes) -> None:
     for number, (name, members) in enumerate(shown.items()):
         counts = result.interval_counts(edges, members)
         share = counts / max(counts.sum(), 1) / np.diff(np.log10(edges))
-        filled: dict[str, Any] = {"fill": True, "alpha": 0.75} if len(shown) == 1 else {"baseline": None}
-        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **filled)
+        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **_style(shown))
         found |= counts > 0
     ax.set_xscale("log")
     if found.any():
@@ -216,7 +219,7 @@ def plot_intervals(result: Result, ax: Axes) -> None:
 
 
 def statistics(result: Result) -> list[dict[str, Any]]:
-    """What :func:`plot_statistics` shows: a row a population; ``None`` where there are too few spikes."""
+    """The numbers that :func:`plot_statistics` shows, one row for each population; ``None`` if there are too few spikes."""
     rates, variation = result.firing_rates(), result.intervals().cv
 
     def known(value: float) -> float | None:
@@ -239,7 +242,7 @@ def statistics(result: Result) -> list[dict[str, Any]]:
 
 
 def plot_statistics(result: Result, ax: Axes) -> None:
-    """A table of the populations: rate, silent neurons, CV of the intervals, synchrony (:meth:`Result.synchrony`)."""
+    """Draw a table of the populations: rate, silent neurons, CV of the intervals, synchrony (:meth:`Result.synchrony`)."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "population": lambda row: _plain(row["population"], 24),
         "neurons": lambda row: f"{row['neurons']:,}",
@@ -263,7 +266,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def plot_inputs(result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None) -> None:
-    """The recorded mean input, excitatory upwards, inhibitory downwards."""
+    """Draw the recorded mean input: excitatory upwards, inhibitory downwards."""
     first, last = _window(result, start, stop)
     width = round(bin_width((last - first) * result.dt, result.dt) / result.dt)
     begins = np.arange(first, last, width)
@@ -280,10 +283,10 @@ def plot_inputs(result: Result, ax: Axes, *, start: float | None = None, stop: f
 
 
 def _plot_recording(result: Result, signal: Axes, events: Axes, first: int, last: int) -> None:
-    """The recording that drove the run, and the events that it was encoded into."""
+    """Draw the recording that drove the run, and the events that it was encoded into."""
     recording = result.attributes["config"]["attributes"]["recording"]
     unit = _plain(recording["unit"] or "")
-    at, values = _extremes(result.array("signal")[first:last], MAX_POINTS)
+    at, values = extremes(result.array("signal")[first:last], MAX_POINTS)
     signal.plot((first + at) * result.dt, values, color=NEUTRAL, linewidth=0.9)
     _word_for_word(signal.set_ylabel(f"recording\n({unit or 'no unit'})"))
     times = [(first + np.flatnonzero(channel)) * result.dt for channel in result.array("events")[first:last].T]
@@ -300,20 +303,20 @@ def overview(
     stop: float | None = None,
     statistics: bool = True,
 ) -> Figure:
-    """All of a result on one page: what drove it, raster, rates, traces of v, and over the whole run intervals and a table.
+    """Draw a whole result on one page: the input, a raster, the rates, a trace of v, and the statistics of the whole run.
 
     Args:
-        result: with its spikes recorded.
-        title: above it, None for none.
-        start: of the panels over time, in ms.
-        stop: likewise.
-        statistics: with the last row, intervals and table.
+        result: a result in which the spikes are recorded.
+        title: text above the panels; None for no title.
+        start: begin of the panels over time, in ms.
+        stop: end of these panels, in ms.
+        statistics: whether to add the last row, a histogram of intervals and a table.
 
     Returns:
         A figure, 11 inches wide.
 
     Raises:
-        ValueError: if the run has no finished step, or start and stop are no times in it.
+        ValueError: if the run has no finished step, or ``start`` and ``stop`` are not times of it.
     """
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title must be text or None, got {type(title).__name__}")

@@ -18,7 +18,7 @@ class _StepsPerSecond(ProgressColumn):
 
 @contextmanager
 def bar(steps: int | None, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; yields the function that takes the finished steps."""
+    """Show a bar on a terminal, and nothing elsewhere. Yields a function that takes the number of finished steps."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done: None

@@ -1,4 +1,4 @@
-"""What a long run has left: spikes, rates and traces, read when they are asked for."""
+"""The result of a long run: its spikes, rates and traces. They are read from where they are kept when they are asked for."""
 
 from __future__ import annotations
 
@@ -6,38 +6,32 @@ import csv
 import json
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..common.files import is_there, local_path, written_whole
 from ..neuron.records import CobaLIFFeedForwardState, CobaLIFState
 from ..ops import validation
 from ..ops.spikes import WORD_BITS, word_count
-from .sinks import crc32, difference_of
-from .store import Refused, Store, check_attributes, columns_of, state_shape
+from .npz import read_npz
+from .store import Array, Store, difference_of
 
-Array = NDArray[Any]
-
-READ_BYTES = 2**24  # of packed spikes that are unpacked at a time
-DEFLATE = 1040  # times as long as it was is the most that zip's compression makes something
-MIN_INTERVALS = 4  # a coefficient of variation of fewer says little
+READ_BYTES = 2**24  # bytes of packed spikes that are unpacked at a time
+MIN_INTERVALS = 4  # with fewer intervals, a coefficient of variation says little
 
 
 class Intervals(NamedTuple):
-    """Intervals between the spikes of every neuron, ``[N]`` each.
+    """Intervals between the spikes of every neuron. Each field has one number for each neuron, ``[N]``.
 
     Attributes:
-        number: of intervals.
-        mean: in ms, NaN without intervals.
-        cv: standard deviation over mean: 0 if regular, 1 of a Poisson process; NaN with fewer than
-            :data:`MIN_INTERVALS` intervals.
+        number: how many intervals the neuron has.
+        mean: their mean in ms, NaN without intervals.
+        cv: their standard deviation divided by their mean. Regular spikes have 0, a Poisson process has 1. NaN with fewer
+            than :data:`MIN_INTERVALS` intervals.
     """
 
     number: Array
@@ -46,10 +40,10 @@ class Intervals(NamedTuple):
 
 
 class Stored:
-    """An array of a result; indexing reads what is asked for.
+    """An array of a result. Indexing it reads the part that is asked for.
 
     Attributes:
-        shape: of the array, time first.
+        shape: the shape of the array; the first axis is time.
     """
 
     def __init__(self, array: Any, length: int) -> None:
@@ -63,7 +57,7 @@ class Stored:
         return np.asarray(rows[(0 if scalar else slice(None, None, time.step), *rest)])
 
     def _read(self, time: slice) -> Array:
-        """The rows from ``time.start`` to ``time.stop``."""
+        """Read the rows from ``time.start`` to ``time.stop``."""
         return np.asarray(self._array[time.start : time.stop])
 
     def __len__(self) -> int:
@@ -74,14 +68,14 @@ class Stored:
 
 
 class StoredSpikes(Stored):
-    """Packed spikes; indexing gives booleans."""
+    """Spikes, which are kept as bits. Indexing gives booleans."""
 
     def __init__(self, array: Any, steps: int) -> None:
         super().__init__(array, steps)
         self.dtype = np.dtype(bool)
 
     def words(self, start: int, stop: int) -> Array:
-        """The words that hold the steps from ``start`` to ``stop``; those of other steps in them are cleared."""
+        """The words that hold the steps from ``start`` to ``stop``. The bits of other steps in them are 0."""
         first = start // WORD_BITS
         words = super()._read(slice(first, word_count(stop)))
         if (words.size and start % WORD_BITS) or stop % WORD_BITS:
@@ -102,7 +96,7 @@ class StoredSpikes(Stored):
 
 
 def _slice(key: Any, length: int) -> tuple[slice, bool]:
-    """A slice of consecutive steps, with a positive stride, and whether it stands for a single step."""
+    """A key for the time axis as a slice with a positive stride, and whether the key was a single step."""
     if isinstance(key, int | np.integer):
         step = int(key) + (length if key < 0 else 0)
         if not 0 <= step < length:
@@ -117,19 +111,19 @@ def _slice(key: Any, length: int) -> tuple[slice, bool]:
 
 
 class Result:
-    """A run's result; what it has is read from the sink when it is asked for, in blocks where it may be large.
+    """The result of a run. Its arrays are read when they are asked for; large ones are read block by block.
 
     Attributes:
         attributes: all attributes: ``config``, ``versions`` and more.
-        steps: finished steps.
-        finished: whether that is the whole run.
-        shape: of the neurons.
+        steps: how many steps are finished.
+        finished: whether the whole run is finished.
+        shape: the axes of the neurons.
         dt: time step in ms.
-        traces: name to an array ``[T / every, K]`` of the recorded neurons, read by slices: ``v`` in mV, ``g_e`` and
-            ``g_i`` in uS, at the end of every step, or of every n-th: row ``j`` at ``(j + 1) * every * dt``.
-        every: steps from one row of the traces to the next.
-        recorded: the neurons of the traces, ``[K]``.
-        populations: name to the neurons whose spikes were counted.
+        traces: arrays ``[T / every, K]`` of the recorded neurons by name, which are read by slices: ``v`` in mV, ``g_e``
+            and ``g_i`` in uS. Row ``j`` is the state at the time ``(j + 1) * every * dt``, the end of a step.
+        every: how many steps lie between two rows of the traces.
+        recorded: indices of the neurons that the traces belong to, ``[K]``.
+        populations: indices of the neurons whose spikes were counted, by the population's name.
     """
 
     def __init__(self, attributes: dict[str, Any], arrays: Mapping[str, Any], path: Path | None = None) -> None:
@@ -156,12 +150,12 @@ class Result:
 
     @property
     def neurons(self) -> int:
-        """Number of neurons N, all axes together."""
+        """The number of neurons N, over all axes."""
         return math.prod(self.shape)
 
     @property
     def duration(self) -> float:
-        """Of the finished steps, in ms."""
+        """The time that the finished steps cover, in ms."""
         return self.steps * self.dt
 
     @property
@@ -173,37 +167,36 @@ class Result:
 
     @property
     def state(self) -> CobaLIFFeedForwardState | CobaLIFState:
-        """The state after the last finished step, to go on from it: ``simulate(..., state=result.state)``."""
+        """The state after the last finished step. ``simulate(..., state=result.state)`` goes on from it."""
         if "state" not in self:
             raise ValueError(
                 "the result has no state; run it for a step at least, and open the parts of a batch by themselves"
             )
         fields = map(torch.from_numpy, np.array(self._arrays["state"][:]))
-        return (CobaLIFState if self.attributes["config"]["network"] == "CobaLIFRecurrent" else CobaLIFFeedForwardState)(
-            *fields
-        )
+        recurrent = self.attributes["config"]["network"] == "CobaLIFRecurrent"
+        return CobaLIFState(*fields) if recurrent else CobaLIFFeedForwardState(*fields)
 
     def array(self, name: str) -> Array:
-        """A whole array by its name: one of the caller's, a parameter of every neuron, ``input_e``, ...
+        """A whole array by its name: one that the caller added, a parameter that differs between neurons, ``input_e``, ...
 
         Raises:
-            KeyError: if there is none of this name.
+            KeyError: if the result has no array of this name.
         """
         if name not in self._arrays:
             raise KeyError(f"the result has no array {name!r}; it has {', '.join(sorted(self._arrays))}")
         return np.asarray(self._arrays[name][...])
 
     def parameter(self, name: str) -> Array:
-        """A parameter of the neurons by its name in :class:`CobaLIFParameters`, broadcast to all of them, ``[N]``."""
+        """A parameter by its name in :class:`CobaLIFParameters`, with one number for each neuron, ``[N]``."""
         value = self.array(name) if name in self._arrays else self.attributes["config"]["parameters"][name]
         return np.broadcast_to(value, self.shape).ravel()
 
     def event_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Array, Array]]:
-        """Spikes as ``(steps, neurons)``, block by block, in the order of time and then of neurons.
+        """Spikes as ``(steps, neurons)``, block by block, sorted by time and then by neuron.
 
         Args:
-            start: first step.
-            stop: step after the last, None for all.
+            start: the first step.
+            stop: the step after the last one; None for all steps.
         """
         steps, _ = _slice(slice(start, stop), self.steps)
         spikes = self.spikes
@@ -222,13 +215,13 @@ class Result:
         """Spikes as a list.
 
         Args:
-            start: first step.
-            stop: step after the last, None for all.
-            neurons: indices of the neurons to list or a mask of them, None for all.
+            start: the first step.
+            stop: the step after the last one; None for all steps.
+            neurons: indices or a mask of the neurons whose spikes are listed; None for all neurons.
 
         Returns:
-            Times in ms, a spike of step k coming at its end ``(k + 1) dt``, and neurons (indices into the flattened ones
-            where they have several axes), both ``[S]``, in the order of time and then of neurons.
+            Times in ms and neurons, ``[S]`` each, sorted by time and then by neuron. A spike in step k has the time at which
+            the step ends, ``(k + 1) dt``. If the neurons have several axes, they are counted over all axes.
         """
         wanted = self._wanted(neurons)
         parts = [(s[wanted[n]], n[wanted[n]]) for s, n in self.event_blocks(start, stop)] or [(np.empty(0, np.int64),) * 2]
@@ -236,33 +229,33 @@ class Result:
         return (steps + 1) * self.dt, found
 
     def _wanted(self, neurons: Any) -> Array:
-        """Whether each neuron is one of those that are chosen, ``[N]``; None chooses all."""
+        """For each neuron, whether it is chosen, ``[N]``; None chooses all."""
         wanted = np.zeros(self.neurons, bool)
         wanted[slice(None) if neurons is None else validation.check_neurons(neurons, self.neurons, "neurons")] = True
         return wanted
 
     def _width(self, bin_ms: float) -> int:
-        """Steps in a time bin."""
+        """How many steps a time bin has."""
         width = validation.check_time(bin_ms, "bin_ms") / self.dt
         return round(min(max(width, 1), max(self.steps, 1)))
 
     def spike_counts(self) -> Array:
-        """Number of spikes of every neuron, ``[N]``."""
+        """The number of spikes of every neuron, ``[N]``."""
         counts = np.zeros(self.neurons, np.int64)
         for _, neurons in self.event_blocks():
             counts += np.bincount(neurons, minlength=self.neurons)
         return counts
 
     def firing_rates(self) -> Array:
-        """Mean rate of every neuron in Hz, ``[N]``; NaN before the first step."""
+        """The mean rate of every neuron in Hz, ``[N]``; NaN if no step is finished."""
         return self.spike_counts() / (self.duration / 1000) if self.steps else np.full(self.neurons, np.nan)
 
     def counts(self, bin_steps: int = 1, neurons: Any = None) -> Array:
-        """Number of spikes in time bins.
+        """The number of spikes in time bins.
 
         Args:
-            bin_steps: steps in a bin; the last one may be shorter.
-            neurons: the name of a recorded population, indices of neurons or a mask of them, or None for all of them.
+            bin_steps: how many steps a bin has; the last bin may be shorter.
+            neurons: the name of a recorded population, indices or a mask of neurons, or None for all neurons.
 
         Returns:
             ``[ceil(T / bin_steps)]``.
@@ -281,14 +274,15 @@ class Result:
         return counts
 
     def rates(self, bin_ms: float, neurons: Any = None) -> tuple[Array, Array]:
-        """Population rate over time.
+        """The mean rate of a population over time.
 
         Args:
-            bin_ms: width of the bins in ms, rounded to steps, at least one.
-            neurons: see :meth:`counts`.
+            bin_ms: width of the bins in ms; it is rounded to a whole number of steps, at least one.
+            neurons: as for :meth:`counts`.
 
         Returns:
-            The edges of the bins in ms ``[bins + 1]`` and the mean rate of a neuron in Hz ``[bins]``, NaN of no neurons.
+            The edges of the bins in ms ``[bins + 1]`` and the mean rate of a neuron in Hz ``[bins]``; NaN if no neuron is
+            chosen.
         """
         width = self._width(bin_ms)
         counts = self.counts(width, neurons)
@@ -297,9 +291,9 @@ class Result:
         return edges, counts / np.diff(edges) * 1000 / (size or math.nan)
 
     def intervals(self) -> Intervals:
-        """Count, mean and coefficient of variation of the intervals between the spikes of every neuron."""
+        """The number, the mean and the coefficient of variation of the intervals between every neuron's spikes."""
         last = np.full(self.neurons, -1, np.int64)
-        count, total, squares = np.zeros((3, self.neurons), np.int64)  # whole steps: the sums are exact
+        count, total, squares = np.zeros((3, self.neurons), np.int64)  # whole steps, so the sums are exact
         for steps, neurons in self.event_blocks():
             for owner, lengths in self._lengths(steps, neurons, last):
                 count += np.bincount(owner, minlength=self.neurons)
@@ -312,11 +306,11 @@ class Result:
         return Intervals(count, mean * self.dt, cv)
 
     def interval_counts(self, edges: Array, neurons: Any = None) -> Array:
-        """A histogram of all intervals between the spikes of a neuron.
+        """A histogram of the intervals between the spikes of a neuron, all chosen neurons together.
 
         Args:
-            edges: of the bins, in ms.
-            neurons: see :meth:`counts`; not a name.
+            edges: edges of the bins in ms.
+            neurons: indices or a mask of neurons, or None for all neurons.
 
         Returns:
             ``[len(edges) - 1]``.
@@ -336,7 +330,10 @@ class Result:
 
     @staticmethod
     def _lengths(steps: Array, neurons: Array, last: Array) -> Iterator[tuple[Array, Array]]:
-        """``(neurons, intervals in steps)`` that end in a block; ``last`` holds every neuron's last spike, -1 for none."""
+        """``(neurons, intervals in steps)`` of the intervals that end in a block.
+
+        ``last`` has the step of every neuron's last spike, -1 for none, and is brought up to date.
+        """
         order = np.argsort(neurons, kind="stable")
         owner, at = neurons[order], steps[order]
         before = np.empty_like(at)
@@ -344,27 +341,28 @@ class Result:
         first = np.ones(len(at), bool)
         first[1:] = owner[1:] != owner[:-1]
         before[first] = last[owner[first]]
-        last[owner] = at  # the last one of each neuron stays
+        last[owner] = at  # of several spikes of a neuron, the last one stays
         known = before >= 0
         yield owner[known], (at - before)[known]
 
     def synchrony(self, bin_ms: float = 3.0, neurons: Any = None) -> float:
-        """Variance over mean of the population's spike count in time bins: 1 for independent Poisson spikes.
+        """The variance of the population's spike count in time bins, divided by its mean.
 
-        Source: Potjans and Diesmann 2014, doi:10.1093/cercor/bhs358, with their bins of 3 ms.
+        It is 1 for independent Poisson spikes. Source: Potjans and Diesmann 2014, doi:10.1093/cercor/bhs358, who use bins
+        of 3 ms.
 
         Returns:
-            NaN without spikes or with fewer than two whole bins.
+            The ratio; NaN without spikes or with fewer than two whole bins.
         """
         width = self._width(bin_ms)
         counts = self.counts(width, neurons)[: self.steps // width]
         return float(counts.var() / counts.mean()) if len(counts) > 1 and counts.any() else math.nan
 
     def to_csv(self, path: str | Path) -> None:
-        """Write every spike as a line ``time_ms,neuron``, in the order of time; whole or not at all.
+        """Write a line ``time_ms,neuron`` for every spike, sorted by time. The file appears whole or not at all.
 
         Args:
-            path: of the file, replaced if it is there.
+            path: the file; one that is already there is replaced.
         """
         with written_whole(local_path(path, "path")) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -374,9 +372,9 @@ class Result:
                 writer.writerows(zip(times.tolist(), neurons.tolist(), strict=True))
 
     def to_neo(self) -> Any:
-        """The result as a ``neo.Block`` of one segment: a spike train a neuron, and the traces as analog signals.
+        """The result as a ``neo.Block`` with one segment: one spike train for each neuron, and the traces as analog signals.
 
-        It holds all spikes in memory. Elephant takes it as it is.
+        The block holds all spikes in memory. Elephant takes it as it is.
 
         Raises:
             ImportError: if neo is not installed.
@@ -387,7 +385,7 @@ class Result:
             raise ImportError(
                 'to_neo() needs the package neo, which is not installed; run: pip install "coba-triton[neo]"'
             ) from None
-        from quantities import ms  # neo's units
+        from quantities import ms  # the package of units that neo uses
 
         block = neo.Block(name="coba_triton", coba_triton_attributes=json.dumps(self.attributes))
         segment = neo.Segment(name="run")
@@ -413,7 +411,7 @@ class Result:
 
 
 class _SideBySide:
-    """An array of several results, one after the other along the second axis; read by slices of the first."""
+    """One array of several results, joined along the second axis. It is read by slices of the first axis."""
 
     def __init__(self, results: Sequence[Result], name: str) -> None:
         self._parts = [result._arrays[name] for result in results]
@@ -425,20 +423,17 @@ class _SideBySide:
 
 
 def _common(result: Result) -> dict[str, Any]:
-    """What runs over parts of one batch have in common."""
+    """The configuration without what may differ between runs over parts of one batch."""
     config = result.attributes["config"]
     own = ("source", "initial_state", "block_steps", "attributes")
-    recorded = {name: config["record"][name] for name in ("spikes", "variables", "every")} | {
-        "traces": len(result.traces) > 0
-    }
-    return {name: value for name, value in config.items() if name not in own} | {
-        "neurons": ["B", *result.shape[1:]],
-        "record": recorded,
-    }
+    recorded = {name: config["record"][name] for name in ("spikes", "variables", "every")}
+    recorded["traces"] = len(result.traces) > 0
+    common = {name: value for name, value in config.items() if name not in own}
+    return common | {"neurons": ["B", *result.shape[1:]], "record": recorded}
 
 
 def _join(results: Sequence[Result]) -> Result:
-    """The results of parts of a batch as one."""
+    """Join the results of runs over parts of a batch into one."""
     first = results[0]
     for result in results:
         difference = difference_of(_common(first), _common(result))
@@ -466,15 +461,15 @@ def _join(results: Sequence[Result]) -> Result:
 
 
 def open_result(path: str | Path | Sequence[str | Path]) -> Result:
-    """Open what a run has left, a zarr group or an ``.npz`` file; a run that goes on or was killed may be read as well.
+    """Open the result of a run: a zarr group or an ``.npz`` file. A run that goes on, or that was killed, can be opened too.
 
     Args:
-        path: of the result; or of several, of runs that simulated one row or more of a batch each: spikes and traces are
-            those of the whole batch, as far as all runs have come; populations are not.
+        path: the path of a result. Or a list of paths of runs that each simulated some rows of one batch: then the spikes
+            and traces are those of the whole batch, up to the step that all runs have finished, without populations.
 
     Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: if it is no result or damaged, or if several are not of one batch.
+        FileNotFoundError: if there is nothing at a path.
+        ValueError: if there is no result, or a damaged one, or if several results are not of one batch.
 
     Example:
         >>> result = open_result("run.zarr")  # doctest: +SKIP
@@ -491,59 +486,4 @@ def open_result(path: str | Path | Sequence[str | Path]) -> Result:
         raise FileNotFoundError(f"there is no result at {path}; give the path of a .zarr folder or an .npz file")
     if path.is_dir():
         return Result(*Store(path).result(), path)
-    return Result(*_read_npz(path), path)
-
-
-def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Attributes and arrays of a file, each of the shape and the checksum that the attributes say."""
-    errors = (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        RecursionError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    )
-    try:
-        if not path.is_file():
-            raise ValueError("no regular file")
-        with zipfile.ZipFile(path) as file:
-            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
-            attributes = json.loads(str(_member(file, members.pop("attributes"), "str", ())))
-            check_attributes(str(path), attributes)
-            kept, steps, config = attributes["arrays"], attributes["steps_done"], attributes["config"]
-            shapes = {name: tuple(array["shape"]) for name, array in kept.items()}
-            grown = {name: (column.rows(steps), *column.shape) for name, column in columns_of(config).items()}
-            grown |= {"state": state_shape(config)[1:]} if steps else {}
-            if set(kept) != set(members) or any(shapes[name] != shape for name, shape in grown.items()):
-                raise ValueError(f"it holds {sorted(members)}, which are not what {steps} steps of it leave")
-            arrays = {name: _member(file, info, kept[name]["dtype"], shapes[name]) for name, info in members.items()}
-            for name, array in arrays.items():
-                if crc32(array) != kept[name]["crc32"]:
-                    raise ValueError(f"{name} is not what was written")
-    except Refused:
-        raise
-    except errors as error:
-        raise ValueError(f"{path} is no result of coba_triton, or damaged ({error}); give the path of one") from None
-    return attributes, arrays
-
-
-def _member(file: zipfile.ZipFile, info: zipfile.ZipInfo, dtype: str, shape: tuple[int, ...]) -> Array:
-    """An array of a file, once it is known to be of this dtype and shape, and its size to be one that the file can hold."""
-    with file.open(info) as member:
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        found, by_column, kind = read_header[np.lib.format.read_magic(member)](member)
-        size = kind.itemsize * math.prod(found)
-        name = "str" if kind.kind == "U" else kind.name
-        if (found, name) != (shape, dtype) or size > min(info.file_size, DEFLATE * info.compress_size):
-            raise ValueError(f"{info.filename} is {kind} of shape {list(found)}, in {info.compress_size:,} bytes")
-        array = np.empty(size, np.uint8)
-        for begin in range(0, size, READ_BYTES):
-            part = array[begin : begin + READ_BYTES]
-            part[:] = np.frombuffer(member.read(len(part)), np.uint8)
-        if member.read(1):  # the end, at which zipfile compares its own checksum
-            raise ValueError(f"{info.filename} is longer than its shape")
-    return array.view(kind).reshape(found, order="F" if by_column else "C")
+    return Result(*read_npz(path), path)

@@ -1,4 +1,4 @@
-"""Long runs: a network over a source in time blocks, streamed to a sink."""
+"""Long runs: a network reads a source in time blocks, and its results go to a sink."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from .store import checksum, columns_of
 if TYPE_CHECKING:
     from ..backend.cpu.launch import ForwardStream
 
-BLOCK_BYTES = 2**26  # of everything that a block of the default length holds
+BLOCK_BYTES = 2**26  # a block of the default length takes this much memory
 MAX_BLOCK_STEPS = 2**16
-LONG = 2**20  # steps of a source that does not say
-STATE_BYTES = 2**24  # of the states of all neurons in every step, where the recorded ones need the others
+LONG = 2**20  # steps that are assumed if a source does not say how long it is
+STATE_BYTES = 2**24  # memory for the states of all neurons, where they are needed to record those of some
 
 Variable = Literal["v", "g_e", "g_i"]
 Members = slice | range | Sequence[int] | np.ndarray[Any, Any]
@@ -54,13 +54,13 @@ class Record:
     """What to keep of a run.
 
     Attributes:
-        spikes: every spike, one bit for a neuron and step.
-        variables: which traces to keep of ``neurons``: ``v`` (mV), ``g_e``, ``g_i`` (uS).
-        neurons: whose traces to keep; with several axes of neurons, indices into the flattened ones.
-        every: keep the traces of every n-th step alone, ``n - 1``, ``2 n - 1``, ...: at the times ``n dt``, ``2 n dt``, ...
-        populations: name to neurons (a slice, a range, indices) whose spikes are counted in every step.
-        inputs: the excitatory and the inhibitory conductance in uS that the input, recurrent synapses apart, adds in
-            every step, mean over the neurons.
+        spikes: whether to keep all spikes, with one bit for each neuron and step.
+        variables: which traces to keep: ``v`` (mV), ``g_e``, ``g_i`` (uS).
+        neurons: the neurons whose traces are kept; if the neurons have several axes, they are counted over all axes.
+        every: n, to keep the traces at the end of every n-th step only: at the times ``n dt``, ``2 n dt``, ...
+        populations: neurons (a slice, a range, or indices) by name; the spikes of each population are counted in every step.
+        inputs: whether to keep the excitatory and the inhibitory conductance in uS that the input adds in every step, as a
+            mean over the neurons. Recurrent synapses are not part of it.
     """
 
     spikes: bool = True
@@ -82,35 +82,34 @@ def simulate(
     progress: bool | Callable[[int], None] = True,
     resume: bool = False,
 ) -> Result:
-    """Run a network over a source of any length, in memory for a few blocks.
+    """Run a network over a source of any length, with a few blocks of it in memory.
 
-    The network advances block by block, with its state carried from one to the next; a thread reads the next block
-    meanwhile, and another one writes the block before. The spikes are those of one call over the whole input.
+    The network advances block by block and carries its state from one block to the next. Meanwhile a thread reads the next
+    block, and another thread writes the block before. The spikes are those of one call over the whole input.
 
-    A run into a zarr group that is killed loses at most three blocks, two being computed and one being written: called
-    again with the same arguments and ``resume=True``, it goes on from the last finished block to a result that is equal
-    bit for bit. A run that was not begun yet is begun, one that is finished is returned, and one whose source is longer by
-    now goes on to its new end, so that a script may always pass ``resume=True``. What has been read before is read again
-    and compared, unless the source is a :class:`PoissonSource`, which its arguments tell: another input is refused. One
-    process at a time writes to a path; docs/reliability.md says what is promised, and at what cost.
+    A run into a zarr group that is killed loses at most three blocks: two that are computed and one that is written. Call it
+    again with the same arguments and ``resume=True``: it goes on from the last finished block, and the result is the same,
+    bit for bit. A script may always pass ``resume=True``: it begins a run that does not exist yet, returns a finished one,
+    and continues one whose source has become longer. A resumed run reads its old input again and refuses
+    another one. It does not have to read a :class:`PoissonSource` again, which is known by its arguments. Only one process
+    at a time writes to a path. docs/reliability.md says what is promised, and what it costs.
 
     Args:
-        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`, also as
-            ``torch.compile`` or ``DistributedDataParallel`` wrap them; its ``record_states`` and ``spike_dtype`` do not
-            matter here. It runs on the device of its parameters.
-        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]`` (``torch.zeros(T, 0)`` for one without
-            input): an array, a
-            :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. An iterable is read from its
-            beginning when a run is resumed.
+        network: :class:`CobaLIF` (the source gives the net input in uS) or :class:`CobaLIFRecurrent`, which may be wrapped
+            by ``torch.compile`` or ``DistributedDataParallel``. Its ``record_states`` and ``spike_dtype`` have no effect
+            here. It runs on the device of its parameters.
+        source: input ``[T, *shape]``, for a recurrent network ``[T, *batch, I]`` (``torch.zeros(T, 0)`` for no input): an
+            array, a :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. When a run is resumed, an
+            iterable is read from its beginning.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
         state: initial state, None to start at rest.
-        block_steps: steps in a block, rounded up to a multiple of 32 and of ``record.every``; None for as many as hold
-            about 64 MiB, at most 65,536 (what unconnected neurons read where it is does not count: a tensor or a numpy
-            array in memory, unless its numbers are converted or inputs are recorded).
+        block_steps: how many steps a block has, rounded up to a multiple of 32 and of ``record.every``. None for as many as
+            take about 64 MiB, at most 65,536. Input that unconnected neurons can read where it is does not count: a tensor
+            or a numpy array in memory, unless its numbers have to be converted or inputs are recorded.
         record: what to keep; None for the spikes alone.
-        progress: show a bar with steps per second and the time left on a terminal, where the package rich is
+        progress: whether to show a bar with steps per second and the time left, on a terminal and if the package rich is
             installed; or a function that takes the number of finished steps.
-        resume: continue a run that was interrupted.
+        resume: whether to continue a run that was interrupted.
 
     Returns:
         The result, as :func:`coba_triton.open_result` gives it.
@@ -118,12 +117,11 @@ def simulate(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if shapes do not fit, a parameter, weight or initial state is not finite, a file is damaged or something
-            else, or the run to be resumed was begun with another configuration or
-            another input.
+            else, or the run to be resumed was begun with another configuration or another input.
         FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
         BlockingIOError: if another run is writing to the sink's path.
-        FloatingPointError: if the state stops being finite, with what made it so; what was finished is kept.
-        OSError: if the sink cannot be written to; what was finished is kept.
+        FloatingPointError: if the state stops being finite; the message names the cause. Finished steps are kept.
+        OSError: if the sink cannot be written to. Finished steps are kept.
 
     Example:
         >>> source = PoissonSource(300.0, steps=10_000, shape=(100,), dt=0.1, weight=0.05)
@@ -133,25 +131,25 @@ def simulate(
     if not callable(progress):
         validation.check_flag(progress, "progress")
     validation.check_flag(resume, "resume")
-    run = _Run(network, source, state, Record() if record is None else record, block_steps)
+    run = BlockRun(network, source, state, Record() if record is None else record, block_steps)
     sink = open_sink(sink)
     with sink.held():
         _go_on(run, sink, resume, progress)
         return Result(*sink.result(), path=sink.path)
 
 
-def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
-    """Make the blocks that the sink does not have yet."""
+def _go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
+    """Simulate the blocks that the sink does not have yet, and give them to it."""
     begun = sink.begin(run.header, resume)
     block_steps, steps = run.header.block_steps, run.header.steps
     if steps is not None and steps < max(begun.planned or 0, begun.steps):
         raise ValueError(
             f"{sink.path} was begun with another configuration: source.steps was {begun.planned or begun.steps} and is "
-            f"{steps}; pass what it was begun with or a longer one, or another path"
+            f"{steps}; pass the source it was begun with or a longer one, or another path"
         )
     with closing(_new_blocks(run, sink, begun)) as blocks:
         first = next(blocks, None)
-        if first is None:  # nothing is missing
+        if first is None:  # the sink has all blocks
             sink.end(begun.steps, finished=True)
             return
         start = begun.steps // block_steps * block_steps
@@ -165,13 +163,13 @@ def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int],
         ):
             commits, running = _Commits(sink, thread, start, show), deque[_Running]()
             try:
-                for x, given_sum in itertools.chain([first], blocks):
-                    running.append(run.begin(x, start, given_sum))
+                for x, input_sum in itertools.chain([first], blocks):
+                    running.append(run.begin(x, start, input_sum))
                     start += len(x)
                     if len(running) > run.ahead:
-                        commits.put(*run.finish(running.popleft()))
+                        commits.put(run.finish(running.popleft()))
                 while running:
-                    commits.put(*run.finish(running.popleft()))
+                    commits.put(run.finish(running.popleft()))
                 commits.wait()
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -181,11 +179,13 @@ def _go_on(run: _Run, sink: Sink, resume: bool, progress: bool | Callable[[int],
     sink.end(commits.steps, finished=True)
 
 
-def _new_blocks(run: _Run, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
-    """The blocks that are not finished, once those that are are found to be the same.
+def _new_blocks(run: BlockRun, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
+    """First compare the finished blocks with the source, if it has to be compared; then yield the blocks that are missing.
 
-    With their checksums, None where the kernels make them. The last one that is finished comes again if it has become
-    longer.
+    If the last finished block was short and the source is longer now, this block comes again.
+
+    Yields:
+        A block and the checksum of its input, which is None where the kernels compute it.
 
     Raises:
         ValueError: if the source differs from what was read before, or ends before it.
@@ -195,51 +195,55 @@ def _new_blocks(run: _Run, sink: Sink, begun: Checkpoint) -> Generator[tuple[Ten
     if begun.steps and not checks and begun.steps == blocks.steps:
         return
     start = 0 if checks else begun.steps // block_steps * block_steps
-    sums, noted = deque[int | None](), itertools.count(start // block_steps)
+    sums, numbers = deque[int | None](), itertools.count(start // block_steps)
 
     def note(x: Tensor) -> None:
-        later = next(noted) >= len(begun.inputs) and run.sums_up(x)
-        sums.append(None if later and checks else checksum_of(x) if checks else 0)
+        """In the thread that reads: note the checksum of a block."""
+        new = next(numbers) >= len(begun.inputs)
+        if not checks:
+            sums.append(0)
+        else:
+            sums.append(None if new and run.sums_up(x) else checksum_of(x))
 
     for x in blocks.read(start, block_steps, buffers=2 + run.ahead, note=note):
-        given, number = sums.popleft(), start // block_steps
+        input_sum, number = sums.popleft(), start // block_steps
         known, expected = begun.inputs[number] if number < len(begun.inputs) else (0, 0)
-        if checks and 0 < known <= len(x) and expected != (given if len(x) == known else checksum_of(x[:known])):
+        if checks and 0 < known <= len(x) and expected != (input_sum if len(x) == known else checksum_of(x[:known])):
             raise ValueError(
                 f"{sink.path} was begun with another input: steps {start:,} to {start + known:,} of source differ from what "
-                "was read then; pass what it was begun with, or another path"
+                "was read then; pass the source it was begun with, or another path"
             )
         start += len(x)
         if len(x) > known:
-            yield x, given
+            yield x, input_sum
     if start < begun.steps:
         raise ValueError(
             f"source must have the {begun.steps} steps that are finished already, it ended {begun.steps - start} steps "
-            "before"
+            "before; pass the source that the run was begun with, or a longer one"
         )
 
 
 def checksum_of(x: Tensor) -> int:
-    """Of the numbers in the rows of a block."""
+    """The checksum of a block of input."""
     from ..backend.cpu.launch import row_sums
 
     return checksum(row_sums(x.detach().cpu()))
 
 
 class _Commits:
-    """Hands blocks to the sink's thread, one at a time, and knows how many steps it has kept."""
+    """Hands blocks to the sink's thread, one at a time, and counts the steps that the sink has kept."""
 
     def __init__(self, sink: Sink, thread: ThreadPoolExecutor, steps: int, show: Callable[[int], None]) -> None:
         self.sink, self.thread, self.steps, self.show = sink, thread, steps, show
         self._pending: tuple[int, Future[None]] | None = None
 
-    def put(self, start: int, stop: int, block: dict[str, Any], state: Any, checksum: int) -> None:
-        """Begin to write a block, when the one before it is written."""
+    def put(self, block: _Finished) -> None:
+        """Wait until the block before this one is written, and begin to write this one."""
         self.wait()
-        self._pending = stop, self.thread.submit(self.sink.write, start, stop, block, state, checksum)
+        self._pending = block.stop, self.thread.submit(self.sink.write, *block)
 
     def wait(self) -> None:
-        """Return when everything is written."""
+        """Wait until everything is written."""
         if self._pending is None:
             return
         stop, writing = self._pending
@@ -257,13 +261,22 @@ class _Commits:
 
 
 class _Running(NamedTuple):
-    """A block that is begun: its first step, input and the checksum of that or what becomes it, states before and after,
-    spikes, traces if there are, and what runs.
+    """A block that is being simulated.
+
+    Attributes:
+        start: its first step.
+        x: its input.
+        input_sum: the checksum of the input, or the sums of its rows from which it is computed.
+        before: the state before the block.
+        after: the state after it.
+        words: its spikes as bits.
+        traces: the recorded traces, None if they are computed later or not recorded.
+        jobs: the threads that simulate it.
     """
 
     start: int
     x: Tensor
-    given: Any
+    input_sum: Any
     before: Any
     after: Any
     words: Tensor
@@ -271,8 +284,33 @@ class _Running(NamedTuple):
     jobs: Sequence[Future[None]]
 
 
-class _Run:
-    """A network that advances block by block, and what is to be known of it beforehand."""
+class _Finished(NamedTuple):
+    """A block that is simulated, as :meth:`coba_triton.stream.sinks.Sink.write` takes it."""
+
+    start: int
+    stop: int
+    rows: dict[str, Any]
+    state: Any
+    input_sum: int
+
+
+class BlockRun:
+    """A network that advances block by block.
+
+    The constructor checks all arguments of :func:`simulate`.
+
+    Attributes:
+        blocks: the source.
+        header: what the sink is told about the run.
+        state: the state after the last block that was begun.
+        weights: input and recurrent weights of connected neurons.
+        p: the parameters, detached from autograd.
+        neurons: indices of the neurons whose traces are recorded; ``ascending[places]`` are the same.
+        ahead: how many blocks are begun before the first of them is finished.
+        stream: the threads that run the kernels, if blocks run ahead.
+        rates: ``dt * c_m_inv`` and ``g_l``, which with the conductances tell whether the Euler step is stable.
+        limit: the value of ``dt * c_m_inv * (g_l + g_e + g_i)`` beyond which the next warning comes.
+    """
 
     def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:
         network = _unwrapped(network)
@@ -282,17 +320,8 @@ class _Run:
                 "and weights to one of them"
             )
         block_steps = validation.check_block_steps(block_steps)
-        if not isinstance(record, Record):
-            raise TypeError(f"record must be a Record or None, got {type(record).__name__}")
-        for name, kinds in (("populations", Mapping), ("variables", Sequence)):
-            if not isinstance(value := getattr(record, name), kinds) or isinstance(value, str):
-                raise TypeError(f"record.{name} must be a {kinds.__name__.lower()}, got {type(value).__name__}")
-        for name in record.populations:
-            if not isinstance(name, str):
-                raise TypeError(f"record.populations must have names, got {name!r:.50}; write it in quotes")
-        for name in ("spikes", "inputs"):
-            validation.check_flag(getattr(record, name), f"record.{name}")
-        self.network = cast(Any, network)  # of two kinds, as `recurrent` says
+        _check_record(record)
+        self.network = cast(Any, network)  # `recurrent` says which of the two classes it is
         self.record = record
         self.device: torch.device = self.network.v_thresh.device
         self.recurrent = isinstance(network, CobaLIFRecurrent)
@@ -301,13 +330,13 @@ class _Run:
         driven = not self.recurrent or self.network.input_size
         if not (channels if driven else channels[:-1]).numel():
             raise ValueError(
-                f"a step of source must have at least one number, got shape {list(channels)}; leave out what has no neurons"
+                f"a step of source must have at least one number, got shape {list(channels)}; leave out axes of size 0"
             )
         first = self.blocks.first.to(self.device)
         with torch.no_grad():
             weights = self.network._weights() if self.recurrent else ()
             self.digests = [digest(w) for w in weights]
-            # the kernels gather rows of the transposed weights: laid out for that here, not anew in every block
+            # the kernels read rows of the transposed weights; they are transposed once here, and not for every block
             self.weights: Any = tuple(w.t().contiguous().t() for w in weights)
             p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
             detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
@@ -335,22 +364,22 @@ class _Run:
                 raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
         self.backend = choose_backend(self.network.backend, self.device)
         self.stream: ForwardStream | None = None
-        self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0  # blocks that run ahead of the one to finish
+        self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
         if self.recurrent and self.backend != "reference":
-            self.kernels = self._kernels()
+            self.connected = self._connected_network()
             order = self.neurons.argsort()
             self.ascending, self.places = self.neurons[order], order.argsort()
         if record.inputs and self.recurrent:
             self.mean_weights = [w.mean(0) for w in (self.weights[0].relu(), (-self.weights[0]).relu())]
         self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
-        self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # of what is beyond it at rest there was a warning
+        self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # _check_numbers has warned of the state at rest
         self.fires_always = False
         self.header = self._header(state, block_steps)
 
     def _check_numbers(self) -> None:
-        """Refuse what would make the state infinite or NaN from the start, and warn of what an Euler step cannot follow."""
+        """Refuse numbers that are not finite, and warn of parameters for which the Euler step is too large."""
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
         validation.check_numbers(numbers | dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False)))
         single = {name: v.item() for name, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
@@ -365,8 +394,8 @@ class _Run:
 
         return CobaLIFParameters(*map(choose, self.p))
 
-    def _kernels(self) -> time_blocks.Network:
-        """The network as the backend's kernels take it."""
+    def _connected_network(self) -> time_blocks.Network:
+        """A recurrent network in the form that the backend's kernels take."""
         dtype = self.state.v.dtype
         constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
         kernels = operators.recurrent_kernels(self.backend)
@@ -376,13 +405,14 @@ class _Run:
         return time_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
 
     def _header(self, state: Any, block_steps: int | None) -> Header:
+        """What the sink is told about the run."""
         cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
         if block_steps is None:
             first, itemsize = self.blocks.first, self.state.v.element_size()
             held = 0 if self._reads_in_place() else first[:1].numel() * first.element_size()
             step = held + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
-        whole = math.lcm(WORD_BITS, self.every)  # steps that fill rows of every array
+        whole = math.lcm(WORD_BITS, self.every)  # so many steps fill whole rows of every array
         numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
         config: dict[str, Any] = {
@@ -412,7 +442,7 @@ class _Run:
         return Header(config, columns_of(config), arrays, self.blocks.steps, config["block_steps"], versions())
 
     def _reads_in_place(self) -> bool:
-        """Whether a block of the input is a view of a tensor, which no one copies or converts."""
+        """Whether the kernels read a block of the input where it is, without a copy or a conversion."""
         source, first = self.blocks.source, self.blocks.first
         if self.recurrent or self.record.inputs or self.backend == "reference":
             return False
@@ -420,7 +450,7 @@ class _Run:
         return as_it_is and isinstance(source, Tensor) and source.device == self.device
 
     def sums_up(self, x: Tensor) -> bool:
-        """Whether the kernels make the checksum of a block of the input, as it is what they read."""
+        """Whether the kernels compute the checksum of a block: they can if they read its numbers as they are."""
         plain = x.dtype == self.state.v.dtype == torch.float32 and x.is_contiguous()
         return bool(self.ahead) and plain and x[:1].numel() == self.shape.numel()
 
@@ -443,7 +473,7 @@ class _Run:
 
     @contextmanager
     def threads(self) -> Iterator[None]:
-        """Have threads for the kernels, where blocks run ahead."""
+        """Within the block, keep threads for the kernels, if blocks run ahead."""
         if not self.ahead:
             yield
             return
@@ -457,17 +487,20 @@ class _Run:
             yield
 
     @torch.no_grad()
-    def begin(self, x: Tensor, start: int, given: int | None = 0) -> _Running:
-        """Simulate the steps that ``x`` drives, from step ``start`` on, or have threads do so."""
+    def begin(self, x: Tensor, start: int, input_sum: Any = 0) -> _Running:
+        """Simulate a block of input that begins with step ``start``, or let threads simulate it.
+
+        ``input_sum`` is the checksum of the input; None lets the kernels compute it.
+        """
         before, traces = self.state, None
         jobs: Sequence[Future[None]] = ()
         if self.stream is not None:
             words = torch.empty(word_count(len(x)), *self.shape, dtype=torch.int32)
             sums = None
-            if given is None:
+            if input_sum is None:
                 from ..backend.cpu.launch import lanes
 
-                given = sums = lanes(self.shape.numel())
+                input_sum = sums = lanes(self.shape.numel())
             flat = _flat_input(x, self.shape, before.v.dtype)
             state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
             self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
@@ -477,14 +510,12 @@ class _Run:
             words, traces = self._with_all_states(x)
         else:
             words, self.state = self._integrate(x, before, False)
-        return _Running(start, x, given, before, self.state, words, traces, jobs)
+        return _Running(start, x, input_sum, before, self.state, words, traces, jobs)
 
     @torch.no_grad()
-    def finish(self, running: _Running) -> tuple[int, int, dict[str, Any], Any, int]:
-        """The first step of a block and the first after it, the rows of every column, the state, fields first, and the
-        checksum of the input.
-        """
-        start, x, given, before, after, words, traces, jobs = running
+    def finish(self, running: _Running) -> _Finished:
+        """Wait for a block, check its state, and take from it what is recorded."""
+        start, x, input_sum, before, after, words, traces, jobs = running
         for job in jobs:
             job.result()
         stop = start + len(x)
@@ -494,25 +525,25 @@ class _Run:
             traces = self._chosen_traces(x, before)
         on_cpu = words.cpu().numpy()
         self._warn_of_constant_spikes(on_cpu, start, stop)
-        block: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
+        rows: dict[str, Any] = {"spikes": on_cpu} if self.record.spikes else {}
         if traces is not None:
-            kept = slice(self.every - 1, None, self.every)  # a block begins with a multiple of it
-            block |= {name: getattr(traces, name)[kept].cpu().numpy() for name in self.record.variables}
+            kept = slice(self.every - 1, None, self.every)  # the first step of a block is a multiple of `every`
+            rows |= {name: getattr(traces, name)[kept].cpu().numpy() for name in self.record.variables}
         if self.populations:
-            block["counts"] = self._count(on_cpu, len(x))
+            rows["counts"] = self._count(on_cpu, len(x))
         if self.record.inputs:
-            block["input_e"], block["input_i"] = self._mean_inputs(x)
-        return start, stop, block, state, given if isinstance(given, int) else checksum(given)
+            rows["input_e"], rows["input_i"] = self._mean_inputs(x)
+        return _Finished(start, stop, rows, state, input_sum if isinstance(input_sum, int) else checksum(input_sum))
 
     def _connected(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState | None]:
-        """Connected neurons need each other: all of them run, and what is recorded is kept of every step."""
+        """Simulate a block of connected neurons, and keep the traces of those that are recorded."""
         z, *others = self.state
         steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
         words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
         traces = z.new_empty(3, steps, len(self.ascending)) if len(self.ascending) else None
         block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
         z, state = time_blocks.forward(
-            self.kernels,
+            self.connected,
             _kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
             z.reshape(rows),
             torch.stack(others).reshape(3, *rows),
@@ -529,7 +560,10 @@ class _Run:
         return words.reshape(len(words), *self.shape), kept
 
     def _with_all_states(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
-        """The same where only whole states are recorded: in parts, of which some neurons are kept."""
+        """The same for the reference, which records the states of all neurons.
+
+        It runs over parts of the block, so that these states take little memory.
+        """
         step = 3 * self.shape.numel() * self.state.v.element_size()
         words, traces = [], []
         for part in x.split(word_count(max(STATE_BYTES // step, 1)) * WORD_BITS):
@@ -540,13 +574,13 @@ class _Run:
         return torch.cat(words), CobaLIFFeedForwardState(*map(torch.cat, zip(*traces, strict=True)))
 
     def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
-        """Unconnected neurons do not need the others: those that are recorded run again, alone."""
+        """Traces of unconnected neurons: those that are recorded run a second time, without the others."""
         chosen = x.expand(len(x), *self.shape).reshape(len(x), self.shape.numel())[:, self.neurons]
         state = CobaLIFFeedForwardState(*(field.reshape(-1)[self.neurons] for field in before))
         return self._integrate(chosen, state, True, self.chosen)[1]  # type: ignore[no-any-return]  # states by record_states
 
     def _count(self, words: Any, steps: int) -> Any:
-        from .kernels import count_kernel
+        from .loops import count_kernel
 
         counts = np.empty((len(self.populations), WORD_BITS * len(words)), np.int32)
         for row, members in zip(counts, self.populations.values(), strict=True):
@@ -564,7 +598,7 @@ class _Run:
         return means[0].cpu().numpy(), means[1].cpu().numpy()
 
     def _check(self, state: Any, x: Tensor, start: int, stop: int) -> None:
-        """Refuse a state that is not finite, and warn once of conductances at which the Euler step diverges."""
+        """Refuse a state that is not finite. Warn once of conductances that make the Euler step unstable."""
         if not np.isfinite(state).all():
             for step, *channel in (~torch.isfinite(x)).nonzero()[:1].tolist():
                 raise FloatingPointError(
@@ -588,7 +622,7 @@ class _Run:
             )
 
     def _warn_of_constant_spikes(self, words: Any, start: int, stop: int) -> None:
-        """Warn once of neurons that fire in every step, looking at a few of the words of a block ``[W, *shape]``."""
+        """Warn once of neurons that fire in every step. Only a few of a block's words ``[W, *shape]`` are looked at."""
         whole = words[: (stop - start) // WORD_BITS]
         always = int((whole[:: max(len(whole) // 8, 1)] == -1).any(0).sum())
         if always and not self.fires_always:
@@ -601,13 +635,27 @@ class _Run:
             )
 
 
+def _check_record(record: Any) -> None:
+    """Refuse a record whose fields are of wrong types."""
+    if not isinstance(record, Record):
+        raise TypeError(f"record must be a Record or None, got {type(record).__name__}")
+    for name, kinds in (("populations", Mapping), ("variables", Sequence)):
+        if not isinstance(value := getattr(record, name), kinds) or isinstance(value, str):
+            raise TypeError(f"record.{name} must be a {kinds.__name__.lower()}, got {type(value).__name__}")
+    for name in record.populations:
+        if not isinstance(name, str):
+            raise TypeError(f"record.populations must have names, got {name!r:.50}; write it in quotes")
+    for name in ("spikes", "inputs"):
+        validation.check_flag(getattr(record, name), f"record.{name}")
+
+
 def _next_limit(factor: float) -> float:
-    """What ``dt`` times the rate of the potential has to exceed to be worth a warning, once it was as much as ``factor``."""
+    """The next value of ``dt * c_m_inv * (g_l + g_e + g_i)`` that is worth a warning, after it was ``factor``."""
     return 1.0 if factor <= 1 else 2.0 if factor <= 2 else np.inf
 
 
 def _unwrapped(network: Any) -> Any:
-    """The module that ``torch.compile``, data parallelism or an average over training has wrapped."""
+    """The module itself, without what ``torch.compile``, data parallelism or averaging has wrapped around it."""
     wrappers: tuple[Any, ...] = (DistributedDataParallel, DataParallel, AveragedModel)
     while (inner := getattr(network, "_orig_mod", None)) is not None or isinstance(network, wrappers):
         network = network.module if inner is None else inner
@@ -615,7 +663,7 @@ def _unwrapped(network: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on, by name."""
+    """The versions of Python and of the packages that a result depends on, by name."""
     found = {"python": platform.python_version()}
     for package in ("coba-triton", "torch", "numpy", "triton", "zarr"):
         if installed := package_version(package):
@@ -625,7 +673,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def _progress(progress: bool | Callable[[int], None], steps: int | None, done: int) -> Iterator[Callable[[int], None]]:
-    """Yields the function that takes the number of finished steps."""
+    """Show how far the run is. Yields a function that takes the number of finished steps."""
     if callable(progress):
         progress(done)
         yield progress

@@ -1,14 +1,13 @@
-"""Where a long run is kept: in memory, in an ``.npz`` file, or in a zarr group that survives being killed.
+"""Where a long run is kept: in memory, in an ``.npz`` file, or in a zarr group, which survives when the run is killed.
 
-Whatever keeps it, a result is a record of arrays, a row a step (of ``spikes``: 32 steps), and of attributes:
+Every sink keeps the same result. It has attributes, and these arrays, whose first axis is time:
 
 - ``spikes [T / 32, *neurons]`` int32: bit ``i`` of word ``w`` is the spike of step ``32 w + i``;
-- ``v`` (mV), ``g_e``, ``g_i`` (uS) ``[T, K]`` at the end of every step (``[T / n, K]`` of every n-th step), of the neurons
-  ``recorded [K]``;
-- ``counts [T, P]`` int32: spikes of every population, in the order of the attribute ``populations``, and the members of
-  each, ``population_0``, ``population_1``, ...;
+- ``v`` (mV), ``g_e``, ``g_i`` (uS) ``[T / n, K]``: at the end of every n-th step, for the neurons in ``recorded [K]``;
+- ``counts [T, P]`` int32: the spikes of every population in every step, in the order of the attribute ``populations``; the
+  arrays ``population_0``, ``population_1``, ... have the members of each;
 - parameters that differ between neurons, by their names, and arrays that the caller added;
-- ``state [F, *neurons]``, the last one (in a zarr group ``[2, F, *neurons]``, see :mod:`coba_triton.stream.store`).
+- ``state [F, *neurons]``: the last state (in a zarr group ``[2, F, *neurons]``, see :mod:`coba_triton.stream.store`).
 """
 
 from __future__ import annotations
@@ -23,33 +22,35 @@ import shutil
 import stat
 import tempfile
 import threading
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..common.files import held, local_path, part_of, reason, written_whole
-from . import store as _store
-from .store import BLOSC, DTYPES, FORMAT, NAME, TAKEN, VERSION, Array, Column, Fixed, Store, checksum, filled
+from . import store
+from .npz import crc32, write_npz
+from .results import Result
+from .store import BLOSC, DTYPES, FORMAT, NAME, TAKEN, VERSION, Array, Column, Fixed, Store, checksum, difference_of, filled
 
-_OWN_FILE = re.compile(r"zarr\.json|c(\.\d+)*|\.zarr\.json\.[0-9a-f]{16}\.part")  # the last: of a writer that was killed
-_BLOSC_THREADS = threading.Lock()  # whether Blosc uses them is one switch for the process
+# Names of the files that this module writes; a writer that was killed leaves one of the third kind behind.
+_OWN_FILE = re.compile(r"zarr\.json|c(\.\d+)*|\.zarr\.json\.[0-9a-f]{16}\.part")
+_BLOSC_THREADS = threading.Lock()  # held while Blosc's switch for threads, one for the whole process, is turned
 
 
 class Header(NamedTuple):
-    """What a sink is told of a run before its first block.
+    """What a sink is told about a run before its first block.
 
     Attributes:
-        config: what the result depends on; plain JSON.
-        columns: arrays that grow.
-        arrays: arrays that do not.
-        steps: T, None if the source does not say.
-        block_steps: steps in a block, a multiple of 32.
-        versions: what made it, by name.
+        config: everything that the result depends on; plain JSON.
+        columns: the arrays that grow with the run.
+        arrays: the arrays that do not grow.
+        steps: T; None if the source does not say how long it is.
+        block_steps: how many steps a block has, a multiple of 32.
+        versions: versions of the software that makes the run, by name.
     """
 
     config: dict[str, Any]
@@ -64,9 +65,9 @@ class Checkpoint(NamedTuple):
     """How far a run has come.
 
     Attributes:
-        steps: finished ones.
-        planned: of the whole run, None if that was not known.
-        inputs: of every finished block, its steps and the checksum of its input.
+        steps: how many steps are finished.
+        planned: how many steps the whole run was to have; None if that was not known.
+        inputs: for every finished block, the number of its steps and the checksum of its input.
     """
 
     steps: int = 0
@@ -75,15 +76,16 @@ class Checkpoint(NamedTuple):
 
 
 class Sink(ABC):
-    """Takes a run's blocks.
+    """Takes the blocks of a run and keeps them.
 
     Args:
-        attributes: what else to keep with the result; plain JSON. It counts as part of the configuration.
-        arrays: numbers to keep with it, by name: letters, digits and underscores, and no name that a result has.
+        attributes: more to keep with the result; plain JSON. It counts as part of the configuration.
+        arrays: arrays of numbers to keep with the result, by name. A name has letters, digits and underscores, and must not
+            be one of a result's own arrays.
 
     Attributes:
-        path: of the file or the group, None for memory.
-        checks_input: whether it keeps a checksum of every block of the input.
+        path: the file or the group; None for memory.
+        checks_input: whether the sink keeps a checksum of the input of every block.
     """
 
     path: Path | None = None
@@ -97,7 +99,7 @@ class Sink(ABC):
         self.arrays = {name: _checked(name, np.asarray(array)) for name, array in (arrays or {}).items()}
 
     def _describe(self, header: Header) -> tuple[dict[str, Any], dict[str, Array]]:
-        """The attributes and the fixed arrays of the result that is begun."""
+        """The attributes and the arrays that do not grow, for a result that is begun."""
         attributes = {
             "format": FORMAT,
             "format_version": VERSION,
@@ -110,32 +112,41 @@ class Sink(ABC):
         return json.loads(json.dumps(attributes)), header.arrays | self.arrays
 
     def held(self) -> AbstractContextManager[None]:
-        """Nobody else writes there meanwhile.
+        """While the returned context is open, nobody else writes to the sink's path.
 
         Raises:
-            BlockingIOError: if somebody does.
+            BlockingIOError: if another run writes to it already.
             OSError: if nothing can be written there.
         """
         return contextlib.nullcontext()
 
     @abstractmethod
     def begin(self, header: Header, resume: bool) -> Checkpoint:
-        """Make room for the run, or find out how far it has come; what is there is not changed."""
+        """Make room for a new run, or find out how far an earlier one has come. Nothing of an earlier run is changed."""
 
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
-        """Go on after so many finished blocks, to so many steps; returns the state after them, None if there are none."""
+        """Prepare to go on after a number of finished blocks, up to ``steps`` steps.
+
+        Returns:
+            The state after these blocks; None if there are none.
+        """
         return None
 
     @abstractmethod
     def write(self, start: int, stop: int, block: dict[str, Array], state: Array, given: int) -> None:
-        """Keep the steps from ``start`` to ``stop``, a block's rows, and the state after them, all or nothing.
+        """Keep one block: all of it or, if the process dies meanwhile, nothing of it.
 
-        ``given``: the checksum of the block's input.
+        Args:
+            start: the block's first step.
+            stop: the step after its last one.
+            block: its rows for every column, by the column's name.
+            state: the state after its last step.
+            given: the checksum of its input.
         """
 
     @abstractmethod
     def end(self, steps: int, finished: bool) -> None:
-        """No more blocks come."""
+        """Be told that no more blocks come, how many steps are finished, and whether that is the whole run."""
 
     @abstractmethod
     def result(self) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -143,7 +154,7 @@ class Sink(ABC):
 
 
 def _checked(name: Any, array: Array) -> Array:
-    """An array of the caller's that can be kept under its name."""
+    """The caller's array, after a check that it can be kept under this name."""
     if not isinstance(name, str) or not NAME.fullmatch(name) or name in TAKEN or re.fullmatch(r"population_\d+", name):
         raise ValueError(
             f"the name of an array must be letters, digits and underscores, a letter first, and none of "
@@ -158,7 +169,7 @@ def _checked(name: Any, array: Array) -> Array:
 
 
 class MemorySink(Sink):
-    """Keeps the result in memory: one bit for every neuron and step, and what else is recorded."""
+    """Keeps the result in memory: spikes with one bit for each neuron and step, and whatever else is recorded."""
 
     def begin(self, header: Header, resume: bool) -> Checkpoint:
         if resume:
@@ -185,15 +196,17 @@ class MemorySink(Sink):
 class NpzSink(MemorySink):
     """Keeps the result in memory and writes it to one ``.npz`` file at the end, whole or not at all.
 
-    Where it cannot be written by then, as on a full disk, it is written to the folder for temporary files instead, and an
-    OSError says where; the error also has it as its attribute ``result``.
+    If the file cannot be written then, for example on a full disk, the result is written to the folder for temporary files,
+    and an OSError says where. The error also has the result as its attribute ``result``.
 
     Args:
-        path: of the file.
-        overwrite: replace a file that is there.
-        attributes: see :class:`Sink`; the file has all attributes as JSON in the array ``attributes``.
-        arrays: see :class:`Sink`.
+        path: the file.
+        overwrite: replace a file that is already there.
+        attributes: as for :class:`Sink`; the file has all attributes as JSON in the array ``attributes``.
+        arrays: as for :class:`Sink`.
     """
+
+    path: Path
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, **more: Any) -> None:
         super().__init__(**more)
@@ -201,11 +214,9 @@ class NpzSink(MemorySink):
         self.overwrite = overwrite
 
     def held(self) -> AbstractContextManager[None]:
-        assert self.path is not None
         return held(self.path)
 
     def begin(self, header: Header, resume: bool) -> Checkpoint:
-        assert self.path is not None
         if os.path.lexists(self.path):
             if not self.overwrite:
                 raise FileExistsError(f"{self.path} exists; pass overwrite=True to replace it, or another path")
@@ -214,21 +225,18 @@ class NpzSink(MemorySink):
         return super().begin(header, resume)
 
     def end(self, steps: int, finished: bool) -> None:
-        assert self.path is not None
         super().end(steps, finished)
         self._header["arrays"] = {
             name: {"shape": list(array.shape), "dtype": array.dtype.name, "crc32": crc32(array)}
             for name, array in self._fixed.items()
         }
         try:
-            _write_npz(self.path, *self.result(), self.overwrite)
+            write_npz(self.path, *self.result(), self.overwrite)
         except OSError as error:
-            from .results import Result
-
             saved = Path(tempfile.mkdtemp(prefix="coba_triton-")) / self.path.name
             kept = f"the result is kept in {saved}"
             try:
-                _write_npz(saved, *self.result(), False)
+                write_npz(saved, *self.result(), False)
             except OSError:
                 shutil.rmtree(saved.parent, ignore_errors=True)
                 kept = "the result is in this error's `result`"
@@ -237,36 +245,30 @@ class NpzSink(MemorySink):
             raise failure from error
 
 
-def crc32(array: Array) -> int:
-    """The checksum of an array in an ``.npz`` file."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _write_npz(path: Path, attributes: dict[str, Any], arrays: Mapping[str, Array], replace: bool) -> None:
-    with written_whole(path, replace) as part, part.open("wb") as file:
-        np.savez_compressed(file, **cast(Any, {"attributes": np.array(json.dumps(attributes)), **arrays}))
-
-
 class ZarrSink(Sink):
-    """Writes every block to a zarr v3 group as soon as it is finished; a run that is killed can be resumed.
+    """Writes every block to a zarr v3 group as soon as it is finished, so that a run that is killed can be resumed.
 
-    A block's rows are written first, then its state and its checksums, and the number of finished steps last, its 12 bytes
-    in one operation: whenever the process dies, what that counts is whole. See :mod:`coba_triton.stream.store`.
-    Nothing is forced to the disk: of a machine that loses power, the last seconds may be lost or damaged. The checksums of
-    every chunk tell; resuming checks that all blocks are there, and that the last one and the state are whole.
+    It writes the rows of a block first, then the state and the checksums. Last, in one operation, it writes the 12 bytes
+    that say how many steps are finished. So these steps are whole, whenever the process dies. See
+    :mod:`coba_triton.stream.store`.
+
+    Nothing is forced to the disk: when a machine loses power, the last seconds may be lost or damaged. The checksum of every
+    chunk shows that. Resuming checks that all blocks are there, and that the last block and the state are whole.
 
     Args:
-        path: of the group, a folder.
-        overwrite: replace a result that is there, if there is nothing else in its folder; anything else is left alone.
-        attributes: see :class:`Sink`.
-        arrays: see :class:`Sink`.
+        path: the folder of the group.
+        overwrite: replace a result that is already there, if its folder has nothing else; anything else is left alone.
+        attributes: as for :class:`Sink`.
+        arrays: as for :class:`Sink`.
     """
+
+    path: Path
 
     checks_input = True
 
     def __init__(self, path: str | Path, *, overwrite: bool = False, **more: Any) -> None:
         super().__init__(**more)
-        self.path: Path = local_path(path, "path")
+        self.path = local_path(path, "path")
         self.overwrite = overwrite
 
     def held(self) -> AbstractContextManager[None]:
@@ -274,13 +276,13 @@ class ZarrSink(Sink):
 
     def begin(self, header: Header, resume: bool) -> Checkpoint:
         for package in ("numcodecs", "google_crc32c", "xxhash"):
-            _store.import_or_say(package)
+            store.import_or_say(package)
         for name, column in header.columns.items():
             size = column.rows(header.block_steps) * int(np.prod(column.shape)) * np.dtype(column.dtype).itemsize
-            if size > _store.MOST_PACKED:
+            if size > store.MOST_PACKED:
                 raise ValueError(
                     f"block_steps={header.block_steps} makes blocks of {size:,} bytes of {name}, more than the "
-                    f"{_store.MOST_PACKED:,} that a chunk holds; pass a smaller block_steps or record less"
+                    f"{store.MOST_PACKED:,} that a chunk holds; pass a smaller block_steps or record less"
                 )
         attributes, fixed = self._describe(header)
         attributes["run"] = secrets.token_hex(8)
@@ -305,19 +307,19 @@ class ZarrSink(Sink):
             )
         if foreign := _foreign(Store(self.path)):
             raise ValueError(
-                f"{foreign} is no part of the result {self.path}, which is not replaced for that; move it away, or choose "
+                f"{foreign} is no part of the result {self.path}, so the result is not replaced; move it away, or choose "
                 "another path"
             )
 
     def _create(self, attributes: dict[str, Any], fixed: dict[str, Array], kept: dict[str, Fixed], header: Header) -> None:
-        """Build the empty result beside its place and move it there: it is there whole or not at all."""
+        """Build the empty result beside its path and then move it there, so that it appears whole or not at all."""
         part, place = part_of(self.path), self.path
         config = attributes["config"]
-        state = _store.state_shape(config)
+        state = store.state_shape(config)
         part.mkdir()
         try:
             self.path = part
-            for name in (*header.columns, *kept, *_store.ALWAYS):
+            for name in (*header.columns, *kept, *store.ALWAYS):
                 (part / name).mkdir()
             for name, array in kept.items():
                 self._describe_array(name, array.shape, array.chunk, array.dtype, True)
@@ -327,13 +329,13 @@ class ZarrSink(Sink):
             self._describe_array("progress", (1,), (1,), "int64", False)
             self._put_progress(0)
             self._describe_columns(header.steps if header.steps is not None else header.block_steps)
-            (part / "zarr.json").write_text(_store.describe_group(attributes))
+            (part / "zarr.json").write_text(store.describe_group(attributes))
             old = part_of(place)
             if replaced := place.exists():
                 place.rename(old)
             part.rename(place)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)  # of a name that was made here
+            shutil.rmtree(part, ignore_errors=True)  # its name was made up above: nobody else has anything there
             raise
         finally:
             self.path = place
@@ -343,13 +345,12 @@ class ZarrSink(Sink):
 
     def _reopen(self, attributes: dict[str, Any]) -> Checkpoint:
         kept = Store(self.path)
-        before, given = kept.attributes, attributes
-        difference = difference_of(_identity(before["config"]), _identity(given["config"]))
-        difference = difference or difference_of(before["arrays"], given["arrays"], "arrays")
+        difference = difference_of(_identity(kept.attributes["config"]), _identity(attributes["config"]))
+        difference = difference or difference_of(kept.attributes["arrays"], attributes["arrays"], "arrays")
         if difference:
             raise ValueError(
-                f"{self.path} was begun with another configuration: {difference}; pass what it was begun with, or another "
-                "path"
+                f"{self.path} was begun with another configuration: {difference}; pass the arguments it was begun with, or "
+                "another path"
             )
         for name in kept.names:
             folder = self.path / name
@@ -357,7 +358,7 @@ class ZarrSink(Sink):
                 raise kept.damaged(f"the array {name!r} is {'a link' if folder.is_symlink() else 'missing'}")
         rows = kept.check_blocks()
         kept.attributes["config"]["source"] = attributes["config"]["source"]  # a list of spikes may be longer by now
-        self._kept, self._described = kept, -1  # who died may not have come to it
+        self._kept, self._described = kept, -1  # a run that was killed may not have described its arrays
         return Checkpoint(kept.steps, kept.attributes["steps"], [(row.steps, row.input) for row in rows])
 
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
@@ -365,7 +366,7 @@ class ZarrSink(Sink):
         state = kept.state(blocks) if blocks else None
         with self._kept_so_far(blocks * self._block_steps):
             self._describe_group(steps=steps, finished=False)
-            if kept.steps != blocks * self._block_steps:  # the last block is made anew, with the steps that it lacked
+            if kept.steps != blocks * self._block_steps:  # the last block was short, and is made again as a longer one
                 self._put_progress(blocks * self._block_steps)
             planned = steps if steps is not None else kept.steps + self._block_steps
             if planned != self._described:
@@ -374,7 +375,7 @@ class ZarrSink(Sink):
 
     @contextlib.contextmanager
     def _kept_so_far(self, steps: int) -> Iterator[None]:
-        """Say what an error of the disk leaves."""
+        """Add to an error of the disk how many steps are kept."""
         try:
             yield
         except OSError as error:
@@ -393,7 +394,7 @@ class ZarrSink(Sink):
             self._put(name, number, self._packed(chunk), chunk.shape)
         self._put("state", number % 2, np.ascontiguousarray(state).tobytes(), (1, *state.shape))
         sealed = np.array([*row, 0], np.uint64)
-        sealed[-1] = _store.seal_of(self._kept.attributes["run"], number, sealed[:-1])
+        sealed[-1] = store.seal_of(self._kept.attributes["run"], number, sealed[:-1])
         self._put("checksums", number, sealed.tobytes(), (1, len(sealed)))
         self._put_progress(stop)
 
@@ -418,18 +419,20 @@ class ZarrSink(Sink):
         self._put("progress", 0, np.array([steps], "<i8").tobytes(), (1,))
 
     def _put(self, name: str, number: int, data: bytes, chunk: tuple[int, ...]) -> None:
-        """Write the chunk ``number`` of an array into a file of its own, and of nobody else's.
+        """Write the chunk ``number`` of an array into its file, after a check that the file has no other name.
 
-        The bytes are zarr's; its own way over an event loop takes a millisecond more of the cores that the kernels fill.
-        State and progress are written over what was there: a file that is cut short first, or that another one takes the
-        place of, some file systems bring to the disk at once, which took another millisecond a block.
+        The bytes are those that zarr writes. Zarr itself would write them through an event loop, which takes a millisecond
+        more from the cores that the kernels use.
+
+        State and progress are written over their old bytes. If their files were truncated or replaced, some file systems
+        would bring them to the disk at once, which took another millisecond for each block.
         """
         from google_crc32c import value as crc32c
 
-        file = self.path / name / _store.chunk_name(number, len(chunk))
+        file = self.path / name / store.chunk_name(number, len(chunk))
         flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         if name not in ("state", "progress"):
-            file.unlink(missing_ok=True)  # of a block that was not finished
+            file.unlink(missing_ok=True)  # it may be there from a block that was not finished
             flags |= os.O_EXCL
         with open(os.open(file, flags, 0o666), "wb") as out:
             found = os.fstat(out.fileno())
@@ -439,10 +442,10 @@ class ZarrSink(Sink):
             out.write(crc32c(data).to_bytes(4, "little"))
 
     def _describe_array(self, name: str, *described: Any) -> None:
-        _replace_text(self.path / name / "zarr.json", _store.describe_array(*described))
+        _replace_text(self.path / name / "zarr.json", store.describe_array(*described))
 
     def _describe_columns(self, steps: int) -> None:
-        """Say how many rows the columns have in so many steps."""
+        """Write down how many rows the columns have after ``steps`` steps."""
         self._described = steps
         for name, column in self._columns.items():
             shape, rows = (column.rows(steps), *column.shape), column.rows(self._block_steps)
@@ -455,7 +458,7 @@ class ZarrSink(Sink):
         attributes = self._kept.attributes
         if any(attributes[name] != value for name, value in change.items()):
             attributes |= change
-            _replace_text(self.path / "zarr.json", _store.describe_group(attributes))
+            _replace_text(self.path / "zarr.json", store.describe_group(attributes))
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -467,7 +470,7 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def _foreign(kept: Store) -> Path | None:
-    """Something in a result's folder that is no part of it."""
+    """A file or folder in a result's folder that does not belong to the result; None if there is none."""
     for entry in kept.path.iterdir():
         if entry.name in kept.names and entry.is_dir() and not entry.is_symlink():
             for file in entry.iterdir():
@@ -479,7 +482,7 @@ def _foreign(kept: Store) -> Path | None:
 
 
 def _remove(kept: Store) -> None:
-    """Remove a result's folder, with what is known to be its own; should there be something else by now, that stays."""
+    """Remove the files that belong to a result, and then its folders, unless something else has come into them by now."""
     for folder in (*(kept.path / name for name in kept.names), kept.path):
         for file in folder.iterdir():
             if _OWN_FILE.fullmatch(file.name) and not file.is_dir():
@@ -490,7 +493,7 @@ def _remove(kept: Store) -> None:
 
 @contextlib.contextmanager
 def _blosc_threads() -> Iterator[None]:
-    """Let Blosc divide a chunk among its own threads, which importing zarr forbids; the bytes are the same."""
+    """Let Blosc pack a chunk with several threads, which importing zarr turns off. The bytes are the same."""
     from numcodecs import blosc
 
     with _BLOSC_THREADS:
@@ -508,7 +511,10 @@ def _dimensions(name: str, axes: int) -> list[str]:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What two configurations of one run have in common: a source that is compared block by block may be another one."""
+    """The part of a configuration that a run and its continuation must have in common.
+
+    A source that does not describe itself is compared block by block instead.
+    """
     source = config["source"]
     return config | {
         "source": source
@@ -517,27 +523,15 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def difference_of(stored: Any, given: Any, where: str = "") -> str | None:
-    """The first difference between two configurations, None if there is none."""
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in sorted(stored.keys() | given.keys()):
-            found = difference_of(stored.get(key), given.get(key), f"{where}.{key}" if where else key)
-            if found:
-                return found
-        return None
-    return None if stored == given else f"{where} was {json.dumps(stored)} and is {json.dumps(given)}"
-
-
 def open_sink(sink: Any) -> Sink:
-    """A sink from what a caller gives: None, a path that ends in ``.zarr`` or ``.npz``, or a sink."""
+    """The sink for what a caller gives: None, a path that ends in ``.zarr`` or ``.npz``, or a sink."""
     if sink is None:
         return MemorySink()
     if isinstance(sink, Sink):
         return sink
     if isinstance(sink, str | Path):
         path = local_path(sink, "sink")
-        kinds = {".zarr": ZarrSink, ".npz": NpzSink}
-        kind = kinds.get(path.suffix)
+        kind = {".zarr": ZarrSink, ".npz": NpzSink}.get(path.suffix)
         if kind is None:
             raise ValueError(f"sink must be a path that ends in .zarr or .npz, got {str(sink)!r}; or pass a ZarrSink")
         return kind(path)

@@ -1,4 +1,4 @@
-"""What drives a long run: arrays, chunks, Poisson spikes and lists of spikes, read in time blocks ahead of their use."""
+"""What drives a long run: arrays, chunks, Poisson spikes and lists of spikes. A thread reads the next block ahead."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from torch import Tensor
 from ..backend.choose import the_device
 from ..ops import validation
 
-FIRST = 32  # steps that tell one source from another
-ROUNDING = 1e-3  # of a step, by which a time in a list may be off
-LARGEST = 2**48  # steps or channels that can be counted
-MOST_OF_A_CHANNEL = 2**24  # spikes in a step: float32 counts no further
-MOST_OF_A_STEP = 2**26  # spikes of all channels: they take some tenths of a second
-PIECE = 2**22  # spikes and numbers that are made between two looks at whether somebody still waits for them
+FIRST = 32  # so many steps are read at once, to know the source's channels and dtype
+ROUNDING = 1e-3  # part of a step by which a time in a list may be off
+LARGEST = 2**48  # the largest number of steps or channels
+MOST_OF_A_CHANNEL = 2**24  # spikes of a channel in a step: float32 cannot count further
+MOST_OF_A_STEP = 2**26  # spikes of all channels in a step: to make them takes some tenths of a second
+PIECE = 2**22  # after so many spikes and numbers, look whether somebody still waits for them
 
-_reader = threading.local()  # whether the source that a thread reads is read any longer, as `stopped`
+_reader = threading.local()  # its attribute `stopped` tells a thread whether its source is still wanted
 
 
 class Described(ABC):
-    """A source that its description tells from every other: it need not be compared to know that it is the same."""
+    """A source whose description says what it gives: two with the same description are the same, without comparing data."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What a result says of its source; plain JSON."""
+        """What the result says about its source; plain JSON."""
 
 
 class MadeSource(ABC):
-    """An input that is made step by step when it is read, float32, the same whatever blocks it is read in.
+    """Input in float32 that is made when it is read. It is the same for every choice of blocks.
 
     Attributes:
-        shape: steps T, and of the channels.
+        shape: the number of steps T, and the axes of the channels.
     """
 
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class MadeSource(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What a result says of its source."""
+        """What the result says about its source."""
 
     def __getitem__(self, steps: slice) -> Tensor:
         start, stop, stride = steps.indices(self.shape[0])
@@ -65,22 +65,22 @@ class MadeSource(ABC):
 
 
 class PoissonSource(MadeSource, Described):
-    """Independent Poisson spikes in every channel, the same ones whatever blocks they are read in.
+    """Independent Poisson spikes in every channel. They are the same for every choice of blocks.
 
-    A step's spikes are a function of the seed, the stream and the number of the step alone (Philox4x32-10, a
-    counter-based generator; Salmon et al. 2011, doi:10.1145/2063384.2063405), and the same on every machine. Several
-    spikes of a channel in one step add up. Making them costs as much as there are spikes.
+    The spikes of a step depend only on the seed, the stream and the number of the step (Philox4x32-10, a counter-based
+    generator; Salmon et al. 2011, doi:10.1145/2063384.2063405). They are the same on every machine. Several spikes of a
+    channel in one step add up. The time to make them is proportional to their number.
 
     Args:
-        rate: in Hz, a number or a tensor that broadcasts to the channels.
+        rate: rate in Hz, a number or a tensor that broadcasts to the channels.
         steps: T.
-        shape: of the channels, ``I``, ``(I,)`` or ``(B, I)``.
+        shape: axes of the channels, ``I``, ``(I,)`` or ``(B, I)``.
         dt: time step in ms.
-        weight: what one spike adds to the input: uS for unconnected neurons, 1 where input weights follow.
+        weight: what one spike adds to the input: a conductance in uS for unconnected neurons, 1 if input weights follow.
         seed: from 0 to 2**64 - 1.
-        stream: from 0 to 2**32 - 1; sources of one seed and different streams are independent.
-        rows: which of the leading axis of ``shape`` to make, None for all: what a process takes that simulates a part of a
-            batch. Their spikes are those that they have in the whole, for which those of the rows before them are drawn.
+        stream: from 0 to 2**32 - 1; sources with the same seed and different streams are independent.
+        rows: a slice of the first axis of ``shape``, for a process that simulates a part of a batch; None for all rows. The
+            rows have the same spikes as in the whole source; therefore the rows before them are drawn as well.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -144,14 +144,14 @@ class PoissonSource(MadeSource, Described):
         self._cumulative = np.concatenate([np.zeros(1), np.cumsum(each)]) if each.size else each
 
     def fill(self, start: int, out: Tensor, add: bool = False) -> None:
-        from .kernels import poisson_kernel
+        from .loops import poisson_kernel
 
         rows = out.view(out.shape[0], math.prod(self.shape[1:])).numpy()
         key, stream = np.uint64(self.seed), np.uint32(self.stream)
         options = self._first, self._last, key, stream, self._expected, self._cumulative, self.weight, add
         for begin in range(0, len(rows), self._piece):
             if getattr(_reader, "stopped", bool)():
-                raise RuntimeError("the source is not read any longer")  # nobody waits for what this thread returns
+                raise RuntimeError("the source is not read any longer")  # it ends this thread; nobody sees the error
             poisson_kernel(rows[begin : begin + self._piece], start + begin, *options)
 
     def describe(self) -> dict[str, Any]:
@@ -161,23 +161,23 @@ class PoissonSource(MadeSource, Described):
 
 
 class EventSource(MadeSource):
-    """Spikes that are listed, ``(times, neurons)``, without an array of all steps: 12 bytes a spike.
+    """Spikes from a list, ``(times, neurons)``. A spike takes 12 bytes of memory; there is no array of all steps.
 
-    Step k has the spikes after ``k dt`` and up to its end, ``(k + 1) dt``, where results list theirs; the first step also
-    those at time 0. A thousandth of a step counts as rounding. So the events of a result give its spikes again. Spikes of
-    a channel that fall into one step add up.
+    Step k has the spikes after ``k dt`` and up to its end, ``(k + 1) dt``, which is the time that results list. The first
+    step also has the spikes at time 0. Times may be off by a thousandth of a step. So the events of a result, as a source,
+    give the same spikes again. Several spikes of a channel in one step add up.
 
     Args:
-        times: in ms, ``[S]``, in any order.
-        neurons: the channel of every spike, ``[S]``; with several axes of channels, indices into the flattened ones. A
-            list from a file: ``EventSource(*read_events(path), ...)``.
-        shape: of the channels, ``I``, ``(I,)`` or ``(B, I)``.
+        times: times in ms, ``[S]``, in any order.
+        neurons: the channel of every spike, ``[S]``; if the channels have several axes, they are counted over all axes. From
+            a file: ``EventSource(*read_events(path), ...)``.
+        shape: axes of the channels, ``I``, ``(I,)`` or ``(B, I)``.
         dt: time step in ms.
-        steps: T; None for as many as hold the last spike. Spikes after them are left out.
-        weight: what one spike adds to the input, a number or one of each ``[S]``: uS for unconnected neurons, 1 where input
-            weights follow. Those of one channel and step are summed in double precision.
-        first: the number of the first channel in ``neurons``; NEST's begin with 1.
-        start: time in ms at which the first step begins; the spikes up to it are left out.
+        steps: T; later spikes are left out. None for a source that ends with the last spike.
+        weight: what one spike adds to the input, a number or one for each spike ``[S]``: a conductance in uS for unconnected
+            neurons, 1 if input weights follow. Weights in one channel and step are summed in double precision.
+        first: the number of the first channel in ``neurons``; NEST counts from 1.
+        start: time in ms at which the first step begins; spikes up to that time are left out.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -231,13 +231,13 @@ class EventSource(MadeSource):
             got = f"{channels.min() + first} to {channels.max() + first}"
             raise ValueError(
                 f"neurons must be from {first} to {first + width - 1} for channels {list(shape)}, got {got}; change shape "
-                "or first, or take the spikes of some"
+                "or first, or leave out the spikes of other neurons"
             )
         number = np.ceil((at - start) / self.dt - ROUNDING).astype(np.int64) - 1
         if start == 0:
             number = np.maximum(number, 0)
         if steps is None and not (number >= 0).any():
-            raise ValueError("steps must be given where there is no spike, got None")
+            raise ValueError("steps must be given if there is no spike, got None; pass a number of steps")
         steps = int(number.max()) + 1 if steps is None else validation.check_int(steps, "steps")
         kept = (number >= 0) & (number < steps)
         cells = number[kept] * width + channels[kept]
@@ -262,22 +262,22 @@ class EventSource(MadeSource):
 
 
 class Blocks:
-    """A source that is read in time blocks, the next one in a thread while one is used.
+    """Reads a source in time blocks. While one block is used, a thread reads the next one.
 
     Args:
-        source: see :func:`stream_blocks`.
-        device: where the blocks go; to a GPU from pinned memory on a stream of their own.
+        source: as for :func:`stream_blocks`.
+        device: the device that the blocks are copied to; for a GPU, from pinned memory and on a stream of their own.
 
     Attributes:
         steps: T, None for an iterable of chunks.
-        first: the first steps on the CPU, at most :data:`FIRST`.
-        described: whether :meth:`describe` tells the source from every other.
+        first: the first steps on the CPU, at most :data:`FIRST` of them.
+        described: whether the description says what the source gives, see :class:`Described`.
     """
 
     def __init__(self, source: Any, device: torch.device) -> None:
         if isinstance(source, Tensor) and (source.layout != torch.strided or source.is_nested):
             raise TypeError(f"source must be dense, got a tensor of {source.layout}; use .to_dense(), or an EventSource")
-        source = source.tocsr() if hasattr(source, "tocsr") else source  # of scipy's sparse arrays one that gives its rows
+        source = source.tocsr() if hasattr(source, "tocsr") else source  # sparse arrays of scipy are sliced by rows as CSR
         self.source, self.device = _from_numpy(source) if _in_memory(source) else source, device
         self.steps: int | None = None
         self.described = isinstance(source, Described)
@@ -308,7 +308,7 @@ class Blocks:
         self._dtype = self.first.dtype
 
     def _read(self, start: int, stop: int) -> Tensor:
-        """Steps of an array, if they are what it has said of itself."""
+        """Read steps of an array, and check that they have the shape and the dtype that it promised."""
         block = _tensor(self.source[start:stop])
         if block.shape != (stop - start, *self._channels) or block.dtype != (self._dtype or block.dtype):
             raise ValueError(
@@ -318,7 +318,7 @@ class Blocks:
         return block
 
     def describe(self) -> dict[str, Any]:
-        """What the source is, as far as that can be said in advance."""
+        """What the result says about its source."""
         described = {"kind": "data"} | (self.source.describe() if isinstance(self.source, MadeSource | Described) else {})
         dtype = str(self.first.dtype).removeprefix("torch.")
         return {**described, "described": self.described, "channels": list(self.first.shape[1:]), "dtype": dtype}
@@ -326,10 +326,16 @@ class Blocks:
     def read(
         self, start: int, block_steps: int, buffers: int | None = None, note: Callable[[Tensor], None] | None = None
     ) -> Iterator[Tensor]:
-        """Blocks from step ``start`` on, of ``block_steps`` each, the last one shorter; an iterable's from its beginning.
+        """Yield blocks of ``block_steps`` steps from step ``start`` on. The last one may be shorter.
 
-        Given a number of ``buffers``, blocks take turns in their memory: one that is being read, and those in use.
-        The thread that reads gives every block to ``note`` before it is used.
+        An iterable of chunks is always read from its beginning.
+
+        Args:
+            start: the first step.
+            block_steps: how many steps a block has.
+            buffers: how many blocks are in use at the same time, the one that is being read included; later blocks are
+                read into the memory of earlier ones. None gives every block its own memory.
+            note: called with every block, in the thread that reads, before the block is used.
         """
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         stop = threading.Event()
@@ -341,7 +347,7 @@ class Blocks:
             x = next(blocks, None)
             if x is not None and note is not None:
                 note(x)
-            if x is None or stream is None or x.device.type != "cpu":  # what is on a device already needs no copy stream
+            if x is None or stream is None or x.device.type != "cpu":  # to() copies a block only if it is elsewhere
                 return x if x is None else (x.to(self.device), None)
             with torch.cuda.stream(stream):
                 return x.pin_memory().to(self.device, non_blocking=True), stream.record_event()
@@ -398,13 +404,13 @@ def _array(numbers: Any, name: str, dtype: Any = None) -> NDArray[Any]:
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """Sizes of the channels' axes, from one or several integers."""
+    """The sizes of the channels' axes as a tuple, from one integer or several."""
     sizes = shape if isinstance(shape, list | tuple) else (shape,)
     return tuple(validation.check_int(size, "every size in shape") for size in sizes)
 
 
 def _in_memory(x: Any) -> bool:
-    """Whether an array can be a tensor as it is: in memory and no file's, and laid out as tensors are."""
+    """Whether torch can use an array where it is: it is in memory, not in a mapped file, and laid out like a tensor."""
     if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray) or not (x.flags.writeable and x.dtype.isnative):
         return False
     if any(stride < 0 or stride % x.itemsize for stride in x.strides):
@@ -418,8 +424,8 @@ def _in_memory(x: Any) -> bool:
 def _chunk(x: Any) -> Tensor:
     if not hasattr(x, "shape"):  # numpy would make one array of a list of batches
         raise TypeError(
-            f"every chunk of source must be a tensor or an array [t, ...], got {type(x).__name__}; of a loader whose "
-            "batches are lists pass what is time first in them, such as (batch[0] for batch in loader)"
+            f"every chunk of source must be a tensor or an array [t, ...], got {type(x).__name__}; if a "
+            "loader gives lists, pass the part of each that is time first, such as (batch[0] for batch in loader)"
         )
     return _tensor(x)
 
@@ -432,7 +438,7 @@ def _tensor(x: Any) -> Tensor:
     array = np.asarray(x.toarray() if hasattr(x, "toarray") else x)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    # torch shares memory with arrays that it may write to; a memory-mapped file is read here and not in the kernels
+    # torch shares memory only with arrays that can be written to; a mapped file is read here, and not by the kernels
     return _from_numpy(array if array.flags.writeable and array.base is None else array.copy())
 
 
@@ -440,30 +446,30 @@ def _from_numpy(array: Any) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError:
-        raise TypeError(f"source must be of numbers that torch has, got {array.dtype}; convert it with .astype") from None
+        raise TypeError(f"source must have a dtype that torch has, got {array.dtype}; convert it with .astype") from None
 
 
 def digest(x: Tensor) -> str:
     """A checksum of a tensor's numbers."""
-    # without elements, a tensor has no bytes to view
+    # a tensor without elements cannot be viewed as bytes
     content = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data if x.numel() else b""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def stream_blocks(source: Any, block_steps: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """A long input in time blocks, each of which a thread reads while the one before it is used.
+    """Read a long input in time blocks. While one block is used, a thread reads the next one.
 
-    For truncated backpropagation through time: carry the state from block to block with ``state.detach()``.
+    For truncated backpropagation through time, carry the state from block to block with ``state.detach()``.
 
     Args:
         source: an array ``[T, ...]`` (tensor, numpy array or memmap, sparse array of scipy, zarr or HDF5 array,
-            :class:`PoissonSource`, :class:`EventSource`: anything with ``shape`` that gives its steps as slices), or an
-            iterable of chunks ``[t, ...]``, tensors or arrays, which may have different lengths.
-        block_steps: steps in a block.
-        device: where the blocks go. To a GPU they are copied from pinned memory on a stream of their own.
+            :class:`PoissonSource`, :class:`EventSource`, or anything else that has a ``shape`` and can be sliced by steps);
+            or an iterable of chunks ``[t, ...]``, tensors or arrays, which may differ in their lengths.
+        block_steps: how many steps a block has.
+        device: the device that the blocks are copied to; for a GPU, from pinned memory and on a stream of their own.
 
     Returns:
-        An iterator of tensors ``[block_steps, ...]``; the last one may be shorter. Those of a tensor or of a numpy array in
+        An iterator of tensors ``[block_steps, ...]``; the last one may be shorter. Blocks of a tensor or of a numpy array in
         memory are views of it.
 
     Raises:

@@ -1,20 +1,20 @@
-"""A long run on the disk: a zarr v3 group that tells what is missing, changed, exchanged or older than it should be.
+"""A long run on the disk: a zarr v3 group in which missing, changed, exchanged and outdated parts are noticed.
 
-Beside a result's arrays (see :mod:`coba_triton.stream.sinks`), which any zarr reads, the group has
+The group has the arrays of a result (see :mod:`coba_triton.stream.sinks`), which any zarr reads, and three more:
 
-- ``progress [1]``: the number of finished steps, written after everything else of a block;
-- ``state [2, F, *neurons]``: the state (recurrent: z, v, g_e, g_i; else v, g_e, g_i) after the last two blocks, which take
-  turns: that after block ``k`` stands in row ``k % 2``;
-- ``checksums [blocks, C + 4]`` uint64, a row a block: its steps, the checksum of its input (0 where a description says
-  what the input is), of the state after it, of its chunk of every column, and at last a seal: the checksum of the rest of
-  the row, of its number, and of the run, a random name.
+- ``progress [1]``: the number of finished steps. It is written after everything else of a block.
+- ``state [2, F, *neurons]``: the states after the last two blocks (recurrent: z, v, g_e, g_i; else v, g_e, g_i). The state
+  after block ``k`` is in row ``k % 2``.
+- ``checksums [blocks, C + 4]`` uint64: a row for each block. It has the number of the block's steps, the checksum of its
+  input (0 if the source describes itself), the checksum of the state after it, the checksum of its chunk of every column,
+  and a seal. The seal is the checksum of the rest of the row, the block's number, and the run's random name.
 
-A block's number is that of its chunk in every column. So a chunk that is read is known to be the one that was written
-there, and a state to be the one after the last finished block. The attributes have a checksum of themselves and those of
-the arrays that do not grow.
+Block ``k`` is chunk ``k`` of every column. So a reader knows that a chunk is the one that was written there, and that a
+state is the one after the last finished block. The attributes have a checksum of themselves, and the checksums of the arrays
+that do not grow.
 
-What is read is checked here and not by zarr, so that nothing in a stranger's file chooses which code runs: chunks are
-opened, checked and unpacked in one way, whatever their metadata say. Those are written for others.
+Everything that is read is checked here and not by zarr, so that nothing in a stranger's file chooses which code runs: chunks
+are opened, checked and unpacked in one way, whatever their metadata say. The metadata are written for other programs.
 """
 
 from __future__ import annotations
@@ -37,31 +37,35 @@ from ..ops.spikes import WORD_BITS
 
 FORMAT = "coba_triton result"
 VERSION = 2
-BLOSC: Any = {"cname": "lz4", "clevel": 5}  # fast: zstd packs spikes twice as tightly, in twice the time
-MOST_PACKED = 2**31 - 2**16  # bytes that Blosc takes at a time
-RATIO = 256  # LZ4 packs nothing more tightly
-MOST_ATTRIBUTES = 2**28  # bytes
+BLOSC: Any = {"cname": "lz4", "clevel": 5}  # zstd would pack spikes into half the bytes, in twice the time
+MOST_PACKED = 2**31 - 2**16  # bytes; Blosc packs no more at a time
+RATIO = 256  # LZ4 makes nothing more than this many times smaller
+MOST_ATTRIBUTES = 2**28  # bytes of the file of attributes
 
 DTYPES = (
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
     *("bool", "float16", "float32", "float64", "complex64", "complex128"),
 )
-ALWAYS = ("state", "progress", "checksums")  # what is in every group
+ALWAYS = ("state", "progress", "checksums")  # arrays that every group has
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 TAKEN = {"spikes", "v", "g_e", "g_i", "counts", "input_e", "input_i", "recorded", *ALWAYS, *NUMERIC_PARAMETERS}
-TAKEN |= {"file", "attributes", "allow_pickle"}  # arguments of numpy.savez, and an array of ours there
+TAKEN |= {"file", "attributes", "allow_pickle"}  # arguments of numpy.savez, and the array of the attributes
 
 Array = NDArray[Any]
 
 
 class Refused(ValueError):
-    """What is there is damaged, or no result."""
+    """A file or folder that is no result, or a damaged one."""
 
 
 class Column(NamedTuple):
-    """An array that grows with the run, a row for so many steps: ``[T / every, *shape]``.
+    """An array that grows with the run, ``[T / every, *shape]``.
 
-    ``begun``: whether steps that fill no row have one as well.
+    Attributes:
+        every: how many steps one row stands for.
+        shape: the shape of a row.
+        dtype: the name of the numbers' type.
+        begun: whether the last steps have a row even if they do not fill it.
     """
 
     every: int
@@ -70,12 +74,12 @@ class Column(NamedTuple):
     begun: bool = False
 
     def rows(self, steps: int) -> int:
-        """How many rows so many steps have."""
+        """How many rows there are after ``steps`` steps."""
         return -(-steps // self.every) if self.begun else steps // self.every
 
 
 def columns_of(config: Mapping[str, Any]) -> dict[str, Column]:
-    """The arrays that grow, from what the attribute ``config`` says is recorded."""
+    """The arrays that grow, according to what is recorded in the attribute ``config``."""
     record, dtype = config["record"], config["state_dtype"]
     traced, populations = len(record["neurons"]), len(record["populations"])
     columns = {"spikes": Column(WORD_BITS, tuple(config["neurons"]), "int32", True)} if record["spikes"] else {}
@@ -85,12 +89,12 @@ def columns_of(config: Mapping[str, Any]) -> dict[str, Column]:
 
 
 def state_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Of a state as a chunk, ``[1, F, *neurons]``."""
+    """The shape of a state's chunk, ``[1, F, *neurons]``."""
     return (1, 4 if config["network"] == "CobaLIFRecurrent" else 3, *config["neurons"])
 
 
 class Fixed(NamedTuple):
-    """An array that does not grow, in chunks of ``rows`` along its first axis, with the checksum of each."""
+    """An array that does not grow. It is kept in chunks of ``rows`` rows, and each chunk has a checksum."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -99,10 +103,10 @@ class Fixed(NamedTuple):
 
     @classmethod
     def of(cls, name: str, array: Array) -> Fixed:
-        """How an array is kept.
+        """Plan the chunks of an array, and compute their checksums.
 
         Raises:
-            ValueError: if a single row is too large.
+            ValueError: if a single row is too large for a chunk.
         """
         rows = 1
         if array.ndim and array.size:
@@ -115,21 +119,21 @@ class Fixed(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Number of chunks."""
+        """How many chunks there are."""
         return -(-self.shape[0] // self.rows) if math.prod(self.shape) and self.shape else math.prod(self.shape)
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """Shape of a chunk."""
+        """The shape of a chunk."""
         return (self.rows, *(max(size, 1) for size in self.shape[1:])) if self.shape else ()
 
     def part(self, array: Array, number: int) -> Array:
-        """A chunk of the array."""
+        """The chunk ``number`` of the array."""
         return filled(array[number * self.rows : (number + 1) * self.rows] if self.shape else array, self.chunk, self.dtype)
 
 
 class Row(NamedTuple):
-    """What the checksums say of a block."""
+    """A row of ``checksums``: what is known about a block."""
 
     steps: int
     input: int
@@ -138,6 +142,7 @@ class Row(NamedTuple):
 
 
 def import_or_say(package: str) -> Any:
+    """Import a package, or say in an ImportError how to get it."""
     try:
         return __import__(package)
     except ImportError:
@@ -148,27 +153,27 @@ def import_or_say(package: str) -> Any:
 
 
 def checksum(data: Any) -> int:
-    """Of an array's bytes or of bytes: XXH3 of 64 bits, at the speed of the memory."""
+    """XXH3 with 64 bits, of bytes or of an array's bytes."""
     data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
     return int(import_or_say("xxhash").xxh3_64_intdigest(data))
 
 
 def filled(rows: Array, shape: tuple[int, ...], dtype: str) -> Array:
-    """Rows as a whole chunk, zeros after them, in the order of its bytes."""
+    """Rows as a whole, contiguous chunk of little-endian numbers; zeros follow the rows."""
     if shape and len(rows) < shape[0]:
         rows = np.concatenate([rows, np.zeros((shape[0] - len(rows), *rows.shape[1:]), rows.dtype)])
     return np.ascontiguousarray(rows, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
 def chunk_name(number: int, axes: int) -> str:
-    """The file of the chunk ``number`` along the first axis of an array, the others being whole."""
+    """The name of the file for the chunk ``number`` along the first axis; along the other axes a chunk has everything."""
     return ".".join(["c", *map(str, (number, *[0] * (axes - 1))[:axes])])
 
 
 def describe_array(
     shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, packed: bool, names: list[str] | None = None
 ) -> str:
-    """The file ``zarr.json`` of an array."""
+    """The text of an array's file ``zarr.json``."""
     codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
     if packed:
         shuffle = {"shuffle": "noshuffle", "blocksize": 0, "typesize": np.dtype(dtype).itemsize}
@@ -189,22 +194,33 @@ def describe_array(
     return json.dumps(described, indent=1)
 
 
+def difference_of(stored: Any, given: Any, where: str = "") -> str | None:
+    """The first difference between two configurations, in words; None if there is none."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in sorted(stored.keys() | given.keys()):
+            found = difference_of(stored.get(key), given.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return None
+    return None if stored == given else f"{where} was {json.dumps(stored)} and is {json.dumps(given)}"
+
+
 def seal_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes with their checksum."""
+    """The attributes and, among them, their checksum."""
     plain = {name: value for name, value in attributes.items() if name != "checksum"}
     return plain | {"checksum": f"{checksum(json.dumps(plain).encode()):016x}"}
 
 
 def describe_group(attributes: dict[str, Any]) -> str:
-    """The file ``zarr.json`` of the group."""
+    """The text of the group's file ``zarr.json``."""
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": seal_attributes(attributes)}, indent=1)
 
 
 def check_attributes(where: str, attributes: Any) -> None:
-    """Refuse attributes that are no result's, of another format version, or that do not hold together.
+    """Check the attributes of what should be a result.
 
     Raises:
-        ValueError: if so.
+        ValueError: if they do not belong to a result, are of another format version, or contradict each other.
     """
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise Refused(f"{where} is no result of coba_triton; give the path of one, or of nothing")
@@ -237,7 +253,7 @@ def _size(value: Any, least: int = 0) -> int:
 
 
 def _check_content(attributes: dict[str, Any]) -> None:
-    """Everything that a :class:`coba_triton.stream.results.Result` relies on."""
+    """Check everything that a :class:`coba_triton.stream.results.Result` relies on."""
     config = _is(attributes["config"], dict)
     record, neurons = _is(config["record"], dict), [_size(size, 1) for size in _is(config["neurons"], list)]
     block_steps = _size(config["block_steps"], 1)
@@ -263,7 +279,7 @@ def _check_content(attributes: dict[str, Any]) -> None:
     if attributes["steps"] is not None:
         _size(attributes["steps"])
     _is(attributes["finished"], bool)
-    if "steps_done" in attributes:  # in a file that has all arrays
+    if "steps_done" in attributes:  # an .npz file has it; a group has the array progress instead
         _size(attributes["steps_done"])
     needed: dict[str, tuple[int, ...] | None] = {
         f"population_{number}": None for number in range(len(record["populations"]))
@@ -281,16 +297,16 @@ def _check_content(attributes: dict[str, Any]) -> None:
 
 
 class Store:
-    """A run on the disk, to be read.
+    """Reads a run from the disk.
 
     Attributes:
-        path: of the group.
-        attributes: of the group.
-        steps: finished ones.
-        names: of the arrays.
+        path: the folder of the group.
+        attributes: the attributes of the group.
+        steps: how many steps are finished.
+        names: the names of all arrays.
 
     Raises:
-        ValueError: if it is no result, or damaged.
+        ValueError: if there is no result, or a damaged one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -313,7 +329,7 @@ class Store:
         self.fixed = self._fixed()
         self.names = {*self.columns, *self.fixed, *ALWAYS}
         self._rows: dict[int, Row] = {}
-        self.steps = int(self._plain("progress", 0, (1,), "int64")[0])
+        self.steps = int(self._chunk("progress", 0, (1,), "int64", packed=False)[0])
         self._check_steps()
 
     def _fixed(self) -> dict[str, Fixed]:
@@ -339,15 +355,15 @@ class Store:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks that are finished."""
+        """How many blocks are finished."""
         return -(-self.steps // self.block_steps)
 
     def damaged(self, what: str) -> Refused:
-        """An error that says so."""
+        """The error that says that the group is damaged, and how."""
         return Refused(f"{self.path} is damaged: {what}; restore it from a copy")
 
     def _chunk(self, name: str, number: int, shape: tuple[int, ...], dtype: str, packed: bool) -> Array:
-        """A chunk that is what was written once, somewhere."""
+        """A chunk whose own checksum is right; whether it is the right chunk is for the caller to check."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         what = f"block {number} of {name}"
         try:
@@ -360,7 +376,7 @@ class Store:
         if import_or_say("google_crc32c").value(data) != int.from_bytes(end, "little") or len(end) < 4:
             raise self.damaged(f"{what} has changed")
         if packed:
-            # what Blosc says that it holds; a stranger's file shall not make us allocate what it cannot hold
+            # Blosc's header names the size. Check it first: a stranger's file must not make us take memory for nothing.
             if len(data) < 16 or int.from_bytes(data[4:8], "little") != size or size > RATIO * len(data):
                 raise self.damaged(f"{what} has another size")
             try:
@@ -371,13 +387,10 @@ class Store:
             raise self.damaged(f"{what} has another size")
         return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
 
-    def _plain(self, name: str, number: int, shape: tuple[int, ...], dtype: str) -> Array:
-        return self._chunk(name, number, shape, dtype, False)
-
     def row(self, number: int) -> Row:
-        """The checksums of a block."""
+        """The row of ``checksums`` for a block."""
         if number not in self._rows:
-            found = self._plain("checksums", number, (1, len(self.columns) + 4), "uint64")[0]
+            found = self._chunk("checksums", number, (1, len(self.columns) + 4), "uint64", packed=False)[0]
             steps, given, state, *chunks, seal = found.tolist()
             if seal != seal_of(self.attributes["run"], number, found[:-1]) or not 0 < steps <= self.block_steps:
                 raise self.damaged(f"block {number} of checksums is that of another block or run")
@@ -385,18 +398,18 @@ class Store:
         return self._rows[number]
 
     def block(self, name: str, number: int) -> Array:
-        """The rows of a column in a block, as a whole chunk."""
+        """A block's rows of a column, as a whole chunk."""
         column = self.columns[name]
         shape = (column.rows(self.block_steps), *column.shape)
-        found = self._chunk(name, number, shape, column.dtype, True)
+        found = self._chunk(name, number, shape, column.dtype, packed=True)
         if checksum(found) != self.row(number).chunks[name]:
             raise self.damaged(f"block {number} of {name} is not what was written there")
         return found
 
     def state(self, blocks: int) -> Array:
-        """The state after so many blocks, ``[F, *neurons]``; there is that of the last two."""
+        """The state after the first ``blocks`` blocks, ``[F, *neurons]``. The group has those after the last two blocks."""
         config = self.attributes["config"]
-        found = self._plain("state", (blocks - 1) % 2, state_shape(config), config["state_dtype"])
+        found = self._chunk("state", (blocks - 1) % 2, state_shape(config), config["state_dtype"], packed=False)
         if checksum(found) != self.row(blocks - 1).state:
             raise self.damaged(f"state is not that after block {blocks - 1}, the last of {self.steps:,} finished steps")
         return np.array(found[0])
@@ -406,7 +419,7 @@ class Store:
         fixed = self.fixed[name]
         parts = []
         for number, expected in enumerate(fixed.checksums):
-            parts.append(self._chunk(name, number, fixed.chunk, fixed.dtype, True))
+            parts.append(self._chunk(name, number, fixed.chunk, fixed.dtype, packed=True))
             if f"{checksum(parts[-1]):016x}" != expected:
                 raise self.damaged(f"block {number} of {name} is not what was written there")
         if not parts or not fixed.shape:
@@ -414,7 +427,11 @@ class Store:
         return np.concatenate(parts)[: fixed.shape[0]]
 
     def check_blocks(self) -> list[Row]:
-        """The checksums of all blocks, once every chunk is found to be there, and the last ones and the state whole."""
+        """Check that every chunk is there, and that the last block, its state and the arrays that do not grow are whole.
+
+        Returns:
+            The rows of ``checksums`` for all blocks.
+        """
         rows = [self.row(number) for number in range(self.blocks)]
         for number, row in enumerate(rows):
             if number < len(rows) - 1 and row.steps != self.block_steps:
@@ -432,7 +449,7 @@ class Store:
         return rows
 
     def result(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Attributes and arrays for a result; what is not small is read when it is indexed."""
+        """The attributes and the arrays of the result. An array is read when it is indexed."""
         shape = state_shape(self.attributes["config"])[1:]
         arrays: dict[str, Any] = {name: Grown(self, name) for name in self.columns}
         arrays |= {name: Lazy(kept.shape, partial(self.fixed_array, name)) for name, kept in self.fixed.items()}
@@ -441,7 +458,7 @@ class Store:
 
 
 class Grown:
-    """A column, read by slices of its rows."""
+    """A column, which is read by slices of its rows."""
 
     def __init__(self, store: Store, name: str) -> None:
         self._store, self._name, self._column = store, name, store.columns[name]
@@ -470,5 +487,5 @@ class Lazy:
 
 
 def seal_of(run: str, number: int, row: Array) -> int:
-    """What makes a row of checksums that of one block of one run."""
+    """The seal of a row of checksums, which ties it to one block of one run."""
     return checksum(f"{run} ".encode() + struct.pack("<q", number) + np.ascontiguousarray(row, "<u8").tobytes())

@@ -1,1 +1,1 @@
-"""Checking, tuning and timing tools."""
+"""Tools that check the kernels, compile them ahead, and time them."""

@@ -1,4 +1,4 @@
-"""The generated cases of :func:`coba_triton.check`: problems, and the two runs of each that are compared."""
+"""The cases that :func:`coba_triton.check` generates. A case is a problem and two runs of it, which are compared."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Check:
-    """Two runs of one problem, and what must be equal.
+    """One case: two runs of one problem, and how they are compared.
 
     Attributes:
-        group: what is checked, a few words.
-        name: what is particular about this one.
+        group: what is checked, in a few words.
+        name: what distinguishes this case from the others of its group.
         build: makes the problem on a device.
         ours: the run that is checked.
         theirs: the run that it must agree with.
-        gradients: whether gradients by everything are compared as well.
-        bits: False where sums over synapses are rounded: each step is compared on its own, within their rounding.
-        gib: memory that the case needs.
+        gradients: whether the gradients by all inputs are compared as well.
+        bits: whether all bits must be equal. False if sums over synapses are rounded: then every step is compared on its
+            own, within the rounding of its sums.
+        gib: memory that the case needs, in GiB; 0 if it is small.
     """
 
     group: str
@@ -69,7 +70,7 @@ def _layout(kind: str, device: torch.device) -> Problem:
 
 
 def _threshold(dtype: torch.dtype, device: torch.device) -> Problem:
-    """Potentials one ulp below, on, and one ulp above the threshold, where no current moves them."""
+    """Three neurons without currents, whose potentials are one ulp below, on, and one ulp above the threshold."""
     case = problem(1, (3,), dtype, device)
     thresh = torch.tensor(VALUES["v_thresh"], dtype=dtype)
     near = [torch.nextafter(thresh, torch.tensor(to, dtype=dtype)) for to in (-9.0, 9.0)]
@@ -81,7 +82,7 @@ def _threshold(dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
-    """The cases of a level."""
+    """The cases of a level, ``quick`` or ``full``, for a backend on a device."""
     full = level == "full"
     interpreted = backend == "triton" and device.type == "cpu"
     f32, f64, f16, bf16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
@@ -181,7 +182,7 @@ def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
 
 
 def _far(backend: str, interpreted: bool) -> Iterator[Check]:
-    """Offsets past 2^31: neurons at both ends of an array of more elements than that, against a run of those alone."""
+    """Cases with arrays of more than 2^31 elements. The neurons at both ends are compared with a run of them alone."""
     size, steps, ends = 2**20 + 32, 2049, 32
 
     def build(device: torch.device) -> Problem:
@@ -201,7 +202,7 @@ def _far(backend: str, interpreted: bool) -> Iterator[Check]:
 
 @dataclass(kw_only=True)
 class _Far(Problem):
-    """A problem too large for the reference, which runs the neurons at both ends alone."""
+    """A problem that is too large for the reference. The reference runs only the neurons at both ends."""
 
     small: Problem
     ends: int

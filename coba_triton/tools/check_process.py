@@ -1,4 +1,4 @@
-"""Checks in a process of their own: a kernel that crashes, hangs or spoils the device takes its own case alone."""
+"""Run checks in another process. If a kernel crashes, hangs or spoils the device, only its own check fails."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from multiprocessing.connection import Connection
 import torch
 
 from . import checker
-from .checker import Result
+from .checker import CheckResult
 
-# Seconds after which a case is given up and its process is killed.
-CASE_SECONDS = 300.0
+CASE_SECONDS = 300.0  # after so many seconds the process of a check is killed
 
 
-def _serve(backend: str, device: str, level: str, only: str | None, requests: Connection) -> None:
-    """Run the checks whose numbers come, and send what became of them, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+def serve(backend: str, device: str, level: str, only: str | None, requests: Connection) -> None:
+    """In the other process: receive numbers of checks, run these checks and send their results, until None comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks handles Ctrl-C
     checks = checker.select(backend, torch.device(device), level, only)
     requests.send(None)
     while (number := requests.recv()) is not None:
@@ -27,26 +26,26 @@ def _serve(backend: str, device: str, level: str, only: str | None, requests: Co
 
 
 class _Server:
-    """A process that runs checks."""
+    """The process that runs checks, seen from the one that asks for them."""
 
     def __init__(self, backend: str, device: str, level: str, only: str | None) -> None:
-        context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
+        context = multiprocessing.get_context("spawn")  # after a process has used a GPU, it cannot fork
         self._requests, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(backend, device, level, only, theirs), daemon=True)
+        self._process = context.Process(target=serve, args=(backend, device, level, only, theirs), daemon=True)
         self._process.start()
         theirs.close()
         if (failure := self._answer()) is not None:
             raise RuntimeError(f"the process that runs the checks {failure}; run them with --in-process to see why")
 
-    def run(self, number: int) -> Result | str:
-        """What became of a check, or what became of the process."""
+    def run(self, number: int) -> CheckResult | str:
+        """Run a check; returns its result, or in words how the process ended."""
         self._requests.send(number)
         return self._answer()  # type: ignore[return-value]  # only the first answer is None
 
-    def _answer(self) -> Result | str | None:
+    def _answer(self) -> CheckResult | str | None:
         try:
             if self._requests.poll(CASE_SECONDS):
-                answer: Result | None = self._requests.recv()
+                answer: CheckResult | None = self._requests.recv()
                 return answer
         except EOFError:
             self._process.join()
@@ -59,10 +58,10 @@ class _Server:
         self._process.join()
 
 
-def run_checks(backend: str, device: torch.device, level: str, only: str | None) -> Generator[Result]:
-    """The results of the checks that :func:`coba_triton.tools.checker.select` selects, one after the other.
+def run_checks(backend: str, device: torch.device, level: str, only: str | None) -> Generator[CheckResult]:
+    """Run the checks that :func:`coba_triton.tools.checker.select` selects, and yield the result of each.
 
-    After a failure the next case gets a new process: a fault on a device spoils all that its process does afterwards.
+    After a failure the next check gets a new process: after a fault on a device, nothing works in the old one.
     """
     server: _Server | None = None
     try:
@@ -72,7 +71,7 @@ def run_checks(backend: str, device: torch.device, level: str, only: str | None)
             result = server.run(number)
             if isinstance(result, str):
                 seconds = time.perf_counter() - started
-                result = Result(check.group, check.name, "failed", seconds, f"the process that ran it {result}")
+                result = CheckResult(check.group, check.name, "failed", seconds, f"the process that ran it {result}")
             yield result
             if result.status == "failed":
                 server.stop()

@@ -1,4 +1,4 @@
-"""What :func:`coba_triton.check` makes of a failure: the smallest problem that still fails, and a program that shows it."""
+"""Make a failing problem of :func:`coba_triton.check` as small as possible, and write a program that shows the failure."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from ..neuron.records import CobaLIFFeedForwardState, CobaLIFState
 from .check_cases import AnyProblem, Check
 from .problems import Problem, RecurrentProblem
 
-# A snippet spells out so many numbers at the most.
-SNIPPET_NUMBERS = 400
-# A failing case is run again so often and so many seconds at the most to make it smaller; every size may compile anew.
+SNIPPET_NUMBERS = 400  # the largest problem that a program spells out
+# Shrinking stops after so many runs or seconds. Each run may compile kernels, as its sizes are new.
 SHRINK_RUNS = 150
 SHRINK_SECONDS = 20.0
 
 
 def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slice) -> AnyProblem:
-    """The first steps of some batch rows (recurrent problems), neurons and inputs (recurrent problems)."""
+    """The first steps of a problem, for some of its neurons. ``rows`` and ``inputs`` choose from recurrent problems only."""
     if isinstance(case, Problem):
         pick = (slice(None), neurons)
         return replace(
@@ -48,7 +47,7 @@ def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slic
 
 
 def flatten(case: AnyProblem) -> AnyProblem:
-    """The same problem with one axis of neurons (and one of batch rows where it is recurrent)."""
+    """The same problem with a single axis of neurons; a recurrent problem also gets a single axis of batch rows."""
     fields = [torch.as_tensor(field) for field in case.state]
     axes = 1 if isinstance(case, Problem) else 2
     shape = fields[0].shape
@@ -62,7 +61,7 @@ def flatten(case: AnyProblem) -> AnyProblem:
 
 
 def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
-    """The smallest part of a failing problem that was found to fail: fewer steps, neurons, rows, inputs, in turns."""
+    """The smallest part of a failing problem that still fails, found by leaving out steps, neurons, rows and inputs."""
     case = flatten(case)
     everything = slice(None)
     left, until = SHRINK_RUNS, time.monotonic() + SHRINK_SECONDS
@@ -116,7 +115,7 @@ def _literal(value: Any) -> str:
 
 
 def snippet(case: AnyProblem, check: Check) -> str:
-    """A program that runs both sides on a small problem and fails where they differ."""
+    """A program that runs both sides of a check on a problem and prints where they differ."""
     tensors = [case.x, *case.state, *case.parameters.values()]
     weights = {}
     if isinstance(case, RecurrentProblem):

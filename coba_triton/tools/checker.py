@@ -1,10 +1,10 @@
-"""Compare a backend with the reference over generated cases or the user's own input; shrink what fails to a snippet."""
+"""Compare a backend with the reference, on generated cases or on the user's input. Of a failure, show the smallest case."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,22 +21,22 @@ from .check_cases import LEVELS, AnyProblem, Check, Run, generate
 from .check_shrink import flatten, shrink, snippet
 from .problems import VALUES, Problem, RecurrentProblem
 
-# Surrogates without an exponential or a square root, whose last bits differ between devices.
+# Surrogates that use no exponential and no square root. The last bits of those differ between devices.
 EXACT_SURROGATES = ("super", "triangle", "heaviside")
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first tensor that differs.
+    """The first tensor in which two runs differ.
 
     Attributes:
-        tensor: its name.
-        differing: number of elements that do.
-        elements: number of elements there are.
-        index: of the first one.
-        ours: its value in the run that is checked.
-        theirs: its value in the other.
-        allowed: difference that rounding explains; 0 where the bits must be equal.
+        tensor: the tensor's name.
+        differing: how many elements differ.
+        elements: how many elements the tensor has.
+        index: the index of the first element that differs.
+        ours: this element in the run that is checked.
+        theirs: this element in the other run.
+        allowed: the difference that rounding explains; 0 if the bits must be equal.
     """
 
     tensor: str
@@ -56,16 +56,16 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What became of a check.
+class CheckResult:
+    """The result of a check.
 
     Attributes:
-        group: of the check.
-        name: of the check.
+        group: the check's group.
+        name: the check's name.
         status: ``passed``, ``failed`` or ``skipped``.
-        seconds: that it took.
+        seconds: how long it took.
         detail: why it failed or was skipped.
-        snippet: of a failure, a program that shows the smallest case found.
+        snippet: after a failure, a program that shows the smallest failing case that was found.
     """
 
     group: str
@@ -78,26 +78,26 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of :func:`check`.
+    """The results of :func:`check`.
 
     Attributes:
-        backend: that was checked.
-        device: where.
-        results: one for each case.
+        backend: the backend that was checked.
+        device: the device that it ran on.
+        results: one result for each case.
     """
 
     backend: str
     device: str
-    results: tuple[Result, ...]
+    results: tuple[CheckResult, ...]
 
     @property
-    def failures(self) -> tuple[Result, ...]:
-        """Those that failed."""
+    def failures(self) -> tuple[CheckResult, ...]:
+        """The results of the checks that failed."""
         return tuple(result for result in self.results if result.status == "failed")
 
     @property
     def ok(self) -> bool:
-        """Whether none failed and some passed."""
+        """Whether no check failed and at least one passed."""
         return not self.failures and any(result.status == "passed" for result in self.results)
 
     def __str__(self) -> str:
@@ -112,7 +112,11 @@ class Report:
 
 
 def compare(name: str, ours: Tensor, theirs: Tensor, allowed: Tensor | float = 0.0) -> Mismatch | None:
-    """The mismatch of two tensors, None if there is none: same bits (any NaN equals any other), or within ``allowed``."""
+    """Compare two tensors. They may differ by ``allowed``, else their bits must be equal; any NaN equals any other.
+
+    Returns:
+        The mismatch, None if there is none.
+    """
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         return Mismatch(
             f"{name}: {ours.dtype} {list(ours.shape)} instead of {theirs.dtype} {list(theirs.shape)}",
@@ -132,16 +136,13 @@ def compare(name: str, ours: Tensor, theirs: Tensor, allowed: Tensor | float = 0
     )  # fmt: skip
 
 
-def _named(case: AnyProblem, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(["spikes", *(f"state.{name}" for name in case.state._fields)], outputs, strict=True))
-
-
 def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -> float:
-    """What rounding may change: nothing where the operations are autograd's own, else the roundings of a sum.
+    """By how much rounding may change a gradient.
 
-    A gradient by a shared parameter or a weight is a sum over time and neurons in another order than autograd's. The
-    roundings of its terms add up like a random walk, in units of the largest gradient of the array; a single number may
-    be what is left of terms that cancel, and has a unit for every one of them.
+    Where the kernels do the same operations as autograd, the bound is 0. A gradient by a shared parameter or a weight is a
+    sum over time and neurons, in another order than autograd's. The rounding errors of its terms add up like a random walk,
+    in units of the largest gradient of the array. If the gradient is a single number, its terms may cancel, so the bound
+    has one unit for every term.
     """
     own = {"x", *case.state._fields}
     if isinstance(case, Problem) and name in own and method in EXACT_SURROGATES:
@@ -154,34 +155,28 @@ def gradient_bound(case: AnyProblem, name: str, method: str, expected: Tensor) -
 
 
 def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
-    """Run both sides of a check on a problem and compare them."""
+    """Run both sides of a check on a problem; returns the first mismatch, None if they agree."""
     if not check.bits:
         return _mismatch_of_a_step(case, check)
-    if not check.gradients:
-        runs = [
-            _named(case, [spikes, *state])
-            for spikes, state in (case.run(run.backend, **run.options) for run in (check.ours, check.theirs))
-        ]
-        pairs = [(name, tensor, runs[1][name], 0.0) for name, tensor in runs[0].items()]
-    else:
-        (ours, our_grads), (theirs, their_grads) = (
-            case.gradients(run.backend, **run.options) for run in (check.ours, check.theirs)
-        )
-        method = check.ours.options.get("method", "super")
-        same_run = check.ours.backend == check.theirs.backend and check.ours.options == check.theirs.options
-        outputs, expected = _named(case, ours), _named(case, theirs)
-        pairs = [(name, tensor, expected[name], 0.0) for name, tensor in outputs.items()]
-        for name, grad in our_grads.items():
-            allowed = 0.0 if same_run else gradient_bound(case, name, method, their_grads[name])
-            pairs.append((f"gradient by {name}", grad, their_grads[name], allowed))
+    (ours, our_grads), (theirs, their_grads) = (
+        case.results(run.backend, check.gradients, **run.options) for run in (check.ours, check.theirs)
+    )
+    names = ["spikes", *(f"state.{name}" for name in case.state._fields)]
+    pairs: list[tuple[str, Tensor, Tensor, float]] = [
+        (name, one, other, 0.0) for name, one, other in zip(names, ours, theirs, strict=True)
+    ]
+    method, same_run = check.ours.options.get("method", "super"), check.ours == check.theirs
+    for name, grad in our_grads.items():
+        allowed = 0.0 if same_run else gradient_bound(case, name, method, their_grads[name])
+        pairs.append((f"gradient by {name}", grad, their_grads[name], allowed))
     return next(filter(None, (compare(*pair) for pair in pairs)), None)
 
 
 def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
-    """Compare each step with the reference's, from our own state before it, within the rounding of its sums.
+    """Compare every step by itself: the reference starts each step from our state before it.
 
-    A sum of n terms is exact to ``n 2^-24`` of the sum of their magnitudes; a spike may differ where the potential is
-    that close to the threshold.
+    A sum of n terms may be wrong by ``n 2^-24`` of the sum of their magnitudes. A spike may differ if the potential is so
+    close to the threshold.
     """
     assert isinstance(case, RecurrentProblem)
     options = check.ours.options | {"record_states": True}
@@ -227,12 +222,12 @@ def _free_gib(device: torch.device) -> float:
     return float(torch.get_device_module(device).mem_get_info(device)[0]) / 2**30
 
 
-def run_check(check: Check, device: torch.device) -> Result:
-    """Run one check; a failure is shrunk and gets its snippet."""
+def run_check(check: Check, device: torch.device) -> CheckResult:
+    """Run one check. If it fails, make the case small and write a program that shows the failure."""
     started = time.perf_counter()
 
-    def result(status: Literal["passed", "failed", "skipped"], detail: str = "", snippet: str = "") -> Result:
-        return Result(check.group, check.name, status, time.perf_counter() - started, detail, snippet)
+    def result(status: Literal["passed", "failed", "skipped"], detail: str = "", snippet: str = "") -> CheckResult:
+        return CheckResult(check.group, check.name, status, time.perf_counter() - started, detail, snippet)
 
     if check.gib:
         free = _free_gib(device)
@@ -243,7 +238,7 @@ def run_check(check: Check, device: torch.device) -> Result:
     def failure(of: AnyProblem) -> str:
         try:
             found = find_mismatch(of, check)
-        except Exception as error:  # whatever a compiler or a driver raises is a result, too
+        except Exception as error:  # whatever a compiler or a driver raises is the result
             return _first_lines(error)
         return "" if found is None else str(found)
 
@@ -261,13 +256,13 @@ def run_check(check: Check, device: torch.device) -> Result:
 
 
 def _first_lines(error: Exception) -> str:
-    """An error in a few lines: those of a compiler may be hundreds."""
+    """An error in a few lines: a compiler may write hundreds."""
     lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
     return "\n".join([*lines[:3], *(["..."] if len(lines) > 4 else []), *lines[3:][-1:]])
 
 
 def default_device() -> torch.device:
-    """The GPU that Triton can drive, else the CPU."""
+    """The GPU, if Triton can drive one, else the CPU."""
     try:
         return torch.device(triton_device_type())
     except RuntimeError:
@@ -275,10 +270,10 @@ def default_device() -> torch.device:
 
 
 def select(backend: str, device: torch.device, level: str, only: str | None) -> list[Check]:
-    """The checks of a level, or those among them whose group and name contain ``only``.
+    """The checks of a level. With ``only``, those whose group and name contain it.
 
     Raises:
-        ValueError: if the level is unknown or no check is left.
+        ValueError: if the level is unknown or there is no such check.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))}, got {level!r}")
@@ -291,11 +286,11 @@ def select(backend: str, device: torch.device, level: str, only: str | None) -> 
 
 
 def resolve(backend: str, device: torch.device | str | None) -> tuple[str, torch.device]:
-    """The backend and device to check.
+    """The backend and the device for what a user asks for.
 
     Raises:
         ValueError: if the backend is unknown, or is the reference.
-        RuntimeError: if the device is not there, or the backend cannot serve it.
+        RuntimeError: if there is no such device, or the backend cannot serve it.
     """
     device = default_device() if device is None else torch.device(device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
@@ -306,14 +301,14 @@ def resolve(backend: str, device: torch.device | str | None) -> tuple[str, torch
     used = choose_backend(backend, device)
     if used == "reference":
         raise ValueError(
-            f"nothing to check on {str(device)!r}: the reference would serve it, which is what backends are compared with; "
+            f"nothing to check on {str(device)!r}: only the reference serves it, and backends are compared with that; "
             "pass another device, or a backend that serves it"
         )
     return used, device
 
 
 def _grid(x: Tensor) -> int:
-    """The exponent of the coarsest power of two of which all elements are multiples."""
+    """The exponent of the largest power of two of which all elements are multiples."""
     mantissa, exponent = torch.frexp(x.double()[x != 0])
     if not mantissa.numel():
         return 1000
@@ -322,7 +317,7 @@ def _grid(x: Tensor) -> int:
 
 
 def sums_are_exact(case: RecurrentProblem) -> bool:
-    """Whether no order of the sums over synapses is rounded: all terms are multiples of one number, and not too many."""
+    """Whether the sums over synapses are exact in every order: all terms are multiples of one number, and small enough."""
     digits = 53 if torch.as_tensor(case.state.v).dtype == torch.float64 else 24
     sources = ((case.input_weights, case.x), (case.recurrent_weights, torch.as_tensor(case.state.z)))
     for weights, x in sources:
@@ -335,7 +330,7 @@ def sums_are_exact(case: RecurrentProblem) -> bool:
 
 
 def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, p: Any, dt: float) -> AnyProblem:
-    """The user's arguments as a problem; checks them as the public functions do."""
+    """Make a problem of the user's arguments, after the checks that the public functions do."""
     validation.check_parameters(p)
     if isinstance(p.alpha, Tensor) and p.alpha.dim():
         raise ValueError(f"alpha must be one number to be checked, got a tensor of {list(p.alpha.shape)}; pass one number")
@@ -378,34 +373,35 @@ def check(
     device: torch.device | str | None = None,
     level: str = "quick",
     only: str | None = None,
-    show: Callable[[Result, int], None] = lambda result, total: None,
+    show: Callable[[CheckResult, int], None] = lambda result, total: None,
     **options: Any,
 ) -> Report:
-    """Compare a backend with the reference, over generated cases or on your own input.
+    """Compare a backend with the reference, on generated cases or on your own input.
 
-    Feed-forward runs must have the reference's bits, and so must recurrent ones where the sums of weights are exact; on
-    other weights every step is compared on its own, from the backend's state before it, within the rounding of its sums.
-    Two runs must have the same bits. Gradients must have autograd's bits where the operations are the same, and agree to
-    the rounding of their sums elsewhere.
+    A feed-forward run must have the same bits as the reference, and so must a recurrent run whose sums of weights are exact.
+    With other weights every step is compared by itself, from the backend's state before it, within the rounding of its sums.
+    Two runs of the backend must have the same bits. Gradients must have the same bits as autograd's where the operations are
+    the same; elsewhere they must agree within the rounding of their sums.
 
     Args:
         input_tensor: your input, as :func:`coba_triton.coba_lif_feed_forward_integral` takes it, or with weights as
-            :func:`coba_triton.coba_lif_integral` does; None for the generated cases.
-        state: with an input, the initial state.
-        input_weights: with an input, ``[N, I]`` in uS.
-        recurrent_weights: with an input, ``[N, N]`` in uS.
-        p: with an input, the parameters; ``alpha`` one number.
-        dt: with an input, the step in ms.
-        backend: what to check: ``auto``, ``triton`` or ``cpu``.
-        device: where; None for that of the input, or the GPU that Triton can drive, else the CPU.
-        level: ``quick`` or ``full``, of the generated cases.
-        only: run those of the generated cases that have this in their names.
+            :func:`coba_triton.coba_lif_integral` takes it; None for the generated cases.
+        state: the initial state for your input.
+        input_weights: weights for your input, ``[N, I]`` in uS.
+        recurrent_weights: recurrent weights for your input, ``[N, N]`` in uS.
+        p: parameters for your input; ``alpha`` must be one number.
+        dt: time step for your input, in ms.
+        backend: the backend to check: ``auto``, ``triton`` or ``cpu``.
+        device: the device for the generated cases; None for the GPU, if Triton can drive one, else the CPU. Your input is
+            checked on its own device.
+        level: ``quick`` or ``full``, for the generated cases.
+        only: run only those generated cases whose names contain this text.
         show: called after every case with its result and the number of all cases.
-        **options: with an input, keywords of the function, such as ``order`` or ``path``.
+        **options: keywords of the function for your input, such as ``order`` or ``path``.
 
     Returns:
-        A report; ``report.ok`` says whether all agreed, and ``print(report)`` shows what did not, with programs that
-        show the smallest cases found.
+        A report. ``report.ok`` says whether everything agrees. ``print(report)`` shows what does not, with programs for the
+        smallest failing cases that were found.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -418,7 +414,7 @@ def check(
     """
     if input_tensor is None:
         if options:
-            raise TypeError(f"{', '.join(options)}: options of your own input, but there is none; pass input_tensor")
+            raise TypeError(f"{', '.join(options)}: options for your own input, but there is none; pass input_tensor")
         backend, device = resolve(backend, device)
         checks = select(backend, device, level, only)
     else:

@@ -1,6 +1,6 @@
-"""Compile the Triton kernels ahead of time, exactly as the package launches them, for GPUs that need not be there.
+"""Compile the Triton kernels ahead of time, exactly as the package launches them, for GPUs that may be absent.
 
-It needs a process in which ``TRITON_INTERPRET`` is not set.
+The environment variable ``TRITON_INTERPRET`` must not be set.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from ..backend import choose
 from ..backend import triton as triton_backend
+from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
 from ..kernels import feed_forward, recurrent
-from ..tuning import tables as tuning
+from ..neuron.records import CobaLIFParameters
+from ..tuning import tables
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,7 +42,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
 }
-KERNELS = {
+TRITON_FUNCTIONS = {
     **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
     "recurrent_forward_kernel": (recurrent, "forward_kernel"),
     "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
@@ -52,7 +54,7 @@ Launch = tuple[ASTSource, dict[str, Any]]
 
 
 class Recorder:
-    """Stands for a kernel and keeps what it is launched with instead of launching it."""
+    """Takes the place of a kernel. Instead of launching it, it keeps the arguments of every launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -75,7 +77,7 @@ class Recorder:
                     constants[name] = value
                 else:
                     signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                # as Triton has it, part of a kernel's key in its cache: of every constant, before 3.7 of words alone
+                # these attributes are part of a kernel's key in Triton's cache; before 3.7 only words had them
                 if signature[name] == "constexpr" and (isinstance(value, str) or recent):
                     attributes[(position,)] = []
             source = ASTSource(self.kernel, signature, constants, attributes)
@@ -89,21 +91,21 @@ class Recorder:
 
 @contextmanager
 def recorded(target: str) -> Iterator[dict[str, Recorder]]:
-    """Within the block, the launches of backend ``triton`` on CPU tensors are recorded for a target, not made."""
-    kernels = {kernel: getattr(module, function) for kernel, (module, function) in KERNELS.items()}
+    """Within the block, the backend ``triton`` takes CPU tensors, and its launches are recorded for a target, not made."""
+    kernels = {kernel: getattr(module, function) for kernel, (module, function) in TRITON_FUNCTIONS.items()}
     recorders = {kernel: Recorder(function) for kernel, function in kernels.items()}
     kept = choose.triton_device_type, triton_backend.threads_per_warp, triton_backend.resident_programs
     choose.triton_device_type = lambda: "cpu"
     triton_backend.threads_per_warp = functools.cache(lambda: TARGETS[target].warp_size)
     triton_backend.resident_programs = lambda device: 132
-    for kernel, (module, function) in KERNELS.items():
+    for kernel, (module, function) in TRITON_FUNCTIONS.items():
         setattr(module, function, recorders[kernel])
     try:
-        with tuning.off():
+        with tables.off():
             yield recorders
     finally:
         choose.triton_device_type, triton_backend.threads_per_warp, triton_backend.resident_programs = kept
-        for kernel, (module, function) in KERNELS.items():
+        for kernel, (module, function) in TRITON_FUNCTIONS.items():
             setattr(module, function, kernels[kernel])
 
 
@@ -114,7 +116,7 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
 
 
 def cuobjdump(kernel: CompiledKernel, option: str) -> str:
-    """What NVIDIA's tool says of a compiled kernel."""
+    """What NVIDIA's tool cuobjdump says about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -129,7 +131,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def figures(kernel: CompiledKernel) -> dict[str, int]:
-    """Registers, spills, and what must not be in a time loop: shared memory, barriers, fused multiply-adds."""
+    """Registers, spills, and what a time loop must not contain: shared memory, barriers, fused multiply-adds."""
     if "cubin" in kernel.asm:
         usage = cuobjdump(kernel, "-res-usage")
         opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", cuobjdump(kernel, "-sass"), re.M)
@@ -153,9 +155,10 @@ def figures(kernel: CompiledKernel) -> dict[str, int]:
     }
 
 
-# Registers of a multiprocessor (AMD: of a lane of a SIMD), granule of their allocation to a warp, resident warps at the
-# most (AMD: waves of a SIMD), shared memory in bytes. An NVIDIA multiprocessor holds 32 programs at the most. Sources:
-# CUDA C++ Programming Guide, technical specifications per compute capability; AMD's MI300 and RDNA3 instruction set guides.
+# For each target: registers of a multiprocessor (AMD: of a lane of a SIMD); the granule in which a warp gets registers; the
+# largest number of resident warps (AMD: waves of a SIMD); shared memory in bytes. An NVIDIA multiprocessor holds at most 32
+# programs. Sources: CUDA C++ Programming Guide, technical specifications per compute capability; AMD's MI300 and RDNA3
+# instruction set guides.
 LIMITS = {
     "sm_80": (65536, 256, 64, 167936),
     "sm_90": (65536, 256, 64, 233472),
@@ -166,7 +169,7 @@ LIMITS = {
 
 
 def occupancy(target: str, registers: int, num_warps: int, shared: int) -> float:
-    """Resident warps as a share of those that a multiprocessor can hold, from registers and shared memory."""
+    """The number of resident warps divided by the largest possible one, computed from registers and shared memory."""
     available, granule, most, memory = LIMITS[target]
     a_warp = max(1, registers)
     if target.startswith("sm_"):
@@ -181,14 +184,12 @@ def occupancy(target: str, registers: int, num_warps: int, shared: int) -> float
     return warps / most
 
 
-# Neurons of a recurrent network: of more, a dense matrix is larger than what people run.
+# Launches are recorded for recurrent networks of at most so many neurons: nobody runs larger dense matrices.
 MOST_CONNECTED = 2**13
 
 
 def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """What people call: both kinds of networks, inference into every spike format and training with shared parameters."""
-    from .. import CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
-
+    """The usual calls: both kinds of networks, inference with every spike format, and training with shared parameters."""
     options: dict[str, Any] = {"dt": 0.1, "backend": "triton"}
     connected = neurons <= MOST_CONNECTED
     x = torch.zeros(33, batch, neurons, dtype=dtype)
@@ -212,7 +213,7 @@ def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[]
 
 
 def launches_of(target: str, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> dict[str, tuple[str, Launch]]:
-    """The launches of what people call with so many neurons in so many rows, by their hash; with the kernel's name."""
+    """The launches of the usual calls for each size, neurons and rows: the kernel's name and the launch, by its hash."""
     found: dict[str, tuple[str, Launch]] = {}
     for neurons, batch in sizes:
         for call in _calls(neurons, batch, dtype):
@@ -227,18 +228,18 @@ def launches_of(target: str, sizes: Sequence[tuple[int, int]], dtype: torch.dtyp
 def compile_ahead(
     target: str, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, cache: Path | None = None
 ) -> Iterator[tuple[int, int, str]]:
-    """Compile what people call into Triton's cache, where a machine with such a GPU finds it.
+    """Compile the kernels of the usual calls into Triton's cache, where a machine with such a GPU finds them.
 
-    The cache serves the same release of Triton, in the same folder, for these kernels.
+    The cache serves only these kernels, the same release of Triton, and the same path of the folder.
 
     Args:
-        target: one of :data:`TARGETS`.
-        sizes: neurons of a row and rows, for each size of a network.
-        dtype: of the input, float32 or float64.
-        cache: the folder; None for Triton's own.
+        target: a name in :data:`TARGETS`.
+        sizes: the sizes of networks, each as the number of neurons in a row and the number of rows.
+        dtype: dtype of the input, float32 or float64.
+        cache: the folder of the cache; None for Triton's own.
 
     Yields:
-        How many are compiled, of how many, and the name of the last one.
+        How many kernels are compiled, how many there are, and the name of the last one.
     """
     if cache is not None:
         triton.knobs.cache.dir = str(cache)

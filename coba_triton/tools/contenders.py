@@ -1,6 +1,6 @@
-"""What is timed side by side on one problem: this package, its reference, a compiled step, and other packages.
+"""Contenders: this package, its reference, a compiled step, and other packages, which are timed on the same problem.
 
-A contender is a call that runs the whole sequence. Before anything is timed its result is compared with the reference's.
+A contender runs the whole sequence in one call. Before it is timed, its result is compared with the reference's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..ops.constants import derive_constants
 from ..ops.spikes import unpack_spikes
 from .problems import Case, Problem, RecurrentProblem
 
-# The order in which norse's feed-forward step adds and decays, so that all contenders have the same spikes.
+# Whether a step adds its input or decays first: as in norse, so that all contenders make the same spikes.
 ORDER = {"feed_forward": "jump_first", "recurrent": "decay_first"}
 OTHER_PACKAGES = {"norse": "norse==1.1.0", "snntorch": "snntorch", "spikingjelly": "spikingjelly"}
 
@@ -35,13 +35,14 @@ class Contender:
     """One way to run a case.
 
     Attributes:
-        name: what it is called.
-        run: the whole sequence; returns spikes ``[T, B, N]`` (bits: ``[ceil(T / 32), B, N]``), or the gradient in training.
-        roundings: that may tell a gradient from the reference's; spikes, and gradients without any, have the same bits.
-            None for another model, which is timed for scale only.
-        note: what else differs.
-        flips: for one that fuses operations, what tells spikes that rounding has moved from wrong ones: given its own and
-            the reference's, it says what is wrong, or nothing.
+        name: its name in tables.
+        run: runs the whole sequence. It returns spikes ``[T, B, N]`` (bits: ``[ceil(T / 32), B, N]``), or in training the
+            gradient.
+        roundings: how many rounding errors may separate its gradient from the reference's. With 0, and for spikes, all bits
+            must be equal. None for another model, which is timed for comparison only.
+        note: what else differs from the reference.
+        flips: for a contender that fuses operations. Given its spikes and the reference's, it says what is wrong; it
+            returns an empty text if rounding explains the difference.
     """
 
     name: str
@@ -52,20 +53,20 @@ class Contender:
 
 
 def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) -> Iterator[Contender]:
-    """Everything that can run the case here; the first is the reference.
+    """Everything that can run a case on this machine. The first contender is the reference.
 
     Args:
-        case: what to run; training takes the gradient by the input, or by the recurrent weights of a recurrent case.
-        backend: of this package, ``cpu`` or ``triton``.
+        case: the case. Training takes the gradient by the input, in a recurrent case by the recurrent weights.
+        backend: this package's backend, ``cpu`` or ``triton``.
         problem: the tensors, from ``case.build()``.
     """
     order = ORDER[case.kind]
-    # a weight's gradient is a sum over T B products of adjoints that came through up to T sums over 2 N synapses
+    # a weight's gradient sums T B products; the adjoints in them went through up to T sums over 2 N synapses
     summed = case.steps * (case.batch + 2 * case.neurons) if case.kind == "recurrent" else 0
     leaf = problem.recurrent_weights if isinstance(problem, RecurrentProblem) else problem.x
 
     def of(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """In training, the gradient of all spikes together; in inference, the spikes."""
+        """Make a contender of a run: in training it returns the gradient of the sum of all spikes, else the spikes."""
 
         def differentiated() -> Tensor:
             leaf.requires_grad_(case.train)
@@ -82,7 +83,7 @@ def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) ->
 
     yield Contender("reference", ours("reference"))
     yield Contender(backend, ours(backend), summed)
-    if problem.x.device.type == "cuda":  # without what the host does
+    if problem.x.device.type == "cuda":  # as a CUDA graph: the host has nothing to do
         yield Contender("reference, graphed", graphed(ours("reference")))
         yield Contender(f"{backend}, graphed", graphed(ours(backend)), summed)
     if not case.train:
@@ -91,9 +92,9 @@ def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) ->
         yield Contender(f"{backend}, out=", ours(backend, out=buffer))
         yield Contender(f"{backend}, uint8", ours(backend, spike_dtype=torch.uint8))
         yield Contender(f"{backend}, bits", ours(backend, spike_dtype="bits"))
-    # the compiler rearranges the backward, whose products go through all steps
+    # the compiler rearranges the backward, so its rounding differs in every step
     compiled = of(lambda: _compiled_loop(problem, order))
-    flips = None if case.train else functools.partial(_wrong_flips, case, problem)
+    flips = None if case.train else functools.partial(wrong_flips, case, problem)
     yield Contender("compiled step", compiled, max(summed, case.steps), flips=flips)
     if importlib.util.find_spec("norse"):
         note = "" if case.kind == "feed_forward" else "its step drops the input, so it fires less"
@@ -110,13 +111,13 @@ def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) ->
 
 
 def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The call as a CUDA graph, captured when it is first made; it returns the same memory each time."""
+    """The call as a CUDA graph, which is captured at the first call. Every call returns the same memory."""
     replay: list[Callable[[], Tensor]] = []
 
     def capture() -> Callable[[], Tensor]:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what a first call compiles and copies is no part of the graph
+        with torch.cuda.stream(aside):  # a first call, so that the graph has nothing of its compiling and copying
             run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
@@ -147,7 +148,7 @@ def _compiled(step: Callable[..., reference.Step]) -> Any:
 
 
 def _compiled_loop(problem: Problem | RecurrentProblem, order: str) -> Tensor:
-    """The reference's step, compiled, in a loop over time."""
+    """Run the reference's step, compiled by torch.compile, in a loop over time."""
     state: Any = problem.state
     c = derive_constants(problem.record(), problem.dt, state.v.dtype, problem.x.device)
     jump_first = order == "jump_first"
@@ -205,8 +206,10 @@ def _spikingjelly(x: Tensor) -> Tensor:
 
 
 def assert_same(case: Case, contender: Contender, expected: Tensor) -> None:
-    """Raise AssertionError if a contender's result is not the reference's: the same spikes, but for those that rounding has
-    moved where operations are fused, and the same gradient but for its roundings, which add up like a random walk.
+    """Raise an AssertionError if a contender's result is not the reference's.
+
+    Spikes must be the same, except those that rounding moves if operations are fused. A gradient may differ by its rounding
+    errors, which add up like a random walk.
     """
     result = contender.run()
     if contender.roundings is None:
@@ -222,12 +225,13 @@ def assert_same(case: Case, contender: Contender, expected: Tensor) -> None:
         assert not wrong, f"{case.name}: spikes of {contender.name} ({wrong})"
 
 
-def _wrong_flips(case: Case, problem: Problem | RecurrentProblem, spikes: Tensor, expected: Tensor) -> str:
-    """What is wrong with spikes of a compiler that fuses multiplications into additions; empty if rounding explains them.
+def wrong_flips(case: Case, problem: Problem | RecurrentProblem, spikes: Tensor, expected: Tensor) -> str:
+    """Say what is wrong with the spikes of a contender that fuses operations; empty if rounding explains them.
 
-    Up to the first spike that differs, both have had the same history but for their roundings, about 16 a step, which add
-    up like a random walk, in units of the largest potential. So there the reference's potential must be that close to the
-    threshold. A neuron without connections has a history of its own; in a recurrent network all of a batch row share one.
+    Until the first spike that differs, both runs are the same except for rounding: about 16 errors in each step, which add
+    up like a random walk, in units of the largest potential. So at the first difference the reference's potential must be
+    so close to the threshold. Unconnected neurons are looked at one by one; in a recurrent network, the first difference of
+    a whole batch row counts.
     """
     _, trace = problem.run("reference", order=ORDER[case.kind], record_states=True)
     state: Any = problem.state
@@ -253,38 +257,39 @@ def _wrong_flips(case: Case, problem: Problem | RecurrentProblem, spikes: Tensor
 
 
 def time_interleaved(runs: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call; one call of each in a round, so that a busy machine slows all of them alike."""
+    """Seconds of every call. In each round every run is called once, so that a busy machine slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            _wait(device)
+            synchronize(device)
             start = time.perf_counter()
             run()
-            _wait(device)
+            synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call has in use at most beyond those before it; on a CPU the resident set, None where Linux is not."""
+    """The most memory that a call uses, in bytes. On a CPU it is that of the resident set; None on systems but Linux."""
     gc.collect()
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         before = torch.accelerator.memory_allocated(device)
         run()
-        _wait(device)
+        synchronize(device)
         return int(torch.accelerator.max_memory_allocated(device) - before)
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not reset.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is resident no more
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back to the system
     before = _kilobytes(status, "VmRSS")
-    reset.write_text("5")  # the peak is now what is resident
+    reset.write_text("5")  # from here on, Linux records a new peak
     run()
     return 1024 * (_kilobytes(status, "VmHWM") - before)
 

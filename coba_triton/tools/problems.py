@@ -1,8 +1,7 @@
-"""Random problems that checks, tuning, benchmarks and tests share.
+"""Random problems for checks, tuning, benchmarks and tests.
 
-:func:`problem` and :func:`recurrent_problem` are in a regime where neurons fire often and every surrogate derivative
-matters; :func:`sparse_problem` fires about as often as recurrent networks of neurons do. :data:`CASES` are the sizes that
-are timed.
+In :func:`problem` and :func:`recurrent_problem` neurons fire often, and every surrogate derivative matters. In
+:func:`sparse_problem` they fire about as often as in simulated networks of the brain. :data:`CASES` are timed.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
 
 
 class _Runs:
-    """What both kinds of problem can do; they have ``leaves`` and ``run``."""
+    """What both kinds of problem have in common."""
 
     x: Tensor
     parameters: dict[str, Tensor]
     alpha: float
 
     def leaves(self) -> dict[str, Tensor]:
-        """Everything that a gradient can be taken by."""
+        """All tensors by which a gradient can be taken."""
         raise NotImplementedError
 
     def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
-        """The whole-sequence function; ``method`` and its own keywords are options."""
+        """Run the public function; ``options`` are ``method`` and the function's own keywords."""
         raise NotImplementedError
 
     def record(self, method: str = "super") -> CobaLIFParameters:
-        """The parameters as the public functions take them."""
+        """The parameters as a record, as the public functions take them."""
         numbers: dict[str, Any] = self.parameters
         return CobaLIFParameters(**numbers, method=method, alpha=self.alpha)
 
     def gradients(self, backend: str, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Outputs, and the gradient of a random weighting of all of them by every leaf (0 where none flows)."""
+        """The outputs, and the gradients of a randomly weighted sum of all outputs by every leaf (0 if none flows)."""
         leaves = {name: leaf for name, leaf in self.leaves().items() if leaf.is_floating_point()}
         for leaf in leaves.values():
             leaf.requires_grad_()
@@ -69,10 +68,18 @@ class _Runs:
             leaf.requires_grad_(False)
         return [output.detach() for output in outputs], dict(zip(leaves, grads, strict=True))
 
+    def results(self, backend: str, gradients: bool, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The outputs, and with ``gradients`` also those of :meth:`gradients`, by the leaf's name."""
+        if gradients:
+            return self.gradients(backend, **options)
+        with torch.no_grad():
+            spikes, state = self.run(backend, **options)
+        return [spikes, *state], {}
+
 
 @dataclass
 class Problem(_Runs):
-    """Inputs of a feed-forward run, and weights that make a loss of everything it returns."""
+    """The arguments of a feed-forward run."""
 
     x: Tensor
     state: CobaLIFFeedForwardState
@@ -95,19 +102,17 @@ def problem(
     device: torch.device | str = "cpu",
     *,
     per_neuron: bool = False,
-    seed: int = 0,
 ) -> Problem:
-    """A feed-forward problem.
+    """Make a feed-forward problem.
 
     Args:
         steps: T.
-        shape: of the neurons.
-        dtype: of the input; bool and integers are spikes.
-        device: where all tensors are.
-        per_neuron: whether every neuron has parameters of its own.
-        seed: of everything random.
+        shape: the axes of the neurons.
+        dtype: dtype of the input; with bool and integers the input is spikes.
+        device: the device of all tensors.
+        per_neuron: whether every neuron has its own parameters.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
     def randn(*size: int) -> Tensor:
@@ -130,14 +135,14 @@ def problem(
     )
 
 
-# More numbers than these are drawn where they are needed: a CPU would take minutes for them. They differ between devices.
+# More numbers than this are drawn on the device itself, as a CPU would take minutes. They differ between devices.
 DRAWN_ON_CPU = 2**24
 
 
 def _drawn(
     steps: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Tensor:
-    """Normal random numbers ``[steps, *shape]``; the same on every device if they are not too many."""
+    """Normal random numbers ``[steps, *shape]``. Up to :data:`DRAWN_ON_CPU` numbers are the same on every device."""
     if steps * math.prod(shape) <= DRAWN_ON_CPU:
         return torch.randn(steps, *shape, generator=generator, dtype=dtype).to(device)
     there = torch.Generator(device).manual_seed(generator.initial_seed())
@@ -146,7 +151,7 @@ def _drawn(
 
 @dataclass
 class RecurrentProblem(_Runs):
-    """Inputs of a recurrent run; with ``exact`` weights every order of their sums gives the same number."""
+    """The arguments of a recurrent run."""
 
     x: Tensor
     state: CobaLIFState
@@ -184,19 +189,19 @@ def recurrent_problem(
     binary: bool = True,
     seed: int = 0,
 ) -> RecurrentProblem:
-    """A recurrent problem.
+    """Make a recurrent problem.
 
     Args:
         steps: T.
         batch: B.
         neurons: N.
-        dtype: of all arrays, float32 or float64.
-        device: where all tensors are.
+        dtype: dtype of all arrays, float32 or float64.
+        device: the device of all tensors.
         inputs: I.
-        exact: whether the weights are on a grid of 2^-10.
-        per_neuron: whether every neuron has parameters of its own.
+        exact: whether the weights are multiples of 2^-10, so that sums of them are exact in every order.
+        per_neuron: whether every neuron has its own parameters.
         binary: whether the input is spikes.
-        seed: of everything random.
+        seed: the seed of the random numbers.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -226,7 +231,7 @@ def recurrent_problem(
     )
 
 
-# A neuron of 20 ms in ms, mV, nF and uS.
+# A neuron with a time constant of 20 ms, in ms, mV, nF and uS.
 SPARSE_VALUES = {
     "tau_syn_exc_inv": 1 / 5,
     "tau_syn_inh_inv": 1 / 10,
@@ -243,7 +248,7 @@ SPARSE_VALUES = {
 def sparse_problem(
     steps: int, batch: int, neurons: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> RecurrentProblem:
-    """A recurrent population that 100 input channels drive to about 1 % spikes per neuron and step; exact weights."""
+    """Make a recurrent population that fires about 1 % spikes per neuron and step. Sums of its weights are exact."""
     g = torch.Generator().manual_seed(0)
     x = torch.rand(steps, batch, 100, generator=g) < 0.0025
     input_weights = torch.round(torch.rand(neurons, 100, generator=g) * 2) / 1024
@@ -263,16 +268,16 @@ def sparse_problem(
 
 @dataclass(frozen=True)
 class Case:
-    """A size to time.
+    """A case to time.
 
     Attributes:
-        name: what it is called.
-        kind: which function.
+        name: the name of the case.
+        kind: the kind of network.
         steps: T.
         batch: B.
         neurons: N.
-        train: whether the gradients by input or recurrent weights are part of it.
-        dtype: of all arrays.
+        train: whether the gradient by the input, or by the recurrent weights, is computed as well.
+        dtype: dtype of all arrays.
     """
 
     name: str
@@ -285,11 +290,11 @@ class Case:
 
     @property
     def neuron_steps(self) -> int:
-        """How often a neuron advances by one step."""
+        """The number of steps times the number of neurons in all rows."""
         return self.steps * self.batch * self.neurons
 
     def build(self, device: torch.device | str = "cpu") -> Problem | RecurrentProblem:
-        """Its tensors."""
+        """Make the problem."""
         if self.kind == "recurrent":
             return sparse_problem(self.steps, self.batch, self.neurons, self.dtype, device)
         return problem(self.steps, (self.batch, self.neurons), self.dtype, device)

@@ -18,7 +18,7 @@ from ..ops.constants import constants_table
 
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
-    """The package's messages, such as that it compiles, as lines on standard error."""
+    """Within the block, write the package's messages, for example that it compiles, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("coba_triton: %(message)s"))
     level = logger.level
@@ -36,13 +36,14 @@ def warmup(
 ) -> None:
     """Compile the CPU kernels now instead of at their first call, and say so on standard error.
 
-    Takes seconds once; the code is cached on disk, and later processes load it.
+    It takes some seconds, once: the code is kept on the disk, and later processes load it.
 
     Args:
-        dtypes: of state and arithmetic, ``torch.float32`` or ``torch.float64``.
-        train: with the backward kernels; those that also give the parameters' gradients are compiled when first called.
-        per_neuron: for parameters that are tensors over the neurons instead of single numbers.
-        method: surrogate derivative of the backward.
+        dtypes: dtypes of state and arithmetic, ``torch.float32`` or ``torch.float64``.
+        train: whether to compile the backward kernels too. Those that give gradients by the parameters are still compiled
+            at their first call.
+        per_neuron: whether the parameters are tensors over the neurons instead of single numbers.
+        method: the surrogate derivative of the backward.
 
     Example:
         >>> coba_triton.warmup(train=False)
@@ -63,12 +64,12 @@ def warmup(
             ):
                 if train:
                     spikes.sum().backward()
-            if dtype == torch.float32:  # whose input is checked while it is read
+            if dtype == torch.float32:  # the kernels of a long run check only float32 input while they read it
                 _warm_up_streams(constants_table(p, 1.0, dtype, x.device, x.shape[2:]), x.detach()[0])
 
 
 def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
-    """Compile what a long run into a zarr group calls besides."""
+    """Compile the kernels that only a long run into a zarr group calls."""
     from ..backend.cpu.launch import ForwardStream, lanes, row_sums
 
     with closing(ForwardStream(constants, False, x.new_zeros(3, x.shape[1]), len(x))) as stream:

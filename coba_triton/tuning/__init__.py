@@ -1,4 +1,4 @@
-"""Launch parameters: the tables, and which of them a launch takes. The tuner is in ``tuner.py``."""
+"""Launch parameters: ``tables.py`` looks them up, ``tuner.py`` measures them."""
 
 from .tables import explain
 

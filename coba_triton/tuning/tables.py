@@ -1,13 +1,15 @@
-"""Launch parameters that change no bit of a result: what may be tuned, where tuned values are looked up, and why.
+"""Launch parameters: which ones there are, and the tables in which a launch looks them up.
 
-``coba-triton tune`` measures and writes tables; nothing else does. A launch takes its parameters from the first of these
-that has an entry of the same kernel and dtype, within a factor of two in neurons and in batch:
+No launch parameter changes a bit of a result. ``coba-triton tune`` measures them and writes tables; nothing else does. A
+launch looks into these tables, in this order:
 
 1. the table named by :func:`use`, or by the environment variable ``COBA_TRITON_TUNING`` (``off``: no table at all),
-2. the user's table for the device, ``~/.cache/coba_triton/tuning/DEVICE.json`` (``XDG_CACHE_HOME`` is respected),
-3. a table for the device that comes with the package, ``coba_triton/tuning_tables/DEVICE.json``,
+2. the user's table for the device, ``~/.cache/coba_triton/tuning/DEVICE.json`` (or in ``XDG_CACHE_HOME``),
+3. a table for the device that comes with the package, ``coba_triton/tuning_tables/DEVICE.json``.
 
-and else from the launcher's own rule. :func:`explain` says which one it was. The number of steps is no part of a key.
+It takes the first table with an entry for the same kernel and dtype, and for at least half and at most twice as many neurons
+and batch rows; the number of steps does not matter. Without such an entry, the launcher's own rule decides.
+:func:`explain` says where the parameters of a launch come from.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ FORMAT = "coba_triton tuning table"
 VERSION = 2
 VARIABLE = "COBA_TRITON_TUNING"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-MOST = 2**62  # neurons and batch rows that an entry may be of
+LARGEST = 2**62  # the largest number of neurons or batch rows in an entry
 
 Parameters = dict[str, int]
 
@@ -43,17 +45,17 @@ _AHEAD = (1, 2, 4, 8)
 # The parameters of every kernel, and the values that a table may name and that tuning tries.
 SPACE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "triton": {
-        # warps of a program, a neuron a thread; steps whose inputs are on their way (inference)
+        # warps of a program, whose threads have a neuron each; steps whose inputs are loaded ahead (inference)
         "feed_forward_forward": {"num_warps": _WARPS, "steps": (2, 4, 8, 16)},
-        # steps that are replayed in registers at a time
+        # steps that are computed again in registers at a time
         "feed_forward_backward": {"num_warps": _WARPS, "steps": (2, 4, 8)},
-        # rows of weights whose loads are on their way; neurons that are swept at a time where a row is long
+        # rows of weights that are loaded ahead; neurons that are updated at a time if a row is long
         "recurrent_forward": {"num_warps": _WARPS, "events_ahead": _AHEAD, "tile": (512, 1024, 2048, 4096)},
-        # warps of the sweep where a step is a launch, and of the replay
+        # warps of the kernel that goes back through time, if every step is a launch; warps of the one that recomputes states
         "recurrent_backward": {"num_warps": _WARPS, "replay_warps": _WARPS},
     },
     "cpu": {
-        # neurons whose state is walked through time at once; threads at the most
+        # neurons that go through time together; the largest number of threads
         "feed_forward_forward": {"tile": (64, 128, 256, 512, 1024), "threads": tuple(range(1, 513))},
         # steps between two saved states
         "feed_forward_backward": {
@@ -75,12 +77,12 @@ _SOURCES = {
 
 
 class Machine(NamedTuple):
-    """What a table is made for.
+    """The backend and the device that a table is made for.
 
     Attributes:
         backend: ``triton`` or ``cpu``.
         arch: ``sm_90``, ``gfx942``, ``x86_64``, ..., or ``interpreter``.
-        name: of the device.
+        name: the name of the device.
     """
 
     backend: str
@@ -89,7 +91,7 @@ class Machine(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One tuned launch of a table."""
+    """An entry of a table: a launch and its tuned parameters."""
 
     kernel: str
     dtype: str
@@ -102,9 +104,9 @@ class Choice(NamedTuple):
     """The parameters of a launch and where they come from.
 
     Attributes:
-        parameters: by name.
-        source: the file of the table, or ``heuristic``.
-        reason: why that one, in a sentence.
+        parameters: the values by name.
+        source: the file of the table, or ``heuristic`` for the launcher's own rule.
+        reason: why this source serves the launch, in a sentence.
     """
 
     parameters: Parameters
@@ -117,11 +119,11 @@ class Choice(NamedTuple):
 
 
 class TableError(ValueError):
-    """A tuning table that cannot be used; the message says why."""
+    """A tuning table cannot be used; the message says why."""
 
 
 def cpu_name() -> str:
-    """The processor's name as the system has it."""
+    """The processor's name, as the operating system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
@@ -134,7 +136,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def machine(backend: str, device: torch.device) -> Machine:
-    """What tables are looked up for.
+    """The machine for whose name a launch looks up tables.
 
     Raises:
         RuntimeError: if Triton is not installed or has no driver.
@@ -153,11 +155,11 @@ def machine(backend: str, device: torch.device) -> Machine:
 
 @functools.cache
 def source_hash(backend: str) -> str:
-    """Digest of a backend's kernels: what was measured for others says nothing about these."""
+    """A digest of a backend's kernels. Times that were measured with other kernels do not count for these."""
     digest = hashlib.sha256()
     for name in _SOURCES[backend]:
         place = PACKAGE / name
-        if name == "kernels" and not place.is_dir():  # a checkout without symbolic links
+        if name == "kernels" and not place.is_dir():  # a checkout without symbolic links has no coba_triton/kernels
             place = PACKAGE.parent / name
         for file in sorted(place.glob("*.py")) if place.is_dir() else [place]:
             digest.update(file.read_bytes())
@@ -165,12 +167,12 @@ def source_hash(backend: str) -> str:
 
 
 def _file_name(device: str) -> str:
-    """Of the table for a device: cards of one architecture, such as an H100 and an H200, have tables of their own."""
+    """The name of the table for a device. Cards of one architecture, such as an H100 and an H200, have different tables."""
     return "_".join(re.findall(r"\w+", device)) + ".json"
 
 
 def user_table(device: str) -> Path | None:
-    """Where ``coba-triton tune`` writes and a launch looks, unless told otherwise; None for a user without a home."""
+    """The user's table, which ``coba-triton tune`` writes by default. None if the user has no home folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     try:
         return Path(cache).expanduser() / "coba_triton" / "tuning" / _file_name(device)
@@ -179,15 +181,15 @@ def user_table(device: str) -> Path | None:
 
 
 def shipped_table(device: str) -> Path:
-    """Where a table that comes with the package is."""
+    """The table for a device that comes with the package; it may not exist."""
     return PACKAGE / "tuning_tables" / _file_name(device)
 
 
 def check_parameters(backend: str, kernel: str, parameters: Any) -> Parameters:
-    """The parameters, if a launch of ``kernel`` takes them.
+    """Check the parameters for a launch of ``kernel``, and return them.
 
     Raises:
-        TableError: if there are unknown or missing names, or values that may not be tuned to.
+        TableError: if a name is unknown or missing, or a value is not allowed.
     """
     space = SPACE[backend].get(kernel) if isinstance(kernel, str) else None
     if space is None:
@@ -205,10 +207,10 @@ def _values(values: tuple[int, ...]) -> str:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A table file as it is.
+    """Read a table and check its form.
 
     Raises:
-        TableError: if it cannot be read, is no table of this version, or an entry is malformed.
+        TableError: if it cannot be read, is not a table of this version, or an entry is malformed.
     """
     try:
         content = read_json(path)
@@ -232,16 +234,16 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def _check_entry(backend: str, entry: Any) -> None:
     well = isinstance(entry, dict) and entry.get("dtype") in tuple(DTYPES) and isinstance(entry.get("sources"), str)
-    if not well or not all(type(entry.get(size)) is int and 0 < entry[size] <= MOST for size in ("neurons", "batch")):
+    if not well or not all(type(entry.get(size)) is int and 0 < entry[size] <= LARGEST for size in ("neurons", "batch")):
         raise TableError(f"has a malformed entry: {entry!r:.200}")
     check_parameters(backend, entry.get("kernel"), entry.get("parameters"))
 
 
 def entries_for(content: dict[str, Any], target: Machine) -> list[Entry]:
-    """The entries that serve a machine, of a table that :func:`read_table` gave.
+    """The entries of a table from :func:`read_table` that were measured on this machine, with these kernels.
 
     Raises:
-        TableError: if the table is for another backend, device or other kernels.
+        TableError: if the table is for another backend, another device or other kernels.
     """
     found = content["backend"], content["device"]
     if found != (target.backend, target.name):
@@ -253,11 +255,14 @@ def entries_for(content: dict[str, Any], target: Machine) -> list[Entry]:
 
 
 _explicit: str | None = None
-_forced: dict[str, Parameters] = {}
+forced_parameters: dict[str, Parameters] = {}
 
 
 def use(path: str | os.PathLike[str] | None) -> None:
-    """Look launch parameters up in this table first; ``"off"``: in none at all; None: as the environment says.
+    """Let launches look into this table first.
+
+    Args:
+        path: the table; ``"off"`` for no table at all; None to do what the environment variable says.
 
     Raises:
         ValueError: if the file cannot be read or is no tuning table.
@@ -273,7 +278,7 @@ def use(path: str | os.PathLike[str] | None) -> None:
 
 
 def forget() -> None:
-    """Read all tables again at the next launch."""
+    """Forget all tables, so that the next launch reads them again."""
     _tables.cache_clear()
     _find.cache_clear()
 
@@ -283,7 +288,7 @@ def _named() -> str | None:
 
 
 def sources(device: str) -> list[Path]:
-    """The files that are looked into for a device, by its name, first ones first, whether they are there or not."""
+    """The files that launches on a device look into, in this order. They may not exist."""
     explicit = _named()
     if explicit == "off":
         return []
@@ -293,13 +298,11 @@ def sources(device: str) -> list[Path]:
 
 @functools.cache
 def _tables(target: Machine) -> tuple[tuple[Path, list[Entry]], ...]:
-    """Every table that can be used; a warning for each that is there and cannot."""
+    """Read every table that can be used, and warn of those that exist and cannot be used."""
     tables = []
-    files = sources(target.name)
-    for path in files:
-        named = path not in (user_table(target.name), shipped_table(target.name))
-        if not named and not is_there(path):
-            continue
+    for path in sources(target.name):
+        if not is_there(path) and path in (user_table(target.name), shipped_table(target.name)):
+            continue  # only a table that the user has named must exist
         try:
             tables.append((path, entries_for(read_table(path), target)))
         except TableError as error:
@@ -325,11 +328,11 @@ def _find(target: Machine, kernel: str, dtype: torch.dtype, neurons: int, batch:
 def launch_parameters(
     backend: str, kernel: str, heuristic: Parameters, dtype: torch.dtype, device: torch.device, neurons: int, batch: int = 1
 ) -> Mapping[str, int]:
-    """What a launcher launches ``kernel`` with: a table's entry, else ``heuristic``.
+    """The parameters for a launch of ``kernel``: from a table's entry, else ``heuristic``, the launcher's own rule.
 
-    Feed-forward kernels have no batch: ``neurons`` are those of all rows.
+    Feed-forward kernels have no batch: for them ``neurons`` counts the neurons of all rows.
     """
-    if forced := _forced.get(kernel):
+    if forced := forced_parameters.get(kernel):
         return heuristic | forced
     if _named() == "off":
         return heuristic
@@ -339,7 +342,7 @@ def launch_parameters(
 
 @contextmanager
 def off() -> Iterator[None]:
-    """Within the block, no table is looked into."""
+    """Within the block, launches look into no table."""
     global _explicit
     before, _explicit = _explicit, "off"
     try:
@@ -350,18 +353,18 @@ def off() -> Iterator[None]:
 
 @contextmanager
 def forced(kernel: str, parameters: Parameters) -> Iterator[None]:
-    """Within the block, launch ``kernel`` with these parameters, whatever the tables say; not for several threads."""
-    before = dict(_forced)
-    _forced[kernel] = parameters
+    """Within the block, launch ``kernel`` with these parameters, whatever the tables say. Not safe with several threads."""
+    before = dict(forced_parameters)
+    forced_parameters[kernel] = parameters
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        forced_parameters.clear()
+        forced_parameters.update(before)
 
 
 def heuristic(backend: str, kernel: str, dtype: torch.dtype, neurons: int, batch: int = 1) -> Parameters:
-    """The launcher's own rule."""
+    """The parameters that the launcher's own rule gives."""
     rule = importlib.import_module(_LAUNCHERS[backend], __package__).heuristic
     return dict(rule(kernel, dtype, neurons, batch))
 
@@ -374,15 +377,15 @@ def explain(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Choice:
-    """Which parameters a launch takes, from where, and why.
+    """Say which parameters a launch takes, from where, and why.
 
     Args:
-        kernel: one of :data:`KERNELS`.
+        kernel: a name in :data:`KERNELS`.
         neurons: N of one batch row.
         batch: B.
         dtype: float32 or float64.
-        device: where the tensors are.
-        backend: as in the public functions.
+        device: the device of the tensors.
+        backend: the backend, as for the public functions.
 
     Raises:
         ValueError: if the kernel or dtype is unknown, a size is not positive, or the backend has no launches to tune.
@@ -402,7 +405,7 @@ def explain(
             f"dtype must be torch.float32 or torch.float64, which state and arithmetic have, got {dtype!r:.200}"
         )
     for size in (neurons, batch):
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST:
             raise ValueError(f"neurons and batch must be positive, got {neurons!r:.50} and {batch!r:.50}")
     device = the_device(device)
     backend = choose_backend(backend, device)

@@ -1,7 +1,7 @@
-"""The tuning loop: propose launch parameters, prune what cannot win, verify, time, write a journal, end with a table.
+"""The tuning loop: propose sets of launch parameters, verify and time them, and write the best set into a table.
 
-Every set of parameters must give the bits of the launcher's own rule, whose result is compared with the reference first;
-only then is it timed.
+A set that cannot be the fastest is left out. The result with the launcher's own rule is compared with the reference first.
+Every other set must give the same bits, and only then it is timed. A journal keeps the results, in case the run is killed.
 """
 
 from __future__ import annotations
@@ -10,43 +10,39 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
-from ..common.files import is_there, read_text, reason, written_whole
+from ..common.files import held, is_there, read_text, reason, written_whole
 from ..tools import checker
 from ..tools.problems import Problem, RecurrentProblem, problem, sparse_problem
-from . import tables as tuning
+from . import tables
 from .tables import Parameters, TableError
 
 Effort = Literal["quick", "full"]
 JOURNAL = "coba_triton tuning journal"
-# What a load from a GPU's memory takes at the least, in seconds: with so many bytes on their way, bandwidth is bounded.
-LATENCY = 3e-7
+LATENCY = 3e-7  # seconds that a load from a GPU's memory takes at least
 SAMPLES = {"quick": 9, "full": 25}
-# A sample is at least so long, in seconds: calls are repeated within it.
-SAMPLE_SECONDS = 2e-3
-# Neuron-steps of a timed call on a CPU; a GPU gets 32 times as many.
-NEURON_STEPS = 2**22
+SAMPLE_SECONDS = 2e-3  # a sample lasts at least so long: short calls are repeated within it
+NEURON_STEPS = 2**22  # neurons times steps of a timed call on a CPU; a GPU gets 32 times as many
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is tuned: the key of a table's entry, and the device.
+    """A launch to tune: the key of its entry in a table, and the device.
 
     Attributes:
         backend: ``triton`` or ``cpu``.
-        kernel: one of :data:`coba_triton.tuning.KERNELS`.
+        kernel: a name in :data:`coba_triton.tuning.tables.KERNELS`.
         dtype: ``float32`` or ``float64``.
         neurons: N of one batch row.
         batch: B.
-        device: where.
+        device: the device to measure on.
     """
 
     backend: str
@@ -58,25 +54,25 @@ class Task:
 
     @property
     def recurrent(self) -> bool:
-        """Whether the kernel is one of recurrent populations."""
+        """Whether the kernel serves recurrent populations."""
         return self.kernel.startswith("recurrent")
 
     @property
     def key(self) -> dict[str, Any]:
-        """Of the table's entry: feed-forward kernels know no batch."""
+        """The key of the table's entry. Feed-forward kernels have no batch: all neurons count as one row."""
         neurons, batch = (self.neurons, self.batch) if self.recurrent else (self.neurons * self.batch, 1)
         return {"kernel": self.kernel, "dtype": self.dtype, "neurons": neurons, "batch": batch}
 
     def rule(self) -> Parameters:
-        """The launcher's own parameters."""
+        """The parameters that the launcher's own rule gives."""
         key = self.key
-        return tuning.heuristic(self.backend, self.kernel, tuning.DTYPES[self.dtype], key["neurons"], key["batch"])
+        return tables.heuristic(self.backend, self.kernel, tables.DTYPES[self.dtype], key["neurons"], key["batch"])
 
     def space(self) -> dict[str, tuple[int, ...]]:
-        """The values to try of every parameter; one that has no effect on this size stays what it is."""
+        """The values to try for every parameter. A parameter that has no effect at this size has one value."""
         key, rule = self.key, self.rule()
         cells = key["neurons"] * key["batch"]
-        space = dict(tuning.SPACE[self.backend][self.kernel])
+        space = dict(tables.SPACE[self.backend][self.kernel])
         for name, values in space.items():
             if name == "threads":
                 most = torch.get_num_threads()
@@ -101,17 +97,17 @@ class Task:
 
 @dataclass
 class Trial:
-    """What became of one set of parameters; times are in seconds for one call.
+    """The result of trying one set of parameters. Times are in seconds for one call.
 
     Attributes:
         parameters: the set.
-        status: ``timed``, ``pruned`` (it cannot win) or ``failed`` (it does not run, or changes a bit).
+        status: ``timed``, ``pruned`` (it cannot be the fastest) or ``failed`` (it does not run, or it changes a bit).
         reason: why it was pruned or failed.
-        p20: a fifth of the calls were faster.
+        p20: the time below which a fifth of the calls are.
         p50: the median.
-        p80: a fifth of the calls were slower.
-        max_error: largest difference to the reference, where one is allowed, relative to the largest element.
-        compiled: registers, spills, and occupancy of the kernel, where it was compiled for a GPU.
+        p80: the time above which a fifth of the calls are.
+        max_error: the largest difference to the reference where one is allowed, relative to the largest element.
+        compiled: registers, spills and occupancy of the kernel, if it was compiled for a GPU.
     """
 
     parameters: Parameters
@@ -125,42 +121,43 @@ class Trial:
 
 
 class Workload(Protocol):
-    """What a tuning run needs of a task; :class:`Timed` is the real one."""
+    """How a task is verified and timed. :class:`Timed` does it; tests have others."""
 
     neuron_steps: int
     bytes_moved: int
 
     def verify(self) -> float:
-        """Compare with the rule's bits and the reference; the largest error, or a ValueError that says what differs."""
+        """Compare with the reference and with the bits of the rule; returns the largest error.
+
+        Raises:
+            ValueError: if something differs; the message says what.
+        """
 
     def time(self, samples: int) -> Sequence[float]:
-        """Seconds of a call, ``samples`` times."""
+        """Seconds for a call, measured ``samples`` times."""
 
     def floor(self, parameters: Parameters) -> float:
-        """Seconds that no call can be faster than: what memory needs to move the bytes."""
+        """The seconds that the memory needs to move the bytes: no call can be faster."""
 
     def compiled(self, parameters: Parameters) -> dict[str, Any]:
-        """Registers, spills and occupancy for a GPU, else nothing."""
+        """Registers, spills and occupancy on a GPU; empty elsewhere."""
 
 
-def copy_bandwidth(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Bytes per second of a copy, read and written ones, the best of some; with as many threads as PyTorch uses."""
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy reads and writes, the best of ten copies, with as many threads as PyTorch uses."""
     elements = 2**24 if device.type == "cpu" else 2**28
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        best = min(best, _seconds(lambda: target.copy_(source), device, 1, clock))
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / min(seconds_per_call(lambda: target.copy_(source), device, 1) for _ in range(10))
 
 
-def _seconds(call: Callable[[], Any], device: torch.device, repeats: int, clock: Callable[[], float]) -> float:
-    """Of one of ``repeats`` calls: by events on a GPU, by the clock elsewhere."""
+def seconds_per_call(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The mean time of ``repeats`` calls. A GPU's events measure it on a GPU, the clock elsewhere."""
     if device.type == "cpu":
-        start = clock()
+        start = time.perf_counter()
         for _ in range(repeats):
             call()
-        return (clock() - start) / repeats
+        return (time.perf_counter() - start) / repeats
     module = torch.get_device_module(device)
     begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
     begin.record()
@@ -172,12 +169,12 @@ def _seconds(call: Callable[[], Any], device: torch.device, repeats: int, clock:
 
 
 class Timed:
-    """The public function, or its backward, on random neurons."""
+    """Times the public function, or its backward, on random neurons."""
 
-    def __init__(self, task: Task, bandwidth: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.task, self.bandwidth, self.clock = task, bandwidth, clock
+    def __init__(self, task: Task, bandwidth: float) -> None:
+        self.task, self.bandwidth = task, bandwidth
         self.device = torch.device(task.device)
-        dtype = tuning.DTYPES[task.dtype]
+        dtype = tables.DTYPES[task.dtype]
         cells = task.neurons * task.batch
         budget = NEURON_STEPS if self.device.type == "cpu" else 32 * NEURON_STEPS
         if task.backend == "triton" and self.device.type == "cpu":
@@ -191,27 +188,19 @@ class Timed:
         steps = self.case.x.shape[0]
         self.neuron_steps = steps * cells
         item = dtype.itemsize
-        backward = task.kernel.endswith("backward")
-        # feed-forward: what is read and written of input, spikes or gradients; recurrent ones are no bandwidth problem
-        self.bytes_moved = self.neuron_steps * (3 * item + 2 if backward else 2 * item)
-        self.backward = backward
+        self.backward = task.kernel.endswith("backward")
+        # what a feed-forward kernel reads and writes: input, spikes, gradients; the memory does not limit recurrent ones
+        self.bytes_moved = self.neuron_steps * (3 * item + 2 if self.backward else 2 * item)
         self.options: dict[str, Any] = {"path": "events"} if task.recurrent else {}
-        self.expected = self._results("reference", {})
+        self.expected = self.case.results("reference", self.backward)
         self.rule_bits: list[Tensor] | None = None
 
-    def _results(self, backend: str, options: dict[str, Any]) -> Any:
-        if self.backward:
-            return self.case.gradients(backend, **options)
-        with torch.no_grad():
-            spikes, state = self.case.run(backend, **options)
-        return [spikes, *state], {}
-
     def verify(self) -> float:
-        outputs, grads = self._results(self.task.backend, self.options)
+        outputs, grads = self.case.results(self.task.backend, self.backward, **self.options)
         expected, expected_grads = self.expected
         worst = 0.0
-        for name, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
-            if found := checker.compare(f"output {name}", ours, theirs):
+        for number, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
+            if found := checker.compare(f"output {number}", ours, theirs):
                 raise ValueError(f"not the reference's bits: {found}")
         for name, ours in grads.items():
             theirs = expected_grads[name]
@@ -241,29 +230,29 @@ class Timed:
     def time(self, samples: int) -> list[float]:
         call = self._call()
         call()
-        once = _seconds(call, self.device, 1, self.clock)
+        once = seconds_per_call(call, self.device, 1)
         repeats = max(1, min(1000, int(SAMPLE_SECONDS / max(once, 1e-9))))
-        return [_seconds(call, self.device, repeats, self.clock) for _ in range(samples)]
+        return [seconds_per_call(call, self.device, repeats) for _ in range(samples)]
 
     def floor(self, parameters: Parameters) -> float:
         if self.task.recurrent:
             return 0.0
         if self.device.type != "cpu" and "steps" in parameters:
-            # a thread has one neuron, and the inputs of so many steps on their way
+            # a thread has one neuron and loads the inputs of `steps` steps ahead; so many bytes arrive every LATENCY
             cells = self.task.neurons * self.task.batch
-            read = self.neuron_steps * tuning.DTYPES[self.task.dtype].itemsize
-            on_their_way = cells * parameters["steps"] * tuning.DTYPES[self.task.dtype].itemsize
+            read = self.neuron_steps * tables.DTYPES[self.task.dtype].itemsize
+            on_their_way = cells * parameters["steps"] * tables.DTYPES[self.task.dtype].itemsize
             return max(self.bytes_moved / self.bandwidth, read * LATENCY / on_their_way)
         return self.bytes_moved / self.bandwidth
 
     def compiled(self, parameters: Parameters) -> dict[str, Any]:
         if self.task.backend != "triton" or self.device.type == "cpu":
             return {}
-        arch = tuning.machine("triton", self.device).arch
+        arch = tables.machine("triton", self.device).arch
         return compile_for(self.task, parameters, arch)
 
 
-# The kernels that a tuned launch compiles.
+# The compiled kernels behind each name in a table.
 COMPILED = {
     "feed_forward_forward": ("forward_kernel",),
     "feed_forward_backward": ("backward_kernel",),
@@ -282,14 +271,14 @@ def compile_for(task: Task, parameters: Parameters, arch: str) -> dict[str, Any]
 
     if arch not in compiler.TARGETS:
         raise ValueError(f"unknown architecture {arch!r}; expected one of {', '.join(compiler.TARGETS)}")
-    dtype = tuning.DTYPES[task.dtype]
+    dtype = tables.DTYPES[task.dtype]
     backward = task.kernel.endswith("backward")
     case: Problem | RecurrentProblem
     if task.recurrent:
         case = sparse_problem(34, task.batch, min(task.neurons, 16384), dtype)
     else:
         case = problem(2, (task.neurons * task.batch,), dtype)
-    with compiler.recorded(arch) as recorders, tuning.forced(task.kernel, parameters):
+    with compiler.recorded(arch) as recorders, tables.forced(task.kernel, parameters):
         leaf = case.recurrent_weights if isinstance(case, RecurrentProblem) else case.x
         leaf.requires_grad_(backward)
         spikes, _ = case.run("triton", **({"path": "events"} if task.recurrent else {}))
@@ -313,13 +302,14 @@ def compile_for(task: Task, parameters: Parameters, arch: str) -> dict[str, Any]
 def proposals(
     space: dict[str, tuple[int, ...]], rule: Parameters, effort: Effort
 ) -> Generator[tuple[Parameters, int], Parameters | None]:
-    """Sets of parameters and how many there will be: the rule first; ``full``: all; ``quick``: one change at a time.
+    """Yield sets of parameters, and how many there will be. The first set is the rule's.
 
-    ``quick`` is told the best set so far by ``send`` and changes that one.
+    ``full`` yields all combinations. ``quick`` changes one parameter at a time: ``send`` tells it the best set so far, which
+    it changes next.
     """
     if effort == "full":
         every = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-        # what is near the rule first, for a budget that ends early
+        # sets near the rule come first, as the budget may end early
         every.sort(key=lambda parameters: sum(parameters[name] != rule[name] for name in rule))
         for parameters in every:
             yield parameters, len(every)
@@ -333,37 +323,29 @@ def proposals(
                 best = (yield base | {name: value}, total) or best
 
 
-def _let_go(lock: BaseFileLock) -> None:
-    """Release a lock and leave no file behind: whoever has opened it meanwhile sees that it is gone, and makes another."""
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
-    lock.release()
-
-
 class Journal:
-    """One JSON line for each set of parameters; survives a kill after any of them.
+    """A file with one JSON line for each set of parameters that was tried. It survives when the run is killed.
 
     Raises:
-        TableError: if another tuning run writes to it, it is of another machine or other kernels, or it is there and is
-            not to be continued.
+        TableError: if another tuning run writes to it, if it belongs to another machine or to other kernels, or if it
+            exists and ``resume`` is False.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], resume: bool) -> None:
         self.path = path
         self.header = {"journal": JOURNAL, **header}
         self.trials: dict[str, Trial] = {}
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise TableError(f"{path} is being written by another tuning run; wait for it, or name another --out") from None
-        except OSError as error:
-            raise TableError(f"{path} cannot be locked ({reason(error)}); name another --out") from None
-        try:
-            self._file = self._open(resume)
-        except BaseException:
-            _let_go(self._lock)
-            raise
+        with ExitStack() as stack:  # lets go of the lock if opening fails
+            try:
+                stack.enter_context(held(path))
+            except BlockingIOError:
+                raise TableError(
+                    f"{path} is being written by another tuning run; wait for it, or name another --out"
+                ) from None
+            except OSError as error:
+                raise TableError(f"{path} cannot be locked ({reason(error)}); name another --out") from None
+            self._file = stack.enter_context(self._open(resume))
+            self._stack = stack.pop_all()
 
     def _open(self, resume: bool) -> IO[str]:
         lines = []
@@ -371,7 +353,7 @@ class Journal:
             if not resume:
                 raise TableError(f"{self.path} is of a run that did not end; continue it with --resume, or remove it")
             lines = self._read()
-        # without what a kill left half written
+        # written anew, without the line that a killed run may have left half written
         with written_whole(self.path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in [self.header, *lines]), encoding="utf-8")
         return self.path.open("a", encoding="utf-8")
@@ -411,32 +393,32 @@ class Journal:
         return json.dumps([task, parameters], sort_keys=True)
 
     def find(self, task: Task, parameters: Parameters) -> Trial | None:
-        """What an earlier run found."""
+        """What an earlier run found; None if it did not try this set."""
         return self.trials.get(self._key(asdict(task), parameters))
 
     def add(self, task: Task, trial: Trial) -> None:
-        """Write a line."""
+        """Write a line about a trial."""
         self._file.write(json.dumps({"task": asdict(task), **asdict(trial)}) + "\n")
         self._file.flush()
 
     def close(self, finished: bool) -> None:
-        """End; the journal of a finished run goes away, as everything is in the table."""
-        self._file.close()
-        if finished:
-            self.path.unlink(missing_ok=True)
-        _let_go(self._lock)
+        """Close the file. If the run is finished, remove it, as the table has everything."""
+        with self._stack:
+            self._file.close()
+            if finished:
+                self.path.unlink(missing_ok=True)
 
 
 @dataclass
 class Progress:
-    """What is known while tuning.
+    """How far the tuning of a task is.
 
     Attributes:
-        task: what is tuned.
-        done: trials so far.
-        total: trials that there will be, at the most.
-        best: the best one.
-        latest: the last one.
+        task: the task.
+        done: how many sets were tried.
+        total: how many sets there are at most.
+        best: the fastest trial so far.
+        latest: the last trial.
         eta: seconds that the rest will take at the pace so far.
     """
 
@@ -450,7 +432,15 @@ class Progress:
 
 @dataclass
 class Outcome:
-    """Of a task: all trials, the rule's first, and whether the budget ended it."""
+    """The result of tuning a task.
+
+    Attributes:
+        task: the task.
+        trials: all trials; the first is the rule's.
+        complete: whether all sets were tried, before the budget ended.
+        neuron_steps: neurons times steps of a timed call.
+        bytes_moved: bytes that a call reads and writes.
+    """
 
     task: Task
     trials: list[Trial]
@@ -460,7 +450,7 @@ class Outcome:
 
     @property
     def best(self) -> Trial:
-        """The fastest; the rule's where nothing is faster by more than its own spread."""
+        """The fastest trial. The rule's, if no other is faster by more than the spread of the rule's times."""
         rule = self.trials[0]
         timed = [trial for trial in self.trials if trial.p50 is not None]
         fastest = min(timed, key=lambda trial: trial.p50 or 0.0, default=rule)
@@ -478,19 +468,19 @@ def tune(
     clock: Callable[[], float] = time.perf_counter,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
-    """Run the trials of one task.
+    """Try the sets of parameters for one task.
 
     Args:
         task: what to tune.
         workload: how to verify and time it.
-        journal: what was found earlier, and where to write.
+        journal: has what was found earlier, and takes what is found now.
         effort: ``quick`` or ``full``.
         deadline: no trial begins after the clock shows this.
-        clock: seconds.
+        clock: the clock, in seconds.
         show: called after every trial.
 
     Raises:
-        ValueError: if the launcher's own rule does not give the reference's numbers: nothing can be tuned then.
+        ValueError: if the launcher's own rule does not give the reference's numbers. Then nothing can be tuned.
     """
     trials: list[Trial] = []
     started, fresh, best = clock(), 0, None
@@ -498,21 +488,18 @@ def tune(
     parameters, total = next(generator)
     complete = True
     while True:
-        found = journal.find(task, parameters)
-        if found is None or not trials:  # the rule's bits are needed in any case
-            if trials and clock() >= deadline:
-                complete = False
-                break
-            trial = _try(task, workload, parameters, best, effort)
-            if not trials and trial.status == "failed":
-                raise ValueError(f"{task}: the launcher's own parameters failed: {trial.reason}")
-            if found is None:
+        trial = journal.find(task, parameters)
+        if trial is None and trials and clock() >= deadline:
+            complete = False
+            break
+        if trial is None or not trials:  # the rule always runs: the bits of all other sets are compared with its bits
+            made = try_parameters(task, workload, parameters, best, effort)
+            if not trials and made.status == "failed":
+                raise ValueError(f"{task}: the launcher's own parameters failed: {made.reason}")
+            if trial is None:
+                trial = made
                 journal.add(task, trial)
                 fresh += 1
-            else:
-                trial = found
-        else:
-            trial = found
         trials.append(trial)
         if trial.p50 is not None and (best is None or trial.p50 < (best.p50 or 0.0)):
             best = trial
@@ -528,24 +515,25 @@ def tune(
 
 
 def _run_off(task: Task, workload: Workload, rule: Trial, best: Trial, samples: int) -> None:
-    """Time the rule and the best again, in turns, so that a machine's moods meet both."""
+    """Time the rule and the best set again, in turns, so that a busy machine slows both alike."""
     seconds: dict[int, list[float]] = {id(rule): [], id(best): []}
     for _ in range(samples):
         for trial in (rule, best):
-            with tuning.forced(task.kernel, trial.parameters):
+            with tables.forced(task.kernel, trial.parameters):
                 seconds[id(trial)] += workload.time(1)
     for trial in (rule, best):
         trial.p20, trial.p50, trial.p80 = quantiles(seconds[id(trial)])
 
 
 def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80."""
+    """The times p20, p50 and p80, see :class:`Trial`."""
     ordered = sorted(seconds)
     p20, p50, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
     return p20, p50, p80
 
 
-def _try(task: Task, workload: Workload, parameters: Parameters, best: Trial | None, effort: Effort) -> Trial:
+def try_parameters(task: Task, workload: Workload, parameters: Parameters, best: Trial | None, effort: Effort) -> Trial:
+    """Verify and time one set of parameters, unless it cannot be faster than ``best``."""
     floor = workload.floor(parameters)
     if best is not None and best.p20 is not None and floor >= best.p20:
         reason = f"roofline: no faster than {floor * 1e3:.3g} ms, the best takes {best.p20 * 1e3:.3g} ms"
@@ -559,7 +547,7 @@ def _try(task: Task, workload: Workload, parameters: Parameters, best: Trial | N
     if best is not None and compiled and compiled["occupancy"] < 0.25 * best.compiled.get("occupancy", 0.0):
         share = f"{compiled['occupancy']:.0%} of the warps are resident, {best.compiled['occupancy']:.0%} of the best's"
         return Trial(parameters, "pruned", f"occupancy: {share}", compiled=compiled)
-    with tuning.forced(task.kernel, parameters):
+    with tables.forced(task.kernel, parameters):
         try:
             largest = workload.verify()
             seconds = workload.time(SAMPLES[effort])
@@ -569,7 +557,7 @@ def _try(task: Task, workload: Workload, parameters: Parameters, best: Trial | N
 
 
 def entry_of(outcome: Outcome, bandwidth: float, versions: dict[str, Any]) -> dict[str, Any]:
-    """What a table says of a task."""
+    """The entry of a table for a task."""
     best, rule = outcome.best, outcome.trials[0]
 
     def measured(trial: Trial) -> dict[str, Any]:
@@ -583,10 +571,10 @@ def entry_of(outcome: Outcome, bandwidth: float, versions: dict[str, Any]) -> di
     return {
         **outcome.task.key,
         "parameters": best.parameters,
-        "sources": tuning.source_hash(outcome.task.backend),
+        "sources": tables.source_hash(outcome.task.backend),
         "faster_than_rule": (rule.p50 or 0.0) / best.p50 if best.p50 else None,
         "complete": outcome.complete,
-        "device": tuning.machine(outcome.task.backend, torch.device(outcome.task.device)).name,
+        "device": tables.machine(outcome.task.backend, torch.device(outcome.task.device)).name,
         "threads": torch.get_num_threads(),
         "versions": versions,
         "copy_gb_per_s": bandwidth / 1e9,
@@ -594,48 +582,44 @@ def entry_of(outcome: Outcome, bandwidth: float, versions: dict[str, Any]) -> di
     }
 
 
-def write_table(path: Path, target: tuning.Machine, entries: list[dict[str, Any]]) -> None:
-    """Put entries into a table, in the place of those with the same key; safe beside other writers.
+def write_table(path: Path, target: tables.Machine, entries: list[dict[str, Any]]) -> None:
+    """Put entries into a table, where they replace those with the same key. Several processes may do so at a time.
 
     Raises:
-        TableError: if what is there is no table for this machine.
+        TableError: if the file is no table for this machine.
         OSError: if it cannot be written.
     """
+
+    def key(entry: dict[str, Any]) -> list[Any]:
+        return [entry[name] for name in ("kernel", "dtype", "neurons", "batch")]
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=60)
-    lock.acquire()
-    try:
+    with held(path, timeout=60):
         content = open_table(path, target)
-        keys = [[entry[name] for name in ("kernel", "dtype", "neurons", "batch")] for entry in entries]
-        kept = [
-            entry
-            for entry in content["entries"]
-            if [entry[name] for name in ("kernel", "dtype", "neurons", "batch")] not in keys
-        ]
+        new = [key(entry) for entry in entries]
+        kept = [entry for entry in content["entries"] if key(entry) not in new]
         with written_whole(path) as part:
             part.write_text(json.dumps(content | {"entries": kept + entries}, indent=1) + "\n", encoding="utf-8")
-    finally:
-        _let_go(lock)
-    tuning.forget()
+    tables.forget()
 
 
-def open_table(path: Path, target: tuning.Machine) -> dict[str, Any]:
-    """The table that is there, or an empty one.
+def open_table(path: Path, target: tables.Machine) -> dict[str, Any]:
+    """Read a table; if there is no file, make an empty one in memory.
 
     Raises:
-        TableError: if what is there is no table for this backend and device.
+        TableError: if the file is no table for this backend and device.
     """
     if not is_there(path):
         return {
-            "format": tuning.FORMAT,
-            "version": tuning.VERSION,
+            "format": tables.FORMAT,
+            "version": tables.VERSION,
             "backend": target.backend,
             "arch": target.arch,
             "device": target.name,
             "entries": [],
         }
     try:
-        content = tuning.read_table(path)
+        content = tables.read_table(path)
         if (content["backend"], content["device"]) != (target.backend, target.name):
             raise TableError(f"is for {content['backend']} on {content['device']}")
     except TableError as error:

@@ -1,15 +1,15 @@
 """Trains a recurrent network of conductance-based LIF neurons to read handwritten digits.
 
-scikit-learn's digits (1797 images of 8 x 8 pixels) become spike trains of 50 ms: in every step of 1 ms a pixel spikes
-with a probability that is proportional to its brightness. They drive a recurrent population, and a linear readout of
-the firing rates of that population tells the digit. All weights are learned by backpropagation through time.
+Each of scikit-learn's digits (1797 images of 8 x 8 pixels) becomes spike trains of 50 ms: in every step of 1 ms a pixel
+spikes with a probability that is proportional to its brightness. The spikes drive a recurrent population. A linear readout
+of the population's firing rates tells the digit. All weights are learned by backpropagation through time.
 
-    python bench/train_digits.py
-    python bench/train_digits.py --device cuda --epochs 60 --out out/digits-gpu
+    python examples/train_digits.py
+    python examples/train_digits.py --device cuda --epochs 60 --out out/digits-gpu
 
-It writes ``training.png``, loss, accuracy and firing rate after every epoch, and ``training.json``, all numbers. A
-fifth of the images, stratified, is the test set: it is used once, after the last epoch. Another fifth is for
-validation: the settings below were chosen by it. With the same seed, device and backend a run repeats itself.
+It writes ``training.png``, with loss, accuracy and firing rate after every epoch, and ``training.json``, with all numbers.
+A fifth of the images, stratified, is the test set, which is used once, after the last epoch. Another fifth is for
+validation; the settings below were chosen by it. With the same seed, device and backend a run gives the same numbers.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 DT = 1.0  # ms
-# A neuron of 20 ms, of the kind that Brette et al. 2007 simulate: potentials in mV, conductances in uS. `super` is 1 at
-# the threshold for every alpha, and the reset of 10 mV multiplies the gradient by that much in every step near it:
-# alpha must keep "near" below a mV or so, or the gradient explodes.
+# A neuron like those of Brette et al. 2007, with a time constant of 20 ms; potentials in mV, conductances in uS. At the
+# threshold `super` is 1 for every alpha, so in every step near the threshold the reset by 10 mV multiplies the gradient by
+# 10. A large alpha makes "near" less than about 1 mV; otherwise the gradient explodes.
 NEURON = CobaLIFParameters(
     tau_syn_exc_inv=1 / 5,
     tau_syn_inh_inv=1 / 5,
@@ -60,15 +60,15 @@ NEURON = CobaLIFParameters(
     method="super",
     alpha=10.0,
 )
-SPIKE_PROBABILITY = 0.4  # in one step, of the brightest pixel
+SPIKE_PROBABILITY = 0.4  # of the brightest pixel in one step
 LEARNING_RATES = {"hidden": 5e-5, "readout": 1e-2}  # Adam's steps, in uS and in logits per 100 Hz
-LARGEST_GRADIENT = 1.0  # norm, of the hidden population's weights
+LARGEST_GRADIENT = 1.0  # the norm to which the gradient of the hidden population's weights is clipped
 FILES = ("training.png", "training.json")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on."""
+    """Everything that a run depends on."""
 
     epochs: int = 30
     seed: int = 0
@@ -104,11 +104,11 @@ class Classifier(nn.Module):
 
 
 class UserError(Exception):
-    """What the user can put right, in one sentence."""
+    """An error that the user can put right. Its message is one sentence."""
 
 
 def load(count: int | None) -> dict[str, Split]:
-    """The digits in three stratified splits, the same ones for every seed."""
+    """Load the digits in three stratified splits, which are the same for every seed."""
     images, digits = load_digits(return_X_y=True)
     images, digits = images[:count] / 16, digits[:count]
     images, test_images, digits, test_digits = train_test_split(
@@ -122,7 +122,7 @@ def load(count: int | None) -> dict[str, Split]:
 
 
 def encode(images: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """Rate code: spikes ``[T, B, 64]``, drawn on the CPU so that every device gets the same ones."""
+    """Draw spikes ``[T, B, 64]`` with rates by brightness. They are drawn on the CPU, so every device gets the same ones."""
     return torch.rand(steps, *images.shape, generator=generator) < SPIKE_PROBABILITY * images
 
 
@@ -148,7 +148,7 @@ def train(settings: Settings, show: Callable[[str | None], None] = lambda line: 
         show: called after every batch with None, and after every epoch with a line about it.
 
     Returns:
-        What ``training.json`` says.
+        The content of ``training.json``.
 
     Raises:
         UserError: if the device or the backend cannot serve.
@@ -208,7 +208,7 @@ def train(settings: Settings, show: Callable[[str | None], None] = lambda line: 
 
 
 def place(model: Classifier, settings: Settings) -> tuple[Classifier, torch.device]:
-    """The model on its device, once that and the backend have served one step."""
+    """Move the model to its device, and run one step to see whether the device and the backend work."""
     try:
         device = torch.device(settings.device)
         model = model.to(device)
@@ -249,7 +249,7 @@ def versions() -> dict[str, str]:
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Loss, accuracy and firing rate over the epochs."""
+    """Draw loss, accuracy and firing rate over the epochs."""
     epochs, test = result["epochs"], result["test"]
     number = [row["epoch"] for row in epochs]
     train, validation, tested = "#2c6fbb", "#c0392b", "#222222"
@@ -325,7 +325,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     settings, out = parse(arguments)
-    torch.set_num_threads(1)  # a step is too small to share; threads that wait for each other cost more than they do
+    torch.set_num_threads(1)  # a step is so small that threads would wait for each other longer than they work
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn())
     try:

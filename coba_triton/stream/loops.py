@@ -1,11 +1,12 @@
-"""Compiled loops of long runs: Poisson spikes from a counter-based generator, and spikes counted from packed words.
+"""Compiled loops of long runs: one makes Poisson spikes, and one counts spikes in packed words.
 
-A Poisson process over the channels of one step, laid on a line of length ``sum(expected spikes)``, has independent,
-exponentially distributed gaps; the number of its points in each channel's piece of the line is that channel's Poisson
-number of spikes. So a step costs as much as it has spikes, and every step has random numbers of its own: draw ``d`` of
-step ``t`` is Philox4x32-10 of the counter ``(d, stream, t mod 2**32, t / 2**32)`` under the seed as the key (Salmon,
-Moraes, Dror and Shaw 2011, doi:10.1145/2063384.2063405). The logarithm is spelt out, in operations that IEEE 754 rounds
-alike everywhere: the same spikes on every machine.
+Poisson spikes of one step: lay the channels side by side on a line; a channel's piece is as long as its expected number of
+spikes. Points with independent, exponentially distributed gaps are a Poisson process on this line. The number of points in
+a channel's piece is the channel's number of spikes. So the time for a step is proportional to its spikes.
+
+Every step has its own random numbers: draw ``d`` of step ``t`` is Philox4x32-10 of the counter ``(d, stream, t mod 2**32,
+t / 2**32)`` with the seed as the key (Salmon, Moraes, Dror and Shaw 2011, doi:10.1145/2063384.2063405). The logarithm is
+written out in operations that IEEE 754 rounds in the same way everywhere, so every machine makes the same spikes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from ..backend.cpu.numba_bridge import OPTIONS, entry_point
 
-DRAWS = 16  # counters in one vectorised batch, two gaps each
+DRAWS = 16  # counters in one vectorised batch; each gives two gaps
 _HIGH = np.uint64(32)
 _LN2 = 0.6931471805599453
 _SQRT_HALF = 0.7071067811865476
@@ -25,7 +26,7 @@ _SQRT_HALF = 0.7071067811865476
 
 @numba.njit(inline="always", **OPTIONS)
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Philox4x32-10: four random words of a counter and a key, all uint32."""
+    """Philox4x32-10: four random words from a counter of four words and a key of two, all uint32."""
     for _ in range(10):
         a = np.uint64(0xD2511F53) * np.uint64(c0)
         b = np.uint64(0xCD9E8D57) * np.uint64(c2)
@@ -48,7 +49,7 @@ def exponential_gaps(gaps: Any, words: Any, first: Any, stream: Any, low: Any, h
     for i in range(2 * DRAWS):  # u = m 2^e with m in [1/2, 1)
         words[i] = bits[i] >> np.uint64(52)
         bits[i] = (bits[i] & np.uint64(0x000FFFFFFFFFFFFF)) | np.uint64(0x3FE0000000000000)
-    for i in range(2 * DRAWS):  # log m = log(1/2) / 2 + 2 artanh(s), as |s| < 0.172 a short series
+    for i in range(2 * DRAWS):  # log m = log(1/2) / 2 + 2 artanh(s); |s| < 0.172, so the series is short
         s = (gaps[i] - _SQRT_HALF) / (gaps[i] + _SQRT_HALF)
         q = s * s
         series = (((1 / 23 * q + 1 / 21) * q + 1 / 19) * q + 1 / 17) * q + 1 / 15
@@ -69,10 +70,10 @@ def poisson_fill(
     weight: Any,
     add: bool,
 ) -> None:
-    """Write (or add) ``weight`` times the spikes of steps ``start``, ``start + 1``, ... to ``out [t, last - first]``.
+    """Write the spikes of steps ``start``, ``start + 1``, ... times ``weight`` to ``out [t, last - first]``, or add them.
 
-    Of the channels from ``first`` to ``last``; ``expected`` spikes a step in every channel, or, where ``cumulative
-    [channels + 1]`` is not empty, as many as it rises by from one channel to the next.
+    ``out`` has the channels from ``first`` to ``last``. If ``cumulative [channels + 1]`` is empty, each channel has
+    ``expected`` spikes per step; else channel c has ``cumulative[c + 1] - cumulative[c]``.
     """
     gaps, words = np.empty(2 * DRAWS), np.empty(2 * DRAWS, np.uint64)
     k0, k1 = np.uint32(seed), np.uint32(seed >> _HIGH)
@@ -105,8 +106,8 @@ def poisson_fill(
 
 
 def count_spikes(words: Any, members: Any, counts: Any) -> None:
-    """Fill ``counts [32 W]`` with the spikes of every step in ``words [W, M]``, of the ``members`` (indices) alone."""
-    lanes = np.zeros(8, np.uint32)  # byte j of lane b counts bit 8 j + b, of at most 255 words
+    """Fill ``counts [32 W]`` with the number of spikes in every step of ``words [W, M]``, for the neurons in ``members``."""
+    lanes = np.zeros(8, np.uint32)  # byte j of lane b counts bit 8 j + b; a byte counts at most 255 words
     for w in range(words.shape[0]):
         block = counts[32 * w : 32 * w + 32]
         block[:] = 0
