@@ -361,6 +361,15 @@ def driven_kernel(
     store_fields(final_ptr + cells, M, s, mask, FIELDS)
 
 
+@triton.jit
+def load_planes(planes_ptr, stride, cells, mask, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """``load_fields`` from plane ``FIRST`` on, with addresses of which the compiler keeps fewer in registers."""
+    planes = ()
+    for i in tl.static_range(COUNT):
+        planes = planes + (tl.load(planes_ptr + (FIRST + i) * stride + cells, mask=mask),)
+    return planes
+
+
 @triton.jit(
     do_not_specialize=["begin", "end", "start", "steps", "T", "B", "N", "constants_stride", "grad_stride_t", "grad_stride_m"]
 )  # fmt: skip
@@ -394,7 +403,7 @@ def backward_kernel(
     for back in range(0, end - begin):
         t = end - 1 - tl.cast(back, tl.int64)
         here = t * M + cells
-        kept = load_fields(trajectory_ptr + here, T * M, mask, KEPT)
+        kept = load_planes(trajectory_ptr, T * M, here, mask, 0, KEPT)
         z = (load_word(words_ptr, t, M, cells, mask) & 1).to(lam_z.dtype)
         grad_z = lam_z
         if grad_spikes_ptr is not None:
@@ -414,9 +423,7 @@ def backward_kernel(
             recorded = None
         a = sweep(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
         if grad_constants_ptr is not None:
-            # with these addresses in full, the compiler keeps fewer of them in registers
-            decayed_e = tl.load(trajectory_ptr + KEPT * T * M + here, mask=mask)
-            decayed_i = tl.load(trajectory_ptr + (KEPT + 1) * T * M + here, mask=mask)
+            decayed_e, decayed_i = load_planes(trajectory_ptr, T * M, here, mask, KEPT, 2)
             sums = add_sums(sums, z, kept, decayed_e, decayed_i, lam, a, c)
         lam = a.lam
         adjoints = adjoints_ptr + t * 2 * M + row * 2 * N
