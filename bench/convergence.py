@@ -5,8 +5,8 @@
 
 Unconnected neurons take the same spikes, all of them on a grid that every time step divides. This package runs in float64
 with dt, dt / 2, dt / 4 and so on; Brian2 integrates the same equations by Runge-Kutta of order 4 with a far smaller step.
-``tests/test_convergence.py`` holds the package to what is drawn, against Brian2 where it is installed, and always against
-:func:`solve`, for which no simulator is needed.
+``tests/bench/test_convergence.py`` holds the package to what is drawn, against Brian2 where it is installed, and always
+against :func:`solve`, for which no simulator is needed.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
-from marks import slow
-from ranks import Ranks
+from helpers.marks import slow
+from helpers.ranks import Ranks
 
 # Sums and products of these, of weights on a coarse grid, and of the surrogate `triangle`, are exact in float64 for a few
 # steps: any order of the sums over neurons, rows and ranks gives the same bits.

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from sparse_memory import sparse_zeros
 from torch import Tensor
 
 import ptxsim
@@ -19,6 +18,7 @@ from coba_triton.backend import triton as triton_backend
 from coba_triton.neuron.records import derive_constants
 from coba_triton.ops import time_blocks
 from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
+from helpers.sparse_memory import sparse_zeros
 
 F32, F64 = torch.float32, torch.float64
 SEEDS = (1, 2, 3)

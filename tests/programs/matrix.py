@@ -1,7 +1,7 @@
 """Run what depends on torch, triton and numpy with each set of versions that is supported, and print a table.
 
-``python tests/matrix.py`` makes an environment for each set in ``.matrix/``, which later runs use again; it downloads
-gigabytes, as torch 2.11 is on PyPI as a CUDA build alone. ``--only 3.6`` runs the sets whose names contain this.
+``python tests/programs/matrix.py`` makes an environment for each set in ``.matrix/``, which later runs use again; it
+downloads gigabytes, as torch 2.11 is on PyPI as a CUDA build alone. ``--only 3.6`` runs the sets whose names contain this.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".matrix"
 
 
@@ -44,10 +44,19 @@ SETS = (
 # Name to the files, and the variables of a process that runs them.
 SUITES: dict[str, tuple[list[str], dict[str, str]]] = {
     "calls": (["dry/test_calls.py"], {"TRITON_INTERPRET": "0", "COBA_TRITON_DRY": "1"}),
-    "executed": (["test_compiled.py"], {}),
-    "interpreter": (["test_feed_forward_kernels.py", "test_recurrent_kernels.py"], {}),
-    "CPU path": (["test_cpu.py", "test_cpu_recurrent.py"], {}),
-    "PyTorch": (["test_operators.py", "test_transforms.py", "test_training.py", "test_backends.py", "test_modules.py"], {}),
+    "executed": (["kernels/test_compiled.py"], {}),
+    "interpreter": (["kernels/test_feed_forward_kernels.py", "kernels/test_recurrent_kernels.py"], {}),
+    "CPU path": (["backend/test_cpu.py", "backend/test_cpu_recurrent.py"], {}),
+    "PyTorch": (
+        [
+            "ops/test_operators.py",
+            "ops/test_transforms.py",
+            "bench/test_training.py",
+            "backend/test_backends.py",
+            "test_modules.py",
+        ],
+        {},
+    ),
 }
 
 

@@ -32,6 +32,6 @@ def test_calls() -> None:
         "dry/test_calls.py",
     ]
     command = [sys.executable, "-m", "pytest", *arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)

@@ -1,8 +1,10 @@
 """Damages results of long runs at random, and tells whether they give the right data, or a sentence.
 
-python tests/fuzz_stores.py 4000 [seed] tries so many and prints how often each kind of damage gave what. Whatever is done to
-a result, reading it and resuming it must give the data of the undamaged run, or raise a ValueError or a FileNotFoundError.
-Attributes that somebody made up, with the right checksum, may say anything: they must not raise anything else.
+    PYTHONPATH=tests python -m programs.fuzz_stores 4000 7
+
+tries so many with this seed and prints how often each kind of damage gave what. Whatever is done to a result, reading it and
+resuming it must give the data of the undamaged run, or raise a ValueError or a FileNotFoundError. Attributes that somebody
+made up, with the right checksum, may say anything: they must not raise anything else.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 
 from coba_triton import CobaLIF, NpzSink, PoissonSource, Record, ZarrSink, open_result, simulate
 from coba_triton.stream.store import describe_group
-from test_simulate import NEURON
+from helpers.runs import NEURON
 
 STEPS, BLOCK, NEURONS = 700, 96, 20
 ALLOWED = (ValueError, FileNotFoundError)

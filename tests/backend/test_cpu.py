@@ -29,7 +29,7 @@ from coba_triton.backend.cpu import cache as _kernel_cache
 from coba_triton.backend.cpu import feed_forward as kernels
 from coba_triton.tools.problems import Problem, problem, recurrent_problem
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def large(steps: int = 40, neurons: int = 12_345, dtype: torch.dtype = torch.float32) -> Problem:

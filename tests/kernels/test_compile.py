@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not installed")
 import triton
 
-import budgets
 from coba_triton.tools.compiler import TARGETS
-from compile_targets import RECURRENT_SPECIMENS, SPECIMENS
+from programs import budgets
+from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS
 
 pytestmark = [
     pytest.mark.slow,

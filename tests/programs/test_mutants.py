@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mutants
+from programs import mutants
 
 
 def test_every_bug_can_be_planted() -> None:

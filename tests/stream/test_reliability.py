@@ -42,12 +42,26 @@ from coba_triton import (
 from coba_triton.stream import sinks
 from coba_triton.stream.simulation import checksum_of
 from coba_triton.stream.store import Store, describe_group
+from helpers.runs import (
+    BLOCK,
+    INPUTS,
+    NEURON,
+    RECORD,
+    N,
+    Stop,
+    T,
+    assert_same,
+    begin,
+    contents,
+    drive,
+    recurrent,
+    run,
+    stop_at,
+    whole,
+)
+from programs.fuzz_stores import everything, fuzz, same
 
 zarr = pytest.importorskip("zarr", reason="the extra stream is not installed")
-
-from fuzz_stores import everything, fuzz, same  # noqa: E402 - after the check for zarr
-from test_resume import BLOCK, Stop, assert_same, begin, contents, run, stop_at  # noqa: E402
-from test_simulate import INPUTS, NEURON, RECORD, N, T, drive, recurrent, whole  # noqa: E402
 
 
 def input_of(steps: int = T) -> Tensor:
@@ -730,7 +744,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from test_resume import run
+from helpers.runs import run
 torch.set_num_threads(1)
 while not Path(sys.argv[2]).exists():
     time.sleep(0.001)
@@ -744,7 +758,7 @@ except BlockingIOError as error:
 def writers(count: int, path: Path, signal_file: Path) -> list[Any]:
     command = [sys.executable, "-c", WRITER, str(path), str(signal_file)]
     options: dict[str, Any] = {
-        "cwd": Path(__file__).parent,
+        "cwd": Path(__file__).parents[1],
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
         "text": True,
@@ -970,7 +984,7 @@ def test_the_public_names_stay(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_damaged_stores_give_the_right_data_or_a_sentence(tmp_path: Path) -> None:
-    """A few hundred of them, always the same ones; python tests/fuzz_stores.py 4000 tries more."""
+    """A few hundred of them, always the same ones; `python -m programs.fuzz_stores 4000` tries more."""
     outcomes = fuzz(300, 1, tmp_path)
     print(outcomes)
     assert sum(outcomes.values()) == 300 and not any("WRONG" in kind for kind in outcomes)

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not
 
 from ptxsim import build
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def execute(arch: int, file: str, *arguments: str) -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from coba_triton import CobaLIF, Record, Result, simulate
 from coba_triton.stream import plotting
-from test_simulate import NEURON, PER_NEURON, RECORD, T, drive
+from helpers.runs import NEURON, PER_NEURON, RECORD, T, drive
 
 
 @pytest.fixture(scope="module")

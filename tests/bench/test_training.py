@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="the training example needs scikit-learn")
 pytest.importorskip("rich", reason="the training example needs rich")
 pytest.importorskip("matplotlib", reason="the training example needs matplotlib")
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "train_digits.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "train_digits.py"
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("convergence", Path(__file__).parents[1] / "bench" / "convergence.py")
+spec = importlib.util.spec_from_file_location("convergence", Path(__file__).parents[2] / "bench" / "convergence.py")
 convergence: Any = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(convergence)
 

@@ -18,8 +18,8 @@ from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import DT, VALUES, recurrent_problem
-from concurrent_interpreter import all_programs_at_once
-from marks import slow
+from helpers.concurrent_interpreter import all_programs_at_once
+from helpers.marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
 FLOATS = [torch.float32, torch.float64]

@@ -4,7 +4,7 @@ A call is a good one of which one to three arguments, or numbers in its records,
 :func:`hostile`. A fixed seed makes the same calls everywhere; how many there are depends on the time. Whatever comes out
 must be a result or an exception of :data:`ALLOWED`: a class that says whose mistake it is, and a message in words.
 
-    python tests/fuzz.py --seconds 900 --seed 1
+    PYTHONPATH=tests python -m programs.fuzz --seconds 900 --seed 1
 """
 
 from __future__ import annotations

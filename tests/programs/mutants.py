@@ -1,8 +1,8 @@
 """Planted bugs: each is put into a copy of the sources, and ordinary tests must notice it.
 
-``python mutants.py`` plants every bug, runs the layers of tests that reach the code, and writes which of them noticed into
-``docs/mutants.md``; names of bugs restrict it to those, and keep the other rows. ``test_mutants.py`` holds the table to this
-file, and the bugs to the sources.
+``python tests/programs/mutants.py`` plants every bug, runs the layers of tests that reach the code, and writes which of them
+noticed into ``docs/mutants.md``; names of bugs restrict it to those, and keep the other rows. ``test_mutants.py`` holds the
+table to this file, and the bugs to the sources.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "mutants.md"
 COPIED = ("coba_triton", "kernels", "tests", "pyproject.toml", "README.md")
 LAYERS = {
@@ -28,40 +28,32 @@ LAYERS = {
 }
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"]
 EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]
-SOURCE = [*PYTEST, "tests/test_one_truth.py"]
-CPU_TESTS = ["tests/test_feed_forward_kernels.py", "tests/test_cpu.py"]
-CPU_RECURRENT = [*PYTEST, "tests/test_cpu_recurrent.py", "-m", "not slow"]
+SOURCE = [*PYTEST, "tests/neuron/test_one_truth.py"]
+CPU_TESTS = ["tests/kernels/test_feed_forward_kernels.py", "tests/backend/test_cpu.py"]
+CPU_RECURRENT = [*PYTEST, "tests/backend/test_cpu_recurrent.py", "-m", "not slow"]
 # What reaches the code of an area, by layer: arguments of Python.
 AREAS: dict[str, dict[str, list[str]]] = {
     "step": {
         "source": SOURCE,
-        "interpreter": [*PYTEST, "tests/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
+        "interpreter": [*PYTEST, "tests/kernels/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
         "executed": [*EXECUTED, "feed_forward"],
     },
     "feed-forward": {
-        "interpreter": [*PYTEST, "tests/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
+        "interpreter": [*PYTEST, "tests/kernels/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
         "executed": [*EXECUTED, "feed_forward"],
     },
     "recurrent": {
-        "interpreter": [*PYTEST, "tests/test_recurrent_kernels.py", "-m", "not slow"],
+        "interpreter": [*PYTEST, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"],
         "executed": [*EXECUTED, "recurrent or slices or tile"],
     },
     "blocks": {
-        "interpreter": [*PYTEST, "tests/test_recurrent_kernels.py", "-m", "not slow"],
+        "interpreter": [*PYTEST, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"],
         "executed": [*EXECUTED, "recurrent or slices or tile"],
         "CPU path": CPU_RECURRENT,
     },
     "CPU feed-forward": {
         "source": SOURCE,
-        "CPU path": [
-            *PYTEST,
-            "tests/test_feed_forward_kernels.py",
-            "tests/test_cpu.py",
-            "-m",
-            "not slow",
-            "-k",
-            "not triton",
-        ],
+        "CPU path": [*PYTEST, *CPU_TESTS, "-m", "not slow", "-k", "not triton"],
     },
     "CPU recurrent": {"CPU path": CPU_RECURRENT},
 }

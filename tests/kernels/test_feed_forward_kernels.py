@@ -18,7 +18,7 @@ from coba_triton import (
 from coba_triton.backend.choose import triton_device_type
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import DT, Problem, problem
-from marks import slow
+from helpers.marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
 FLOATS = [torch.float32, torch.float64]

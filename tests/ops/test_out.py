@@ -15,7 +15,7 @@ from coba_triton import (
     coba_lif_integral,
 )
 from coba_triton.tools.problems import problem, recurrent_problem
-from marks import slow
+from helpers.marks import slow
 
 FORMATS = [None, torch.float16, torch.uint8, "bits"]
 

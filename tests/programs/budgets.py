@@ -1,8 +1,9 @@
 """What every compiled kernel needs: registers, spills, shared memory, occupancy, and the instructions of its time loop.
 
-``python budgets.py TARGET...`` compiles every specimen of ``compile_targets.py`` for each target and prints one line of JSON
-a kernel. ``python budgets.py --write`` measures the targets of ``budgets.json``, prints what changed, and rewrites the file.
-Both need a process with ``TRITON_INTERPRET`` unset; the figures depend on nothing but the sources and Triton's version.
+``python -m programs.budgets TARGET...`` compiles every specimen of ``compile_targets.py`` for each target and prints one
+line of JSON a kernel. ``python -m programs.budgets --write`` measures the targets of ``budgets.json``, prints what changed,
+and rewrites the file. Both need ``tests`` in ``PYTHONPATH``, and a process with ``TRITON_INTERPRET`` unset; the figures
+depend on nothing but the sources and Triton's version.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 import triton
 
 from coba_triton.tools.compiler import TARGETS, compile_launch, figures, occupancy
-from compile_targets import RECURRENT_SPECIMENS, SPECIMENS, launches
+from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS, launches
 from ptxsim.cubin import disassemble
 
-BUDGETS = Path(__file__).with_name("budgets.json")
+TESTS = Path(__file__).resolve().parents[1]
+BUDGETS = TESTS / "budgets.json"
 BUDGETED = ("sm_80", "sm_90", "gfx942")
 # Instruction classes by the start of the opcode; a class that starts with "global" has its bytes counted.
 NVIDIA_CLASSES = {
@@ -146,8 +148,10 @@ def measure_all(targets: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     """The figures for several targets, measured in processes of their own."""
 
     def run(target: str) -> list[dict[str, Any]]:
-        environment = os.environ | {"TRITON_INTERPRET": "0"}
-        done = subprocess.run([sys.executable, __file__, target], env=environment, capture_output=True, text=True)
+        path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+        command = [sys.executable, "-m", "programs.budgets", target]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"compiling for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
         return [json.loads(line) for line in done.stdout.splitlines()]

@@ -10,7 +10,7 @@ from coba_triton import CobaLIFState
 from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import recurrent_problem
-from marks import slow
+from helpers.marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
 FLOATS = [torch.float32, torch.float64]

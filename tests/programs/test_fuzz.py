@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the extra cli is not installed")
 pytest.importorskip("resource", reason="limits of memory")
 
-from fuzz import fuzz, report
+from programs.fuzz import fuzz, report
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from coba_triton import (
     coba_lif_integral,
 )
 from coba_triton.tools.problems import problem, recurrent_problem
-from marks import slow
+from helpers.marks import slow
 
 
 @pytest.mark.parametrize("record_states", [False, True])

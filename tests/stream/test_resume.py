@@ -17,62 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import NpzSink, Record, ZarrSink, open_result, simulate
+from coba_triton import CobaLIF, NpzSink, Record, ZarrSink, open_result
+from helpers.runs import BLOCK, NEURON, RECORD, T, assert_same, begin, contents, drive, recurrent, run
 
 zarr = pytest.importorskip("zarr")
 
-from coba_triton import CobaLIF  # noqa: E402
-from test_simulate import NEURON, RECORD, T, drive, recurrent  # noqa: E402 - after the check for zarr
-
-BLOCK = 96
-
-
-def run(path: Path, **changes: Any) -> Any:
-    arguments: dict[str, Any] = {
-        "network": CobaLIF(NEURON, 0.1),
-        "source": drive(),
-        "sink": path,
-        "record": RECORD,
-        "block_steps": BLOCK,
-        "progress": False,
-    } | changes
-    return simulate(**arguments)
-
-
-class Stop(Exception):
-    """Raised by a test in the middle of a run."""
-
-
-def stop_at(steps: int) -> Callable[[int], None]:
-    def progress(done: int) -> None:
-        if done >= steps:
-            raise Stop
-
-    return progress
-
-
-def begin(path: Path, steps: int = 3 * BLOCK, **changes: Any) -> None:
-    """A run that ends in its middle."""
-    with pytest.raises(Stop):
-        run(path, progress=stop_at(steps), **changes)
-
-
-def contents(path: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file with its bytes and the time it was written."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Equal bit for bit: attributes and arrays, but for the name of the run and the seals that depend on it."""
-    first, second = (zarr.open_group(path, mode="r") for path in (one, other))
-    attributes = [{k: v for k, v in group.attrs.items() if k not in ("run", "checksum")} for group in (first, second)]
-    assert attributes[0] == attributes[1]
-    arrays = dict(first.arrays())
-    assert arrays.keys() == dict(second.arrays()).keys()
-    for name, array in arrays.items():
-        kept = (..., slice(-1)) if name == "checksums" else ...
-        np.testing.assert_array_equal(array[kept].view(np.uint8), second[name][kept].view(np.uint8), err_msg=name)
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("steps", [0, BLOCK, 7 * BLOCK, 10 * BLOCK])
@@ -157,7 +107,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 import zarr
-from test_resume import run
+from helpers.runs import run
 
 torch.set_num_threads(1)
 path, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -201,10 +151,10 @@ def test_killed_25_times_at_random_moments(tmp_path: Path) -> None:
     source = drive(steps=20_000)
     run(tmp_path / "whole.zarr", source=source, block_steps=32)
     script = CHILD.replace("resume=True", "resume=True, source=source").replace(
-        "from test_resume import run", "from test_resume import drive, run\nsource = drive(steps=20_000)"
+        "from helpers.runs import run", "from helpers.runs import drive, run\nsource = drive(steps=20_000)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run.zarr"), "25", "1"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert_same(tmp_path / "run.zarr", tmp_path / "whole.zarr")
 
@@ -409,7 +359,7 @@ MEMORY = """
 import sys, tempfile
 from pathlib import Path
 from coba_triton import CobaLIF, PoissonSource, Record, simulate
-from test_simulate import NEURON
+from helpers.runs import NEURON
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 steps, imported = int(sys.argv[1]), peak()
@@ -429,7 +379,9 @@ def test_memory_does_not_grow() -> None:
     peaks = []
     for steps in (100_000, 1_000_000):
         command = [sys.executable, "-c", MEMORY, str(steps)]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600, check=False
+        )
         assert done.returncode == 0, done.stderr
         imported, peak = map(float, done.stdout.split())  # PyTorch alone takes 200 to 500 MiB, as it was built
         peaks.append(peak)

@@ -21,7 +21,6 @@ from coba_triton import (
     CobaLIF,
     CobaLIFCell,
     CobaLIFFeedForwardState,
-    CobaLIFParameters,
     CobaLIFRecurrent,
     CobaLIFState,
     MemorySink,
@@ -30,59 +29,12 @@ from coba_triton import (
     Record,
     Result,
     ZarrSink,
-    coba_lif_feed_forward_integral,
-    coba_lif_integral,
     open_result,
     simulate,
 )
 from coba_triton.backend.cpu.launch_recurrent import DENSE_RATE
 from coba_triton.stream import plotting
-
-T, N, INPUTS = 1000, 20, 6
-NEURON = CobaLIFParameters(
-    tau_syn_exc_inv=1 / 5,
-    tau_syn_inh_inv=1 / 10,
-    c_m_inv=1 / 0.2,
-    g_l=0.01,
-    e_rev_E=0.0,
-    e_rev_I=-80.0,
-    v_rest=-65.0,
-    v_reset=-65.0,
-    v_thresh=-50.0,
-)
-RECORD = Record(
-    variables=("v", "g_e", "g_i"),
-    neurons=[7, 0],
-    populations={"first": slice(0, 5), "odd": range(1, N, 2)},
-    inputs=True,
-)
-PER_NEURON = NEURON._replace(v_thresh=torch.linspace(-55.0, -48.0, N), method="triangle")
-
-
-def drive(shape: tuple[int, ...] = (N,), steps: int = T) -> PoissonSource:
-    rate, weight = (600.0, 1.0) if shape[-1] == INPUTS else (1500.0, 2**-9)
-    return PoissonSource(rate, steps, shape, 0.1, weight=weight, seed=2)
-
-
-def recurrent(p: CobaLIFParameters = NEURON, **options: Any) -> CobaLIFRecurrent:
-    """A network whose weights are whole numbers of 2**-10 uS: their sums are exact in any order."""
-    network = CobaLIFRecurrent(INPUTS, N, p, 0.1, **options)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        network.input_weights.copy_(torch.randint(0, 3, (N, INPUTS), generator=g) / 1024)
-        network.recurrent_weights.copy_(torch.randint(-3, 3, (N, N), generator=g) / 1024)
-    return network
-
-
-def whole(network: CobaLIF | CobaLIFRecurrent, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """What the reference makes of the input in one call."""
-    options: Any = {"backend": "reference", "record_states": True}
-    with torch.no_grad():
-        if isinstance(network, CobaLIFRecurrent):
-            weights = network.input_weights, network.recurrent_weights.clone().fill_diagonal_(0)
-            return coba_lif_integral(x, state, *weights, network.p, 0.1, **options)
-        return coba_lif_feed_forward_integral(x, state, network.p, 0.1, **options)
-
+from helpers.runs import INPUTS, NEURON, PER_NEURON, RECORD, N, T, drive, recurrent, whole
 
 NETWORKS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "feed-forward": (lambda: CobaLIF(NEURON, 0.1), (N,)),
