@@ -8,9 +8,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 os.environ["COBA_TRITON_TUNING"] = "off"  # no table of the machine's user
+# processes that tests start import this checkout, and what the tests share
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [*map(str, Path(__file__).resolve().parents[1::-1]), os.environ.get("PYTHONPATH")])
+)
 
 import pytest
 import torch

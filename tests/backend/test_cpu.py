@@ -28,6 +28,7 @@ from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
 from coba_triton.backend.cpu import cache as _kernel_cache
 from coba_triton.backend.cpu import feed_forward as kernels
 from coba_triton.tools.problems import Problem, problem, recurrent_problem
+from helpers.bits import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,11 +41,6 @@ def large(steps: int = 40, neurons: int = 12_345, dtype: torch.dtype = torch.flo
 def everything(case: Problem, backend: str = "cpu", **options) -> list[torch.Tensor]:
     outputs, grads = case.gradients(backend, **options)
     return [*outputs, *grads.values()]
-
-
-def assert_same_bits(ours, theirs) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_number_of_threads_changes_no_bit(threads) -> None:

@@ -10,17 +10,12 @@ from coba_triton import CobaLIFState
 from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import recurrent_problem
+from helpers.bits import assert_same_bits
 from helpers.marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
 FLOATS = [torch.float32, torch.float64]
 SIZES = [(33, 3, 1), (1, 1, 63), (33, 1, 63), (70, 3, 129), (33, 3, 500)]
-
-
-def assert_same_bits(ours, theirs) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
 
 
 @pytest.mark.parametrize("path", ["auto", "events", "dense"])

@@ -22,6 +22,7 @@ from coba_triton import (
 )
 from coba_triton.neuron.surrogate import SURROGATES, spike
 from coba_triton.tools.problems import DT, VALUES, problem
+from helpers.bits import assert_same_bits
 
 ORDERS = ["decay_first", "jump_first"]
 
@@ -168,7 +169,7 @@ def test_steps_make_the_integral() -> None:
     for t in range(20):
         z, state = coba_lif_feed_forward_step(case.x[t], state, p, DT)
         assert torch.equal(z, spikes[t])
-    assert all(torch.equal(a, b) for a, b in zip(state, final, strict=True))
+    assert_same_bits(state, final)
 
 
 def test_recurrent_steps_make_the_integral() -> None:
@@ -181,7 +182,7 @@ def test_recurrent_steps_make_the_integral() -> None:
     for t in range(20):
         z, state = coba_lif_step(x[t], state, w_in, w_rec, p, DT)
         assert torch.equal(z, spikes[t])
-    assert all(torch.equal(a, b) for a, b in zip(state, final, strict=True))
+    assert_same_bits(state, final)
 
 
 def test_recurrent_gradients_reach_everything() -> None:

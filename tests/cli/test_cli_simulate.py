@@ -745,7 +745,7 @@ def test_ctrl_c_while_it_is_imported(program: str, module: str, tmp_path: Path) 
         "script": [str(script)],
         "library": ["-c", "import coba_triton.cli as cli; cli.main(['--help'])"],
     }[program]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == -signal.SIGINT
     assert ("KeyboardInterrupt" in done.stderr) == (program == "library")

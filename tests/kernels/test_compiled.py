@@ -25,7 +25,7 @@ def execute(arch: int, file: str, *arguments: str) -> None:
         build.compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     pytest_arguments = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command = [sys.executable, "-m", "ptxsim", "--arch", str(arch), *pytest_arguments, f"compiled/{file}", *arguments]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)

@@ -18,6 +18,7 @@ from coba_triton import (
 from coba_triton.backend.choose import triton_device_type
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import DT, Problem, problem
+from helpers.bits import assert_same_bits
 from helpers.marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
@@ -34,12 +35,6 @@ def backend(request) -> str:
 @pytest.fixture
 def device(backend) -> torch.device:
     return torch.device("cpu" if backend == "cpu" else triton_device_type())
-
-
-def assert_same_bits(ours, theirs) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ, by up to {(a - b).abs().max()}"
 
 
 @pytest.mark.parametrize("per_neuron", [False, True], ids=["shared", "per_neuron"])

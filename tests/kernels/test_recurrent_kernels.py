@@ -18,18 +18,13 @@ from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import DT, VALUES, recurrent_problem
+from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import all_programs_at_once
 from helpers.marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
 FLOATS = [torch.float32, torch.float64]
 SIZES = [(1, 1, 63), *slow((33, 3, 1), (33, 1, 63), (14, 3, 129), (4, 1, 500))]
-
-
-def assert_same_bits(ours, theirs) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
 
 
 @pytest.mark.parametrize("path", ["events", "dense"])

@@ -17,6 +17,7 @@ from coba_triton import (
     coba_lif_integral,
 )
 from coba_triton.tools.problems import problem, recurrent_problem
+from helpers.bits import assert_same_bits
 from helpers.marks import slow
 
 
@@ -42,7 +43,7 @@ def test_states_may_be_edited_in_place(backend: str, kind: str, record_states: b
 
     (edited, state), (wanted, want) = grad(True), grad(False)
     assert wanted.any() and torch.equal(edited, wanted)
-    assert all(torch.equal(a, b) for a, b in zip(state, want, strict=True))
+    assert_same_bits(state, want)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (0,), (0, 4)], ids=str)
@@ -81,10 +82,10 @@ def test_state_of_no_steps_is_not_the_one_that_was_given(backend: str, kind: str
     else:
         weights = torch.zeros(5, 3), torch.zeros(5, 5)
         state = coba_lif_integral(torch.zeros(0, 2, 3), CobaLIFState(*given), *weights, dt=0.1, backend=backend)[1]
-    assert all(torch.equal(a, b) for a, b in zip(state[-3:], before[1:], strict=True))
+    assert_same_bits(state[-3:], before[1:])
     for field in state:
         field.fill_(7.0)
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+    assert_same_bits(given, before)
 
 
 @pytest.mark.parametrize("path", ["events", "dense"])
@@ -104,5 +105,5 @@ def test_recurrent_population_without_input(backend: str, batch: tuple[int, ...]
     *got, grad = run(backend, path=path)
     *want, wanted = run("reference")
     assert want[0].sum() > 10
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert_same_bits(got, want)
     torch.testing.assert_close(grad, wanted)

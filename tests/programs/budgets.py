@@ -25,8 +25,7 @@ from coba_triton.tools.compiler import TARGETS, compile_launch, figures, occupan
 from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS, launches
 from ptxsim.cubin import disassemble
 
-TESTS = Path(__file__).resolve().parents[1]
-BUDGETS = TESTS / "budgets.json"
+BUDGETS = Path(__file__).resolve().parents[1] / "budgets.json"
 BUDGETED = ("sm_80", "sm_90", "gfx942")
 # Instruction classes by the start of the opcode; a class that starts with "global" has its bytes counted.
 NVIDIA_CLASSES = {
@@ -148,8 +147,7 @@ def measure_all(targets: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     """The figures for several targets, measured in processes of their own."""
 
     def run(target: str) -> list[dict[str, Any]]:
-        path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+        environment = os.environ | {"TRITON_INTERPRET": "0"}
         command = [sys.executable, "-m", "programs.budgets", target]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

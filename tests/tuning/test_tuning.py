@@ -13,6 +13,7 @@ from coba_triton.backend.cpu import launch as cpu_launch
 from coba_triton.ops import operators
 from coba_triton.tools.problems import problem, recurrent_problem
 from coba_triton.tuning import tables as tuning
+from helpers.bits import assert_same_bits
 
 
 @contextmanager
@@ -255,8 +256,7 @@ def test_a_table_reaches_the_launch_and_changes_no_bit(monkeypatch) -> None:
     monkeypatch.setattr(cpu_launch.kernels, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args)))
     tuned = case.gradients("cpu")
     assert seen == [64]
-    for ours, theirs in zip([*tuned[0], *tuned[1].values()], [*expected[0], *expected[1].values()], strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_bits([*tuned[0], *tuned[1].values()], [*expected[0], *expected[1].values()])
 
 
 def test_forced_parameters_hold_within_their_block() -> None:
@@ -289,5 +289,4 @@ def test_triton_launch_parameters_change_no_bit(kernel, device) -> None:
     expected = case.gradients("triton")
     with tuning.forced(kernel, other):
         tuned = case.gradients("triton")
-    for ours, theirs in zip([*tuned[0], *tuned[1].values()], [*expected[0], *expected[1].values()], strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_bits([*tuned[0], *tuned[1].values()], [*expected[0], *expected[1].values()])
