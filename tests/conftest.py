@@ -4,6 +4,7 @@ On a machine without a GPU they run in Triton's interpreter, on CPU tensors. Set
 tests on the device of Triton's active driver instead: a GPU, or an emulating driver.
 """
 
+import importlib.util
 import logging
 import os
 import signal
@@ -24,6 +25,10 @@ from coba_triton.backend.choose import triton_device_type
 from coba_triton.neuron import records
 from coba_triton.ops import validation
 
+if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+    from helpers import fast_interpreter
+
+    fast_interpreter.install()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker for every core
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for a job in the background
