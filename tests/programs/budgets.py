@@ -130,17 +130,22 @@ def loop_figures(listing: str, steps: int) -> dict[str, Any]:
 
 def measure(target: str) -> Iterator[dict[str, Any]]:
     """The figures of every kernel of every specimen."""
+    known: dict[str, dict[str, Any]] = {}  # many specimens launch the same kernels
     for specimen in [*SPECIMENS, *RECURRENT_SPECIMENS]:
         for kernel, (source, options) in launches(specimen, target).items():
             constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
             compiled = compile_launch((source, options), target)
-            used = figures(compiled)
+            if compiled.hash in known:
+                yield {"specimen": specimen, "kernel": kernel, **known[compiled.hash]}
+                continue
+            listing = disassemble(compiled.asm["cubin"]) if "cubin" in compiled.asm else compiled.asm["amdgcn"]
+            used = figures(compiled, listing)
             warps = compiled.metadata.num_warps
             used["occupancy"] = round(occupancy(target, used["registers"], warps, used["shared"]), 3)
             # what one thread does in an iteration of the time loop: STEPS steps of its share of the program's neurons
             steps = constants.get("STEPS", 1) * max(1, constants["BLOCK"] // (warps * TARGETS[target].warp_size))
-            listing = disassemble(compiled.asm["cubin"]) if "cubin" in compiled.asm else compiled.asm["amdgcn"]
-            yield {"specimen": specimen, "kernel": kernel, **used, **loop_figures(listing, steps)}
+            known[compiled.hash] = used | loop_figures(listing, steps)
+            yield {"specimen": specimen, "kernel": kernel, **known[compiled.hash]}
 
 
 def measure_all(targets: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
