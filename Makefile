@@ -17,7 +17,7 @@ demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 	@echo "Open the picture: out/ecg/raster.png"
 
 test: $(STAMP) ## run the tests; ARGS="-m 'not slow'" leaves out what takes long
-	$(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark $(ARGS)
 
 matrix: ## run the tests that depend on them with the lowest and the newest torch, triton and numpy; downloads gigabytes
 	$(PYTHON) tests/programs/matrix.py $(ARGS)

@@ -35,6 +35,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for a
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files of few tests that take minutes: the other files fill the time that a worker has left.
+LONG = ("kernels/test_compiled.py", "kernels/test_compile.py", "programs/test_fuzz.py", "tools/test_check.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first; workers take files in this order."""
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is parametrized with Triton's backend where Triton is not installed."""
     parameters = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
