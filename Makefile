@@ -17,19 +17,19 @@ demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 	@echo "Open the picture: out/ecg/raster.png"
 
 test: $(STAMP) ## run the tests; ARGS="-m 'not slow'" leaves out what takes long
-	$(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark $(ARGS)
 
 matrix: ## run the tests that depend on them with the lowest and the newest torch, triton and numpy; downloads gigabytes
-	$(PYTHON) tests/matrix.py $(ARGS)
+	$(PYTHON) tests/programs/matrix.py $(ARGS)
 
 gpu: ## check and measure on this machine's GPU, nine minutes at most; installs nothing
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 budgets: $(STAMP) ## rewrite tests/budgets.json with what the compiled kernels need now, and print what changed
-	TRITON_INTERPRET=0 $(BIN)/python tests/budgets.py --write
+	PYTHONPATH=tests TRITON_INTERPRET=0 $(BIN)/python -m programs.budgets --write
 
 mutants: $(STAMP) ## plant bugs in copies of the sources and list in docs/mutants.md which tests notice them; takes a while
-	$(BIN)/python tests/mutants.py $(ARGS)
+	$(BIN)/python tests/programs/mutants.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check

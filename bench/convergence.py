@@ -5,7 +5,7 @@
 
 Unconnected neurons get the same spikes in all runs, on a grid of times that is a multiple of every time step. This package
 runs in float64 with dt, dt / 2, dt / 4 and so on. Brian2 integrates the same equations with Runge-Kutta of order 4 and a far
-smaller step. ``tests/test_convergence.py`` checks the order of the error, against Brian2 if it is installed, and always
+smaller step. ``tests/bench/test_convergence.py`` checks the order of the error: against Brian2 if it is installed, always
 against :func:`solve`, which needs no simulator.
 """
 

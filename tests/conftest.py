@@ -4,13 +4,19 @@ On a machine without a GPU they run in Triton's interpreter, on CPU tensors. Set
 tests on the device of Triton's active driver instead: a GPU, or an emulating driver.
 """
 
+import importlib.util
 import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 os.environ["COBA_TRITON_TUNING"] = "off"  # no table of the machine's user
+# processes that tests start import this checkout, and what the tests share
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [*map(str, Path(__file__).resolve().parents[1::-1]), os.environ.get("PYTHONPATH")])
+)
 
 import pytest
 import torch
@@ -18,10 +24,23 @@ import torch
 from coba_triton.backend.choose import triton_device_type
 from coba_triton.ops import tensors, validation
 
+if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+    from helpers import fast_interpreter
+
+    fast_interpreter.install()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker for every core
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for a job in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files of few tests that take minutes: the other files fill the time that a worker has left.
+LONG = ("kernels/test_compiled.py", "kernels/test_compile.py", "programs/test_fuzz.py", "tools/test_check.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first; workers take files in this order."""
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

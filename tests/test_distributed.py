@@ -32,8 +32,9 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
-from marks import slow
-from ranks import Ranks
+from helpers.bits import assert_same_bits
+from helpers.marks import slow
+from helpers.ranks import Ranks
 
 # Sums and products of these, of weights on a coarse grid, and of the surrogate `triangle`, are exact in float64 for a few
 # steps: any order of the sums over neurons, rows and ranks gives the same bits.
@@ -58,12 +59,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     processes = Ranks(tmp_path_factory.mktemp("ranks"), 3)
     yield processes
     processes.close()
-
-
-def assert_same_bits(ours: Any, theirs: Any) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
 
 
 def grid(*shape: int, seed: int, step: float = 0.25) -> Tensor:

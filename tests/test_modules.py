@@ -30,6 +30,7 @@ from coba_triton import (
     unpack_spikes,
 )
 from coba_triton.neuron.records import NUMERIC_PARAMETERS
+from helpers.bits import assert_same_bits
 
 DT, INPUTS, N, B, T = 0.1, 3, 5, 2, 40
 LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
@@ -104,13 +105,6 @@ def weights_of(module: Any) -> tuple[Tensor, ...]:
     return tuple(w.detach() for name, w in module.named_parameters() if name.endswith("weights"))
 
 
-def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-
-
 @every_module
 @pytest.mark.parametrize("record", RECORDS)
 def test_same_bits_as_the_function(make: Any, record: str) -> None:
@@ -118,7 +112,7 @@ def test_same_bits_as_the_function(make: Any, record: str) -> None:
     module = make(p)
     x = drive(module)
     got = run(module, x)
-    assert_same(got, run_functions(module, x, p, weights_of(module)))
+    assert_same_bits(got, run_functions(module, x, p, weights_of(module)))
     if record == "numbers":
         assert 0.02 < got[0].mean() < 0.5
 
@@ -144,15 +138,15 @@ def test_conversion_does_not_round_python_numbers(make: Any, convert: str) -> No
     got = run(module, x)
     assert got[0].dtype == dtype
     assert all(field.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for field in got[1:])
-    assert_same([g.detach() for g in got], want)
+    assert_same_bits([g.detach() for g in got], want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_single_neuron_is_not_promoted(dtype: torch.dtype) -> None:
     x = torch.full((T,), 0.3, dtype=dtype)
-    assert_same(run(CobaLIF(RECORD, DT), x), run_functions(CobaLIF(RECORD, DT), x, RECORD))
+    assert_same_bits(run(CobaLIF(RECORD, DT), x), run_functions(CobaLIF(RECORD, DT), x, RECORD))
     cell = CobaLIFFeedForwardCell(RECORD, DT)
-    assert_same(run(cell, x), run_functions(cell, x, RECORD))
+    assert_same_bits(run(cell, x), run_functions(cell, x, RECORD))
 
 
 def test_device_without_float64_gets_float32() -> None:
@@ -173,7 +167,7 @@ def test_meta_device(make: Any) -> None:
     module = module.to_empty(device="cpu")
     source = make(RECORD)
     module.load_state_dict(source.state_dict())
-    assert_same(run(module, drive(module)), run(source, drive(source)))
+    assert_same_bits(run(module, drive(module)), run(source, drive(source)))
 
 
 @every_module
@@ -270,14 +264,14 @@ def test_options_reach_the_function() -> None:
     x = drive(feed_forward)
     spikes, states = feed_forward(x)
     want, trace = coba_lif_feed_forward_integral(x, None, RECORD, DT, **options)
-    assert_same([spikes, *states], [want, *trace])
+    assert_same_bits([spikes, *states], [want, *trace])
     assert states.v.shape == (T, B, N)
     assert unpack_spikes(spikes, T).sum() > 0
 
     x = drive(recurrent)
     spikes, states = recurrent(x)
     want, trace = coba_lif_integral(x, None, *weights_of(recurrent), RECORD, DT, **options)
-    assert_same([spikes, *states], [want, *trace])
+    assert_same_bits([spikes, *states], [want, *trace])
 
     feed_forward.record_states = False
     assert feed_forward(drive(feed_forward))[1].v.shape == (B, N)
@@ -290,7 +284,7 @@ def test_split_run_equals_the_whole(make: Any) -> None:
     whole, final = module(x)
     first, state = module(x[:17])
     rest, state = module(x[17:], state)
-    assert_same([torch.cat([first, rest]), *state], [whole, *final])
+    assert_same_bits([torch.cat([first, rest]), *state], [whole, *final])
 
 
 def test_cell_steps_as_the_sequence_does() -> None:
@@ -303,7 +297,7 @@ def test_cell_steps_as_the_sequence_does() -> None:
     x = drive(cell)
     got = run(cell, x)
     assert got[0].sum() > 0
-    assert_same(got, run(sequence, x))
+    assert_same_bits(got, run(sequence, x))
 
 
 @recurrent_modules
@@ -357,10 +351,10 @@ def test_autapses(make: Any) -> None:
     with_autapses, without = make(RECORD, autapses=True), make(RECORD)
     assert with_autapses.recurrent_weights.diagonal().all()
     x = drive(with_autapses)
-    assert_same(run(with_autapses, x), run_functions(with_autapses, x, RECORD, weights_of(with_autapses)))
+    assert_same_bits(run(with_autapses, x), run_functions(with_autapses, x, RECORD, weights_of(with_autapses)))
     without.load_state_dict(with_autapses.state_dict())  # a diagonal that is written is not used
     w_in, w_rec = weights_of(with_autapses)
-    assert_same(run(without, x), run_functions(without, x, RECORD, (w_in, w_rec.clone().fill_diagonal_(0))))
+    assert_same_bits(run(without, x), run_functions(without, x, RECORD, (w_in, w_rec.clone().fill_diagonal_(0))))
     assert not torch.equal(run(without, x)[0], run(with_autapses, x)[0])
 
 
@@ -383,7 +377,7 @@ def test_copies_run_alike(make: Any, how: str) -> None:
         copied.load_state_dict(module.state_dict())
         copied.g_l.data = copied.g_l.data.double().copy_(module.g_l)
     x = drive(module)
-    assert_same([o.detach() for o in run(copied, x)], [o.detach() for o in run(module, x)])
+    assert_same_bits([o.detach() for o in run(copied, x)], [o.detach() for o in run(module, x)])
     assert repr(copied) == repr(module) or how in ("save", "state_dict")
     with torch.no_grad():
         copied.v_thresh += 1
@@ -416,7 +410,7 @@ def test_parametrized(make: Any) -> None:
     for name in ("g_l", "c_m_inv"):
         nn.utils.parametrize.register_parametrization(module, name, Exponential())
     x = drive(module)
-    assert_same(
+    assert_same_bits(
         [o.detach() for o in run(module, x)],
         [o.detach() for o in run_functions(module, x, module.p, weights_of(module))],
     )
@@ -443,7 +437,7 @@ def test_functional_call_and_vmap_over_an_ensemble() -> None:
     parameters, buffers = torch.func.stack_module_state(layers)
     x = drive(layers[0])
     together = torch.func.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,))[0])(parameters, buffers)
-    assert_same([*together.unbind()], [layer(x)[0] for layer in layers])
+    assert_same_bits([*together.unbind()], [layer(x)[0] for layer in layers])
 
 
 def test_examples_run() -> None:

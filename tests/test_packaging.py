@@ -232,7 +232,7 @@ def test_installed_wheel_imports_and_compiles(wheel: Path, tmp_path: Path, fresh
     assert "coba-triton" in run(fresh_python.with_name("coba-triton"), "--help", cwd=elsewhere)
 
     if importlib.util.find_spec("triton"):
-        shutil.copy(ROOT / "tests" / "compile_targets.py", elsewhere)
+        shutil.copy(ROOT / "tests" / "programs" / "compile_targets.py", elsewhere)
         run(fresh_python, "-c", COMPILE, cwd=elsewhere, env={"TRITON_CACHE_DIR": str(tmp_path / "cache")})
 
 

@@ -130,11 +130,17 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def figures(kernel: CompiledKernel) -> dict[str, int]:
-    """Registers, spills, and what a time loop must not contain: shared memory, barriers, fused multiply-adds."""
+def figures(kernel: CompiledKernel, listing: str | None = None) -> dict[str, int]:
+    """Registers, spills, and what a time loop must not contain: shared memory, barriers, fused multiply-adds.
+
+    Args:
+        kernel: what was compiled.
+        listing: its machine code as text, for an NVIDIA GPU, if it is at hand; to make one takes a quarter of a second.
+    """
     if "cubin" in kernel.asm:
         usage = cuobjdump(kernel, "-res-usage")
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", cuobjdump(kernel, "-sass"), re.M)
+        listing = cuobjdump(kernel, "-sass") if listing is None else listing
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", listing, re.M)
         return {
             "registers": _number(r"REG:(\d+)", usage),
             "stack": _number(r"STACK:(\d+)", usage),

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from sparse_memory import sparse_zeros
 from torch import Tensor
 
 import ptxsim
@@ -19,6 +18,8 @@ from coba_triton.backend import triton as triton_backend
 from coba_triton.ops import time_blocks
 from coba_triton.ops.constants import derive_constants
 from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
+from helpers.bits import assert_same_bits
+from helpers.sparse_memory import sparse_zeros
 
 F32, F64 = torch.float32, torch.float64
 SEEDS = (1, 2, 3)
@@ -36,12 +37,6 @@ def schedules() -> Iterator[int]:
     for seed in SEEDS:
         ptxsim.set_options(seed=seed)
         yield seed
-
-
-def assert_same_bits(ours: Any, theirs: Any) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
 
 
 def compare(case: Problem | RecurrentProblem, **options: Any) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from sparse_memory import sparse_zeros
 from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import ptxsim
+from helpers.sparse_memory import sparse_zeros
 from ptxsim import KernelFault, set_options
 from ptxsim.translate import translate
 

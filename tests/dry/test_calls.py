@@ -119,15 +119,15 @@ def test_torch_compile_takes_a_backend_that_is_a_gpus(kind: str) -> None:
 def test_what_is_compiled_ahead_is_found_in_the_cache(tmp_path: Path) -> None:
     """A machine with such a GPU compiles nothing of it again; here another process takes its place."""
     folder = str(tmp_path)
-    ahead = "import torch; from pathlib import Path; from coba_triton import _compile; "
-    ahead += f"print(len(list(_compile.compile_ahead('sm_90', [(100, 3)], torch.float32, Path({folder!r})))))"
+    ahead = "import torch; from pathlib import Path; from coba_triton.tools import compiler; "
+    ahead += f"print(len(list(compiler.compile_ahead('sm_90', [(100, 3)], torch.float32, Path({folder!r})))))"
     later = (
         "import dry; dry.install()\n"
         "import torch, triton\n"
-        "from coba_triton import _compile\n"
+        "from coba_triton.tools import compiler\n"
         "found = []\n"
         "triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)\n"
-        "for call in _compile._calls(100, 3, torch.float32): call()\n"
+        "for call in compiler._calls(100, 3, torch.float32): call()\n"
         "print(len(found), sum(found))\n"
     )
     environment = os.environ | {"TRITON_CACHE_DIR": folder}

@@ -1,0 +1,207 @@
+"""The native CPU path of recurrent networks against the reference, and against the event-driven Triton kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from coba_triton import CobaLIFState
+from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
+from coba_triton.neuron.surrogate import SURROGATES
+from coba_triton.tools.problems import recurrent_problem
+from helpers.bits import assert_same_bits
+from helpers.marks import slow
+
+ORDERS = ["decay_first", "jump_first"]
+FLOATS = [torch.float32, torch.float64]
+SIZES = [(33, 3, 1), (1, 1, 63), (33, 1, 63), (70, 3, 129), (33, 3, 500)]
+
+
+@pytest.mark.parametrize("path", ["auto", "events", "dense"])
+@pytest.mark.parametrize("per_neuron", [False, True], ids=["shared", "per_neuron"])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float64)], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_forward_has_the_bits_of_the_reference(size, order, dtype, per_neuron, path) -> None:
+    case = recurrent_problem(*size, dtype, per_neuron=per_neuron)
+    expected, trace = case.run("reference", order=order, record_states=True)
+    spikes, states = case.run("cpu", order=order, record_states=True, path=path)
+    assert_same_bits([spikes, *states], [expected, *trace])
+    spikes, final = case.run("cpu", order=order, path=path)
+    assert_same_bits([spikes, *final], [expected, *(field[-1] for field in trace)])
+    assert size[0] < 5 or size[2] == 1 or expected.sum() > 10
+
+
+@pytest.mark.parametrize("spike_dtype", [torch.float16, torch.bfloat16, torch.bool, torch.uint8, "bits"], ids=str)
+@pytest.mark.parametrize("record", [False, True])
+def test_spike_dtypes(spike_dtype, record) -> None:
+    case = recurrent_problem(40, 2, 20)
+    ours = case.run("cpu", spike_dtype=spike_dtype, record_states=record)
+    theirs = case.run("reference", spike_dtype=spike_dtype, record_states=record)
+    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("density", [0.05, 0.8])
+def test_input_dtypes_and_densities(x_dtype, density) -> None:
+    case = recurrent_problem(12, 2, 20, inputs=30)
+    case.x = (torch.rand(case.x.shape, generator=torch.Generator().manual_seed(5)) < density).to(x_dtype)
+    ours, theirs = case.run("cpu"), case.run("reference")
+    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
+
+
+def test_arbitrary_weights_have_the_bits_of_the_triton_kernel(device) -> None:
+    """Both sum ascending by source, so they agree on any weights."""
+    case = recurrent_problem(12, 2, 40, device=device, exact=False)
+    theirs = case.run("triton", path="events", record_states=True)
+    case = recurrent_problem(12, 2, 40, exact=False)
+    ours = case.run("cpu", path="events", record_states=True)
+    assert ours[0].sum() > 10
+    assert_same_bits([ours[0], *ours[1]], [field.cpu() for field in (theirs[0], *theirs[1])])
+
+
+def test_bits_do_not_depend_on_blocks_batch_and_threads(threads) -> None:
+    case = recurrent_problem(300, 3, 129, exact=False)
+    options = {"path": "events", "record_states": True}
+    threads(1)
+    whole = case.run("cpu", block_steps=320, **options)
+    for count in (1, 2, 3):
+        threads(count)
+        split = case.run("cpu", block_steps=64 * count, **options)
+        assert torch.get_num_threads() == count
+        assert_same_bits([split[0], *split[1]], [whole[0], *whole[1]])
+    case.x, case.state = case.x[:, 1:2], CobaLIFState(*(field[1:2] for field in case.state))
+    alone = case.run("cpu", **options)
+    assert_same_bits([alone[0], *alone[1]], [field[:, 1:2] for field in (whole[0], *whole[1])])
+
+
+def test_gradients_do_not_depend_on_threads(threads) -> None:
+    case = recurrent_problem(70, 3, 300, exact=False)
+    everything = []
+    for count in (1, 2, 3):
+        threads(count)
+        outputs, grads = case.gradients("cpu", path="events")
+        everything.append([*outputs, *grads.values()])
+    for result in everything[1:]:
+        assert_same_bits(result, everything[0])
+
+
+@pytest.mark.parametrize("path", ["events", "dense"])
+@pytest.mark.parametrize("record", [False, True], ids=["final", "recorded"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("method", SURROGATES)
+def test_gradients(method, order, record, path) -> None:
+    """Everything by everything in float64, to 1e-8, over several blocks."""
+    case = recurrent_problem(70, 3, 20, torch.float64, exact=path == "dense", binary=False, per_neuron=record)
+    options = {"method": method, "order": order, "record_states": record}
+    ours, our_grads = case.gradients("cpu", path=path, **options)
+    theirs, their_grads = case.gradients("reference", **options)
+    assert torch.equal(ours[0], theirs[0])
+    for name, expected in their_grads.items():
+        scale = expected.abs().max().clamp(min=1e-30)
+        assert (our_grads[name] - expected).abs().max() <= 1e-8 * scale, name
+
+
+def test_float32_gradients() -> None:
+    case = recurrent_problem(34, 2, 10)
+    ours, our_grads = case.gradients("cpu")
+    theirs, their_grads = case.gradients("reference")
+    assert_same_bits(ours, theirs)
+    for name, expected in their_grads.items():
+        # sums over 34 steps and 20 cells: as many roundings of 2^-24 at the worst
+        assert (our_grads[name] - expected).abs().max() <= 680 * 2**-24 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (0, 0, 3)], ids=str)
+def test_empty_shapes(shape) -> None:
+    case = recurrent_problem(2, 2, 4, inputs=3)
+    case.x = torch.ones(*shape)
+    case.state = CobaLIFState(0.0, -0.2, 0.0, 0.0)
+    case.input_weights.requires_grad_()
+    spikes, final = case.run("cpu")
+    assert spikes.shape == (*shape[:2], 4) and final.v.shape == (shape[1], 4)
+    final.v.sum().backward()
+    assert not case.input_weights.grad.any()
+
+
+def few_synapses(weights: torch.Tensor, density: float = 0.03) -> torch.Tensor:
+    """The same weights, most of them 0."""
+    return weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(7)) < density)
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["spikes", "numbers"])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float64)], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [(300, 2, 130), (60, 3, 1100)], ids=str)
+def test_few_synapses_have_the_bits_of_dense_rows(size, order, dtype, binary, monkeypatch) -> None:
+    """Only the synapses that are there are read, tile by tile: forward, and where the backward repeats it."""
+    from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
+
+    monkeypatch.setattr(cpu_recurrent, "SYNAPSE_USES", 0)
+    case = recurrent_problem(*size, dtype, inputs=70, binary=binary)
+    case.input_weights, case.recurrent_weights = few_synapses(8 * case.input_weights), few_synapses(case.recurrent_weights)
+    for weights in (case.input_weights, case.recurrent_weights):
+        assert cpu_recurrent.synapses(weights.t(), 1).targets.size == torch.count_nonzero(weights)
+    ours, gradients = case.gradients("cpu", order=order, path="events")
+    theirs, _ = case.gradients("reference", order=order)
+    assert_same_bits(ours, theirs)
+    assert theirs[0].sum() > 100
+    monkeypatch.setattr(cpu_recurrent, "SYNAPSE_DENSITY", 0)
+    assert not cpu_recurrent.synapses(case.recurrent_weights.t(), 1).targets.size
+    dense, dense_gradients = case.gradients("cpu", order=order, path="events")
+    assert_same_bits([*ours, *gradients.values()], [*dense, *dense_gradients.values()])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_reaches_neurons_without_a_synapse(value) -> None:
+    """As in a matrix product, where 0 times infinity is NaN."""
+    case = recurrent_problem(300, 1, 40)
+    case.input_weights = few_synapses(case.input_weights)
+    case.x[200, 0, 3] = value
+    ours, theirs = case.run("cpu", path="events"), case.run("reference")
+    for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert ours[1].g_e.isnan().all()
+
+
+def test_synapses_are_looked_for_where_they_are_few_and_used_often(monkeypatch) -> None:
+    from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
+
+    rows = few_synapses(torch.randn(1000, 1500, generator=torch.Generator().manual_seed(1)))
+    found = cpu_recurrent.synapses(rows, 2000)
+    sources = np.repeat(np.arange(1000), np.diff(found.starts[:, [0, -1]])[:, 0])
+    tiles = (np.arange(len(found.targets))[:, None] >= found.starts[sources, 1:-1]).sum(1)
+    assert np.array_equal(rows.numpy().nonzero(), [sources, 1024 * tiles + found.targets])
+    assert np.array_equal(rows[rows != 0].numpy(), found.weights)
+    assert not cpu_recurrent.synapses(rows, 1999).starts.size
+    rows[1::2] = 1.0  # none of those that are looked at first
+    monkeypatch.setattr(cpu_recurrent, "SAMPLED_SOURCES", 10)
+    assert not cpu_recurrent.synapses(rows, 2000).starts.size
+
+
+def test_slices_are_for_gpus() -> None:
+    with pytest.raises(RuntimeError, match="path 'sliced' is for GPUs .* got backend 'cpu'; pass path='events'"):
+        recurrent_problem(3, 1, 4).run("cpu", path="sliced")
+
+
+def test_busy_blocks_take_the_dense_path(monkeypatch) -> None:
+    """The path changes between blocks by the rate of the block before, and the bits stay."""
+    case = recurrent_problem(100, 1, 20)
+    case.x[40:] = 1
+    case.input_weights.abs_()
+    case.recurrent_weights.zero_()
+    taken = []
+    for name in ("recurrent_block", "recurrent_step"):
+        function = getattr(cpu_recurrent, name)
+        monkeypatch.setattr(
+            cpu_recurrent, name, lambda *a, name=name, function=function, **k: (taken.append(name), function(*a, **k))[1]
+        )
+    ours, theirs = case.run("cpu", block_steps=32), case.run("reference")
+    rates = [block.mean().item() for block in theirs[0].split(32)]
+    expected = ["recurrent_block"]
+    for rate in rates[:-1]:
+        expected.append("recurrent_step" if rate > cpu_recurrent.DENSE_RATE else "recurrent_block")
+    assert list(dict.fromkeys(taken)) == ["recurrent_block", "recurrent_step"]
+    assert taken.count("recurrent_block") == expected.count("recurrent_block")
+    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])

@@ -1,0 +1,88 @@
+"""The compile matrix: every launch that the package makes compiles for every GPU, without a spill or a barrier.
+
+What each compiled kernel needs is measured by ``budgets.py`` in processes of its own, as Triton's interpreter is on in this
+one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not installed")
+import triton
+
+from coba_triton.tools.compiler import TARGETS
+from programs import budgets
+from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is packaged for Linux"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict[str, Any]]]:
+    """Target to the figures of every kernel of every specimen."""
+    return budgets.measure_all(tuple(TARGETS))
+
+
+@pytest.fixture(scope="module")
+def matrix(rows) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(target, specimen) to the figures of its kernels."""
+    table: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for target, kernels in rows.items():
+        for row in kernels:
+            table.setdefault((target, row["specimen"]), []).append(row)
+    return table
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills_and_barriers(target: str, specimen: str, matrix) -> None:
+    rows = matrix[target, specimen]
+    kernels = [row["kernel"] for row in rows]
+    assert kernels == ["forward_kernel", "backward_kernel"][: 2 if SPECIMENS[specimen].get("train") else 1]
+    for row in rows:
+        assert row["instructions"] > 100
+        clean = {name: row[name] for name in ("stack", "spills", "shared", "barriers")}
+        assert clean == {"stack": 0, "spills": 0, "shared": 0, "barriers": 0}, row
+        assert row.get("fused", 0) == 0, "a multiplication and an addition were fused: they must round twice"
+
+
+@pytest.mark.parametrize("specimen", RECURRENT_SPECIMENS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_recurrent_kernels_compile_without_spills(target: str, specimen: str, matrix) -> None:
+    rows = matrix[target, specimen]
+    options = RECURRENT_SPECIMENS[specimen]
+    kernels = {row["kernel"] for row in rows}
+    dense, sliced = (options.get("path") == path for path in ("dense", "sliced"))
+    forward = "driven_kernel" if dense else "sliced_forward_kernel" if sliced else "recurrent_forward_kernel"
+    assert forward in kernels and ("recurrent_backward_kernel" in kernels) == options.get("train", False)
+    for row in rows:
+        assert (row["stack"], row["spills"], row.get("fused", 0)) == (0, 0, 0), row
+
+
+@pytest.mark.parametrize("target", budgets.BUDGETED)
+def test_no_figure_is_worse_than_its_budget(target: str, rows) -> None:
+    """Registers, occupancy, and the instructions and bytes of the time loops are those of ``budgets.json``, or better."""
+    version, committed = budgets.read()
+    if version != triton.__version__:
+        pytest.skip(f"the budgets hold for Triton {version}, installed is {triton.__version__}")
+    here = {key: row for key, row in committed.items() if key.startswith(f"{target},")}
+    worse, _ = budgets.differences(here, budgets.keyed({target: rows[target]}))
+    assert not worse, "\n".join(["`make budgets` accepts these figures, and shows them:", *worse])
+
+
+def test_a_worse_figure_is_told_from_a_better_one() -> None:
+    budget = {"kernel": {"registers": 40, "occupancy": 0.5, "loop": {"instructions": 90, "barrier": 0}}}
+    better = {"kernel": {"registers": 32, "occupancy": 0.75, "loop": {"instructions": 80}}}
+    assert budgets.differences(budget, budget) == ([], [])
+    assert budgets.differences(budget, better)[0] == [] and len(budgets.differences(budget, better)[1]) == 3
+    assert budgets.differences(better, budget)[0] == ["kernel: occupancy 0.75 -> 0.5", "kernel: registers 32 -> 40"]
+    barrier = {"kernel": {"registers": 40, "occupancy": 0.5, "loop": {"instructions": 90, "barrier": 1}}}
+    assert budgets.differences(budget, barrier)[0] == ["kernel: barrier in the loop 0 -> 1"]
+    assert budgets.differences(budget, {})[0] == ["kernel: compiled no more"]

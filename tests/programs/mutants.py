@@ -1,0 +1,277 @@
+"""Planted bugs: each is put into a copy of the sources, and ordinary tests must notice it.
+
+``python tests/programs/mutants.py`` plants every bug, runs the layers of tests that reach the code, and writes which of them
+noticed into ``docs/mutants.md``; names of bugs restrict it to those, and keep the other rows. ``test_mutants.py`` holds the
+table to this file, and the bugs to the sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "mutants.md"
+COPIED = ("coba_triton", "kernels", "tests", "pyproject.toml", "README.md")
+LAYERS = {
+    "equations": "the neuron's equations against closed forms and numbers by hand, their adjoint against autograd",
+    "interpreter": "the Triton kernels in Triton's interpreter, against the reference",
+    "executed": "the compiled kernels, executed thread by thread on the CPU by `tests/ptxsim`, against the reference",
+    "CPU path": "the Numba kernels against the reference",
+}
+PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]
+EQUATIONS = [*PYTEST, "tests/backend/test_reference.py", "tests/neuron/test_one_truth.py"]
+CPU_TESTS = ["tests/kernels/test_feed_forward_kernels.py", "tests/backend/test_cpu.py"]
+CPU_RECURRENT = [*PYTEST, "tests/backend/test_cpu_recurrent.py", "-m", "not slow"]
+# What reaches the code of an area, by layer: arguments of Python.
+AREAS: dict[str, dict[str, list[str]]] = {
+    "neuron": {"equations": EQUATIONS},
+    "adjoint": {
+        "equations": EQUATIONS,
+        "interpreter": [*PYTEST, "tests/kernels/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
+        "executed": [*EXECUTED, "feed_forward"],
+    },
+    "feed-forward": {
+        "interpreter": [*PYTEST, "tests/kernels/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
+        "executed": [*EXECUTED, "feed_forward"],
+    },
+    "recurrent": {
+        "interpreter": [*PYTEST, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"],
+        "executed": [*EXECUTED, "recurrent or slices or tile"],
+    },
+    "blocks": {
+        "interpreter": [*PYTEST, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"],
+        "executed": [*EXECUTED, "recurrent or slices or tile"],
+        "CPU path": CPU_RECURRENT,
+    },
+    "CPU feed-forward": {
+        "CPU path": [*PYTEST, *CPU_TESTS, "-m", "not slow", "-k", "not triton"],
+    },
+    "CPU recurrent": {"CPU path": CPU_RECURRENT},
+}
+
+
+class Mutant(NamedTuple):
+    """A bug: every occurrence of each key of ``edits`` becomes its value."""
+
+    area: str
+    file: str
+    edits: dict[str, str]
+
+    def apply(self, text: str) -> str:
+        """The source with the bug.
+
+        Raises:
+            ValueError: if the source has changed so that the bug can't be planted.
+        """
+        for old, new in self.edits.items():
+            if old not in text:
+                raise ValueError(f"{self.file} has no {old!r} any more: plant the bug in what stands there now")
+            text = text.replace(old, new)
+        return text
+
+
+def neuron(edits: dict[str, str]) -> Mutant:
+    return Mutant("neuron", "coba_triton/neuron/step.py", edits)
+
+
+def adjoint(edits: dict[str, str]) -> Mutant:
+    return Mutant("adjoint", "coba_triton/neuron/adjoint.py", edits)
+
+
+def step(edits: dict[str, str]) -> Mutant:
+    return Mutant("feed-forward", "kernels/neuron.py", edits)
+
+
+def feed_forward(edits: dict[str, str]) -> Mutant:
+    return Mutant("feed-forward", "kernels/feed_forward.py", edits)
+
+
+def recurrent(edits: dict[str, str]) -> Mutant:
+    return Mutant("recurrent", "kernels/recurrent.py", edits)
+
+
+def launch(edits: dict[str, str]) -> Mutant:
+    return Mutant("feed-forward", "coba_triton/backend/triton.py", edits)
+
+
+def blocks(edits: dict[str, str]) -> Mutant:
+    return Mutant("blocks", "coba_triton/ops/time_blocks.py", edits)
+
+
+def cpu(edits: dict[str, str]) -> Mutant:
+    return Mutant("CPU feed-forward", "coba_triton/backend/cpu/feed_forward.py", edits)
+
+
+def cpu_rows(edits: dict[str, str]) -> Mutant:
+    return Mutant("CPU feed-forward", "coba_triton/backend/cpu/rows.py", edits)
+
+
+SPIKE = "spike = fire(excess(u, c))"
+CURRENT = "{}g_e * (c.e_rev_E - s.v)) + {}g_i * (c.e_rev_I - s.v))"
+OWN_NEURONS = "neurons = tl.program_id(0).to(tl.int64) * {} + tl.arange(0, BLOCK)"
+RESET_GRADIENT = "((grad_z + lam.v * c.v_reset) - lam.v * kept.u)"
+BACKWARD_SWEEP = "for i in tl.static_range(STEPS - 1, {}, -1):"
+LIST_BARRIER = "tl.debug_barrier()  # the list is complete before any thread reads it"
+ADJOINT_BARRIER = "tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them"
+BY_SIGN = "(weights > 0) * excitatory {} (weights < 0) * inhibitory"
+STORED_SPIKE = "reset(u, 1.0 if (words[j] >> {}) & 1 else 0.0, c)"
+
+MUTANTS = {
+    "a potential on the threshold spikes": neuron({"return x > 0.0": "return x >= 0.0"}),
+    "inhibition decays with excitation's rate": neuron({"g_i = g_i + c.decay_i * g_i": "g_i = g_i + c.decay_e * g_i"}),
+    "voltage before conductances": neuron({CURRENT.format("", ""): CURRENT.format("s.", "s.")}),
+    "reset adds instead of replacing": neuron({"State((1.0 - z) * u.v + z * c.v_reset": "State(u.v + z * c.v_reset"}),
+    "Triton: a potential on the threshold spikes": step({SPIKE: "spike = excess(u, c) >= 0.0"}),
+    "a NaN input is dropped": step({"tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)": "tl.maximum(x, 0.0)"}),
+    "mask one too wide": feed_forward({"mask = None if EVEN else neurons < M": "mask = None if EVEN else neurons <= M"}),
+    "programs overlap": feed_forward({OWN_NEURONS.format("BLOCK"): OWN_NEURONS.format("(BLOCK // 2)")}),
+    "offsets of 32 bits": feed_forward({"row = (t + i) * M\n": "row = (t + i).to(tl.int32) * M.to(tl.int32)\n"}),
+    "last word of packed spikes left out": feed_forward({"if (end % 32 == 0) | (end == T):": "if end % 32 == 0:"}),
+    "packed spikes one bit off": feed_forward({"<< ((t + i) % 32).to(tl.int32))": "<< ((t + i + 1) % 32).to(tl.int32))"}),
+    "checkpoints of the rest all read as one": feed_forward({"(blocks + (t - whole)) * FIELDS * M": "blocks * FIELDS * M"}),
+    "replay starts from the wrong checkpoint": feed_forward(
+        {"checkpoints_ptr + block * FIELDS * M": "checkpoints_ptr + tl.maximum(block - 1, 0) * FIELDS * M"}
+    ),
+    "reset's gradient dropped": adjoint({RESET_GRADIENT: "grad_z"}),
+    "recorded gradients one step late": feed_forward({"before = t + i - 1": "before = t + i"}),
+    "reverse sweep leaves out the first step of a chunk": feed_forward(
+        {BACKWARD_SWEEP.format("-1"): BACKWARD_SWEEP.format("0 if STEPS > 1 else -1")}
+    ),
+    "multiplications and additions fuse": launch({"enable_fp_fusion=False": "enable_fp_fusion=True"}),
+    "ragged launch says it is whole": launch({"EVEN=neurons % block == 0": "EVEN=neurons >= block"}),
+    "no barrier after the list of spikes": recurrent({LIST_BARRIER: "pass"}),
+    "no barrier after the adjoints": recurrent({ADJOINT_BARRIER: "pass"}),
+    "one event too many": recurrent(
+        {
+            "listed = start + i < count": "listed = start + i <= count",
+            "tl.where(mask, start + i, count) < count": "mask & (start + i <= count)",
+        }
+    ),
+    "graded events count as 1": recurrent({"drive_i = drive_i + relu(-row) * values[i]": "drive_i = drive_i + relu(-row)"}),
+    "a source without an event adds its weight": recurrent(
+        {"tl.where(value != 0, excitatory, 0.0) * value": "excitatory * value"}
+    ),
+    "rows past the last one are projected": recurrent({"mask=tl.where(mask, row, R) < R": "mask=mask"}),
+    "barrier without release and acquire": recurrent({'sem="release"': 'sem="relaxed"', 'sem="acquire"': 'sem="relaxed"'}),
+    "barrier's target one short": recurrent(
+        {
+            "(arrived < step * SLICES)": "(arrived < step * SLICES - 1)",
+            "arrived >= step * SLICES": "arrived >= step * SLICES - 1",
+        }
+    ),
+    "exchange with a single buffer": recurrent(
+        {"slot = (t % 2) * B + row": "slot = row", "slot = ((t + 1) % 2) * B + row": "slot = row"}
+    ),
+    "spikes before a block from the wrong bit": blocks({">> (WORD_BITS - 1)) & 1": ">> (WORD_BITS - 2)) & 1"}),
+    "inhibitory weights keep the gradient's sign": blocks({BY_SIGN.format("-"): BY_SIGN.format("+")}),
+    "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
+    "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),
+    "CPU: words keep what was there": cpu_rows(
+        {"words[j] = word if bit == 0 else words[j] | word": "words[j] = words[j] | word"}
+    ),
+    "CPU: bfloat16 is cut off": cpu_rows({"(b + 0x7FFF + ((b >> 16) & 1)) >> 16": "b >> 16"}),
+    "CPU: adjoint reads the conductances before the step": cpu({"after.g_e, after.g_i)": "before.g_e, before.g_i)"}),
+}
+
+
+def plant(mutant: Mutant | None, folder: Path) -> None:
+    """A copy of the sources, with the bug."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    if mutant:
+        path = folder / mutant.file
+        path.write_text(mutant.apply(path.read_text()))
+
+
+def notices(mutant: Mutant | None, layer: str, arguments: list[str]) -> bool:
+    """Whether a test of the layer fails, hangs, or dies of a signal.
+
+    Raises:
+        RuntimeError: if the tests could not be run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        plant(mutant, Path(folder))
+        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{folder}/tests", "OMP_NUM_THREADS": "1"}
+        environment["TRITON_INTERPRET"] = "0" if layer == "executed" else "1"
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+            )
+        except subprocess.TimeoutExpired:
+            return True
+    if done.returncode > 1:
+        raise RuntimeError(f"{layer}: pytest ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done.returncode != 0
+
+
+def cells(name: str) -> list[str]:
+    """A bug's row of the table: ``noticed``, ``no``, or empty where a layer does not reach the code."""
+    mutant = MUTANTS[name]
+    row = []
+    for layer in LAYERS:
+        arguments = AREAS[mutant.area].get(layer)
+        row.append("" if arguments is None else "noticed" if notices(mutant, layer, arguments) else "no")
+    print(f"{name}: {dict(zip(LAYERS, row, strict=True))}", flush=True)
+    return row
+
+
+def read(table: Path) -> dict[str, list[str]]:
+    """The rows of a table that was written."""
+    rows = {}
+    for line in table.read_text().splitlines() if table.exists() else []:
+        name, *verdicts = [cell.strip() for cell in line.strip("|").split("|")]
+        if name in MUTANTS and len(verdicts) == len(LAYERS) + 1:
+            rows[name] = verdicts[1:]
+    return rows
+
+
+def write(table: Path, rows: dict[str, list[str]]) -> None:
+    lines = [
+        "# Planted bugs",
+        "",
+        "`make mutants` plants each in a copy of the sources and runs the tests of every layer that reaches the code.",
+        "",
+    ]
+    lines += [f"* **{layer}**: {what}" for layer, what in LAYERS.items()]
+    lines += ["", f"| bug | file | {' | '.join(LAYERS)} |", "| --- | --- |" + " --- |" * len(LAYERS)]
+    for name, mutant in MUTANTS.items():
+        if name in rows:
+            lines.append(f"| {name} | {Path(mutant.file).name} | {' | '.join(rows[name])} |")
+    table.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="bugs to plant; all without a name")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    asked = parser.parse_args()
+    names = asked.names or list(MUTANTS)
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        sound = {(layer, *arguments) for name in names for layer, arguments in AREAS[MUTANTS[name].area].items()}
+        for failed in pool.map(lambda run: notices(None, run[0], list(run[1:])), sorted(sound)):
+            if failed:
+                raise SystemExit("the tests fail without a planted bug: mend that first")
+        rows = dict(zip(names, pool.map(cells, names), strict=True))
+    write(asked.table, read(asked.table) | rows)
+    missed = [name for name, row in rows.items() if "noticed" not in row]
+    print(f"{len(rows) - len(missed)} of {len(rows)} planted bugs were noticed")
+    if missed:
+        raise SystemExit("no layer noticed: " + "; ".join(missed))
+
+
+if __name__ == "__main__":
+    main()
