@@ -14,8 +14,10 @@ with silent_start():
     )
     from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
     from .neuron.records import (
+        CobaLIFFeedForwardRefractoryState,
         CobaLIFFeedForwardState,
         CobaLIFParameters,
+        CobaLIFRefractoryState,
         CobaLIFState,
         default_bio_parameters,
         default_bio_state,
@@ -43,9 +45,11 @@ __all__ = [
     "CobaLIF",
     "CobaLIFCell",
     "CobaLIFFeedForwardCell",
+    "CobaLIFFeedForwardRefractoryState",
     "CobaLIFFeedForwardState",
     "CobaLIFParameters",
     "CobaLIFRecurrent",
+    "CobaLIFRefractoryState",
     "CobaLIFState",
     "EventSource",
     "MemorySink",

@@ -24,13 +24,12 @@ from .functional import (
     _check_sequence,
     _format_spikes,
     _kernel_input,
-    _numbers,
     _recurrent_state,
     _run_reference,
     _spike_dtype,
     own_fields,
 )
-from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState
+from .neuron.records import CobaLIFParameters, RecurrentState, numbers_of, recurrent_state
 from .ops import time_blocks, validation
 from .ops.constants import constants_table, derive_constants
 from .ops.operators import (
@@ -241,7 +240,7 @@ def coba_lif_integral(
     block_steps: int | None = None,
     record_states: bool = False,
     spike_dtype: SpikeDtype = None,
-) -> tuple[Tensor, CobaLIFState]:
+) -> tuple[Tensor, RecurrentState]:
     """This rank's neurons of a recurrent population over a whole sequence; every rank of the group calls it together.
 
     :func:`coba_triton.coba_lif_integral`, of which it has the equations and, with ``path="events"``, the bits: on any
@@ -315,7 +314,7 @@ def coba_lif_integral(
     if shared:
         copies = _Shared.apply(group, x.device, *shared.values())  # type: ignore[no-untyped-call]  # torch has no types here
         values = dict(zip(shared, copies, strict=True))
-        numbers = {name: values.get(name, value) for name, value in _numbers(p).items()}
+        numbers = {name: values.get(name, value) for name, value in numbers_of(p).items()}
         p = CobaLIFParameters(**numbers, method=p.method)
         x, initial, weights = prepare(values.get("input_tensor", x), p)
 
@@ -326,16 +325,16 @@ def coba_lif_integral(
         c = derive_constants(p, dt, z.dtype, x.device)
         w = reference.SplitWeights.of(*weights)
 
-        def step(x: Tensor, s: CobaLIFState) -> reference.Step:
+        def step(x: Tensor, s: Any) -> reference.Step:
             every = _Gather.apply(s.z, ranks)  # type: ignore[no-untyped-call]  # torch has no types here
             return reference.recurrent_step(x, every, s, w, c, jump_first, p.method)
 
-        rows, final = _run_reference(step, x.to(z.dtype), CobaLIFState(*initial.unbind()), record_states)
+        rows, final = _run_reference(step, x.to(z.dtype), recurrent_state(*initial.unbind()), record_states)
         return _format_spikes(rows, z, spike_dtype, default), final
 
     steps, neurons = len(x), z.shape
     z = z.reshape(-1, neurons[-1])
-    state = initial[1:].reshape(3, *z.shape).contiguous()
+    state = initial[1:].reshape(len(initial) - 1, *z.shape).contiguous()
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = z.dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     block = time_blocks.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train)
@@ -346,9 +345,9 @@ def coba_lif_integral(
     )
     spikes = spikes.reshape(len(spikes), *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
+        trace = recurrent_state(spikes, *own_fields(states, (steps, *neurons), len(states)))
         return pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default), trace
-    return spikes, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(state, neurons))
+    return spikes, recurrent_state(*own_fields(z, neurons, 1), *own_fields(state, neurons, len(state)))
 
 
 def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> None:
@@ -371,6 +370,6 @@ def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> No
 
 def _shared(x: Tensor, p: Any) -> dict[str, Tensor]:
     """What all ranks have in common and takes a gradient: the input, and single numbers among the parameters."""
-    numbers = {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
+    numbers = numbers_of(p)
     single = {name: value for name, value in numbers.items() if isinstance(value, Tensor) and value.dim() == 0}
     return {name: value for name, value in {"input_tensor": x, **single}.items() if value.requires_grad}

@@ -11,17 +11,26 @@ from torch import Tensor
 
 from .backend import reference
 from .backend.choose import choose_backend
-from .neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, State
+from .neuron.records import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    FeedForwardState,
+    RecurrentState,
+    feed_forward_state,
+    numbers_of,
+    recurrent_state,
+)
 from .ops import operators, time_blocks, validation
 from .ops.constants import constants_table, derive_constants
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
-from .ops.tensors import keep, known, number_key, numbers_on
+from .ops.tensors import is_refractory, keep, known, number_key, numbers_on
 from .ops.validation import SpikeDtype
 
 FEED_FORWARD_FIELDS = CobaLIFFeedForwardState._fields
 RECURRENT_FIELDS = CobaLIFState._fields
 
-AnyState = TypeVar("AnyState", CobaLIFState, CobaLIFFeedForwardState)
+AnyState = TypeVar("AnyState", FeedForwardState, RecurrentState)
 
 
 def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
@@ -33,17 +42,13 @@ def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor
     return compute_dtype
 
 
-def _numbers(p: Any) -> dict[str, Any]:
-    return {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
-
-
 def _state_fields(state: Any, fields: tuple[str, ...]) -> dict[str, Any]:
-    return {} if state is None else {f"state.{name}": getattr(state, name) for name in fields}
+    return {} if state is None else {f"state.{name}": getattr(state, name) for name in fields if hasattr(state, name)}
 
 
 def _tensors(p: Any) -> dict[str, Any]:
     """The numbers of a parameter record that are not known to be Python numbers."""
-    return {} if number_key(p) is not None else _numbers(p)
+    return {} if number_key(p) is not None else numbers_of(p)
 
 
 def _is_wide(x: Tensor, values: list[Any], shape: torch.Size) -> bool:
@@ -71,20 +76,21 @@ def _given(state: Any, fields: tuple[str, ...], p: Any) -> list[Any]:
     """The fields of a state, or of that at rest."""
     if state is None:
         return [p.v_rest if name == "v" else 0.0 for name in fields]
-    return [getattr(state, name) for name in fields]
+    return [getattr(state, name, 0.0) if name == "left" else getattr(state, name) for name in fields]
 
 
 def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
-    """Check the arguments of a call; returns its state ``[3, *neurons]``."""
+    """Check the arguments of a call; returns its state ``[F, *neurons]``."""
+    fields = (*FEED_FORWARD_FIELDS, "left") if is_refractory(p, state) else FEED_FORWARD_FIELDS
 
     def make(state: Any, stacklevel: int) -> Tensor:
         validation.check_parameters(p)
         if state is not None:
             validation.check_state(state, FEED_FORWARD_FIELDS, x.device)
         numbers = _tensors(p)
-        neurons = validation.broadcast_neurons(step_shape, _state_fields(state, FEED_FORWARD_FIELDS) | numbers)
-        given = _given(state, FEED_FORWARD_FIELDS, p)
-        validation.warn_if_unstable(p, dt, given[-2], given[-1], stacklevel)
+        neurons = validation.broadcast_neurons(step_shape, _state_fields(state, fields) | numbers)
+        given = _given(state, fields, p)
+        validation.warn_if_unstable(p, dt, given[1], given[2], stacklevel)
         return _side_by_side(x, neurons, given, list(numbers.values()))
 
     if (key := number_key(p)) is None:
@@ -92,30 +98,31 @@ def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: to
     if state is None:
         made_for = key, p.method, dt, step_shape, x.dtype == torch.float64, x.device
         return keep(made_for, x.device, lambda: make(None, 7))
-    fields: list[Any] = [getattr(state, name, None) for name in FEED_FORWARD_FIELDS]
+    values: list[Any] = [getattr(state, name, None) for name in fields]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for field in fields:
+    for field in values:
         dense = type(field) is Tensor and field.layout is torch.strided and not field.is_nested
         if not (dense and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
             return make(state, 5)
     validation.check_parameters(p)
-    validation.warn_if_unstable(p, dt, *fields[-2:])
-    return torch.stack(fields)
+    validation.warn_if_unstable(p, dt, values[1], values[2])
+    return torch.stack(values)
 
 
 def _recurrent_state(
     x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
 ) -> Tensor:
-    """Check the arguments of a call; returns its state ``[4, *batch, N]``."""
+    """Check the arguments of a call; returns its last spikes and its state, ``[1 + F, *batch, N]``."""
+    fields = (*RECURRENT_FIELDS, "left") if is_refractory(p, state) else RECURRENT_FIELDS
     validation.check_parameters(p)
     validation.check_weights(input_weights, recurrent_weights, x, step_shape[-1])
     neurons = torch.Size([*step_shape[:-1], input_weights.shape[0]])
     if state is not None:
         validation.check_state(state, RECURRENT_FIELDS, x.device)
     numbers = _tensors(p)
-    validation.broadcast_neurons(neurons, _state_fields(state, RECURRENT_FIELDS) | numbers, grows=False)
-    given = _given(state, RECURRENT_FIELDS, p)
-    validation.warn_if_unstable(p, dt, *given[-2:])
+    validation.broadcast_neurons(neurons, _state_fields(state, fields) | numbers, grows=False)
+    given = _given(state, fields, p)
+    validation.warn_if_unstable(p, dt, given[2], given[3])
     return _side_by_side(x, neurons, given, [input_weights, recurrent_weights, *numbers.values()])
 
 
@@ -124,7 +131,7 @@ def coba_lif_feed_forward_step(
     state: Any,
     p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
     dt: float = 0.001,
-) -> tuple[Tensor, CobaLIFFeedForwardState]:
+) -> tuple[Tensor, FeedForwardState]:
     """One step of unconnected conductance-based LIF neurons, in eager PyTorch.
 
     Equations: see :func:`coba_lif_feed_forward_integral`, of which this is one step in the order ``decay_first``.
@@ -152,8 +159,8 @@ def coba_lif_feed_forward_step(
     before = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
     c = derive_constants(p, dt, before.dtype, input_tensor.device)
     x = input_tensor.to(before.dtype).expand(before.shape[1:])
-    z, after = reference.feed_forward_step(x, State(*before.unbind()), c, False, p.method)
-    return z.to(_spike_dtype(input_tensor, before.dtype)), CobaLIFFeedForwardState(*after)
+    z, *after = _fields_after(reference.feed_forward_step(x, feed_forward_state(*before.unbind()), c, False, p.method))
+    return z.to(_spike_dtype(input_tensor, before.dtype)), feed_forward_state(*after)
 
 
 def coba_lif_step(
@@ -163,7 +170,7 @@ def coba_lif_step(
     recurrent_weights: Tensor,
     p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
     dt: float = 0.001,
-) -> tuple[Tensor, CobaLIFState]:
+) -> tuple[Tensor, RecurrentState]:
     """One step of a recurrent population of conductance-based LIF neurons, in eager PyTorch.
 
     Equations: see :func:`coba_lif_integral`, of which this is one step in the order ``decay_first``.
@@ -195,9 +202,9 @@ def coba_lif_step(
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
     w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
-    last, *state_before = before.unbind()
-    z, after = reference.recurrent_step(input_tensor.to(dtype), last, State(*state_before), w, c, False, p.method)
-    return z.to(_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), CobaLIFState(z, *after)
+    s = recurrent_state(*before.unbind())
+    z, *after = _fields_after(reference.recurrent_step(input_tensor.to(dtype), s.z, s, w, c, False, p.method))
+    return z.to(_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), recurrent_state(z, *after)
 
 
 def _check_sequence(
@@ -212,6 +219,11 @@ def _check_sequence(
     return steps
 
 
+def _fields_after(done: reference.Step) -> list[Tensor]:
+    """The spikes of a step, then the fields of the state after it."""
+    return [done.z, *done.state] if done.left is None else [done.z, *done.state, done.left]
+
+
 def _run_reference(
     step: Callable[[Tensor, AnyState], reference.Step], xs: Tensor, state: AnyState, record_states: bool
 ) -> tuple[list[Tensor], AnyState]:
@@ -219,8 +231,8 @@ def _run_reference(
     spikes: list[Tensor] = []
     trace: list[AnyState] = []
     for x in xs.unbind(0):
-        z, after = step(x, state)
-        state = state._replace(z=z, **after._asdict()) if isinstance(state, CobaLIFState) else type(state)(*after)
+        z, *after = _fields_after(step(x, state))
+        state = type(state)(z, *after) if "z" in state._fields else type(state)(*after)
         spikes.append(z)
         if record_states:
             trace.append(state)
@@ -268,7 +280,7 @@ def coba_lif_feed_forward_integral(
     record_states: bool = False,
     spike_dtype: SpikeDtype = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, CobaLIFFeedForwardState]:
+) -> tuple[Tensor, FeedForwardState]:
     """Unconnected conductance-based LIF neurons over a whole sequence.
 
     Every step does, in this order (``jump_first``: the input is added before the decay)::
@@ -324,7 +336,7 @@ def coba_lif_feed_forward_integral(
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(steps, neurons, spike_dtype, default)
-        inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **_numbers(p)}
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **numbers_of(p)}
         validation.check_out(out, *wanted, inputs)
 
     backend = choose_backend(backend, device)
@@ -334,7 +346,7 @@ def coba_lif_feed_forward_integral(
         rows, final = _run_reference(
             lambda x, s: reference.feed_forward_step(x, s, c, jump_first, p.method),
             _expand_input(input_tensor, neurons).to(dtype),
-            CobaLIFFeedForwardState(*initial.unbind()),
+            feed_forward_state(*initial.unbind()),
             record_states,
         )
         return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
@@ -386,10 +398,10 @@ def _run_operator(
     spike_dtype: SpikeDtype,
     default: torch.dtype,
     out: Tensor | None,
-) -> tuple[Tensor, CobaLIFFeedForwardState]:
+) -> tuple[Tensor, FeedForwardState]:
     """Call the operator once a time block of the input ``x [T, M]``, and put the blocks together."""
     steps, neurons = x.shape[0], state.shape[1:]
-    flat = state.reshape(3, -1).contiguous()
+    flat = state.reshape(len(state), -1).contiguous()
     every = operators.checkpoint_interval(flat.dtype, backend, flat.shape[1])
     # a split of one block would still copy the gradient
     split = block_steps if block_steps and block_steps < steps else None
@@ -421,8 +433,8 @@ def _run_operator(
         out = out.reshape(out.shape[0], *neurons)
     if record_states:
         states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
-        return out, CobaLIFFeedForwardState(*own_fields(states, (steps, *neurons)))
-    return out, CobaLIFFeedForwardState(*own_fields(flat, neurons))
+        return out, feed_forward_state(*own_fields(states, (steps, *neurons), len(state)))
+    return out, feed_forward_state(*own_fields(flat, neurons, len(state)))
 
 
 def coba_lif_integral(
@@ -440,7 +452,7 @@ def coba_lif_integral(
     spike_dtype: SpikeDtype = None,
     path: str = "auto",
     out: Tensor | None = None,
-) -> tuple[Tensor, CobaLIFState]:
+) -> tuple[Tensor, RecurrentState]:
     """A recurrent population of conductance-based LIF neurons over a whole sequence.
 
     Every step does, in this order (``jump_first``: the drive is added before the decay)::
@@ -500,7 +512,7 @@ def coba_lif_integral(
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)
-        inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **_numbers(p)}
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **numbers_of(p)}
         inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
         validation.check_out(out, *wanted, inputs)
     backend = choose_backend(backend, device)
@@ -511,7 +523,7 @@ def coba_lif_integral(
         rows, final = _run_reference(
             lambda x, s: reference.recurrent_step(x, s.z, s, w, c, jump_first, p.method),
             input_tensor.to(dtype),
-            CobaLIFState(*initial.unbind()),
+            recurrent_state(*initial.unbind()),
             record_states,
         )
         return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
@@ -546,18 +558,18 @@ def _run_recurrent_operator(
     default: torch.dtype,
     path: str,
     out: Tensor | None,
-) -> tuple[Tensor, CobaLIFState]:
+) -> tuple[Tensor, RecurrentState]:
     """Flatten the batch to one axis, call the operator, and give the result its shape."""
     steps, neurons, dtype = x.shape[0], state.shape[1:], state.dtype
     batch = neurons[:-1].numel()
     x = _kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
     z = state[0].reshape(batch, neurons[-1])
-    flat = state[1:].reshape(3, batch, neurons[-1]).contiguous()
+    flat = state[1:].reshape(len(state) - 1, batch, neurons[-1]).contiguous()
     if out is not None and not record_states:
         z, flat = operators.recurrent_out(
             x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
         )
-        return out, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons))
+        return out, recurrent_state(*own_fields(z, neurons, 1), *own_fields(flat, neurons, len(flat)))
     # recorded spikes are part of the differentiable state: they take their format afterwards
     wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     spikes, z, flat, states = operators.recurrent(
@@ -565,6 +577,6 @@ def _run_recurrent_operator(
     )
     spikes = spikes.reshape(spikes.shape[0], *neurons)
     if record_states:
-        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
+        trace = recurrent_state(spikes, *own_fields(states, (steps, *neurons), len(states)))
         return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
-    return spikes, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons))
+    return spikes, recurrent_state(*own_fields(z, neurons, 1), *own_fields(flat, neurons, len(flat)))

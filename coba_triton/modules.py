@@ -10,7 +10,7 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
   given is shared, not copied;
 - all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
   ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module, and those of
-  integers are held as floating ones.
+  integers are held as floating ones. Only a refractory period of 0 is no buffer, but a plain attribute.
 
 An input of bool or integers gives spikes in the dtype that the module was last converted to, as ``.half()`` does, so that
 they fit the layer behind; any other input gives spikes in its own.
@@ -35,7 +35,7 @@ from .functional import (
     coba_lif_integral,
     coba_lif_step,
 )
-from .neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, FeedForwardState, RecurrentState, numbers_of
 from .ops import validation
 from .ops.tensors import known
 from .ops.validation import SpikeDtype
@@ -61,7 +61,9 @@ class _Neurons(nn.Module):
         self.dtype = torch.get_default_dtype()  # what the module was converted to last
         self.method: str = p.method
         self.learn = tuple(learn)
-        given = {name: _floating(getattr(p, name)) for name in NUMERIC_PARAMETERS}
+        given = {name: _floating(value) for name, value in numbers_of(p).items()}
+        if not isinstance(given["refractory"], Tensor) and given["refractory"] == 0:
+            self.refractory = given.pop("refractory")  # a buffer could be any number, and states would need another field
         self._numbers = tuple(n for n, value in given.items() if n not in learn and not isinstance(value, Tensor))
         for name, value in given.items():
             if name in self._numbers:
@@ -116,7 +118,7 @@ class _Neurons(nn.Module):
         default = CobaLIFParameters()
         shown = [f"dt={self.dt:g}"]
         for name in NUMERIC_PARAMETERS:
-            value = getattr(self, name)
+            value = torch.as_tensor(getattr(self, name))
             if value.dim() or value.is_meta:
                 shown.append(f"{name}={list(value.shape)}")
             elif not math.isclose(number := value.item(), getattr(default, name), rel_tol=1e-6):
@@ -230,7 +232,7 @@ class CobaLIFFeedForwardCell(_Neurons):
     ) -> None:
         super().__init__(p, dt, learn)
 
-    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, FeedForwardState]:
         z, state = coba_lif_feed_forward_step(input_tensor, state, self._parameters_for(input_tensor, 0), self.dt)
         return z.to(self._spikes_for(input_tensor) or z.dtype), state
 
@@ -280,7 +282,7 @@ class CobaLIFCell(_RecurrentNeurons):
     ) -> None:
         super().__init__(input_size, hidden_size, p, dt, autapses, learn)
 
-    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, RecurrentState]:
         return coba_lif_step(input_tensor, state, *self._weights(), self._parameters_for(), self.dt)
 
 
@@ -332,7 +334,7 @@ class CobaLIF(_WholeSequence, _Neurons):
             record_states=record_states, order=order, backend=backend, block_steps=block_steps, spike_dtype=spike_dtype
         )
 
-    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFFeedForwardState]:
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, FeedForwardState]:
         p = self._parameters_for(input_tensor, 1)
         options = self._options()
         options["spike_dtype"] = options["spike_dtype"] or self._spikes_for(input_tensor)
@@ -400,5 +402,5 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
             record_states=record_states, order=order, backend=backend, block_steps=block_steps, spike_dtype=spike_dtype
         )
 
-    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, CobaLIFState]:
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, RecurrentState]:
         return coba_lif_integral(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, **self._options())

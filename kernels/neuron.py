@@ -69,6 +69,7 @@ integrate = compiled(step.integrate)
 excess = compiled(step.excess)
 fire = compiled(step.fire)
 reset = compiled(step.reset)
+count_down = compiled(step.count_down)
 super_spike = compiled(derivatives.super_spike)
 triangle = compiled(derivatives.triangle)
 tanh = compiled(derivatives.tanh)
@@ -107,7 +108,17 @@ def load_constants(constants_ptr, stride, neurons, mask, PER_NEURON: tl.constexp
             value = tl.load(constants_ptr + row)
         values = values + (value,)
     return Constants(
-        values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8], values[9]
+        values[0],
+        values[1],
+        values[2],
+        values[3],
+        values[4],
+        values[5],
+        values[6],
+        values[7],
+        values[8],
+        values[9],
+        values[10],
     )
 
 
@@ -133,28 +144,44 @@ def advance(fields, drive, recurrent, spike, mask, c, JUMP_FIRST: tl.constexpr):
         mask: which registers hold a neuron that may spike; None: all of them.
         c: the constants.
     """
+    left = None
+    if len(fields) == 4:
+        left = fields[3]
     u = integrate(state_of(fields), drive, recurrent, c, JUMP_FIRST)
     if spike is None:
-        spike = fire(excess(u, c))
+        spike = fire(excess(u, c), left)
         if mask is not None:
             spike = spike & mask
-    after = reset(u, spike.to(u.v.dtype), c)
-    return u, spike, (after.v, after.g_e, after.g_i)
+    z = spike.to(u.v.dtype)
+    after = reset(u, z, left, c)
+    fields = (after.v, after.g_e, after.g_i)
+    if left is not None:
+        fields = fields + (count_down(left, z, c),)
+    return u, spike, fields
 
 
 @triton.jit
 def keep(fields, u):
     """What the adjoint of a step needs of the fields before it and of what is before the reset, as a tuple."""
-    return (fields[0], u.v, u.g_e, u.g_i)
+    kept = (fields[0], u.v, u.g_e, u.g_i)
+    if len(fields) == 4:
+        kept = kept + (fields[3],)
+    return kept
 
 
 @triton.jit
 def sweep(z, kept, grad_z, lam, recorded, c, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr):
     """The adjoint of a step, from what :func:`keep` returned; ``lam``: by the state after it."""
-    return vjp(z, Kept(kept[0], kept[1], kept[2], kept[3]), grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
+    left = None
+    if len(kept) == 5:
+        left = kept[4]
+    return vjp(z, Kept(kept[0], kept[1], kept[2], kept[3]), left, grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
 
 
 @triton.jit
 def add_sums(sums, z, kept, decayed_e, decayed_i, lam, a, c):
     """The sums over time of the derivatives by the constants, with this step added."""
-    return vjp_constants(sums, z, Kept(kept[0], kept[1], kept[2], kept[3]), decayed_e, decayed_i, lam, a, c)
+    left = None
+    if len(kept) == 5:
+        left = kept[4]
+    return vjp_constants(sums, z, Kept(kept[0], kept[1], kept[2], kept[3]), left, decayed_e, decayed_i, lam, a, c)

@@ -30,6 +30,7 @@ integrate = bind(equations.integrate, globals())
 excess = bind(equations.excess, globals())
 fire = bind(equations.fire, globals())
 reset = bind(equations.reset, globals())
+count_down = bind(equations.count_down, globals())
 super_spike = bind(derivatives.super_spike, globals())
 triangle = bind(derivatives.triangle, globals())
 tanh = bind(derivatives.tanh, globals())
@@ -44,58 +45,70 @@ class _Spike(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, alpha: Tensor, method: str) -> Tensor:
-        return fire(x).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
+    def forward(x: Tensor, left: Tensor | None, alpha: Tensor, method: str) -> Tensor:
+        return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-        x, alpha, ctx.method = inputs
-        ctx.save_for_backward(x, alpha)
-        ctx.save_for_forward(x, alpha)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, str], output: Tensor) -> None:
+        x, left, alpha, ctx.method = inputs
+        ctx.save_for_backward(x, left, alpha)
+        ctx.save_for_forward(x, left, alpha)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        return grad * surrogate(*ctx.saved_tensors, ctx.method), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, left, alpha = ctx.saved_tensors
+        return _times_derivative(grad, x, left, alpha, ctx.method), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent * surrogate(*ctx.saved_tensors, ctx.method)  # type: ignore[no-any-return]  # of a bound function
+        x, left, alpha = ctx.saved_tensors
+        return _times_derivative(tangent, x, left, alpha, ctx.method)
 
 
-def spike(x: Tensor, alpha: Tensor, method: str) -> Tensor:
+def _times_derivative(grad: Tensor, x: Tensor, left: Tensor | None, alpha: Tensor, method: str) -> Tensor:
+    """The gradient by ``x``, none of a neuron that is held."""
+    product: Tensor = grad * surrogate(x, alpha, method)
+    return product if left is None else where(left > 0.0, 0.0, product)
+
+
+def spike(x: Tensor, alpha: Tensor, method: str, left: Tensor | None = None) -> Tensor:
     """1 where ``x > 0``, else 0, in the dtype of ``x``; differentiable by the named surrogate.
 
     Args:
         x: distance to the threshold ``u - v_thresh`` in mV, any shape.
         alpha: steepness, broadcasts with ``x``; no gradient flows to it.
         method: a key of :data:`~coba_triton.neuron.surrogate.SURROGATES`.
+        left: number of steps for which a neuron is still held and does not spike; None: no neuron is held.
     """
     if SURROGATES[method] is None:
-        return fire(x).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
-    return _Spike.apply(x, alpha, method)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types
+        return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
+    return _Spike.apply(x, left, alpha, method)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types
 
 
 class Step(NamedTuple):
-    """Spikes and state after one step."""
+    """Spikes and state after one step, and the number of steps for which neurons are held, None without such a period."""
 
     z: Tensor
     state: State
+    left: Tensor | None
 
 
-def step(s: State, drive: Drive, recurrent: Drive | None, c: Constants, jump_first: bool, method: str) -> Step:
+def step(s: Any, drive: Drive, recurrent: Drive | None, c: Constants, jump_first: bool, method: str) -> Step:
     """One forward Euler step.
 
     Args:
-        s: the state before it.
+        s: the state before it, which has the fields of ``State`` and, with a refractory period, ``left``.
         drive: of the input in this step, in uS.
         recurrent: the recurrent drive in uS, or None.
         c: the step's constants.
         jump_first: add the drive before the decay instead of after it.
         method: surrogate derivative of the spike.
     """
+    left = s.left.detach() if hasattr(s, "left") else None
     u = integrate(s, drive, recurrent, c, jump_first)
-    z = spike(excess(u, c), c.alpha, method)
-    return Step(z, reset(u, z, c))
+    z = spike(excess(u, c), c.alpha, method, left)
+    after = reset(u, z, left, c)
+    return Step(z, after, None if left is None else count_down(left, z.detach(), c))
 
 
 def feed_forward_step(x: Tensor, s: Any, c: Constants, jump_first: bool, method: str) -> Step:

@@ -12,8 +12,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..kernels import feed_forward, recurrent
-from ..neuron.records import Kept
-from ..ops.time_blocks import Network, send_back
+from ..ops.time_blocks import Network, kept_count, send_back
 from ..tuning.tables import Parameters, launch_parameters
 
 # Steps whose inputs are on their way while as many are computed.
@@ -377,7 +376,7 @@ def _launch_driven(
         recurrent.driven_kernel, (_cdiv(cells, block),), state.device, num_warps,
         drive, recurrent_drive, state, net.constants, words, final, spikes, states, trajectory,
         steps, cells, net.constants.stride(0), 0 if states is None else states.stride(0),
-        BLOCK=block, FIELDS=len(state), KEPT=len(Kept._fields), PER_NEURON=net.constants.shape[1] > 1,
+        BLOCK=block, FIELDS=len(state), KEPT=kept_count(len(state)), PER_NEURON=net.constants.shape[1] > 1,
         JUMP_FIRST=net.jump_first,
     )  # fmt: skip
     return final
@@ -407,7 +406,7 @@ def recurrent_replay(
     drive = project_events(x, net.input_rows) if drive is None else drive
     if recurrent_drive is None:
         recurrent_drive = project_events(before, net.recurrent_rows)
-    trajectory = state.new_empty(len(Kept._fields) + 2, len(before), *state.shape[1:])
+    trajectory = state.new_empty(kept_count(len(state)) + 2, len(before), *state.shape[1:])
     _launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, before.shape[0])
     return trajectory
 

@@ -25,6 +25,7 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     v_rest = "-65 mV"
     v_reset = "-65 mV"
     v_thresh = "-50 mV"
+    refractory = "0 ms"                   # optional; time for which a neuron is held at v_reset after a spike
     i_offset = "0 nA"                     # optional; a constant current, which moves v_rest by i_offset / g_l
     v_init = "-65 mV"                     # optional; where v starts, default: v_rest as it is written; or at random,
                                           # v_init = { low = "-65 mV", high = "-50 mV", seed = 1 }
@@ -217,6 +218,7 @@ class Unit:
 
 Time = Annotated[float, Unit("ms", "a time", "5 ms", "not negative")]
 PositiveTime = Annotated[float, Unit("ms", "a time", "5 ms", "positive")]
+Period = Annotated[float, Unit("ms", "a time", "5 ms", "not negative")]
 Potential = Annotated[float, Unit("mV", "a potential", "-65 mV")]
 Capacitance = Annotated[float, Unit("nF", "a capacitance", "200 pF", "positive")]
 Current = Annotated[float, Unit("nA", "a current", "0.1 nA")]
@@ -322,6 +324,7 @@ class Neuron(_Table):
     v_rest: Potential
     v_reset: Potential
     v_thresh: Potential
+    refractory: Period = 0.0
     i_offset: Current = 0.0
     v_init: Start | None = None
 
@@ -340,6 +343,7 @@ class Population(_Table):
     v_rest: Potential | None = None
     v_reset: Potential | None = None
     v_thresh: Potential | None = None
+    refractory: Period | None = None
     i_offset: Current | None = None
     v_init: Start | None = None
 

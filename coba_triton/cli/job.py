@@ -100,6 +100,7 @@ def parameters(config: Config) -> CobaLIFParameters:
         "v_rest": lambda n: n.v_rest + n.i_offset / n.g_l if n.i_offset else n.v_rest,
         "v_reset": lambda n: n.v_reset,
         "v_thresh": lambda n: n.v_thresh,
+        "refractory": lambda n: n.refractory,
     }
     numbers: dict[str, Any] = {name: _of_every_neuron(config, value) for name, value in values.items()}
     return CobaLIFParameters(**numbers)

@@ -10,12 +10,13 @@ from .records import Adjoint, Drive, State, Sums
 from .surrogate import surrogate
 
 
-def vjp(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD):
+def vjp(z, kept, left, grad_z, lam, recorded, c, JUMP_FIRST, METHOD):
     """The derivatives by what a step reads, from those by what it leaves.
 
     Args:
         z: 1 where the neuron spiked, else 0.
         kept: what the step kept.
+        left: number of steps for which the neuron was still held before the step, or None.
         grad_z: gradient by the spike, with what the recurrence sends back.
         lam: gradient by the state after the step.
         recorded: gradient by the recorded state before the step, or None.
@@ -25,6 +26,9 @@ def vjp(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD):
     """
     spike = ((grad_z + lam.v * c.v_reset) - lam.v * kept.u) * surrogate(kept.u - c.v_thresh, c.alpha, METHOD)
     du = lam.v * (1.0 - z) + spike
+    if left is not None:
+        spike = where(left > 0.0, 0.0, spike)
+        du = where(left > 0.0, 0.0, du)
     ds = du * c.k
     dg_e = lam.g_e + ds * (c.e_rev_E - kept.v)
     dg_i = lam.g_i + ds * (c.e_rev_I - kept.v)
@@ -57,17 +61,20 @@ def vjp_input(x, drive):
     return where(x > 0.0, drive.e, 0.0) - where(x < 0.0, drive.i, 0.0)
 
 
-def vjp_constants(sums, z, kept, decayed_e, decayed_i, lam, a, c):
+def vjp_constants(sums, z, kept, left, decayed_e, decayed_i, lam, a, c):
     """The sums over time of the derivatives by the constants, with one step added.
 
     Args:
         sums: of the steps so far.
-        z, kept, lam, c: as :func:`vjp` takes them.
+        z, kept, left, lam, c: as :func:`vjp` takes them.
         decayed_e: excitatory conductance that decayed in the step, see :func:`~coba_triton.neuron.step.decaying`.
         decayed_i: inhibitory conductance that decayed in the step.
         a: what :func:`vjp` returned.
     """
     bracket = (c.g_l * (c.v_rest - kept.v) + kept.g_e * (c.e_rev_E - kept.v)) + kept.g_i * (c.e_rev_I - kept.v)
+    by_reset = lam.v * z
+    if left is not None:
+        by_reset = where(left > 0.0, lam.v, by_reset)
     return Sums(
         sums.decay_e + a.g_e * decayed_e,
         sums.decay_i + a.g_i * decayed_i,
@@ -76,6 +83,6 @@ def vjp_constants(sums, z, kept, decayed_e, decayed_i, lam, a, c):
         sums.e_rev_I + a.ds * kept.g_i,
         sums.e_rev_E + a.ds * kept.g_e,
         sums.v_rest + a.ds * c.g_l,
-        sums.v_reset + lam.v * z,
+        sums.v_reset + by_reset,
         sums.v_thresh - a.spike,
     )

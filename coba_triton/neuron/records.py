@@ -60,6 +60,62 @@ class CobaLIFFeedForwardState(NamedTuple):
         return CobaLIFFeedForwardState(*map(_detach, self))
 
 
+class CobaLIFRefractoryState(NamedTuple):
+    """State of a recurrent population with a refractory period.
+
+    Attributes:
+        z: spikes of the last step, 0 or 1, ``[*batch, N]``.
+        v: membrane potential in mV, ``[*batch, N]``.
+        g_e: excitatory conductance in uS, ``[*batch, N]``.
+        g_i: inhibitory conductance in uS, ``[*batch, N]``.
+        left: number of steps for which a neuron is still held at ``v_reset``, ``[*batch, N]``; it gets no gradient.
+    """
+
+    z: Number
+    v: Number
+    g_e: Number
+    g_i: Number
+    left: Number
+
+    def detach(self) -> CobaLIFRefractoryState:
+        """The state without its history, for truncated backpropagation through time."""
+        return CobaLIFRefractoryState(*map(_detach, self))
+
+
+class CobaLIFFeedForwardRefractoryState(NamedTuple):
+    """State of a feed-forward population with a refractory period.
+
+    Attributes:
+        v: membrane potential in mV, shape of the neurons.
+        g_e: excitatory conductance in uS, shape of the neurons.
+        g_i: inhibitory conductance in uS, shape of the neurons.
+        left: number of steps for which a neuron is still held at ``v_reset``, shape of the neurons; it gets no gradient.
+    """
+
+    v: Number
+    g_e: Number
+    g_i: Number
+    left: Number
+
+    def detach(self) -> CobaLIFFeedForwardRefractoryState:
+        """The state without its history, for truncated backpropagation through time."""
+        return CobaLIFFeedForwardRefractoryState(*map(_detach, self))
+
+
+FeedForwardState: TypeAlias = CobaLIFFeedForwardState | CobaLIFFeedForwardRefractoryState
+RecurrentState: TypeAlias = CobaLIFState | CobaLIFRefractoryState
+
+
+def feed_forward_state(*fields: Any) -> FeedForwardState:
+    """The record of these fields: v, g_e, g_i and, with a refractory period, left."""
+    return CobaLIFFeedForwardRefractoryState(*fields) if len(fields) == 4 else CobaLIFFeedForwardState(*fields)
+
+
+def recurrent_state(*fields: Any) -> RecurrentState:
+    """The record of these fields: z, v, g_e, g_i and, with a refractory period, left."""
+    return CobaLIFRefractoryState(*fields) if len(fields) == 5 else CobaLIFState(*fields)
+
+
 class CobaLIFParameters(NamedTuple):
     """Parameters of the conductance-based leaky integrate-and-fire neuron.
 
@@ -81,6 +137,9 @@ class CobaLIFParameters(NamedTuple):
         method: surrogate derivative of the spike: ``super``, ``triangle``, ``tanh``, ``circ``, ``heavi_erfc`` or
             ``heaviside`` (see :mod:`coba_triton.neuron.surrogate`).
         alpha: steepness of the surrogate derivative in 1/mV (``circ``: its width in mV); it gets no gradient.
+        refractory: refractory period in ms, rounded up to whole steps. After a spike a neuron is held at ``v_reset`` and
+            cannot spike for so long, while its conductances go on; it gets no gradient. With a number other than 0, or
+            with a tensor, states have the field ``left``.
     """
 
     tau_syn_exc_inv: Number = 1 / 5
@@ -94,6 +153,7 @@ class CobaLIFParameters(NamedTuple):
     v_thresh: Number = -10.0
     method: str = "super"
     alpha: Number = 100.0
+    refractory: Number = 0  # an int, because torch.compile takes 0 for a constant, and 0.0 for a number that may change
 
 
 default_bio_parameters = CobaLIFParameters(
@@ -108,6 +168,16 @@ default_bio_parameters = CobaLIFParameters(
 default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 
 NUMERIC_PARAMETERS = tuple(name for name in CobaLIFParameters._fields if name != "method")
+# Parameters that other packages' records, such as norse's, may lack.
+OPTIONAL_PARAMETERS = {"refractory": 0}
+
+
+def numbers_of(p: Any) -> dict[str, Any]:
+    """The numbers of a parameter record by name, duck-typed; what it may lack has its default."""
+    return {
+        name: getattr(p, name, OPTIONAL_PARAMETERS[name]) if name in OPTIONAL_PARAMETERS else getattr(p, name)
+        for name in NUMERIC_PARAMETERS
+    }
 
 
 class State(NamedTuple):
@@ -139,8 +209,8 @@ class Drive(NamedTuple):
 class Constants(NamedTuple):
     """What one step multiplies with, derived once from the parameters and ``dt``: the rows of the kernels' table.
 
-    ``decay_e = -dt * tau_syn_exc_inv``, ``decay_i = -dt * tau_syn_inh_inv`` and ``k = dt * c_m_inv``; the others
-    are the parameters of the same name.
+    ``decay_e = -dt * tau_syn_exc_inv``, ``decay_i = -dt * tau_syn_inh_inv`` and ``k = dt * c_m_inv``; ``n_ref`` is the
+    refractory period in steps; the others are the parameters of the same name.
     """
 
     decay_e: Any
@@ -153,6 +223,7 @@ class Constants(NamedTuple):
     v_reset: Any
     v_thresh: Any
     alpha: Any
+    n_ref: Any
 
 
 class Sums(NamedTuple):

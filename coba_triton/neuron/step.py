@@ -3,13 +3,13 @@
 These are plain functions of numbers, of arrays of registers or of tensors. The reference runs them with PyTorch's
 operations, Triton and Numba compile them. Each operation rounds once and keeps its place: so all give the same bits.
 Parameters have no annotations, because Triton would evaluate them: ``s`` and ``u`` are a ``State``, ``drive`` and
-``recurrent`` a ``Drive``, ``c`` the ``Constants``. What may be None has no field in a record, because Triton 3.6 cannot
-return such a record.
+``recurrent`` a ``Drive``, ``c`` the ``Constants``. ``left`` is the number of steps for which a neuron is still held, or None
+where there is no refractory period. It is no field of ``State``, because Triton 3.6 cannot return a record with None.
 """
 
 from __future__ import annotations
 
-from .operations import relu
+from .operations import relu, where
 from .records import Drive, State
 
 
@@ -53,11 +53,22 @@ def excess(u, c):
     return u.v - c.v_thresh
 
 
-def fire(x):
-    """Whether a neuron spikes whose potential is ``x`` above the threshold."""
-    return x > 0.0
+def fire(x, left):
+    """Whether a neuron spikes whose potential is ``x`` above the threshold; one that is held does not."""
+    z = x > 0.0
+    if left is not None:
+        z = z & (left <= 0.0)
+    return z
 
 
-def reset(u, z, c):
+def reset(u, z, left, c):
     """The state after the step; ``z`` is 1 where the neuron spiked, else 0."""
-    return State((1.0 - z) * u.v + z * c.v_reset, u.g_e, u.g_i)
+    v = (1.0 - z) * u.v + z * c.v_reset
+    if left is not None:
+        v = where(left > 0.0, c.v_reset, v)
+    return State(v, u.g_e, u.g_i)
+
+
+def count_down(left, z, c):
+    """The number of steps for which a neuron is held after this one: all of them where it spiked, else one less."""
+    return z * c.n_ref + relu(left - 1.0)

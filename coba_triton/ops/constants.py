@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
         dtype: compute dtype, float32 or float64.
         device: where the state lives.
     """
-    factors = (-dt, -dt, dt, *(1.0,) * 7)
+    factors = (-dt, -dt, dt, *(1.0,) * 8)
     numbers: list[Any] = [
         p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l, p.e_rev_I, p.e_rev_E, p.v_rest, p.v_reset, p.v_thresh,
-        p.alpha.detach() if isinstance(p.alpha, Tensor) else p.alpha,
+        p.alpha.detach() if isinstance(p.alpha, Tensor) else p.alpha, refractory_steps(getattr(p, "refractory", 0), dt),
     ]  # fmt: skip
     for i, number in enumerate(numbers):
         if isinstance(number, Tensor) and number.dtype == torch.float64:
@@ -55,7 +56,7 @@ def _is_double_on(device: torch.device, number: Any) -> bool:
 
 
 def constants_table(p: Any, dt: float, dtype: torch.dtype, device: torch.device, neurons: torch.Size) -> Tensor:
-    """The constants as the kernels take them: ``[10, 1]`` where every one is a single number, else ``[10, neurons]``."""
+    """The constants as the kernels take them: ``[C, 1]`` where every one is a single number, else ``[C, neurons]``."""
     if (key := number_key(p)) is not None and type(dt) is float:
         made = keep((key, dt, dtype, device), device, lambda: torch.stack(derive_constants(p, dt, dtype, device)))
         return made.unsqueeze(1)
@@ -63,6 +64,14 @@ def constants_table(p: Any, dt: float, dtype: torch.dtype, device: torch.device,
     if all(constant.dim() == 0 for constant in c):
         return torch.stack(c).unsqueeze(1)
     return torch.stack([constant.expand(neurons) for constant in c]).reshape(len(c), -1)
+
+
+def refractory_steps(refractory: Any, dt: float) -> Any:
+    """The number of steps for which a neuron is held after a spike: the period in ms rounded up, as NEST does."""
+    if isinstance(refractory, Tensor):
+        return torch.ceil(refractory.detach().double() / dt - 1e-6)
+    # without a period a compiler need not know dt
+    return float(math.ceil(refractory / dt - 1e-6)) if refractory else 0.0
 
 
 def constants_gradient(sums: Tensor, constants: Tensor) -> Tensor:

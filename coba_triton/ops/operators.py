@@ -143,8 +143,18 @@ def _unconnected(x: Tensor, constants: Tensor, *states: Tensor) -> Iterator[Oper
     steps, neurons = x.shape if x.dim() == 2 else (0, 0)
     yield Operand("x", x, (steps, neurons), INPUT)
     for state in states:
-        yield Operand("state", state, (3, neurons), COMPUTE)
+        yield Operand("state", state, (_fields(state), neurons), COMPUTE)
     yield _table(constants, neurons, (states[0].dtype,) if states else COMPUTE)
+
+
+def _fields(state: Tensor | None) -> int:
+    """The fields of a state, of which a refractory period adds one."""
+    return 4 if state is not None and state.dim() and state.shape[0] == 4 else 3
+
+
+def _fields_of(checkpoints: Tensor, states: int) -> int:
+    """The fields of the saved states."""
+    return 4 if states and checkpoints is not None and checkpoints.dim() and checkpoints.shape[0] == 4 * states else 3
 
 
 def _table(constants: Tensor, cells: int, dtypes: tuple[torch.dtype, ...]) -> Operand:
@@ -165,10 +175,10 @@ def _given(name: str, grad: Tensor | None, shape: tuple[int, ...], *dtypes: torc
     return Operand(name, grad, shape, dtypes, optional=True)
 
 
-def _recorded(grad: Tensor | None, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> Operand:
+def _recorded(grad: Tensor | None, fields: int, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> Operand:
     """The gradient by the states of all steps, or by those of none, as none were recorded."""
     none = grad is not None and grad.dim() > 1 and grad.shape[1] == 0
-    return _given("grad_states", grad, (3, 0 if none else steps, *shape), dtype)
+    return _given("grad_states", grad, (fields, 0 if none else steps, *shape), dtype)
 
 
 def _feed_forward_operands(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> Iterator[Operand]:
@@ -187,10 +197,10 @@ def _feed_forward_fake(x: Tensor, state: Tensor, constants: Tensor, *options: An
     )
     # packed spikes serve the backward as they are
     words = x.new_empty(_saved_word_count(steps) if o.save and o.spike_dtype is not None else 0, neurons, dtype=torch.int32)
-    states = state.new_empty(3, steps if o.record_states else 0, neurons)
+    states = state.new_empty(len(state), steps if o.record_states else 0, neurons)
     saved = checkpoint_count(steps, o.checkpoint_every, o.backend) if o.save else 0
     # rows of v, g_e and g_i: a compiler knows that there is more than one, and needs no graph for one state alone
-    checkpoints = state.new_empty(3 * saved, neurons)
+    checkpoints = state.new_empty(len(state) * saved, neurons)
     return spikes, state.new_empty(state.shape), states, words, checkpoints
 
 
@@ -211,7 +221,7 @@ def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) ->
         spikes if o.spike_dtype is not None else None,
         packed if o.spike_dtype is not None else spikes,
         states if o.record_states else None,
-        checkpoints.unflatten(0, (-1, 3)) if o.save else None,
+        checkpoints.unflatten(0, (-1, len(state))) if o.save else None,
     )
     return spikes, final, states, words, checkpoints
 
@@ -226,7 +236,7 @@ def _feed_forward_out_operands(
 
 def _feed_forward_out_fake(x: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, record_states, _ = others
-    return state.new_empty(state.shape), state.new_empty(3, x.shape[0] if record_states else 0, x.shape[1])
+    return state.new_empty(state.shape), state.new_empty(len(state), x.shape[0] if record_states else 0, x.shape[1])
 
 
 def _feed_forward_out(
@@ -262,18 +272,20 @@ def _feed_forward_backward_operands(x: Tensor, constants: Tensor, *others: Any) 
     yield Operand("x, as its gradient is asked for,", x, (steps, neurons), FLOATING if o.x_grad else INPUT)
     yield Operand("words", words, (rows_of(words, word_count(steps)), neurons), WORDS)
     states = checkpoint_count(steps, o.checkpoint_every, o.backend)
-    yield Operand("checkpoints", checkpoints, (3 * states, neurons), (dtype,))
+    fields = _fields_of(checkpoints, states)
+    yield Operand("checkpoints", checkpoints, (fields * states, neurons), (dtype,))
     yield _given("grad_spikes", grad_spikes, (steps, neurons), *FLOATING)
-    yield _given("grad_final", grad_final, (3, neurons), dtype)
-    yield _recorded(grad_states, steps, (neurons,), dtype)
+    yield _given("grad_final", grad_final, (fields, neurons), dtype)
+    yield _recorded(grad_states, fields, steps, (neurons,), dtype)
 
 
 def _feed_forward_backward_fake(x: Tensor, constants: Tensor, *others: Any) -> tuple[Tensor, ...]:
     o = BackwardOptions(*others[5:])
-    neurons = x.shape[1]
+    steps, neurons = x.shape
+    fields = _fields_of(others[1], checkpoint_count(steps, o.checkpoint_every, o.backend))
     return (
         x.new_empty(x.shape if o.x_grad else (0, neurons)),
-        constants.new_empty(3, neurons),
+        constants.new_empty(3, neurons) if fields == 3 else constants.new_zeros(fields, neurons),
         constants.new_empty(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0),
     )
 
@@ -302,7 +314,7 @@ def _feed_forward_backward(
         o.method,
         o.checkpoint_every,
         words.contiguous(),
-        checkpoints.contiguous().unflatten(0, (-1, 3)),
+        checkpoints.contiguous().unflatten(0, (-1, len(grad_state))),
         grad_spikes,
         None if grad_final is None else grad_final.contiguous(),
         grad_states.contiguous() if grad_states is not None and grad_states.numel() else None,  # none were recorded
@@ -361,7 +373,7 @@ def _connected(
     yield Operand("z", z, (batch, neurons), COMPUTE)
     dtype = (z.dtype,)
     for state in states:
-        yield Operand("state", state, (3, batch, neurons), dtype)
+        yield Operand("state", state, (_fields(state), batch, neurons), dtype)
     yield Operand("input_weights", input_weights, (neurons, inputs), dtype)
     yield Operand("recurrent_weights", recurrent_weights, (neurons, neurons), dtype)
     yield _table(constants, batch * neurons, dtype)
@@ -383,9 +395,9 @@ def _recurrent_fake(x: Tensor, z: Tensor, state: Tensor, *others: Any) -> tuple[
         x.new_empty(word_count(steps) if o.spike_dtype is None else steps, *z.shape, dtype=o.spike_dtype or torch.int32),
         z.new_empty(z.shape),
         state.new_empty(state.shape),
-        state.new_empty(3, steps if o.record_states else 0, *z.shape),
+        state.new_empty(len(state), steps if o.record_states else 0, *z.shape),
         x.new_empty(_saved_word_count(steps) if o.save and o.spike_dtype is not None else 0, *z.shape, dtype=torch.int32),
-        state.new_empty(3 * blocks, *z.shape),
+        state.new_empty(len(state) * blocks, *z.shape),
     )
 
 
@@ -413,7 +425,7 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *option
         spikes if o.spike_dtype is not None else None,
         packed,
         states if o.record_states else None,
-        checkpoints.unflatten(0, (-1, 3)) if o.save else None,
+        checkpoints.unflatten(0, (-1, len(state))) if o.save else None,
         choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), bool(o.save)),
         o.path,
     )
@@ -490,11 +502,13 @@ def _recurrent_backward_operands(
     steps, shape, dtype = x.shape[0], z.shape, (z.dtype,)
     yield Operand("x, as its gradient is asked for,", x, x.shape, FLOATING if o.x_grad else INPUT)
     yield Operand("words", words, (rows_of(words, word_count(steps)), *shape), WORDS)
-    yield Operand("checkpoints", checkpoints, (3 * _block_count(o.block_steps, steps, z), *shape), dtype)
+    blocks = _block_count(o.block_steps, steps, z)
+    fields = _fields_of(checkpoints, blocks)
+    yield Operand("checkpoints", checkpoints, (fields * blocks, *shape), dtype)
     yield _given("grad_spikes", grad_spikes, (steps, *shape), *FLOATING)
     yield _given("grad_z", grad_z, shape, *dtype)
-    yield _given("grad_final", grad_final, (3, *shape), *dtype)
-    yield _recorded(grad_states, steps, shape, z.dtype)
+    yield _given("grad_final", grad_final, (fields, *shape), *dtype)
+    yield _recorded(grad_states, fields, steps, shape, z.dtype)
 
 
 def _recurrent_backward_fake(
@@ -504,7 +518,7 @@ def _recurrent_backward_fake(
     return (
         x.new_empty(x.shape if o.x_grad else (0, *x.shape[1:])),
         z.new_empty(z.shape),
-        z.new_empty(3, *z.shape),
+        z.new_empty(_fields_of(others[1], _block_count(o.block_steps, x.shape[0], z)), *z.shape),
         z.new_empty(o.samples if o.input_weights_grad else 0, *input_weights.shape),
         z.new_empty(o.samples if o.recurrent_weights_grad else 0, *recurrent_weights.shape),
         constants.new_empty(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0),
@@ -530,7 +544,7 @@ def recurrent_gradients(
         x,
         z,
         words.contiguous(),
-        checkpoints.contiguous().unflatten(0, (-1, 3)),
+        checkpoints.contiguous().unflatten(0, (-1, _fields_of(checkpoints, _block_count(o.block_steps, x.shape[0], z)))),
         choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), train=True),
         o.method,
         grad_spikes,
@@ -833,7 +847,7 @@ def recurrent(
         return (
             spikes,
             *_recurrent_out(*tensors, backend, jump_first, block_steps, path, spikes),
-            state.new_empty(3, 0, *z.shape),
+            state.new_empty(len(state), 0, *z.shape),
         )
     options = RecurrentOptions(backend, jump_first, method, spike_dtype, record_states, block_steps, path, None)
     spikes, z, final, states, *_ = torch.ops.coba_triton.recurrent(*tensors, *options)

@@ -10,13 +10,25 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..neuron.records import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from ..neuron.records import (
+    CobaLIFFeedForwardRefractoryState,
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFRefractoryState,
+    CobaLIFState,
+)
 
 # The dtypes that are taken: of numbers that need no scale and have more than a few bits.
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SPIKES = (*FLOATING, torch.bool, torch.uint8)
 INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 NUMBERS = frozenset((*SPIKES, *INTEGERS))
+
+
+def is_refractory(p: Any, state: Any = None) -> bool:
+    """Whether neurons are held after a spike: by their parameters, or still by their state. No tensor is read for that."""
+    refractory = getattr(p, "refractory", 0)
+    return bool(hasattr(state, "left") or isinstance(refractory, Tensor) or refractory != 0)
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -29,7 +41,9 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-for _record in (CobaLIFState, CobaLIFFeedForwardState, CobaLIFParameters):
+for _record in (
+    CobaLIFState, CobaLIFFeedForwardState, CobaLIFRefractoryState, CobaLIFFeedForwardRefractoryState, CobaLIFParameters
+):  # fmt: skip
     # an exported program that takes or returns one can be saved
     torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
     torch.serialization.add_safe_globals([_record])  # torch.load(weights_only=True) reads what holds one

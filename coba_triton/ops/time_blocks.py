@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..neuron.records import Sums
+from ..neuron.records import Kept, State, Sums
 from .constants import constants_gradient
 from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
 
@@ -190,7 +190,7 @@ def forward(
         if stepwise:
             if drive is None:
                 drive = net.kernels.project_events(x[here], net.input_rows)
-            every = block_states if chosen is None else state.new_empty(3, steps, *z.shape)
+            every = block_states if chosen is None else state.new_empty(len(state), steps, *z.shape)
             state = step_by_step(net, drive, z, state, block_spikes, every)
             if chosen is not None and states is not None and every is not None:
                 states[:, here] = every.flatten(2)[..., chosen]
@@ -206,6 +206,11 @@ def forward(
         if path == "auto" and here.stop < x.shape[0]:
             dense = net.kernels.fires_often(block_spikes)
     return z, state
+
+
+def kept_count(fields: int) -> int:
+    """How many numbers the adjoint of a step reads of it, if the state has so many fields."""
+    return len(Kept._fields) + fields - len(State._fields)
 
 
 class Gradients(NamedTuple):
@@ -247,11 +252,13 @@ def backward(
     steps, batch, neurons = x.shape[0], *z.shape
     grad_spikes = None if grad_spikes is None else grad_spikes.flatten(1)
     grad_states = grad_states.contiguous() if grad_states is not None and grad_states.numel() else None
-    lam = z.new_zeros(3, batch, neurons)
+    fields = checkpoints.shape[1]
+    lam = z.new_zeros(fields, batch, neurons)
     if grad_final is not None:
         lam += grad_final
     if grad_states is not None:
         lam += grad_states[:, -1]
+    lam[len(State._fields) :] = 0
     lam_z = torch.zeros_like(z, memory_format=torch.contiguous_format)
     if grad_z is not None:
         lam_z += grad_z

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..neuron.records import NUMERIC_PARAMETERS
+from ..neuron.records import NUMERIC_PARAMETERS, OPTIONAL_PARAMETERS, numbers_of
 from ..neuron.surrogate import SURROGATES
 from .spikes import WORD_BITS
 from .tensors import NUMBERS, SPIKES, is_tracked, number_key
@@ -86,7 +86,8 @@ def check_parameters(p: Any) -> None:
     """A record of parameters with numbers and a method; one of Python numbers alone is looked at once."""
     if (key := number_key(p)) is not None and isinstance(p.method, str) and (key, p.method) in _accepted:
         return
-    missing = [name for name in (*NUMERIC_PARAMETERS, "method") if not hasattr(p, name)]
+    needed = (*(name for name in NUMERIC_PARAMETERS if name not in OPTIONAL_PARAMETERS), "method")
+    missing = [name for name in needed if not hasattr(p, name)]
     if missing:
         raise TypeError(
             f"parameters must have the fields of CobaLIFParameters, got {type(p).__name__} without "
@@ -94,13 +95,13 @@ def check_parameters(p: Any) -> None:
         )
     if not is_one_of(p.method, SURROGATES):
         raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {p.method!r:.200}")
-    for name in NUMERIC_PARAMETERS:
-        check_number(getattr(p, name), name, name in NOT_NEGATIVE)
+    for name, value in numbers_of(p).items():
+        check_number(value, name, name in NOT_NEGATIVE)
     if key is not None and len(_accepted) < 1024:
         _accepted.add((key, p.method))
 
 
-NOT_NEGATIVE = ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha")
+NOT_NEGATIVE = ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha", "refractory")
 
 
 def check_number(value: Any, name: str, not_negative: bool = False) -> None:
@@ -137,7 +138,7 @@ def check_numbers(named: dict[str, Any]) -> None:
             _check_finite(tensor[tuple(index)].item(), name, not_negative, f" at {index}" if index else "")
 
 
-LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
+LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name not in ("alpha", "refractory"))
 
 
 def check_learn(learn: Any, p: Any) -> None:
@@ -206,9 +207,9 @@ def check_state(state: Any, fields: tuple[str, ...], device: torch.device) -> No
             f"state must have the fields {', '.join(fields)}, got {type(state).__name__} without {', '.join(missing)}; "
             "pass None to start at rest"
         )
-    for name in fields:
+    for name in fields if not hasattr(state, "left") else (*fields, "left"):
         value = getattr(state, name)
-        check_number(value, f"state.{name}", name in ("g_e", "g_i"))
+        check_number(value, f"state.{name}", name in ("g_e", "g_i", "left"))
         check_device(value, f"state.{name}", device)
 
 
@@ -308,8 +309,10 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
             at = value.data_ptr()
             if at < end and begin < at + _extent(value):
                 raise ValueError(f"out must not share memory with {name}, got a view of it; use a buffer of its own")
-    # alpha takes no gradient
-    if is_tracked(out) or any(is_tracked(v) for name, v in inputs.items() if isinstance(v, Tensor) and name != "alpha"):
+    # these two take no gradient
+    if is_tracked(out) or any(
+        is_tracked(v) for name, v in inputs.items() if isinstance(v, Tensor) and name not in ("alpha", "refractory")
+    ):
         raise ValueError(
             "out takes spikes that no gradient flows through, got arguments that require one; call under "
             "torch.no_grad(), or leave out= away"

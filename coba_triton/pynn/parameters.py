@@ -1,7 +1,7 @@
 """Convert parameters of PyNN's ``IF_cond_exp`` and NEST's ``iaf_cond_exp`` to and from :class:`CobaLIFParameters`.
 
-Both models are this package's neuron with a refractory period in addition. This package has no refractory period, so it must
-be zero. An offset current ``I`` becomes a resting potential of ``v_rest + I / g_l``, which gives the same equation.
+Both models are this package's neuron. An offset current ``I`` becomes a resting potential of ``v_rest + I / g_l``, which
+gives the same equation.
 
 Source: the standard cell ``IF_cond_exp`` of PyNN (Davison et al. 2009, doi:10.3389/neuro.11.011.2008) and the model
 ``iaf_cond_exp`` of NEST.
@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
         E_ex=0.0, E_in=-85.0, V_th=-55.0, V_reset=-60.0, I_e=0.0,
     ),
 }  # fmt: skip
-MUST_BE_ZERO = ("tau_refrac", "t_ref")
+NOT_NEGATIVE = {"tau_refrac", "t_ref"}
 POSITIVE = {"cm", "tau_m", "tau_syn_E", "tau_syn_I", "C_m", "g_L", "tau_syn_ex", "tau_syn_in"}
 
 
@@ -50,10 +50,8 @@ def _number(value: Any, name: str) -> Number:
     check_number(value, name)
     check_numbers({name: value})
     number: Number = value if isinstance(value, Tensor) else float(value)
-    if name in MUST_BE_ZERO and bool(torch.as_tensor(number != 0).any()):
-        raise ValueError(
-            f"{name} must be 0, as this neuron has no refractory period, got {number}; pass {name}=0 to do without"
-        )
+    if name in NOT_NEGATIVE and bool(torch.as_tensor(number < 0).any()):
+        raise ValueError(f"{name} must not be negative, got {number}; pass {name}=0 to do without a refractory period")
     if name in POSITIVE and not bool(torch.as_tensor(number > 0).all()):
         raise ValueError(f"{name} must be positive, got {number}")
     return number
@@ -77,8 +75,7 @@ def from_pynn(
     Args:
         parameters: values by the simulator's names, in its units: nF, ms and mV for ``IF_cond_exp``; pF, nS, ms and mV for
             ``iaf_cond_exp``. A value is a number, an array or a list with a number for each neuron ``[N]``, or a tensor,
-            through which gradients flow. A missing value has the simulator's default; the default refractory period is not
-            0.
+            through which gradients flow. A missing value has the simulator's default: the refractory period's is not 0.
         model: ``IF_cond_exp`` for PyNN or ``iaf_cond_exp`` for NEST.
         method: surrogate derivative of the spike, see :class:`CobaLIFParameters`.
         alpha: steepness of the surrogate derivative in 1/mV.
@@ -88,13 +85,13 @@ def from_pynn(
 
     Raises:
         TypeError: if a value is neither a number nor an array of numbers.
-        ValueError: if the model or a name is unknown, the refractory period is not 0, a time constant, capacitance or
+        ValueError: if the model or a name is unknown, the refractory period is negative, a time constant, capacitance or
             conductance is not positive, or a number is not finite.
 
     Example:
-        >>> p = from_pynn({"cm": 0.25, "tau_m": 10.0, "tau_refrac": 0.0})
-        >>> p.c_m_inv, p.g_l, p.v_thresh
-        (4.0, 0.025, -50.0)
+        >>> p = from_pynn({"cm": 0.25, "tau_m": 10.0, "tau_refrac": 5.0})
+        >>> p.c_m_inv, p.g_l, p.refractory
+        (4.0, 0.025, 5.0)
     """
     _check_model(model)
     defaults = DEFAULTS[model]
@@ -121,6 +118,7 @@ def from_pynn(
             v_thresh=q["v_thresh"],
             method=method,
             alpha=alpha,
+            refractory=q["tau_refrac"],
         )
     else:
         p = CobaLIFParameters(
@@ -135,6 +133,7 @@ def from_pynn(
             v_thresh=q["V_th"],
             method=method,
             alpha=alpha,
+            refractory=q["t_ref"],
         )
     check_parameters(p)
     return p
@@ -149,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_pynn(p: Any, model: str = "IF_cond_exp") -> dict[str, Any]:
-    """Convert parameters to those of PyNN or NEST, with a refractory period and an offset current of 0.
+    """Convert parameters to those of PyNN or NEST, with an offset current of 0.
 
     The surrogate derivative is left out.
 
@@ -176,13 +175,14 @@ def to_pynn(p: Any, model: str = "IF_cond_exp") -> dict[str, Any]:
     c_m, g_l = 1 / _plain(p.c_m_inv), _plain(p.g_l)
     tau_e, tau_i = 1 / _plain(p.tau_syn_exc_inv), 1 / _plain(p.tau_syn_inh_inv)
     e_rev_e, e_rev_i = _plain(p.e_rev_E), _plain(p.e_rev_I)
+    refractory = _plain(getattr(p, "refractory", 0.0))
     v_rest, v_thresh, v_reset = _plain(p.v_rest), _plain(p.v_thresh), _plain(p.v_reset)
     if model == "IF_cond_exp":
         return dict(
-            v_rest=v_rest, cm=c_m, tau_m=c_m / g_l, tau_refrac=0.0, tau_syn_E=tau_e, tau_syn_I=tau_i,
+            v_rest=v_rest, cm=c_m, tau_m=c_m / g_l, tau_refrac=refractory, tau_syn_E=tau_e, tau_syn_I=tau_i,
             e_rev_E=e_rev_e, e_rev_I=e_rev_i, v_thresh=v_thresh, v_reset=v_reset, i_offset=0.0,
         )  # fmt: skip
     return dict(
-        E_L=v_rest, C_m=1000 * c_m, g_L=1000 * g_l, t_ref=0.0, tau_syn_ex=tau_e, tau_syn_in=tau_i,
+        E_L=v_rest, C_m=1000 * c_m, g_L=1000 * g_l, t_ref=refractory, tau_syn_ex=tau_e, tau_syn_in=tau_i,
         E_ex=e_rev_e, E_in=e_rev_i, V_th=v_thresh, V_reset=v_reset, I_e=0.0,
     )  # fmt: skip

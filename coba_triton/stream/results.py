@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..common.files import is_there, local_path, written_whole
-from ..neuron.records import CobaLIFFeedForwardState, CobaLIFState
+from ..neuron.records import FeedForwardState, RecurrentState, feed_forward_state, recurrent_state
 from ..ops import validation
 from ..ops.spikes import WORD_BITS, word_count
 from .npz import read_npz
@@ -166,7 +166,7 @@ class Result:
         return StoredSpikes(self._arrays["spikes"], self.steps)
 
     @property
-    def state(self) -> CobaLIFFeedForwardState | CobaLIFState:
+    def state(self) -> FeedForwardState | RecurrentState:
         """The state after the last finished step. ``simulate(..., state=result.state)`` goes on from it."""
         if "state" not in self:
             raise ValueError(
@@ -174,7 +174,7 @@ class Result:
             )
         fields = map(torch.from_numpy, np.array(self._arrays["state"][:]))
         recurrent = self.attributes["config"]["network"] == "CobaLIFRecurrent"
-        return CobaLIFState(*fields) if recurrent else CobaLIFFeedForwardState(*fields)
+        return recurrent_state(*fields) if recurrent else feed_forward_state(*fields)
 
     def array(self, name: str) -> Array:
         """A whole array by its name: one that the caller added, a parameter that differs between neurons, ``input_e``, ...

@@ -28,10 +28,18 @@ from ..common.files import reason
 from ..common.versions import package_version
 from ..functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
 from ..modules import CobaLIF, CobaLIFRecurrent
-from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from ..neuron.records import (
+    CobaLIFParameters,
+    FeedForwardState,
+    State,
+    feed_forward_state,
+    numbers_of,
+    recurrent_state,
+)
 from ..ops import operators, time_blocks, validation
 from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
+from ..ops.tensors import is_refractory
 from .results import Result
 from .sinks import Checkpoint, Header, Sink, open_sink
 from .sources import Blocks, digest
@@ -280,7 +288,7 @@ class _Running(NamedTuple):
     before: Any
     after: Any
     words: Tensor
-    traces: CobaLIFFeedForwardState | None
+    traces: FeedForwardState | None
     jobs: Sequence[Future[None]]
 
 
@@ -360,7 +368,7 @@ class BlockRun:
             for name, members in record.populations.items()
         }
         for name in record.variables:
-            if not validation.is_one_of(name, CobaLIFFeedForwardState._fields):
+            if not validation.is_one_of(name, State._fields):
                 raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
         self.backend = choose_backend(self.network.backend, self.device)
         self.stream: ForwardStream | None = None
@@ -380,7 +388,7 @@ class BlockRun:
 
     def _check_numbers(self) -> None:
         """Refuse numbers that are not finite, and warn of parameters for which the Euler step is too large."""
-        numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
+        numbers = numbers_of(self.p)
         validation.check_numbers(numbers | dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False)))
         single = {name: v.item() for name, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
         validation.warn_if_unstable(self.p._replace(**single), self.network.dt)
@@ -413,7 +421,7 @@ class BlockRun:
             step = held + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
         whole = math.lcm(WORD_BITS, self.every)  # so many steps fill whole rows of every array
-        numbers = {name: getattr(self.p, name) for name in NUMERIC_PARAMETERS}
+        numbers = numbers_of(self.p)
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
         config: dict[str, Any] = {
             "network": type(self.network).__name__,
@@ -437,6 +445,10 @@ class BlockRun:
             },
             "block_steps": max(-(-block_steps // whole), 1) * whole,
         }
+        if is_refractory(self.p, self.state):
+            config["fields"] = len(self.state)
+        else:  # as in the runs of versions without a refractory period, which can be resumed
+            del config["parameters"]["refractory"]
         arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
         arrays |= {f"population_{number}": members for number, members in enumerate(self.populations.values())}
         return Header(config, columns_of(config), arrays, self.blocks.steps, config["block_steps"], versions())
@@ -481,7 +493,7 @@ class BlockRun:
 
         dtype = self.state.v.dtype
         constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
-        state = torch.stack(list(self.state)).reshape(3, -1)
+        state = torch.stack(list(self.state)).reshape(len(self.state), -1)
         with closing(ForwardStream(constants, self.network.order == "jump_first", state, self.header.block_steps)) as stream:
             self.stream = stream
             yield
@@ -503,7 +515,7 @@ class BlockRun:
                 input_sum = sums = lanes(self.shape.numel())
             flat = _flat_input(x, self.shape, before.v.dtype)
             state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
-            self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
+            self.state = feed_forward_state(*state.reshape(-1, *self.shape))
         elif self.recurrent and self.backend != "reference":
             words, traces = self._connected(x)
         elif self.recurrent and len(self.neurons):
@@ -535,18 +547,18 @@ class BlockRun:
             rows["input_e"], rows["input_i"] = self._mean_inputs(x)
         return _Finished(start, stop, rows, state, input_sum if isinstance(input_sum, int) else checksum(input_sum))
 
-    def _connected(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState | None]:
+    def _connected(self, x: Tensor) -> tuple[Tensor, FeedForwardState | None]:
         """Simulate a block of connected neurons, and keep the traces of those that are recorded."""
         z, *others = self.state
         steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
         words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
-        traces = z.new_empty(3, steps, len(self.ascending)) if len(self.ascending) else None
+        traces = z.new_empty(len(others), steps, len(self.ascending)) if len(self.ascending) else None
         block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
         z, state = time_blocks.forward(
             self.connected,
             _kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
             z.reshape(rows),
-            torch.stack(others).reshape(3, *rows),
+            torch.stack(others).reshape(len(others), *rows),
             None,
             words,
             traces,
@@ -555,28 +567,28 @@ class BlockRun:
             "auto",
             None if traces is None else self.ascending,
         )
-        self.state = CobaLIFState(z.reshape(self.shape), *state.reshape(3, *self.shape))
-        kept = None if traces is None else CobaLIFFeedForwardState(*traces[..., self.places])
+        self.state = recurrent_state(z.reshape(self.shape), *state.reshape(-1, *self.shape))
+        kept = None if traces is None else feed_forward_state(*traces[..., self.places])
         return words.reshape(len(words), *self.shape), kept
 
-    def _with_all_states(self, x: Tensor) -> tuple[Tensor, CobaLIFFeedForwardState]:
+    def _with_all_states(self, x: Tensor) -> tuple[Tensor, FeedForwardState]:
         """The same for the reference, which records the states of all neurons.
 
         It runs over parts of the block, so that these states take little memory.
         """
-        step = 3 * self.shape.numel() * self.state.v.element_size()
+        step = len(self.state) * self.shape.numel() * self.state.v.element_size()
         words, traces = [], []
         for part in x.split(word_count(max(STATE_BYTES // step, 1)) * WORD_BITS):
             spikes, states = self._integrate(part, self.state, True)
-            self.state = CobaLIFState(*(field[-1].clone() for field in states))
+            self.state = type(self.state)(*(field[-1].clone() for field in states))
             words.append(spikes)
             traces.append([field.flatten(1)[:, self.neurons] for field in states[1:]])
-        return torch.cat(words), CobaLIFFeedForwardState(*map(torch.cat, zip(*traces, strict=True)))
+        return torch.cat(words), feed_forward_state(*map(torch.cat, zip(*traces, strict=True)))
 
-    def _chosen_traces(self, x: Tensor, before: Any) -> CobaLIFFeedForwardState:
+    def _chosen_traces(self, x: Tensor, before: Any) -> FeedForwardState:
         """Traces of unconnected neurons: those that are recorded run a second time, without the others."""
         chosen = x.expand(len(x), *self.shape).reshape(len(x), self.shape.numel())[:, self.neurons]
-        state = CobaLIFFeedForwardState(*(field.reshape(-1)[self.neurons] for field in before))
+        state = feed_forward_state(*(field.reshape(-1)[self.neurons] for field in before))
         return self._integrate(chosen, state, True, self.chosen)[1]  # type: ignore[no-any-return]  # states by record_states
 
     def _count(self, words: Any, steps: int) -> Any:
@@ -610,7 +622,8 @@ class BlockRun:
                 "(input, weights, initial state and parameters are finite); make dt, the weights or the input smaller"
             )
         rate, g_l = self.rates
-        factor = float(np.max(rate * (g_l + (state[-2] + state[-1]))))
+        g_e = self.state._fields.index("g_e")
+        factor = float(np.max(rate * (g_l + (state[g_e] + state[g_e + 1]))))
         if factor > self.limit:
             self.limit = _next_limit(factor)
             unstable = validation.instability(factor)

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.files import read_bytes, reason
-from ..neuron.records import NUMERIC_PARAMETERS
+from ..neuron.records import NUMERIC_PARAMETERS, OPTIONAL_PARAMETERS
 from ..ops.spikes import WORD_BITS
 
 FORMAT = "coba_triton result"
@@ -90,7 +90,8 @@ def columns_of(config: Mapping[str, Any]) -> dict[str, Column]:
 
 def state_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of a state's chunk, ``[1, F, *neurons]``."""
-    return (1, 4 if config["network"] == "CobaLIFRecurrent" else 3, *config["neurons"])
+    fields = 4 if config["network"] == "CobaLIFRecurrent" else 3
+    return (1, config.get("fields", fields), *config["neurons"])
 
 
 class Fixed(NamedTuple):
@@ -274,8 +275,11 @@ def _check_content(attributes: dict[str, Any]) -> None:
     for name, column in columns_of(config).items():
         if column.rows(block_steps) * math.prod(column.shape) * np.dtype(column.dtype).itemsize > MOST_PACKED:
             raise ValueError(f"the size of a block of {name}")
-    if set(_is(config["parameters"], dict)) != set(NUMERIC_PARAMETERS):
+    if set(_is(config["parameters"], dict)) | set(OPTIONAL_PARAMETERS) != set(NUMERIC_PARAMETERS):
         raise ValueError("parameters")
+    recurrent = config["network"] == "CobaLIFRecurrent"
+    if config.get("fields", 3 + recurrent) not in (3 + recurrent, 4 + recurrent):  # without or with a refractory period
+        raise ValueError("fields")
     if attributes["steps"] is not None:
         _size(attributes["steps"])
     _is(attributes["finished"], bool)

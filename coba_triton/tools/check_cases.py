@@ -121,6 +121,12 @@ def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
                 lambda d, t=dtype, p=record: problem(35, (2, 20), t, d, per_neuron=p),
                 gradients=True, method=method, order=order, record_states=record,
             )  # fmt: skip
+    for order, dtype, per_neuron in zip(ORDERS, (f32, f64), (False, True), strict=True):
+        yield against_reference(
+            "refractory period", f"{dtype} {order}, {'own' if per_neuron else 'shared'} parameters",
+            lambda d, t=dtype, p=per_neuron: problem(35, (2, 20), t, d, per_neuron=p, refractory=True),
+            gradients=True, order=order, record_states=per_neuron,
+        )  # fmt: skip
     for steps in (3, 8, 17, 64, *(() if interpreted else (1000,))):
         yield against_reference(
             "gradients of every length", f"{steps} steps", lambda d, s=steps: problem(s, (33,), device=d), gradients=True
@@ -172,6 +178,12 @@ def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
                 lambda d: recurrent_problem(37, 2, 9, f64, d, binary=False, per_neuron=True),
                 gradients=True, method=method, order=order, path=path,
             )  # fmt: skip
+    for order, path in zip(ORDERS, paths[:2], strict=True):
+        yield against_reference(
+            "recurrent refractory period", f"float64 {order} {path}",
+            lambda d: recurrent_problem(37, 2, 9, f64, d, per_neuron=True, refractory=True),
+            gradients=True, order=order, path=path,
+        )  # fmt: skip
     for neurons, path in itertools.product((10, *(() if interpreted else (300,))), paths[:2]):
         yield against_reference(
             "recurrent gradients", f"super float32 {neurons} neurons {path}",

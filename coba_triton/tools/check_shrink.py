@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..neuron.records import CobaLIFFeedForwardState, CobaLIFState
+from ..neuron.records import feed_forward_state, recurrent_state
 from .check_cases import AnyProblem, Check
 from .problems import Problem, RecurrentProblem
 
@@ -27,7 +27,7 @@ def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slic
         return replace(
             case,
             x=case.x[:steps][pick],
-            state=CobaLIFFeedForwardState(*(torch.as_tensor(field)[neurons] for field in case.state)),
+            state=feed_forward_state(*(torch.as_tensor(field)[neurons] for field in case.state)),
             parameters={name: value[neurons] if value.dim() else value for name, value in case.parameters.items()},
         )
 
@@ -39,7 +39,7 @@ def part(case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slic
     return replace(
         case,
         x=case.x[:steps, rows, inputs],
-        state=CobaLIFState(*(torch.as_tensor(field)[rows][:, neurons] for field in case.state)),
+        state=recurrent_state(*(torch.as_tensor(field)[rows][:, neurons] for field in case.state)),
         input_weights=case.input_weights[neurons, inputs].contiguous(),
         recurrent_weights=case.recurrent_weights[neurons, neurons].contiguous(),
         parameters={name: few(value) for name, value in case.parameters.items()},

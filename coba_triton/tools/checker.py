@@ -14,9 +14,10 @@ from torch import Tensor
 from .. import functional
 from ..backend import reference
 from ..backend.choose import choose_backend, triton_device_type
-from ..neuron.records import CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, State
+from ..neuron.records import CobaLIFParameters, feed_forward_state, numbers_of, recurrent_state
 from ..ops import validation
 from ..ops.constants import derive_constants
+from ..ops.tensors import is_refractory
 from .check_cases import LEVELS, AnyProblem, Check, Run, generate
 from .check_shrink import flatten, shrink, snippet
 from .problems import VALUES, Problem, RecurrentProblem
@@ -182,17 +183,18 @@ def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
     options = check.ours.options | {"record_states": True}
     order, method = options.get("order", "decay_first"), options.get("method", "super")
     _, trace = case.run(check.ours.backend, **options)
-    z, v, g_e, g_i = (
-        torch.cat([torch.as_tensor(initial)[None], after[:-1]]) for initial, after in zip(case.state, trace, strict=True)
+    before = type(trace)(
+        *(torch.cat([torch.as_tensor(initial)[None], after[:-1]]) for initial, after in zip(case.state, trace, strict=True))
     )
+    z, v, g_e, g_i = before[:4]
     dtype = trace.v.dtype
     c = derive_constants(case.record(method), case.dt, dtype, case.x.device)
     weights = reference.SplitWeights.of(case.input_weights, case.recurrent_weights)
     x = case.x.to(dtype)
-    jump_first, before = order == "jump_first", State(v, g_e, g_i)
+    jump_first = order == "jump_first"
     never = c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf))
-    fired, after = reference.recurrent_step(x, z, before, weights, c, jump_first, method)
-    _, unreset = reference.recurrent_step(x, z, before, weights, never, jump_first, method)
+    fired, after, _ = reference.recurrent_step(x, z, before, weights, c, jump_first, method)
+    _, unreset, _ = reference.recurrent_step(x, z, before, weights, never, jump_first, method)
     ulp = torch.finfo(dtype).eps / 2
     terms = x.shape[-1] + trace.v.shape[-1] + 4
     magnitude = x.abs() @ case.input_weights.abs().t() + z.abs() @ case.recurrent_weights.abs().t()
@@ -334,8 +336,12 @@ def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, 
     validation.check_parameters(p)
     if isinstance(p.alpha, Tensor) and p.alpha.dim():
         raise ValueError(f"alpha must be one number to be checked, got a tensor of {list(p.alpha.shape)}; pass one number")
-    numbers = {name: torch.as_tensor(getattr(p, name), dtype=None if isinstance(getattr(p, name), Tensor) else torch.float64)
-               for name in VALUES}  # fmt: skip
+    needed = (*VALUES, "refractory") if is_refractory(p, state) else VALUES
+    numbers = {
+        name: torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+        for name, value in numbers_of(p).items()
+        if name in needed
+    }
     parameters = {name: value.detach().to(x.device) for name, value in numbers.items()}
     alpha = float(p.alpha)
     if weights is None:
@@ -343,11 +349,11 @@ def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, 
         tensors = functional._feed_forward_state(x, state, p, dt, x.shape[1:]).detach()
         neurons = tensors.shape[1:]
         given = x.detach().reshape(len(x), *(1,) * (len(neurons) - x.dim() + 1), *x.shape[1:]).expand(len(x), *neurons)
-        initial = CobaLIFFeedForwardState(*tensors.clone())
+        initial = feed_forward_state(*tensors.clone())
         return flatten(Problem(given, initial, parameters, alpha, dt))
     validation.check_input(x, "[T, *batch, I]", 2)
     tensors = functional._recurrent_state(x, state, *weights, p, dt, x.shape[1:]).detach()
-    before = CobaLIFState(*tensors.clone())
+    before = recurrent_state(*tensors.clone())
     w_in, w_rec = (w.to(tensors.dtype) for w in weights)
     return flatten(RecurrentProblem(x.detach(), before, w_in.detach(), w_rec.detach(), parameters, alpha, dt))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backend import reference
-from ..neuron.records import NUMERIC_PARAMETERS, State
+from ..neuron.records import State, numbers_of
 from ..ops.constants import derive_constants
 from ..ops.spikes import unpack_spikes
 from .problems import Case, Problem, RecurrentProblem
@@ -159,13 +159,13 @@ def _compiled_loop(problem: Problem | RecurrentProblem, order: str) -> Tensor:
         z, *fields = state
         s = State(*fields)
         for x in problem.x.unbind(0):
-            z, s = step(x, z, s, weights, c, jump_first, "super")
+            z, s, _ = step(x, z, s, weights, c, jump_first, "super")
             spikes.append(z)
     else:
         step = _compiled(reference.feed_forward_step)
         s = State(*state)
         for x in problem.x.unbind(0):
-            z, s = step(x, s, c, jump_first, "super")
+            z, s, _ = step(x, s, c, jump_first, "super")
             spikes.append(z)
     return torch.stack(spikes)
 
@@ -173,7 +173,8 @@ def _compiled_loop(problem: Problem | RecurrentProblem, order: str) -> Tensor:
 def _norse_loop(problem: Problem | RecurrentProblem, rows: Callable[[Tensor], Any]) -> Tensor:
     import norse.torch as norse
 
-    numbers = {name: torch.as_tensor(getattr(problem.record(), name)) for name in NUMERIC_PARAMETERS}
+    shared = norse.CobaLIFParameters._fields  # norse's neurons have no refractory period
+    numbers = {name: torch.as_tensor(value) for name, value in numbers_of(problem.record()).items() if name in shared}
     p = norse.CobaLIFParameters(**numbers, method="super")
     recurrent = isinstance(problem, RecurrentProblem)
     state = (norse.CobaLIFState if recurrent else norse.CobaLIFFeedForwardState)(*problem.state)

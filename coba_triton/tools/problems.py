@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
-from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
+from ..neuron.records import (
+    CobaLIFFeedForwardState,
+    CobaLIFParameters,
+    CobaLIFState,
+    FeedForwardState,
+    RecurrentState,
+    feed_forward_state,
+    recurrent_state,
+)
 
 DT = 0.01
 VALUES = {
@@ -28,7 +36,8 @@ VALUES = {
     "v_reset": -0.7,
     "v_thresh": -0.1,
 }
-LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name != "alpha")
+# A refractory period in ms that is rounded up to three steps; those of the neurons are up to twice as long.
+REFRACTORY = 0.025
 
 
 class _Runs:
@@ -82,7 +91,7 @@ class Problem(_Runs):
     """The arguments of a feed-forward run."""
 
     x: Tensor
-    state: CobaLIFFeedForwardState
+    state: FeedForwardState
     parameters: dict[str, Tensor]
     alpha: float = 5.0
     dt: float = DT
@@ -102,6 +111,7 @@ def problem(
     device: torch.device | str = "cpu",
     *,
     per_neuron: bool = False,
+    refractory: bool = False,
 ) -> Problem:
     """Make a feed-forward problem.
 
@@ -111,6 +121,7 @@ def problem(
         dtype: dtype of the input; with bool and integers the input is spikes.
         device: the device of all tensors.
         per_neuron: whether every neuron has its own parameters.
+        refractory: whether there is a refractory period, and neurons that are held at the start.
     """
     g = torch.Generator().manual_seed(0)
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
@@ -128,11 +139,20 @@ def problem(
         name: value * (1 + 0.05 * randn(*shape)) if per_neuron else torch.tensor(value, dtype=compute)
         for name, value in VALUES.items()
     }
+    fields = [*state, *_held(parameters, torch.as_tensor(state.g_i), per_neuron)] if refractory else state
     return Problem(
         x.to(device),
-        CobaLIFFeedForwardState(*(torch.as_tensor(s).to(device) for s in state)),
+        feed_forward_state(*(torch.as_tensor(field).to(device) for field in fields)),
         {name: value.to(device) for name, value in parameters.items()},
     )
+
+
+def _held(parameters: dict[str, Tensor], like: Tensor, per_neuron: bool) -> list[Tensor]:
+    """Add a refractory period to the parameters; returns the field ``left`` of a state in which some neurons are held."""
+    numbers = torch.arange(like.numel()).reshape(like.shape)
+    each = numbers.expand(like.shape)[(0,) * (like.dim() - parameters["v_thresh"].dim())] if per_neuron else numbers
+    parameters["refractory"] = (REFRACTORY / 2 * (each % 5) if per_neuron else torch.tensor(REFRACTORY)).to(like.dtype)
+    return [(numbers % 4 * (numbers % 3 == 0)).to(like.dtype)]
 
 
 # More numbers than this are drawn on the device itself, as a CPU would take minutes. They differ between devices.
@@ -154,7 +174,7 @@ class RecurrentProblem(_Runs):
     """The arguments of a recurrent run."""
 
     x: Tensor
-    state: CobaLIFState
+    state: RecurrentState
     input_weights: Tensor
     recurrent_weights: Tensor
     parameters: dict[str, Tensor]
@@ -187,6 +207,7 @@ def recurrent_problem(
     exact: bool = True,
     per_neuron: bool = False,
     binary: bool = True,
+    refractory: bool = False,
     seed: int = 0,
 ) -> RecurrentProblem:
     """Make a recurrent problem.
@@ -201,6 +222,7 @@ def recurrent_problem(
         exact: whether the weights are multiples of 2^-10, so that sums of them are exact in every order.
         per_neuron: whether every neuron has its own parameters.
         binary: whether the input is spikes.
+        refractory: whether there is a refractory period, and neurons that are held at the start.
         seed: the seed of the random numbers.
     """
     g = torch.Generator().manual_seed(seed)
@@ -222,9 +244,10 @@ def recurrent_problem(
         name: value * (1 + 0.05 * randn(neurons)) if per_neuron else torch.tensor(value, dtype=torch.float64)
         for name, value in VALUES.items()
     }
+    fields = [*state, *_held(parameters, torch.as_tensor(state.g_i), per_neuron)] if refractory else state
     return RecurrentProblem(
         x.to(device, dtype),
-        CobaLIFState(*(torch.as_tensor(field).to(device, dtype) for field in state)),
+        recurrent_state(*(torch.as_tensor(field).to(device, dtype) for field in fields)),
         weights(neurons, inputs).to(device),
         weights(neurons, neurons).to(device),
         {name: value.to(device, dtype) for name, value in parameters.items()},
@@ -257,7 +280,7 @@ def sparse_problem(
     state = CobaLIFState(torch.zeros_like(rest), rest, torch.zeros_like(rest), torch.zeros_like(rest))
     return RecurrentProblem(
         x.to(device, dtype),
-        CobaLIFState(*(torch.as_tensor(field).to(device, dtype) for field in state)),
+        recurrent_state(*(torch.as_tensor(field).to(device, dtype) for field in state)),
         input_weights.to(device, dtype),
         recurrent_weights.to(device, dtype),
         {name: torch.tensor(value, dtype=dtype, device=device) for name, value in SPARSE_VALUES.items()},

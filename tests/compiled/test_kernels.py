@@ -242,8 +242,8 @@ class LastProgram:
 
 
 def constants_of(case: Problem | RecurrentProblem) -> Tensor:
-    """The constants' table ``[10, 1]`` as the public functions derive it."""
-    return torch.stack(derive_constants(case.record(), DT, F32, torch.device("cpu"))).view(10, 1)
+    """The constants' table ``[C, 1]`` as the public functions derive it."""
+    return torch.stack(derive_constants(case.record(), DT, F32, torch.device("cpu"))).unsqueeze(1)
 
 
 STEPS = 33

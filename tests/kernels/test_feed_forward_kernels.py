@@ -16,6 +16,7 @@ from coba_triton import (
     unpack_spikes,
 )
 from coba_triton.backend.choose import triton_device_type
+from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import DT, Problem, problem
 from helpers.bits import assert_same_bits
@@ -333,7 +334,7 @@ def test_inference_saves_nothing(backend, device) -> None:
     _, _, _, words, checkpoints = torch.ops.coba_triton.feed_forward(
         case.x,
         torch.stack(tuple(case.state)),
-        torch.ones(10, 1, device=device),
+        torch.ones(len(Constants._fields), 1, device=device),
         backend,
         False,
         "super",

@@ -16,6 +16,7 @@ from coba_triton import CobaLIFParameters, CobaLIFState, coba_lif_integral, coba
 from coba_triton import kernels as kernels_package
 from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import recurrent as recurrent_kernels
+from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import DT, VALUES, recurrent_problem
 from helpers.bits import assert_same_bits
@@ -275,7 +276,7 @@ def test_saved_memory(device) -> None:
             torch.stack(case.state[1:]),
             case.input_weights,
             case.recurrent_weights,
-            torch.zeros(10, 1, device=device),
+            torch.zeros(len(Constants._fields), 1, device=device),
             "triton",
             False,
             "super",

@@ -60,12 +60,17 @@ def test_no_equation_stands_elsewhere() -> None:
         assert not {"torch", "triton", "numba", "numpy"} & set(vars(module))
 
 
-def test_constants_are_the_parameters_and_three_products() -> None:
-    assert set(Constants._fields) & set(CobaLIFParameters._fields) == set(Constants._fields) - {"decay_e", "decay_i", "k"}
+def test_constants_are_the_parameters_three_products_and_a_count() -> None:
+    assert set(Constants._fields) & set(CobaLIFParameters._fields) == set(Constants._fields) - {
+        "decay_e",
+        "decay_i",
+        "k",
+        "n_ref",
+    }
     assert Sums._fields == Constants._fields[: len(Sums._fields)]
 
 
-CONSTANTS = Constants(-0.02, -0.05, 0.5, 0.25, -100.0, 60.0, -20.0, -70.0, -10.0, 100.0)
+CONSTANTS = Constants(-0.02, -0.05, 0.5, 0.25, -100.0, 60.0, -20.0, -70.0, -10.0, 100.0, 0.0)
 
 
 @pytest.mark.parametrize("jump_first", [False, True])
@@ -84,7 +89,7 @@ def test_the_adjoint_is_autograd_s(method: str, jump_first: bool) -> None:
     c = Constants(*(torch.full((count,), value, dtype=torch.float64, requires_grad=True) for value in CONSTANTS))
     c = c._replace(alpha=torch.full((count,), 2.0, dtype=torch.float64))
     drive = reference.split_input(x)
-    z, after = reference.step(s, drive, None, c, jump_first, method)
+    z, after, _ = reference.step(s, drive, None, c, jump_first, method)
     grad_z, lam = torch.randn(count, dtype=torch.float64), State(*torch.randn(3, count, dtype=torch.float64).unbind())
     total = (z * grad_z).sum() + sum((a * b).sum() for a, b in zip(after, lam, strict=True))
     wanted = torch.autograd.grad(total, [*s, x, *c[: len(Sums._fields)]], allow_unused=True, materialize_grads=True)
@@ -97,15 +102,15 @@ def test_the_adjoint_is_autograd_s(method: str, jump_first: bool) -> None:
     with torch.no_grad():
         u = reference.integrate(s, drive, None, c, jump_first)
         kept = Kept(s.v, u.v, u.g_e, u.g_i)
-        a = vjp(z, kept, grad_z, lam, None, c, jump_first, method)
+        a = vjp(z, kept, None, grad_z, lam, None, c, jump_first, method)
         decayed = reference.decaying(s, drive, None, jump_first)
         zero = torch.zeros(count, dtype=torch.float64)
-        sums = vjp_constants(Sums(*(zero,) * len(Sums._fields)), z, kept, *decayed, lam, a, c)
+        sums = vjp_constants(Sums(*(zero,) * len(Sums._fields)), z, kept, None, *decayed, lam, a, c)
         found = [*a.lam, vjp_input(x, a.drive), *sums]
         assert 0 < z.sum() < count
         torch.testing.assert_close(found, list(wanted), rtol=1e-12, atol=1e-12)
         recorded = State(*torch.randn(3, count, dtype=torch.float64).unbind())
-        more = vjp(z, kept, grad_z, lam, recorded, c, jump_first, method)
+        more = vjp(z, kept, None, grad_z, lam, recorded, c, jump_first, method)
         expected = [own + other for own, other in zip(a.lam, recorded, strict=True)]
         torch.testing.assert_close(list(more.lam), expected, rtol=1e-12, atol=1e-12)
 
@@ -114,5 +119,5 @@ def test_the_equations_run_on_python_numbers() -> None:
     """One neuron by hand: at rest, a drive of 1 uS raises g_e; a potential above the threshold is reset."""
     u = step.integrate(State(-20.0, 0.0, 0.0), Drive(1.0, 0.0), None, CONSTANTS, False)
     assert u == State(-20.0 + 0.5 * (1.0 * (60.0 - -20.0)), 1.0, 0.0)
-    assert step.fire(step.excess(u, CONSTANTS))
-    assert step.reset(u, 1.0, CONSTANTS) == State(-70.0, 1.0, 0.0)
+    assert step.fire(step.excess(u, CONSTANTS), None)
+    assert step.reset(u, 1.0, None, CONSTANTS) == State(-70.0, 1.0, 0.0)

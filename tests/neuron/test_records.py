@@ -38,7 +38,9 @@ from coba_triton import (
 
 T, B, N = 60, 2, 5
 DEFAULTS = CobaLIFParameters(v_rest=-60, v_reset=-65, v_thresh=-50, e_rev_E=0, e_rev_I=-80)
-TENSORS = {name: torch.as_tensor(value) for name, value in DEFAULTS._asdict().items() if name not in ("method", "alpha")}
+# norse's records have no refractory period
+LACKING = ("method", "alpha", "refractory")
+TENSORS = {name: torch.as_tensor(value) for name, value in DEFAULTS._asdict().items() if name not in LACKING}
 
 
 def record(kind: str, name: str, **fields: Any) -> Any:

@@ -24,6 +24,7 @@ def run(
     learn: bool = True,
     train: bool = False,
     spike_gradient: bool = True,
+    refractory: float = 0.0,
     **options: Any,
 ) -> None:
     """Call the public function, and autograd when training."""
@@ -36,7 +37,7 @@ def run(
     spikes, state = coba_lif_feed_forward_integral(
         x,
         CobaLIFFeedForwardState(v, 0.0, 0.0),
-        CobaLIFParameters(v_thresh=v_thresh, method=method),
+        CobaLIFParameters(v_thresh=v_thresh, method=method, refractory=refractory),
         0.1,
         backend="triton",
         **options,
@@ -75,6 +76,7 @@ SPECIMENS: dict[str, dict[str, Any]] = {
     "training heaviside bfloat16": {"train": True, "method": "heaviside", "dtype": torch.bfloat16, "neurons": 100},
     "training bool": {"train": True, "dtype": torch.bool, "spike_dtype": F32},
     "training float64": {"train": True, "dtype": F64},
+    "training refractory": {"train": True, "refractory": 5.0, "record_states": True, "neurons": 100},
     "training float64 everything": {
         "train": True,
         "dtype": F64,
@@ -95,6 +97,7 @@ def run_recurrent(
     train: bool = False,
     per_neuron: bool = False,
     method: str = "super",
+    refractory: float = 0.0,
     **options: Any,
 ) -> None:
     """Call the public function, and autograd when training."""
@@ -102,7 +105,7 @@ def run_recurrent(
     w_in = torch.ones(neurons, inputs, dtype=dtype, requires_grad=train)
     w_rec = torch.zeros(1, 1, dtype=dtype).expand(neurons, neurons).requires_grad_(train)
     v_thresh = torch.full((neurons,) if per_neuron else (), -10.0, dtype=dtype, requires_grad=train)
-    p = CobaLIFParameters(v_thresh=v_thresh, method=method)
+    p = CobaLIFParameters(v_thresh=v_thresh, method=method, refractory=refractory)
     x = torch.zeros(34, batch, inputs, dtype=dtype)
     spikes, _ = coba_lif_integral(x, None, w_in, w_rec, p, 0.1, backend="triton", **options)
     if train:
@@ -122,6 +125,7 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
     },
     "recurrent 256 float64": {"neurons": 256, "train": True, "dtype": F64},
     "recurrent 1024": {"neurons": 1024, "train": True},
+    "recurrent 256 refractory": {"neurons": 256, "train": True, "refractory": 5.0, "per_neuron": True},
     "recurrent 1024, many rows": {"neurons": 1024, "batch": 64},
     "recurrent 256 float64, many rows": {"neurons": 256, "batch": 64, "dtype": F64, "train": True},
     "recurrent 4096": {"neurons": 4096},

@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 
 import coba_triton as ct
 from coba_triton.cli import main
+from coba_triton.neuron.records import Constants
 from coba_triton.ops.spikes import word_count
 from coba_triton.stream import plotting
 from coba_triton.tuning import tables as tuning
@@ -249,7 +250,7 @@ def _command(*arguments: Any) -> int:
 def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Endlessly: the name of what is called, what it may raise, and a call with something hostile in it."""
     zeros = torch.zeros
-    table = torch.ones(10, 1)
+    table = torch.ones(len(Constants._fields), 1)
     forward = [X, zeros(3, 3), table, "cpu", False, "super", torch.float32, True, 8, True]
     backward = [
         X,

@@ -115,7 +115,7 @@ def cpu_rows(edits: dict[str, str]) -> Mutant:
     return Mutant("CPU feed-forward", "coba_triton/backend/cpu/rows.py", edits)
 
 
-SPIKE = "spike = fire(excess(u, c))"
+SPIKE = "spike = fire(excess(u, c), left)"
 CURRENT = "{}g_e * (c.e_rev_E - s.v)) + {}g_i * (c.e_rev_I - s.v))"
 OWN_NEURONS = "neurons = tl.program_id(0).to(tl.int64) * {} + tl.arange(0, BLOCK)"
 RESET_GRADIENT = "((grad_z + lam.v * c.v_reset) - lam.v * kept.u)"
@@ -123,13 +123,13 @@ BACKWARD_SWEEP = "for i in tl.static_range(STEPS - 1, {}, -1):"
 LIST_BARRIER = "tl.debug_barrier()  # the list is complete before any thread reads it"
 ADJOINT_BARRIER = "tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them"
 BY_SIGN = "(weights > 0) * excitatory {} (weights < 0) * inhibitory"
-STORED_SPIKE = "reset(u, 1.0 if (words[j] >> {}) & 1 else 0.0, c)"
+STORED_SPIKE = "z: Any = 1.0 if (words[j] >> {}) & 1 else 0.0"
 
 MUTANTS = {
-    "a potential on the threshold spikes": neuron({"return x > 0.0": "return x >= 0.0"}),
+    "a potential on the threshold spikes": neuron({"z = x > 0.0": "z = x >= 0.0"}),
     "inhibition decays with excitation's rate": neuron({"g_i = g_i + c.decay_i * g_i": "g_i = g_i + c.decay_e * g_i"}),
     "voltage before conductances": neuron({CURRENT.format("", ""): CURRENT.format("s.", "s.")}),
-    "reset adds instead of replacing": neuron({"State((1.0 - z) * u.v + z * c.v_reset": "State(u.v + z * c.v_reset"}),
+    "reset adds instead of replacing": neuron({"(1.0 - z) * u.v + z * c.v_reset": "u.v + z * c.v_reset"}),
     "Triton: a potential on the threshold spikes": step({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "a NaN input is dropped": step({"tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)": "tl.maximum(x, 0.0)"}),
     "mask one too wide": feed_forward({"mask = None if EVEN else neurons < M": "mask = None if EVEN else neurons <= M"}),

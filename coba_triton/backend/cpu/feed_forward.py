@@ -9,13 +9,14 @@ import numba
 import numpy as np
 
 from ...neuron.adjoint import vjp, vjp_constants, vjp_input
-from ...neuron.records import Constants, Kept
-from ...neuron.step import decaying, excess, fire, integrate, reset, split_input
+from ...neuron.records import Constants, Kept, State
+from ...neuron.step import count_down, decaying, excess, fire, integrate, reset, split_input
 from .numba_bridge import OPTIONS, borrow, compiled, entry_point, sources
 from .rows import (
     BACKWARD_ROWS,
     CONSTANTS,
     FORWARD_ROWS,
+    LEFT,
     RECORDED,
     ROW,
     STATE,
@@ -26,6 +27,7 @@ from .rows import (
     constants_of,
     copy,
     expand,
+    left_at,
     load_per_neuron,
     load_shared,
     load_state,
@@ -40,19 +42,29 @@ from .rows import (
     sums_at,
 )
 
+FIELDS = len(State._fields)  # rows of the state that have a gradient
 # Rows of a replayed step: the state before it and its potential before the reset. The state after it begins the next frame.
-U = 3 * ROW
-FRAME = 4 * ROW
+U = LEFT + ROW
+FRAME = U + ROW
 
 
 @compiled
-def forward_row(tile: Any, x: Any, spikes: Any, neurons: int, jump_first: bool, shared: Constants | None) -> None:
-    """One step: the state in ``tile`` advances, ``spikes`` takes 0 or 1."""
+def forward_row(
+    tile: Any, x: Any, spikes: Any, neurons: int, jump_first: bool, shared: Constants | None, holds: bool | None
+) -> None:
+    """One step: the state in ``tile`` advances, ``spikes`` takes 0 or 1.
+
+    ``holds``: None, or True where there is a refractory period.
+    """
     for j in range(neurons):
         c = constants_of(tile, j, shared)
+        left = left_at(tile, LEFT, j, holds)
         u = integrate(state_at(tile, STATE, j), split_input(x[j]), None, c, jump_first)
-        spike = fire(excess(u, c))
-        put_state(tile, STATE, j, reset(u, 1.0 if spike else 0.0, c))
+        spike = fire(excess(u, c), left)
+        z: Any = 1.0 if spike else 0.0
+        put_state(tile, STATE, j, reset(u, z, left, c))
+        if holds is not None:
+            tile[LEFT + j] = count_down(left, z, c)
         spikes[j] = spike
 
 
@@ -94,20 +106,25 @@ def add_row(sums: Any, rest: Any, row: Any, columns: int) -> None:
 
 @compiled
 def replay_row(
-    tile: Any, frame: Any, x: Any, words: Any, bit: int, neurons: int, jump_first: bool, shared: Constants | None
-) -> None:
+    tile: Any, frame: Any, x: Any, words: Any, bit: int, neurons: int, jump_first: bool, shared: Constants | None,
+    holds: bool | None,
+) -> None:  # fmt: skip
     """One step again, with the stored spike instead of the threshold: from ``frame`` to the one after it."""
     for j in range(neurons):
         c = constants_of(tile, j, shared)
+        left = left_at(frame, LEFT, j, holds)
         u = integrate(state_at(frame, STATE, j), split_input(x[j]), None, c, jump_first)
+        z: Any = 1.0 if (words[j] >> bit) & 1 else 0.0
         frame[U + j] = u.v
-        put_state(frame, FRAME, j, reset(u, 1.0 if (words[j] >> bit) & 1 else 0.0, c))
+        put_state(frame, FRAME, j, reset(u, z, left, c))
+        if holds is not None:
+            frame[FRAME + LEFT + j] = count_down(left, z, c)
 
 
 @compiled
 def backward_row(
     tile: Any, frame: Any, x: Any, words: Any, bit: int, grad_spikes: Any, grad_x: Any, neurons: int,
-    jump_first: bool, shared: Constants | None, sums: bool | None, METHOD: str,
+    jump_first: bool, shared: Constants | None, holds: bool | None, sums: bool | None, METHOD: str,
 ) -> None:  # fmt: skip
     """The adjoint of the step that ``frame`` holds; ``tile`` has the gradients by the state, after it and then before.
 
@@ -118,10 +135,11 @@ def backward_row(
         z = 1.0 if (words[j] >> bit) & 1 else 0.0
         before, after, lam = state_at(frame, STATE, j), state_at(frame, FRAME, j), state_at(tile, STATE, j)
         kept = Kept(before.v, frame[U + j], after.g_e, after.g_i)
-        a = vjp(z, kept, grad_spikes[j], lam, state_at(tile, RECORDED, j), c, jump_first, METHOD)
+        left = left_at(frame, LEFT, j, holds)
+        a = vjp(z, kept, left, grad_spikes[j], lam, state_at(tile, RECORDED, j), c, jump_first, METHOD)
         if sums is not None:
             decayed_e, decayed_i = decaying(before, split_input(x[j]), None, jump_first)
-            put_sums(tile, j, vjp_constants(sums_at(tile, j), z, kept, decayed_e, decayed_i, lam, a, c))
+            put_sums(tile, j, vjp_constants(sums_at(tile, j), z, kept, left, decayed_e, decayed_i, lam, a, c))
         grad_x[j] = vjp_input(x[j], a.drive)
         put_state(tile, STATE, j, a.lam)
 
@@ -133,12 +151,14 @@ def forward_kernel() -> Any:
 
     def forward(
         x: Strided, state: Any, shared: Any, per_neuron: Any, final: Any, spikes: Strided, one: int, words: Any,
-        states: Any, checkpoints: Any, every: int, jump_first: bool, sums: Any, wide: int, steps: int, first: int, last: int,
+        states: Any, checkpoints: Any, every: int, jump_first: bool, holds: bool | None, sums: Any, wide: int, steps: int,
+        first: int, last: int,
     ) -> None:  # fmt: skip
         """Simulate the neurons from ``first`` to ``last``; arrays without elements are not written.
 
         Of the constants, ``shared`` [C] and ``per_neuron`` [C, M], one is None. A spike is written with the bits
-        ``one``. ``every``: steps between two checkpoints, or 0. ``sums``: None, or the lanes of a checksum of ``x``,
+        ``one``. ``every``: steps between two checkpoints, or 0. ``holds``: None, or True where there is a refractory period.
+        ``sums``: None, or the lanes of a checksum of ``x``,
         which is float32 and contiguous then: while a row is at hand, that costs a fraction of reading it again. ``wide``:
         neurons of a tile, at most ``TILE``.
         """
@@ -151,19 +171,20 @@ def forward_kernel() -> Any:
         fired = np.empty(TILE, np.uint8)
         rest = np.empty(GROUP, np.uint32)
         c = None if shared is None else load_shared(shared)
+        fields = len(state)
         for begin in range(first, last, wide):
             n = min(wide, last - begin)
             load_per_neuron(tile, per_neuron, begin, n)
-            load_state(tile, STATE, state, 0, 1, begin, n)
+            load_state(tile, STATE, state, 0, 1, begin, n, fields)
             for t in range(steps):
                 if every > 0 and t % every == 0:
-                    store_state(tile, checkpoints, 3 * (t // every), 1, begin, n)
+                    store_state(tile, checkpoints, fields * (t // every), 1, begin, n, fields)
                 row = row_of(buffer, bits, x, t, begin, n)
                 at = t * spikes.stride_t + begin
                 out = spikes.data[at : at + n] if spikes.itemsize == 1 else fired
                 prefetch(x, t + 1, begin, n)
                 prefetch(spikes, t + 1, begin, n)
-                forward_row(tile, row, out, n, jump_first, c)
+                forward_row(tile, row, out, n, jump_first, c, holds)
                 if sums is not None:
                     add_row(borrow(sums)[begin // 4 :], borrow(rest), row.view(np.uint32), n)
                 if spikes.itemsize > 1:
@@ -171,8 +192,8 @@ def forward_kernel() -> Any:
                 if words.size > 0:
                     pack(words[t // 32, begin : begin + n], out, t % 32, n)
                 if states.size > 0:
-                    store_state(tile, states, t, steps, begin, n)
-            store_state(tile, final, 0, 1, begin, n)
+                    store_state(tile, states, t, steps, begin, n, fields)
+            store_state(tile, final, 0, 1, begin, n, fields)
 
     return entry_point(forward)
 
@@ -200,7 +221,7 @@ def backward_kernel(method: str) -> Any:
     def backward(
         x: Strided, shared: Any, per_neuron: Any, words: Any, checkpoints: Any, grad_spikes: Strided, grad_final: Any,
         grad_states: Any, grad_x: Strided, grad_state: Any, grad_constants: Any, every: int, jump_first: bool,
-        wide: int, steps: int, first: int, last: int,
+        holds: bool | None, wide: int, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
         """Differentiate the neurons from ``first`` to ``last``; arrays without elements are not read or written.
 
@@ -217,27 +238,28 @@ def backward_kernel(method: str) -> Any:
         bits = np.empty(TILE, np.uint32)
         c = None if shared is None else load_shared(shared)
         sums = None if grad_constants is None else True
+        fields = FIELDS if holds is None else FIELDS + 1
         for begin in range(first, last, wide):
             n = min(wide, last - begin)
             load_per_neuron(tile, per_neuron, begin, n)
             tile[:CONSTANTS] = 0
             tile[RECORDED:] = 0
             if grad_final.size > 0:
-                load_state(tile, STATE, grad_final, 0, 1, begin, n)
+                load_state(tile, STATE, grad_final, 0, 1, begin, n, FIELDS)
             if grad_states.size > 0:
-                load_state(tile, RECORDED, grad_states, steps - 1, steps, begin, n)
-                for j in range(CONSTANTS):
+                load_state(tile, RECORDED, grad_states, steps - 1, steps, begin, n, FIELDS)
+                for j in range(FIELDS * ROW):
                     tile[STATE + j] += tile[RECORDED + j]
             for block in range((steps - 1) // every, -1, -1):
                 start = block * every
                 count = min(every, steps - start)
-                load_state(tape, STATE, checkpoints, 3 * block, 1, begin, n)
+                load_state(tape, STATE, checkpoints, fields * block, 1, begin, n, fields)
                 for i in range(count):
                     t = start + i
                     row = row_of(x_buffer, bits, x, t, begin, n)
                     prefetch(x, t + 1, begin, n)
                     frame = tape[i * FRAME : (i + 2) * FRAME]
-                    replay_row(tile, frame, row, words[t // 32, begin : begin + n], t % 32, n, jump_first, c)
+                    replay_row(tile, frame, row, words[t // 32, begin : begin + n], t % 32, n, jump_first, c, holds)
                 for i in range(count - 1, -1, -1):
                     t = start + i
                     row = row_of(x_buffer, bits, x, t, begin, n)
@@ -248,16 +270,16 @@ def backward_kernel(method: str) -> Any:
                     prefetch(grad_x, t - 1, begin, n)
                     if grad_states.size > 0:
                         if t > 0:
-                            load_state(tile, RECORDED, grad_states, t - 1, steps, begin, n)
+                            load_state(tile, RECORDED, grad_states, t - 1, steps, begin, n, FIELDS)
                         else:
                             tile[RECORDED:SUMS] = 0  # the initial state is not recorded
                     backward_row(
                         tile, tape[i * FRAME : (i + 2) * FRAME], row, words[t // 32, begin : begin + n], t % 32,
-                        gradient, out, n, jump_first, c, sums, method,
+                        gradient, out, n, jump_first, c, holds, sums, method,
                     )  # fmt: skip
                     if grad_x.data.size > 0:
                         store(grad_x.data, grad_x.code, t * grad_x.stride_t + begin, out, bits, n)
-            store_state(tile, grad_state, 0, 1, begin, n)
+            store_state(tile, grad_state, 0, 1, begin, n, FIELDS)
             if sums is not None:
                 for k in range(len(grad_constants)):
                     copy(grad_constants[k, begin : begin + n], tile, SUMS + k * ROW, 1, n)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...neuron.records import State
 from ...ops.operators import CPU_CHECKPOINT_EVERY
 from ...tuning.tables import Parameters, launch_parameters
 from . import feed_forward as kernels
@@ -128,6 +129,11 @@ def bits_of_one(dtype: torch.dtype) -> int:
     return int(torch.ones((), dtype=dtype).view(integer))
 
 
+def holds(state: Tensor) -> bool | None:
+    """How the kernels are told whether a state has a refractory period: True, or None without one."""
+    return True if len(state) > len(State._fields) else None
+
+
 def _forward_arguments(
     x: Tensor,
     constants: Tensor,
@@ -155,6 +161,7 @@ def _forward_arguments(
         array_of_rows(none if checkpoints is None else checkpoints),
         checkpoint_every,
         jump_first,
+        holds(state),
     )
 
 
@@ -254,6 +261,7 @@ def feed_forward_backward(
         array_of_rows(grad_constants) if grad_constants.numel() else None,
         checkpoint_every,
         jump_first,
+        holds(checkpoints[0]) if len(checkpoints) else None,
         dtype=constants.dtype,
         steps=steps,
         neurons=neurons,

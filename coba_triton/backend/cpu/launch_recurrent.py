@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...neuron.records import Kept
-from ...ops.time_blocks import Network, send_back
+from ...ops.time_blocks import Network, kept_count, send_back
 from . import recurrent as kernels
 from .launch import (
     array_of_rows,
@@ -20,6 +20,7 @@ from .launch import (
     bits_of_one,
     constants_arrays,
     count_threads,
+    holds,
     parameters_of,
     pool,
     strided_bytes,
@@ -134,6 +135,7 @@ def _block(
         _array(torch.empty(0, dtype=torch.int64) if chosen is None else chosen),
         _array(none.view(0, 0, cells) if trajectory is None else trajectory.view(-1, steps, cells)),
         net.jump_first,
+        holds(state),
         steps,
         rows=batch,
         work=2 * steps * cells,
@@ -181,7 +183,7 @@ def recurrent_replay(
     constants_grad: bool,
 ) -> Tensor:
     """The trajectory of a block whose spikes are known: ``[K + 2, T, B, N]``, or K where no constant needs a gradient."""
-    planes = len(Kept._fields) + (2 if constants_grad else 0)
+    planes = kept_count(len(state)) + (2 if constants_grad else 0)
     trajectory = state.new_empty(planes, len(before), *state.shape[1:])
     z = before[0].to(net.dtype)
     _block(net, x, drive, z, recurrent_drive, state, None, words, True, None, trajectory, x.shape[0])
@@ -214,7 +216,7 @@ def recurrent_sweep(
         _array(gradients),
     ]
     carried = [
-        array_of_rows(lam.view(3, cells)),
+        array_of_rows(lam.view(-1, cells)),
         _array(lam_z.view(cells)),
         _array(adjoints),
         None if grad_constants is None else _array(grad_constants),
@@ -224,7 +226,7 @@ def recurrent_sweep(
     for t in reversed(range(steps)):
         if grad_states is not None:
             initial = start + t == 0  # the initial state is not recorded
-            before = _array((torch.zeros_like(lam) if initial else grad_states[:, start + t - 1]).reshape(3, cells))
+            before = _array((torch.zeros_like(lam) if initial else grad_states[:, start + t - 1]).reshape(-1, cells))
         _launch(
             kernels.sweep_kernel(method),
             t,
@@ -232,6 +234,7 @@ def recurrent_sweep(
             before,
             *carried,
             net.jump_first,
+            True if planes - 2 * (grad_constants is not None) > len(Kept._fields) else None,
             rows=batch,
             work=32 * cells,
             most=most,

@@ -14,12 +14,13 @@ import numpy as np
 
 from ...neuron.adjoint import vjp, vjp_constants
 from ...neuron.operations import relu
-from ...neuron.records import Drive, Kept
-from ...neuron.step import decaying, excess, fire, integrate, reset
+from ...neuron.records import Drive, Kept, State
+from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .numba_bridge import borrow, compiled, entry_point, sources
 from .rows import (
     BACKWARD_ROWS,
     FORWARD_ROWS,
+    LEFT,
     RECORDED,
     ROW,
     STATE,
@@ -30,6 +31,7 @@ from .rows import (
     constants_of,
     copy,
     expand,
+    left_at,
     load_per_neuron,
     load_shared,
     load_state,
@@ -43,16 +45,20 @@ from .rows import (
     sums_at,
 )
 
+FIELDS = len(State._fields)  # rows of the state that have a gradient
+KEPT_FIELDS = len(Kept._fields)
 # More rows of a tile. Forward: the two drives, each excitatory and then inhibitory, and what a trajectory keeps of a step:
-# what its adjoint reads, then the two conductances that decayed.
+# what its adjoint reads, the steps for which neurons were still held, and the two conductances that decayed.
 INPUT = FORWARD_ROWS
 RECURRENT = INPUT + 2 * ROW
 KEPT = RECURRENT + 2 * ROW
-DECAYED = KEPT + 4 * ROW
+KEPT_LEFT = KEPT + KEPT_FIELDS * ROW
+DECAYED = KEPT_LEFT + ROW
 FORWARD_SIZE = DECAYED + 2 * ROW
 # Backward: what the forward left of the step, the gradient by its spikes, and the adjoints of the two drives.
 STEP = BACKWARD_ROWS
-STEP_DECAYED = STEP + 4 * ROW
+STEP_LEFT = STEP + KEPT_FIELDS * ROW
+STEP_DECAYED = STEP_LEFT + ROW
 GRAD_Z = STEP_DECAYED + 2 * ROW
 ADJOINT = GRAD_Z + ROW
 BACKWARD_SIZE = ADJOINT + 2 * ROW
@@ -192,6 +198,12 @@ def drive_at(tile: Any, at: int, j: int) -> Drive:
 
 
 @compiled
+def tile_row(plane: int, holds: bool | None) -> int:
+    """The row of a tile for a plane of a trajectory, which has no plane ``left`` without a refractory period."""
+    return plane if holds is not None or plane < KEPT_FIELDS else plane + 1
+
+
+@compiled
 def kept_at(tile: Any, at: int, j: int) -> Kept:
     """What a step kept of neuron ``j``, in the rows from offset ``at`` on."""
     return Kept(tile[at + j], tile[at + ROW + j], tile[at + 2 * ROW + j], tile[at + 3 * ROW + j])
@@ -199,15 +211,16 @@ def kept_at(tile: Any, at: int, j: int) -> Kept:
 
 @compiled
 def step_row(
-    tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any, keep: bool | None
+    tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any, holds: bool | None, keep: bool | None
 ) -> None:  # fmt: skip
     """One step of a tile; ``fired`` takes 0 or 1, or gives it where it is ``forced``.
 
-    ``keep``: None, or True to keep what a trajectory has of the inside of a step.
+    ``holds``: None, or True where there is a refractory period; ``keep``: None, or True to keep what a trajectory has of
+    the inside of a step.
     """
     for j in range(neurons):
         c = constants_of(tile, j, shared)
-        before = state_at(tile, STATE, j)
+        before, left = state_at(tile, STATE, j), left_at(tile, LEFT, j, holds)
         drive, recurrent = drive_at(tile, INPUT, j), drive_at(tile, RECURRENT, j)
         u = integrate(before, drive, recurrent, c, jump_first)
         if keep is not None:
@@ -215,8 +228,13 @@ def step_row(
             tile[KEPT + j], tile[KEPT + ROW + j] = before.v, u.v
             tile[KEPT + 2 * ROW + j], tile[KEPT + 3 * ROW + j] = u.g_e, u.g_i
             tile[DECAYED + j], tile[DECAYED + ROW + j] = decayed_e, decayed_i
-        spike = fired[j] != 0 if forced else fire(excess(u, c))
-        put_state(tile, STATE, j, reset(u, 1.0 if spike else 0.0, c))
+            if holds is not None:
+                tile[KEPT_LEFT + j] = left
+        spike = fired[j] != 0 if forced else fire(excess(u, c), left)
+        z: Any = 1.0 if spike else 0.0
+        put_state(tile, STATE, j, reset(u, z, left, c))
+        if holds is not None:
+            tile[LEFT + j] = count_down(left, z, c)
         fired[j] = spike
 
 
@@ -294,15 +312,16 @@ def block_kernel() -> Any:
     def block(
         x: Strided, input_drive: Any, input_rows: Any, input_synapses: Synapses, initial: Any, recurrent_drive: Any,
         recurrent_rows: Any, recurrent_synapses: Synapses, shared: Any, per_neuron: Any, state: Any, spikes: Strided,
-        one: int, words: Any, forced: bool, states: Any, chosen: Any, trajectory: Any, jump_first: bool, steps: int,
-        first: int, last: int,
+        one: int, words: Any, forced: bool, states: Any, chosen: Any, trajectory: Any, jump_first: bool, holds: bool | None,
+        steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
         """Arrays without elements are not read or written; a drive without elements is summed from events.
 
         ``x`` [T, B I] and ``initial`` [B, N] are the sources of the input and of the first step's recurrent drive;
         ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row; where most of them are 0,
         the :class:`Synapses` have the others. ``state`` is carried on; ``forced``: the spikes are those of ``words``.
-        ``states`` are of all neurons, or of those ``chosen`` (ascending).
+        ``states`` are of all neurons, or of those ``chosen`` (ascending). ``holds``: None, or True where there is a
+        refractory period.
         """
         _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
@@ -326,7 +345,7 @@ def block_kernel() -> Any:
                 begin = k * TILE
                 n = min(TILE, neurons - begin)
                 load_per_neuron(tiles[k], per_neuron, cells + begin, n)
-                load_state(tiles[k], STATE, state, 0, 1, cells + begin, n)
+                load_state(tiles[k], STATE, state, 0, 1, cells + begin, n, len(state))
             for t in range(steps):
                 values = buffer[:inputs]
                 if input_drive.size == 0:
@@ -364,11 +383,11 @@ def block_kernel() -> Any:
                         unpack(fired[here], words[t // 32, cell : cell + n], t % 32)
                     prefetch(spikes, t + 1, cell, n)
                     if trajectory.size == 0:
-                        step_row(tile, fired[here], n, jump_first, forced, c, None)
+                        step_row(tile, fired[here], n, jump_first, forced, c, holds, None)
                     else:
-                        step_row(tile, fired[here], n, jump_first, forced, c, True)
+                        step_row(tile, fired[here], n, jump_first, forced, c, holds, True)
                         for plane in range(len(trajectory)):
-                            copy(trajectory[plane, t, cell : cell + n], tile, KEPT + plane * ROW, 1, n)
+                            copy(trajectory[plane, t, cell : cell + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
                     if spikes.data.size > 0:
                         at = t * spikes.stride_t + cell
                         if spikes.itemsize == 1:
@@ -378,31 +397,33 @@ def block_kernel() -> Any:
                     if words.size > 0 and not forced:
                         pack(words[t // 32, cell : cell + n], fired[here], t % 32, n)
                     if states.size > 0 and chosen.size == 0:
-                        store_state(tile, states, t, steps, cell, n)
+                        store_state(tile, states, t, steps, cell, n, len(state))
                 for k in range(chosen_first, chosen_last):
                     n = chosen[k] - cells
-                    for field in range(3):
+                    for field in range(len(state)):
                         states[field * steps + t, k] = tiles[n // TILE, field * ROW + n % TILE]
             for k in range(len(tiles)):
                 begin = k * TILE
-                store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin))
+                store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin), len(state))
 
     return entry_point(block)
 
 
 @compiled
 def sweep_row(
-    tile: Any, words: Any, bit: int, neurons: int, jump_first: bool, shared: Any, sums: bool | None, METHOD: str
+    tile: Any, words: Any, bit: int, neurons: int, jump_first: bool, shared: Any, holds: bool | None, sums: bool | None,
+    METHOD: str,
 ) -> None:  # fmt: skip
     """The adjoint of one step; ``sums``: None, or True to add to the gradients by the constants."""
     for j in range(neurons):
         c = constants_of(tile, j, shared)
         z = 1.0 if (words[j] >> bit) & 1 else 0.0
         kept, lam = kept_at(tile, STEP, j), state_at(tile, STATE, j)
-        a = vjp(z, kept, tile[GRAD_Z + j], lam, state_at(tile, RECORDED, j), c, jump_first, METHOD)
+        left = left_at(tile, STEP_LEFT, j, holds)
+        a = vjp(z, kept, left, tile[GRAD_Z + j], lam, state_at(tile, RECORDED, j), c, jump_first, METHOD)
         if sums is not None:
             decayed_e, decayed_i = tile[STEP_DECAYED + j], tile[STEP_DECAYED + ROW + j]
-            put_sums(tile, j, vjp_constants(sums_at(tile, j), z, kept, decayed_e, decayed_i, lam, a, c))
+            put_sums(tile, j, vjp_constants(sums_at(tile, j), z, kept, left, decayed_e, decayed_i, lam, a, c))
         put_state(tile, STATE, j, a.lam)
         tile[ADJOINT + j], tile[ADJOINT + ROW + j] = a.drive.e, a.drive.i
 
@@ -414,7 +435,7 @@ def sweep_kernel(method: str) -> Any:
 
     def sweep(
         t: int, trajectory: Any, words: Any, shared: Any, per_neuron: Any, grad_spikes: Any, grad_before: Any, lam: Any,
-        lam_z: Any, adjoints: Any, grad_constants: Any, jump_first: bool, first: int, last: int,
+        lam_z: Any, adjoints: Any, grad_constants: Any, jump_first: bool, holds: bool | None, first: int, last: int,
     ) -> None:  # fmt: skip
         """``grad_before [3, M]``: incoming gradient by the recorded state before the step, or without elements.
 
@@ -437,21 +458,22 @@ def sweep_kernel(method: str) -> Any:
                 n = min(TILE, neurons - begin)
                 cell = row * neurons + begin
                 load_per_neuron(tile, per_neuron, cell, n)
-                load_state(tile, STATE, lam, 0, 1, cell, n)
+                load_state(tile, STATE, lam, 0, 1, cell, n, FIELDS)
                 if grad_before.size > 0:
-                    load_state(tile, RECORDED, grad_before, 0, 1, cell, n)
+                    load_state(tile, RECORDED, grad_before, 0, 1, cell, n, FIELDS)
                 for k in range(len(trajectory)):
-                    copy(tile[STEP + k * ROW : STEP + k * ROW + n], trajectory[k, t], cell, 1, n)
+                    row_at = STEP + tile_row(k, holds) * ROW
+                    copy(tile[row_at : row_at + n], trajectory[k, t], cell, 1, n)
                 copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
                 if grad_spikes.size > 0:
                     tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
                 if sums is not None:
                     for k in range(len(grad_constants)):
                         copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
-                sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, sums, method)
+                sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, holds, sums, method)
                 copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
                 copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
-                store_state(tile, lam, 0, 1, cell, n)
+                store_state(tile, lam, 0, 1, cell, n, FIELDS)
                 if sums is not None:
                     for k in range(len(grad_constants)):
                         copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)

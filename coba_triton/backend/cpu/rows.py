@@ -22,15 +22,16 @@ from .numba_bridge import borrow, compiled, prefetch_line
 TILE = 1024
 # Elements from one row to the next: with a power of two, all rows would compete for the same few cache lines.
 ROW = TILE + 48
-# Where the rows of a tile begin: the state or its gradient, the constants, the incoming gradient by the state before
-# the step, the gradient by the constants.
+# Where the rows of a tile begin: the state (of which the last row is there with a refractory period only) or its gradient,
+# the constants, the incoming gradient by the state before the step, the gradient by the constants.
 STATE = 0
-CONSTANTS = STATE + 3 * ROW
-RECORDED = CONSTANTS + 10 * ROW
-SUMS = RECORDED + 3 * ROW
+LEFT = STATE + len(State._fields) * ROW
+CONSTANTS = LEFT + ROW
+RECORDED = CONSTANTS + len(Constants._fields) * ROW
+SUMS = RECORDED + len(State._fields) * ROW
 # The end of the rows that each pass has in common with the others.
-FORWARD_ROWS = CONSTANTS + 10 * ROW
-BACKWARD_ROWS = SUMS + 9 * ROW
+FORWARD_ROWS = RECORDED
+BACKWARD_ROWS = SUMS + len(Sums._fields) * ROW
 
 # Bytes that arrive together from memory: 64 on x86; 128 on some others, which only asks twice.
 LINE = 64
@@ -53,6 +54,12 @@ def put_state(tile: Any, at: int, j: int, s: State) -> None:
 
 
 @compiled
+def left_at(tile: Any, at: int, j: int, holds: bool | None) -> Any:
+    """The number of steps for which neuron ``j`` is still held, from the row at offset ``at``; None without ``holds``."""
+    return None if holds is None else tile[at + j]
+
+
+@compiled
 def load_constants(tile: Any, first: int, j: int) -> Constants:
     """Ten rows of the tile from offset ``first`` on, at neuron ``j``."""
     return Constants(
@@ -66,6 +73,7 @@ def load_constants(tile: Any, first: int, j: int) -> Constants:
         tile[first + 7 * ROW + j],
         tile[first + 8 * ROW + j],
         tile[first + 9 * ROW + j],
+        tile[first + 10 * ROW + j],
     )
 
 
@@ -254,7 +262,17 @@ def pack(words: Any, spikes: Any, bit: int, neurons: int) -> None:
 def load_shared(shared: Any) -> Constants:
     """The constants that all neurons share."""
     return Constants(
-        shared[0], shared[1], shared[2], shared[3], shared[4], shared[5], shared[6], shared[7], shared[8], shared[9]
+        shared[0],
+        shared[1],
+        shared[2],
+        shared[3],
+        shared[4],
+        shared[5],
+        shared[6],
+        shared[7],
+        shared[8],
+        shared[9],
+        shared[10],
     )
 
 
@@ -267,14 +285,14 @@ def load_per_neuron(tile: Any, per_neuron: Any, first: int, neurons: int) -> Non
 
 
 @compiled
-def load_state(tile: Any, at: int, states: Any, first: int, every: int, begin: int, neurons: int) -> None:
-    """Rows ``first``, ``first + every`` and ``first + 2 every`` of ``states`` into three rows of the tile."""
-    for k in range(3):
+def load_state(tile: Any, at: int, states: Any, first: int, every: int, begin: int, neurons: int, count: int) -> None:
+    """Rows ``first``, ``first + every``, ... of ``states`` into ``count`` rows of the tile."""
+    for k in range(count):
         copy(tile[at + k * ROW : at + (k + 1) * ROW], states[first + k * every], begin, 1, neurons)
 
 
 @compiled
-def store_state(tile: Any, states: Any, first: int, every: int, begin: int, neurons: int) -> None:
-    """The first three rows of the tile into rows ``first``, ``first + every`` and ``first + 2 every`` of ``states``."""
-    for k in range(3):
+def store_state(tile: Any, states: Any, first: int, every: int, begin: int, neurons: int, count: int) -> None:
+    """The first ``count`` rows of the tile into rows ``first``, ``first + every``, ... of ``states``."""
+    for k in range(count):
         copy(states[first + k * every, begin : begin + neurons], tile, k * ROW, 1, neurons)
