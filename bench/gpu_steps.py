@@ -124,7 +124,7 @@ def tests(step: Step) -> None:
     """Run the tests of the kernels on the device."""
     if step.needs_a_gpu():
         return
-    files = ["kernels/test_feed_forward_kernels.py", "kernels/test_recurrent_kernels.py"]
+    files = ["kernels/test_feed_forward_kernels.py", "kernels/test_recurrent.py", "kernels/test_recurrent_kernels.py"]
     files += ["ops/test_operators.py", "bench/test_training.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--show-capture=no"]
     if package_version("pytest-xdist"):

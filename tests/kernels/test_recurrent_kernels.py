@@ -1,4 +1,4 @@
-"""The recurrent kernels against the reference: equal bits on exact weights, else a bound from the rounding of the sums."""
+"""Triton's recurrent kernels beyond what they share with the CPU's: tiles, slices, barriers, and the rounding of sums."""
 
 from __future__ import annotations
 
@@ -24,94 +24,6 @@ from helpers.concurrent_interpreter import all_programs_at_once
 from helpers.marks import slow
 
 ORDERS = ["decay_first", "jump_first"]
-FLOATS = [torch.float32, torch.float64]
-SIZES = [(1, 1, 63), *slow((33, 3, 1), (33, 1, 63), (14, 3, 129), (4, 1, 500))]
-
-
-@pytest.mark.parametrize("path", ["events", "dense"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_forward_has_the_bits_of_the_reference(size, order, path, device) -> None:
-    """Exact weights; with recorded states and without, shared and per-neuron parameters, both float dtypes."""
-    for dtype, per_neuron in zip(FLOATS, (True, False), strict=True):
-        case = recurrent_problem(*size, dtype, device, per_neuron=per_neuron)
-        expected, trace = case.run("reference", order=order, record_states=True)
-        spikes, states = case.run("triton", order=order, record_states=True, path=path)
-        assert_same_bits([spikes, *states], [expected, *trace])
-        spikes, final = case.run("triton", order=order, path=path)
-        assert_same_bits([spikes, *final], [expected, *(field[-1] for field in trace)])
-        assert size[0] < 5 or size[2] == 1 or expected.sum() > 10
-
-
-@pytest.mark.parametrize("spike_dtype", ["bits", *slow(torch.float16, torch.bool, torch.uint8)], ids=str)
-@pytest.mark.parametrize("path", ["events", "dense"])
-@pytest.mark.parametrize("record", [False, *slow(True)])
-def test_spike_dtypes(spike_dtype, path, record, device) -> None:
-    case = recurrent_problem(40, 2, 20, device=device)
-    ours = case.run("triton", spike_dtype=spike_dtype, path=path, record_states=record)
-    theirs = case.run("reference", spike_dtype=spike_dtype, record_states=record)
-    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
-
-
-@pytest.mark.parametrize("x_dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("density", [0.05, 0.8])
-def test_input_dtypes_and_densities(x_dtype, density, device) -> None:
-    case = recurrent_problem(12, 2, 20, device=device, inputs=30)
-    g = torch.Generator().manual_seed(5)
-    case.x = (torch.rand(case.x.shape, generator=g) < density).to(device, x_dtype)
-    ours, theirs = case.run("triton"), case.run("reference")
-    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
-
-
-@pytest.mark.parametrize("binary", [True, False], ids=["spikes", "graded"])
-def test_sparse_and_strided_inputs(binary, device) -> None:
-    """Graded values are weighted events; time may be a middle axis in memory."""
-    case = recurrent_problem(12, 3, 20, device=device, binary=binary, inputs=9)
-    case.x = torch.where(torch.arange(12, device=device)[:, None, None] % 5 == 0, case.x, 0.0)
-    case.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
-    ours, theirs = case.run("triton"), case.run("reference")
-    assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])
-
-
-def test_graded_initial_spikes_batch_shapes_and_no_batch(device) -> None:
-    case = recurrent_problem(7, 6, 20, device=device)
-    z = torch.round(torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) * 8).to(device) / 8
-    state = case.state._replace(z=z)
-    p = CobaLIFParameters(**case.parameters)
-    weights = case.input_weights, case.recurrent_weights
-    folded = CobaLIFState(*(field.reshape(2, 3, 20) for field in state))
-    shapes = [((7, 6), state), ((7, 2, 3), folded)]
-    results = []
-    for backend in ("reference", "triton"):
-        for shape, initial in shapes:
-            spikes, final = coba_lif_integral(case.x.reshape(*shape, -1), initial, *weights, p, DT, backend=backend)
-            assert spikes.shape == (*shape, 20)
-            results.append([spikes.reshape(7, 6, 20), *(field.reshape(6, 20) for field in final)])
-        alone, _ = coba_lif_integral(case.x[:, 0], CobaLIFState(*(f[0] for f in state)), *weights, p, DT, backend=backend)
-        assert torch.equal(alone, results[0][0][:, 0])
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (0, 0, 3)], ids=str)
-def test_empty_shapes(shape, device) -> None:
-    x = torch.ones(*shape, device=device, requires_grad=True)
-    w_in, w_rec = torch.ones(4, 3, device=device, requires_grad=True), torch.ones(4, 4, device=device)
-    spikes, states = coba_lif_integral(x, None, w_in, w_rec, backend="triton", record_states=True)
-    assert spikes.shape == (*shape[:2], 4) and states.g_e.shape == (*shape[:2], 4)
-    _, final = coba_lif_integral(x, None, w_in, w_rec, backend="triton")
-    final.v.sum().backward()
-    assert x.grad.shape == x.shape and not w_in.grad.any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block_steps", [1, 32, 64])
-def test_blocks_equal_the_whole(block_steps, device) -> None:
-    """On arbitrary weights: the order of the sums does not depend on the blocks."""
-    case = recurrent_problem(70, 2, 33, device=device, exact=False)
-    whole = case.run("triton", path="events", block_steps=96, record_states=True)
-    split = case.run("triton", path="events", block_steps=block_steps, record_states=True)
-    assert_same_bits([split[0], *split[1]], [whole[0], *whole[1]])
 
 
 @pytest.mark.slow
@@ -227,29 +139,6 @@ def test_gradients(options, one_launch, device, monkeypatch) -> None:
         assert (our_grads[name] - expected).abs().max() <= 1e-8 * scale, name
     if options["method"] != "heaviside":
         assert all(grad.abs().max() > 0 for grad in their_grads.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["events", "dense"])
-def test_float32_gradients(path, device) -> None:
-    case = recurrent_problem(34, 2, 10, device=device)
-    ours, our_grads = case.gradients("triton", path=path)
-    theirs, their_grads = case.gradients("reference")
-    assert_same_bits(ours, theirs)
-    for name, expected in their_grads.items():
-        # sums over 34 steps and 20 cells: as many roundings of 2^-24 at the worst
-        assert (our_grads[name] - expected).abs().max() <= 680 * 2**-24 * expected.abs().max(), name
-
-
-@pytest.mark.slow
-def test_gradients_where_spikes_are_packed(device) -> None:
-    case = recurrent_problem(34, 1, 9, torch.float64, device)
-    case.recurrent_weights.requires_grad_()
-    grads = []
-    for backend in ("triton", "reference"):
-        _, final = case.run(backend, spike_dtype="bits")
-        grads.append(torch.autograd.grad(final.v.sum() + final.z.sum(), case.recurrent_weights)[0])
-    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.slow

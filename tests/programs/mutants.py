@@ -30,7 +30,10 @@ PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"
 EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]
 EQUATIONS = [*PYTEST, "tests/backend/test_reference.py", "tests/neuron/test_one_truth.py"]
 CPU_TESTS = ["tests/kernels/test_feed_forward_kernels.py", "tests/backend/test_cpu.py"]
-CPU_RECURRENT = [*PYTEST, "tests/backend/test_cpu_recurrent.py", "-m", "not slow"]
+SHARED = "tests/kernels/test_recurrent.py"
+RECURRENT = [*PYTEST, SHARED, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"]
+RECURRENT += ["-k", "triton or recurrent_kernels"]
+CPU_RECURRENT = [*PYTEST, SHARED, "tests/backend/test_cpu_recurrent.py", "-m", "not slow", "-k", "cpu"]
 # What reaches the code of an area, by layer: arguments of Python.
 AREAS: dict[str, dict[str, list[str]]] = {
     "neuron": {"equations": EQUATIONS},
@@ -44,11 +47,11 @@ AREAS: dict[str, dict[str, list[str]]] = {
         "executed": [*EXECUTED, "feed_forward"],
     },
     "recurrent": {
-        "interpreter": [*PYTEST, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"],
+        "interpreter": RECURRENT,
         "executed": [*EXECUTED, "recurrent or slices or tile"],
     },
     "blocks": {
-        "interpreter": [*PYTEST, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"],
+        "interpreter": RECURRENT,
         "executed": [*EXECUTED, "recurrent or slices or tile"],
         "CPU path": CPU_RECURRENT,
     },

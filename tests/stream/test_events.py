@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import CobaLIF, CobaLIFParameters, EventSource, PoissonSource, Record, read_events, simulate, stream_blocks
+from coba_triton import CobaLIF, EventSource, PoissonSource, Record, read_events, simulate, stream_blocks
+from helpers.runs import NEURON
 
-NEURON = CobaLIFParameters(0.2, 0.1, 5.0, 0.01, -80.0, 0.0, -65.0, -65.0, -50.0)
 TIMES, NEURONS = np.array([0.1, 2.5, 2.5, 0.3, 30.0]), np.array([0, 2, 1, 2, 0])
 
 
