@@ -1,4 +1,4 @@
-"""Launch parameters: the tables, and which of them a launch takes. The tuner is in ``tuner.py``."""
+"""Launch parameters: the tables, and which of them a launch takes."""
 
 from .tables import SPACE, VARIABLE, Choice, TableError, explain, use
 

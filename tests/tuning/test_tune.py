@@ -17,10 +17,10 @@ from filelock import FileLock
 
 from coba_triton.backend.cpu import launch as cpu_launch
 from coba_triton.cli import main
+from coba_triton.tools import tuner
+from coba_triton.tools.tuner import Journal, Task, Timed, Trial
 from coba_triton.tuning import tables as tuning
-from coba_triton.tuning import tuner
 from coba_triton.tuning.tables import TableError
-from coba_triton.tuning.tuner import Journal, Task, Timed, Trial
 
 TASK = Task("cpu", "feed_forward_backward", "float32", 4096, 1)
 RULE = {"tile": 1024, "threads": torch.get_num_threads(), "checkpoint_every": 16}
