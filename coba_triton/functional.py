@@ -13,6 +13,7 @@ from .backend import reference
 from .backend.choose import choose_backend
 from .neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState, State
 from .ops import operators, time_blocks, validation
+from .ops.call import Call, Weights
 from .ops.constants import constants_table, derive_constants
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
 from .ops.tensors import keep, known, number_key, numbers_on
@@ -338,11 +339,11 @@ def coba_lif_feed_forward_integral(
             record_states,
         )
         return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
+    written = None if spike_dtype == "bits" else spike_dtype or default
+    every = operators.checkpoint_interval(dtype, backend, neurons.numel())
+    call = Call(backend, jump_first, p.method, written, record_states, block_steps, checkpoint_every=every)
     x = _flat_input(input_tensor, neurons, dtype)
-    constants = constants_table(p, dt, dtype, device, neurons)
-    return _run_operator(
-        x, initial, constants, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default, out
-    )
+    return _run_operator(x, initial, constants_table(p, dt, dtype, device, neurons), call, out)
 
 
 def _kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -364,7 +365,7 @@ def _flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
     return x.reshape(x.shape[0], neurons.numel())
 
 
-def own_fields(states: Tensor, shape: Sequence[int], count: int = 3) -> Sequence[Tensor]:
+def own_fields(states: Tensor, shape: Sequence[int], count: int) -> Sequence[Tensor]:
     """The fields in ``[count, ...]``, each of ``shape``.
 
     They lie in one memory, but to autograd each is a tensor of its own, and may be edited in place without the others.
@@ -375,54 +376,33 @@ def own_fields(states: Tensor, shape: Sequence[int], count: int = 3) -> Sequence
 
 
 def _run_operator(
-    x: Tensor,
-    state: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    block_steps: int | None,
-    record_states: bool,
-    spike_dtype: SpikeDtype,
-    default: torch.dtype,
-    out: Tensor | None,
+    x: Tensor, state: Tensor, constants: Tensor, call: Call, out: Tensor | None
 ) -> tuple[Tensor, CobaLIFFeedForwardState]:
     """Call the operator once a time block of the input ``x [T, M]``, and put the blocks together."""
     steps, neurons = x.shape[0], state.shape[1:]
-    flat = state.reshape(3, -1).contiguous()
-    every = operators.checkpoint_interval(flat.dtype, backend, flat.shape[1])
+    flat = state.reshape(len(state), -1).contiguous()
     # a split of one block would still copy the gradient
-    split = block_steps if block_steps and block_steps < steps else None
+    split = call.block_steps if call.block_steps and call.block_steps < steps else None
     blocks = x.split(split) if split else (x,)
     parts: Sequence[Tensor | None] = (None,) * len(blocks)
     if out is not None:
         rows = out.view(out.shape[0], flat.shape[1])
-        parts = rows.split(split // WORD_BITS if spike_dtype == "bits" else split) if split else (rows,)
+        parts = rows.split(split // WORD_BITS if call.spike_dtype is None else split) if split else (rows,)
     outputs = []
     for block, part in zip(blocks, parts, strict=True):
         if part is None:
-            spikes, flat, states = operators.feed_forward(
-                block,
-                flat,
-                constants,
-                backend,
-                jump_first,
-                method,
-                None if spike_dtype == "bits" else spike_dtype or default,
-                record_states,
-                every,
-            )
+            spikes, flat, states = operators.feed_forward(block, flat, constants, call)
         else:
             spikes = part
-            flat, states = operators.feed_forward_out(block, flat, constants, backend, jump_first, record_states, part)
+            flat, states = operators.feed_forward_out(block, flat, constants, part, call)
         outputs.append((spikes, states))
     if out is None:
         out = outputs[0][0] if len(outputs) == 1 else torch.cat([s for s, _ in outputs])
         out = out.reshape(out.shape[0], *neurons)
-    if record_states:
+    if call.record_states:
         states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
-        return out, CobaLIFFeedForwardState(*own_fields(states, (steps, *neurons)))
-    return out, CobaLIFFeedForwardState(*own_fields(flat, neurons))
+        return out, CobaLIFFeedForwardState(*own_fields(states, (steps, *neurons), len(states)))
+    return out, CobaLIFFeedForwardState(*own_fields(flat, neurons, len(flat)))
 
 
 def coba_lif_integral(
@@ -515,56 +495,30 @@ def coba_lif_integral(
             record_states,
         )
         return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
-    return _run_recurrent_operator(
-        input_tensor,
-        initial,
-        weights,
-        constants_table(p, dt, dtype, device, neurons),
-        backend,
-        jump_first,
-        p.method,
-        block_steps,
-        record_states,
-        spike_dtype,
-        default,
-        path,
-        out,
-    )
+    table = constants_table(p, dt, dtype, device, neurons)
+    written = None if spike_dtype == "bits" else spike_dtype or default
+    call = Call(backend, jump_first, p.method, written, record_states, block_steps, path)
+    return _run_recurrent_operator(input_tensor, initial, Weights(*weights, table), call, out)
 
 
 def _run_recurrent_operator(
-    x: Tensor,
-    state: Tensor,
-    weights: tuple[Tensor, Tensor],
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    block_steps: int | None,
-    record_states: bool,
-    spike_dtype: SpikeDtype,
-    default: torch.dtype,
-    path: str,
-    out: Tensor | None,
+    x: Tensor, state: Tensor, weights: Weights, call: Call, out: Tensor | None
 ) -> tuple[Tensor, CobaLIFState]:
     """Flatten the batch to one axis, call the operator, and give the result its shape."""
     steps, neurons, dtype = x.shape[0], state.shape[1:], state.dtype
     batch = neurons[:-1].numel()
     x = _kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
     z = state[0].reshape(batch, neurons[-1])
-    flat = state[1:].reshape(3, batch, neurons[-1]).contiguous()
-    if out is not None and not record_states:
-        z, flat = operators.recurrent_out(
-            x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
-        )
-        return out, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons))
+    flat = state[1:].reshape(len(state) - 1, batch, neurons[-1]).contiguous()
+    if out is not None and not call.record_states:
+        z, flat = operators.recurrent_out(x, z, flat, weights, out.view(out.shape[0], *z.shape), call)
+        return out, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons, len(flat)))
+    if not call.record_states:
+        spikes, z, flat, _ = operators.recurrent(x, z, flat, weights, call)
+        spikes = spikes.reshape(spikes.shape[0], *neurons)
+        return spikes, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons, len(flat)))
     # recorded spikes are part of the differentiable state: they take their format afterwards
-    wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
-    spikes, z, flat, states = operators.recurrent(
-        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path
-    )
-    spikes = spikes.reshape(spikes.shape[0], *neurons)
-    if record_states:
-        trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons)))
-        return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
-    return spikes, CobaLIFState(*own_fields(z, neurons, 1), *own_fields(flat, neurons))
+    spikes, _, _, states = operators.recurrent(x, z, flat, weights, call._replace(spike_dtype=dtype))
+    spikes = spikes.reshape(steps, *neurons)
+    trace = CobaLIFState(spikes, *own_fields(states, (steps, *neurons), len(states)))
+    return _into(out, pack_spikes(spikes) if call.spike_dtype is None else spikes.to(call.spike_dtype)), trace

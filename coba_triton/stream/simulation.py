@@ -23,13 +23,14 @@ from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..backend.choose import choose_backend
+from ..backend.choose import choose_backend, launcher
 from ..common.files import reason
 from ..common.versions import package_version
 from ..functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
 from ..modules import CobaLIF, CobaLIFRecurrent
 from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
-from ..ops import operators, time_blocks, validation
+from ..ops import time_blocks, validation
+from ..ops.call import Network, Outputs, Weights
 from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
 from .results import Result
@@ -394,15 +395,14 @@ class BlockRun:
 
         return CobaLIFParameters(*map(choose, self.p))
 
-    def _connected_network(self) -> time_blocks.Network:
+    def _connected_network(self) -> Network:
         """A recurrent network in the form that the backend's kernels take."""
         dtype = self.state.v.dtype
         constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
-        kernels = operators.recurrent_kernels(self.backend)
         input_weights, recurrent_weights = (w.to(dtype) for w in self.weights)
-        jump_first = self.network.order == "jump_first"
+        weights = Weights(input_weights, recurrent_weights, constants)
         uses = (self.blocks.steps or LONG) * self.shape[:-1].numel()
-        return time_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
+        return Network.of(weights, self.network.order == "jump_first", launcher(self.backend), uses=uses)
 
     def _header(self, state: Any, block_steps: int | None) -> Header:
         """What the sink is told about the run."""
@@ -540,17 +540,14 @@ class BlockRun:
         z, *others = self.state
         steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
         words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
-        traces = z.new_empty(3, steps, len(self.ascending)) if len(self.ascending) else None
+        traces = z.new_empty(len(others), steps, len(self.ascending)) if len(self.ascending) else None
         block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
         z, state = time_blocks.forward(
             self.connected,
             _kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
             z.reshape(rows),
-            torch.stack(others).reshape(3, *rows),
-            None,
-            words,
-            traces,
-            None,
+            torch.stack(others).reshape(len(others), *rows),
+            Outputs(words=words, states=traces),
             block_steps,
             "auto",
             None if traces is None else self.ascending,
