@@ -7,6 +7,7 @@ a state: those of :class:`~coba_triton.neuron.records.State`, which have derivat
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -276,7 +277,11 @@ SCHEMA = {
 """How each record stands in the schema of an operator, which has no records."""
 
 
-def grouped(args: tuple[Any, ...], groups: tuple[Callable[..., Any], ...]) -> list[Any]:
-    """The flat arguments of an operator as its records; a group that is no record takes one argument as it is."""
-    rest = iter(args)
-    return [group(*(next(rest) for _ in group._fields)) if hasattr(group, "_fields") else next(rest) for group in groups]
+def grouper(groups: tuple[Callable[..., Any], ...]) -> Callable[[tuple[Any, ...]], list[Any]]:
+    """A function from the flat arguments of an operator to its records. A group that is no record takes one argument."""
+    places, start = [], 0
+    for group in groups:
+        stop = start + len(getattr(group, "_fields", "1"))
+        places.append((getattr(group, "_make", itemgetter(0)), slice(start, stop)))
+        start = stop
+    return lambda args: [make(args[place]) for make, place in places]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backend.choose import LAUNCHERS
 from ..neuron.surrogate import SURROGATES
-from .call import DIFFERENTIABLE, Asked, Call, grouped
+from .call import DIFFERENTIABLE, Asked, Call, grouper
 from .tensors import SPIKES
 from .time_blocks import PATHS
 from .validation import check_block_steps, check_path
@@ -83,7 +83,7 @@ def checked(
     """``function`` as an operator, which takes its arguments one by one, and refuses those that do not fit.
 
     Args:
-        groups: the records of an operator's arguments, see :func:`coba_triton.ops.call.grouped`.
+        groups: the records of an operator's arguments, see :func:`coba_triton.ops.call.grouper`.
         operands: what there is to check. It takes those records, and yields the input first, on whose device all other
             tensors must be. It may assume of each tensor that those before it fit.
         function: takes those records.
@@ -91,13 +91,13 @@ def checked(
             cannot tell to be wrong is looked at when the compiled program runs.
     """
     fits = torch.Size.__eq__ if with_data else _may_fit
-    call_at = groups.index(Call)
+    records_of, call_at = grouper(groups), groups.index(Call)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         if args[0] is None:  # which PyTorch lets pass for a tensor
             raise TypeError("x must be a tensor, got None")
-        records = grouped(args, groups)
+        records = records_of(args)
         device = args[0].device
         if with_data and device.type != "cpu" and records[call_at].backend == "cpu":
             raise ValueError(f"backend 'cpu' serves tensors on 'cpu', got x on {str(device)!r}; pass backend='triton'")

@@ -35,7 +35,7 @@ from .call import (
     Outputs,
     Saved,
     Weights,
-    grouped,
+    grouper,
 )
 from .constants import constants_gradient
 from .operands import COMPUTE, INPUT, WORDS, Operand, check_asked, checked, fields_of, rank, rows_of
@@ -399,6 +399,7 @@ class _Rules(_SingleLevelFunction):
 
     operator: str
     op: Any
+    records: Callable[[tuple[Any, ...]], list[Any]]
     apply: Callable[..., Any]
     remember: Callable[..., None]
     vmap: Callable[..., Any]
@@ -411,6 +412,7 @@ class _Rules(_SingleLevelFunction):
         differentiate at the level of the transform that dispatches here, and go on to the next one below.
         """
         cls.op = getattr(torch.ops.coba_triton, cls.operator).default
+        cls.records = staticmethod(grouper(GROUPS[cls.operator]))  # of the arguments, or of what is known of each
 
         def autograd(keyset: Any, *args: Any) -> Any:
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -426,11 +428,6 @@ class _Rules(_SingleLevelFunction):
 
         _library.impl(cls.op, autograd, "Autograd", with_keyset=True)
         torch.library.register_vmap(cls.op, cls.vmap, lib=_library)
-
-    @classmethod
-    def records(cls, args: tuple[Any, ...]) -> list[Any]:
-        """The operator's arguments, or what is known of each of them, as its records."""
-        return grouped(args, GROUPS[cls.operator])
 
     @classmethod
     def call_of(cls, args: tuple[Any, ...]) -> Call:

@@ -103,11 +103,11 @@ def _madvise() -> Callable[..., int] | None:
     return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
-def ask_for_huge_pages(*outputs: Tensor) -> None:
-    """Advise the kernel to back large outputs, not yet touched, with huge pages. It may decline."""
+def ask_for_huge_pages(*outputs: Tensor | None) -> None:
+    """Advise the operating system to back large outputs, not yet touched, with huge pages. It may decline."""
     advise = _madvise()
     for output in outputs:
-        if advise is not None and output.nbytes >= HUGE_PAGES_FROM:
+        if advise is not None and output is not None and output.nbytes >= HUGE_PAGES_FROM:
             begin, end = (
                 address // mmap.PAGESIZE * mmap.PAGESIZE
                 for address in (output.data_ptr() + mmap.PAGESIZE - 1, output.data_ptr() + output.nbytes)
@@ -121,15 +121,26 @@ def _bytes(x: Tensor) -> Any:
     return x.detach().as_strided((length,), (1,)).view(torch.uint8).numpy()
 
 
+_NO_BYTES = Strided(_bytes(torch.empty(0)), 0, 0, 0, 0)
+
+
 def strided_bytes(x: Tensor | None) -> Strided:
-    if x is None:
-        return Strided(_bytes(torch.empty(0)), 0, 0, 0, 0)
-    return Strided(_bytes(x), TYPE_CODES[x.dtype], x.itemsize, *x.stride())
+    return _NO_BYTES if x is None else Strided(_bytes(x), TYPE_CODES[x.dtype], x.itemsize, *x.stride())
 
 
 def array_of_rows(x: Tensor) -> Any:
     """All leading axes as one: ``[..., M]`` as an array of rows."""
     return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
+
+
+@functools.cache
+def nothing(axes: int, dtype: torch.dtype) -> Any:
+    """An array without elements, for what a kernel is not given."""
+    return torch.empty((0,) * axes, dtype=dtype).numpy()
+
+
+def rows_if_given(x: Tensor | None, dtype: torch.dtype) -> Any:
+    return nothing(2, dtype) if x is None else array_of_rows(x)
 
 
 def constants_arrays(constants: Tensor) -> tuple[Any, Any]:
@@ -149,13 +160,16 @@ def _array(x: Tensor) -> Any:
     return x.detach().contiguous().numpy()
 
 
+def _array_if_given(x: Tensor | None, axes: int, dtype: torch.dtype) -> Any:
+    return nothing(axes, dtype) if x is None else _array(x)
+
+
 def _forward_arguments(
     x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, every: int, jump_first: bool
 ) -> tuple[Any, ...]:
     """What the forward kernel takes before the checksum and the tile."""
-    ask_for_huge_pages(*(output for output in out if output is not None))
+    ask_for_huge_pages(*out)
     spikes, words, states, checkpoints = out
-    none = state[:0]
     return (
         strided_bytes(x),
         array_of_rows(state),
@@ -163,9 +177,9 @@ def _forward_arguments(
         array_of_rows(final),
         strided_bytes(spikes),
         bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
-        array_of_rows(none.int() if words is None else words),
-        array_of_rows(none if states is None else states),
-        array_of_rows(none if checkpoints is None else checkpoints),
+        rows_if_given(words, torch.int32),
+        rows_if_given(states, state.dtype),
+        rows_if_given(checkpoints, state.dtype),
         every,
         jump_first,
     )
@@ -243,7 +257,6 @@ def feed_forward_backward(
 ) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_backward`."""
     steps, neurons = x.shape
-    none = constants.new_empty(0, 1)
     ask_for_huge_pages(grad_x)
     tile, shares = _split_neurons("feed_forward_backward", constants.dtype, steps, neurons)
     _launch(
@@ -253,8 +266,8 @@ def feed_forward_backward(
         array_of_rows(saved.words),
         array_of_rows(saved.checkpoints),
         strided_bytes(grads.spikes),
-        array_of_rows(none if grads.final is None else grads.final),
-        array_of_rows(none if grads.states is None else grads.states),
+        rows_if_given(grads.final, constants.dtype),
+        rows_if_given(grads.states, constants.dtype),
         strided_bytes(grad_x),
         array_of_rows(grad_state),
         array_of_rows(sums) if sums.numel() else None,
@@ -327,35 +340,32 @@ def _block(
     replay = trajectory is not None
     cells = batch * neurons
     final = state.clone()
-    none = state.new_empty(0)
-    no_drive = none.view(2, 0, batch, neurons)
     kept = cells if chosen is None else len(chosen)
     in_place = states is not None and states.is_contiguous()
     trace = state.new_empty(len(state), 0 if states is None or in_place else steps, kept)
     if states is not None and in_place:
         trace = states.view(-1, steps, kept)
-    no_words = torch.empty(0, cells, dtype=torch.int32)
-    ask_for_huge_pages(*(output for output in (spikes, trajectory) if output is not None))
+    ask_for_huge_pages(spikes, trajectory)
     most = parameters_of(f"recurrent_{'backward' if replay else 'forward'}", state.dtype, neurons, batch)["threads"]
     _launch(
         recurrent.block_kernel(),
         strided_bytes(None if drives.x is None else drives.x.reshape(steps, -1)),
-        _array(no_drive if drives.input is None else drives.input),
+        _array_if_given(drives.input, 4, state.dtype),
         _array(net.input_rows),
         net.input_synapses,
-        _array(none.view(0, neurons) if drives.z is None else drives.z),
-        _array(no_drive if drives.recurrent is None else drives.recurrent),
+        _array_if_given(drives.z, 2, state.dtype),
+        _array_if_given(drives.recurrent, 4, state.dtype),
         _array(net.recurrent_rows),
         net.recurrent_synapses,
         *constants_arrays(net.constants),
         array_of_rows(final.view(-1, cells)),
         strided_bytes(None if spikes is None else spikes.view(steps, cells)),
         bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
-        _array(no_words if words is None else words.view(-1, cells)),
+        rows_if_given(None if words is None else words.view(-1, cells), torch.int32),
         replay,
         array_of_rows(trace),
-        _array(torch.empty(0, dtype=torch.int64) if chosen is None else chosen),
-        _array(none.view(0, 0, cells) if trajectory is None else trajectory.view(-1, steps, cells)),
+        _array_if_given(chosen, 1, torch.int64),
+        _array_if_given(None if trajectory is None else trajectory.view(-1, steps, cells), 3, state.dtype),
         net.jump_first,
         steps,
         shares=_split_rows(batch, 2 * steps * cells, most),
@@ -415,13 +425,12 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
     planes, steps, batch, neurons = block.trajectory.shape
     cells = batch * neurons
     lam, lam_z, start = sweep.lam, sweep.lam_z, block.start
-    none = lam.new_empty(0, cells)
-    spikes = none if sweep.spikes is None else sweep.spikes[start : start + steps].to(lam.dtype)
+    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(lam.dtype)
     arrays = [
         _array(block.trajectory.view(planes, steps, cells)),
         _array(block.words.view(-1, cells)),
         *constants_arrays(net.constants),
-        _array(spikes),
+        _array_if_given(spikes, 2, lam.dtype),
     ]
     carried = [
         array_of_rows(lam.view(-1, cells)),
@@ -429,7 +438,7 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
         _array(adjoints),
         None if sweep.sums is None else _array(sweep.sums),
     ]
-    before = _array(none)
+    before = nothing(2, lam.dtype)
     most = parameters_of("recurrent_backward", lam.dtype, neurons, batch)["threads"]
     shares = _split_rows(batch, 32 * cells, most)
     for t in reversed(range(steps)):
