@@ -114,7 +114,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _clear_spare(words: Tensor, steps: int) -> None:
     if words.shape[0] > word_count(steps):
-        words[word_count(steps) :] = 0
+        words[word_count(steps) :].zero_()
 
 
 def _unconnected(x: Tensor, constants: Tensor, *states: Tensor) -> Iterator[Operand]:

@@ -117,7 +117,9 @@ def ask_for_huge_pages(*outputs: Tensor | None) -> None:
 
 def _bytes(x: Tensor) -> Any:
     """The memory from the first to the last element as a flat array of bytes."""
-    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    length = x.numel()
+    if length and not x.is_contiguous():
+        length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.detach().as_strided((length,), (1,)).view(torch.uint8).numpy()
 
 
