@@ -21,14 +21,14 @@ from torch import Tensor
 from .backend import reference
 from .backend.choose import choose_backend, launcher
 from .functional import (
-    _check_sequence,
-    _format_spikes,
-    _kernel_input,
-    _numbers,
-    _recurrent_state,
-    _run_reference,
-    _spike_dtype,
+    check_sequence,
+    default_spike_dtype,
+    format_spikes,
+    initial_recurrent_state,
+    kernel_input,
+    numbers_of,
     own_fields,
+    run_reference,
 )
 from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, CobaLIFState
 from .ops import time_blocks, validation
@@ -285,13 +285,13 @@ def coba_lif_integral(
 
     def prepare(x: Tensor, p: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         square = recurrent_weights[:, ranks.own]  # the checks are those of one process with these neurons
-        initial = _recurrent_state(x, state, input_weights, square, p, dt, x.shape[1:])
+        initial = initial_recurrent_state(x, state, input_weights, square, p, dt, x.shape[1:])
         return x, initial, (input_weights.to(initial.dtype), recurrent_weights.to(initial.dtype))
 
     call: dict[str, Any] = {}
     error = None
     try:
-        block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
+        block_steps = check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
         dt = validation.check_dt(dt)
         _check_rows(ranks, input_weights, recurrent_weights)
         x, initial, weights = prepare(input_tensor, p)
@@ -315,12 +315,12 @@ def coba_lif_integral(
     if shared:
         copies = _Shared.apply(group, x.device, *shared.values())  # type: ignore[no-untyped-call]  # torch has no types here
         values = dict(zip(shared, copies, strict=True))
-        numbers = {name: values.get(name, value) for name, value in _numbers(p).items()}
+        numbers = {name: values.get(name, value) for name, value in numbers_of(p).items()}
         p = CobaLIFParameters(**numbers, method=p.method)
         x, initial, weights = prepare(values.get("input_tensor", x), p)
 
     z = initial[0]
-    default = _spike_dtype(x, z.dtype, (input_weights, recurrent_weights))
+    default = default_spike_dtype(x, z.dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if backend == "reference":
         c = derive_constants(p, dt, z.dtype, x.device)
@@ -330,8 +330,8 @@ def coba_lif_integral(
             every = _Gather.apply(s.z, ranks)  # type: ignore[no-untyped-call]  # torch has no types here
             return reference.recurrent_step(x, every, s, w, c, jump_first, p.method)
 
-        rows, final = _run_reference(step, x.to(z.dtype), CobaLIFState(*initial.unbind()), record_states)
-        return _format_spikes(rows, z, spike_dtype, default), final
+        rows, final = run_reference(step, x.to(z.dtype), CobaLIFState(*initial.unbind()), record_states)
+        return format_spikes(rows, z, spike_dtype, default), final
 
     steps, neurons = len(x), z.shape
     z = z.reshape(-1, neurons[-1])
@@ -340,7 +340,7 @@ def coba_lif_integral(
     written = z.dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     block = time_blocks.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train)
     plan = Call(backend, jump_first, p.method, written, record_states, block, "events", save=train)
-    x = _kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
+    x = kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
     spikes, z, state, states = _TimeBlocks.apply(  # type: ignore[no-untyped-call]  # torch has no types here
         ranks, plan, x, z, state, *weights, constants_table(p, dt, z.dtype, x.device, neurons)
     )

@@ -25,7 +25,7 @@ RECURRENT_FIELDS = CobaLIFState._fields
 AnyState = TypeVar("AnyState", CobaLIFState, CobaLIFFeedForwardState)
 
 
-def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
+def default_spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
     """The dtype of an input of numbers; of one of bytes or integers, that of half-precision weights or of the state."""
     if x.is_floating_point():
         return x.dtype
@@ -34,7 +34,7 @@ def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor
     return compute_dtype
 
 
-def _numbers(p: Any) -> dict[str, Any]:
+def numbers_of(p: Any) -> dict[str, Any]:
     return {name: getattr(p, name) for name in NUMERIC_PARAMETERS}
 
 
@@ -44,7 +44,7 @@ def _state_fields(state: Any, fields: tuple[str, ...]) -> dict[str, Any]:
 
 def _tensors(p: Any) -> dict[str, Any]:
     """The numbers of a parameter record that are not known to be Python numbers."""
-    return {} if number_key(p) is not None else _numbers(p)
+    return {} if number_key(p) is not None else numbers_of(p)
 
 
 def _is_wide(x: Tensor, values: list[Any], shape: torch.Size) -> bool:
@@ -75,7 +75,7 @@ def _given(state: Any, fields: tuple[str, ...], p: Any) -> list[Any]:
     return [getattr(state, name) for name in fields]
 
 
-def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
+def initial_feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
     """Check the arguments of a call; returns its state ``[3, *neurons]``."""
 
     def make(state: Any, stacklevel: int) -> Tensor:
@@ -104,7 +104,7 @@ def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: to
     return torch.stack(fields)
 
 
-def _recurrent_state(
+def initial_recurrent_state(
     x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
 ) -> Tensor:
     """Check the arguments of a call; returns its state ``[4, *batch, N]``."""
@@ -150,11 +150,11 @@ def coba_lif_feed_forward_step(
     """
     validation.check_input(input_tensor, "[...]", 0)
     dt = validation.check_dt(dt)
-    before = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
+    before = initial_feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
     c = derive_constants(p, dt, before.dtype, input_tensor.device)
     x = input_tensor.to(before.dtype).expand(before.shape[1:])
     z, after = reference.feed_forward_step(x, State(*before.unbind()), c, False, p.method)
-    return z.to(_spike_dtype(input_tensor, before.dtype)), CobaLIFFeedForwardState(*after)
+    return z.to(default_spike_dtype(input_tensor, before.dtype)), CobaLIFFeedForwardState(*after)
 
 
 def coba_lif_step(
@@ -192,16 +192,16 @@ def coba_lif_step(
     """
     validation.check_input(input_tensor, "[*batch, I]", 1)
     dt = validation.check_dt(dt)
-    before = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
+    before = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
     w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
     last, *state_before = before.unbind()
     z, after = reference.recurrent_step(input_tensor.to(dtype), last, State(*state_before), w, c, False, p.method)
-    return z.to(_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), CobaLIFState(z, *after)
+    return z.to(default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), CobaLIFState(z, *after)
 
 
-def _check_sequence(
+def check_sequence(
     x: Any, axes: str, rank: int, order: Any, block_steps: Any, record_states: Any, spike_dtype: SpikeDtype
 ) -> int | None:
     """Returns ``block_steps``."""
@@ -213,7 +213,7 @@ def _check_sequence(
     return steps
 
 
-def _run_reference(
+def run_reference(
     step: Callable[[Tensor, AnyState], reference.Step], xs: Tensor, state: AnyState, record_states: bool
 ) -> tuple[list[Tensor], AnyState]:
     """Loop ``step`` over time; returns the spikes of every step and the final or the stacked state."""
@@ -237,7 +237,7 @@ def _stack(rows: list[Any], like: Any) -> Tensor:
     return torch.stack(rows) if rows else like.new_empty(0, *like.shape)
 
 
-def _format_spikes(rows: list[Tensor], like: Tensor, spike_dtype: SpikeDtype, default: torch.dtype) -> Tensor:
+def format_spikes(rows: list[Tensor], like: Tensor, spike_dtype: SpikeDtype, default: torch.dtype) -> Tensor:
     spikes = _stack(rows, like)
     if spike_dtype == "bits":
         return pack_spikes(spikes)
@@ -316,37 +316,37 @@ def coba_lif_feed_forward_integral(
         >>> spikes.shape
         torch.Size([1000, 4])
     """
-    block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
+    block_steps = check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
     dt = validation.check_dt(dt)
     steps, device = input_tensor.shape[0], input_tensor.device
-    initial = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
+    initial = initial_feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
     neurons, dtype = initial.shape[1:], initial.dtype
-    default = _spike_dtype(input_tensor, dtype)
+    default = default_spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(steps, neurons, spike_dtype, default)
-        inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **_numbers(p)}
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, FEED_FORWARD_FIELDS), **numbers_of(p)}
         validation.check_out(out, *wanted, inputs)
 
     backend = choose_backend(backend, device)
     validation.check_exported(backend)
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
-        rows, final = _run_reference(
+        rows, final = run_reference(
             lambda x, s: reference.feed_forward_step(x, s, c, jump_first, p.method),
             _expand_input(input_tensor, neurons).to(dtype),
             CobaLIFFeedForwardState(*initial.unbind()),
             record_states,
         )
-        return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
+        return _into(out, format_spikes(rows, initial[0], spike_dtype, default)), final
     written = None if spike_dtype == "bits" else spike_dtype or default
     every = operators.checkpoint_interval(dtype, backend, neurons.numel())
     call = Call(backend, jump_first, p.method, written, record_states, block_steps, checkpoint_every=every)
-    x = _flat_input(input_tensor, neurons, dtype)
+    x = flat_input(input_tensor, neurons, dtype)
     return _run_operator(x, initial, constants_table(p, dt, dtype, device, neurons), call, out)
 
 
-def _kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+def kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Half precision and bytes are read as they are; everything else comes in the compute dtype."""
     if not torch.compiler.is_compiling() and x.is_neg():  # kernels read what is in memory, which has another sign
         x = x.resolve_neg()
@@ -359,9 +359,9 @@ def _expand_input(x: Tensor, neurons: torch.Size) -> Tensor:
     return x.reshape(steps, *(1,) * (len(neurons) - len(shape)), *shape).expand(steps, *neurons)
 
 
-def _flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
+def flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
     """The same as the kernels of unconnected neurons take it, ``[T, M]``."""
-    x = _kernel_input(x if x.shape[1:] == neurons else _expand_input(x, neurons), dtype)
+    x = kernel_input(x if x.shape[1:] == neurons else _expand_input(x, neurons), dtype)
     return x.reshape(x.shape[0], neurons.numel())
 
 
@@ -470,17 +470,17 @@ def coba_lif_integral(
         >>> spikes.shape
         torch.Size([100, 8, 2])
     """
-    block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
+    block_steps = check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
     dt = validation.check_dt(dt)
     validation.check_path(path, time_blocks.PATHS)
-    initial = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
+    initial = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
     weights = input_weights.to(dtype), recurrent_weights.to(dtype)
-    default = _spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
+    default = default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)
-        inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **_numbers(p)}
+        inputs = {"input_tensor": input_tensor, **_state_fields(state, RECURRENT_FIELDS), **numbers_of(p)}
         inputs |= {"input_weights": input_weights, "recurrent_weights": recurrent_weights}
         validation.check_out(out, *wanted, inputs)
     backend = choose_backend(backend, device)
@@ -488,13 +488,13 @@ def coba_lif_integral(
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
         w = reference.SplitWeights.of(*weights)
-        rows, final = _run_reference(
+        rows, final = run_reference(
             lambda x, s: reference.recurrent_step(x, s.z, s, w, c, jump_first, p.method),
             input_tensor.to(dtype),
             CobaLIFState(*initial.unbind()),
             record_states,
         )
-        return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
+        return _into(out, format_spikes(rows, initial[0], spike_dtype, default)), final
     table = constants_table(p, dt, dtype, device, neurons)
     written = None if spike_dtype == "bits" else spike_dtype or default
     call = Call(backend, jump_first, p.method, written, record_states, block_steps, path)
@@ -507,7 +507,7 @@ def _run_recurrent_operator(
     """Flatten the batch to one axis, call the operator, and give the result its shape."""
     steps, neurons, dtype = x.shape[0], state.shape[1:], state.dtype
     batch = neurons[:-1].numel()
-    x = _kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
+    x = kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
     z = state[0].reshape(batch, neurons[-1])
     flat = state[1:].reshape(len(state) - 1, batch, neurons[-1]).contiguous()
     if out is not None and not call.record_states:

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..backend.choose import choose_backend, launcher
 from ..common.files import reason
 from ..common.versions import package_version
-from ..functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
+from ..functional import coba_lif_feed_forward_integral, coba_lif_integral, flat_input, kernel_input
 from ..modules import CobaLIF, CobaLIFRecurrent
 from ..neuron.records import NUMERIC_PARAMETERS, CobaLIFFeedForwardState, CobaLIFParameters, CobaLIFState
 from ..ops import time_blocks, validation
@@ -446,7 +446,7 @@ class BlockRun:
         source, first = self.blocks.source, self.blocks.first
         if self.recurrent or self.record.inputs or self.backend == "reference":
             return False
-        as_it_is = _flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
+        as_it_is = flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
         return as_it_is and isinstance(source, Tensor) and source.device == self.device
 
     def sums_up(self, x: Tensor) -> bool:
@@ -501,7 +501,7 @@ class BlockRun:
                 from ..backend.cpu.launch import lanes
 
                 input_sum = sums = lanes(self.shape.numel())
-            flat = _flat_input(x, self.shape, before.v.dtype)
+            flat = flat_input(x, self.shape, before.v.dtype)
             state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
             self.state = CobaLIFFeedForwardState(*state.reshape(3, *self.shape))
         elif self.recurrent and self.backend != "reference":
@@ -544,7 +544,7 @@ class BlockRun:
         block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
         z, state = time_blocks.forward(
             self.connected,
-            _kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
+            kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
             z.reshape(rows),
             torch.stack(others).reshape(len(others), *rows),
             Outputs(words=words, states=traces),
