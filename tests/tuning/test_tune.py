@@ -276,8 +276,8 @@ def test_a_launch_that_changes_bits_fails(journal, monkeypatch) -> None:
     """A planted bug: another result with another tile."""
     forward = cpu_launch.feed_forward_forward
 
-    def spoiled(x, constants, jump_first, every, state, final, *outputs):
-        forward(x, constants, jump_first, every, state, final, *outputs)
+    def spoiled(x, state, constants, final, out, call):
+        forward(x, state, constants, final, out, call)
         if tuning.forced_parameters.get("feed_forward_forward", {}).get("tile") == 64:
             final[0, 0] += 1e-6
 
