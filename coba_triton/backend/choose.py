@@ -12,12 +12,7 @@ import numpy
 import torch
 
 if TYPE_CHECKING:
-    from . import triton
-    from .cpu import launch
     from .protocol import Backend
-
-    # what a type checker finds out here: that each of them offers all that a backend must
-    OFFERED: tuple[Backend, ...] = (triton, launch)
 
 logger = logging.getLogger("coba_triton")
 
