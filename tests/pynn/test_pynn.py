@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,29 @@ def test_names_and_defaults_are_nests() -> None:
     nest = pytest.importorskip("nest", reason="NEST is optional: pip install nest-simulator")
     theirs = nest.GetDefaults("iaf_cond_exp")
     assert {name: theirs[name] for name in DEFAULTS["iaf_cond_exp"]} == pytest.approx(DEFAULTS["iaf_cond_exp"], rel=1e-6)
+
+
+@pytest.mark.parametrize("t_ref", [0.1, 0.25, 0.301, 2.0, 5.0])
+def test_the_refractory_period_has_nests_number_of_steps(t_ref: float) -> None:
+    """A neuron with a constant current: a period lengthens the intervals between spikes by as many steps as in NEST."""
+    nest = pytest.importorskip("nest", reason="NEST is optional: pip install nest-simulator")
+    intervals = {}
+    for period in (0.0, t_ref):
+        values = dict(DEFAULTS["iaf_cond_exp"], t_ref=period, I_e=500.0)
+        nest.ResetKernel()
+        nest.resolution = 0.1
+        neuron, recorder = nest.Create("iaf_cond_exp", params=values), nest.Create("spike_recorder")
+        nest.Connect(neuron, recorder)
+        nest.Simulate(100.0)
+        theirs = np.diff(np.round(recorder.events["times"] / 0.1))
+        p = from_pynn(values, "iaf_cond_exp")
+        start = CobaLIFFeedForwardState(values["E_L"], 0.0, 0.0)
+        spikes, _ = coba_lif_feed_forward_integral(torch.zeros(1000, 1), start, p, 0.1)
+        ours = np.diff(spikes[:, 0].nonzero().flatten().numpy())
+        assert len(set(ours)) == len(set(theirs)) == 1
+        intervals[period] = int(ours[0]), int(theirs[0])
+    longer = [after - before for after, before in zip(intervals[t_ref], intervals[0.0], strict=True)]
+    assert longer[0] == longer[1] == math.ceil(t_ref / 0.1 - 1e-6)
 
 
 def test_names_defaults_and_units_are_pynns() -> None:
