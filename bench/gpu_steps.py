@@ -19,9 +19,9 @@ import torch
 
 import coba_triton
 from coba_triton.common.versions import driver_version, package_version
-from coba_triton.tools import contenders
+from coba_triton.tools import contenders, tuner
 from coba_triton.tools.problems import Case, problem, recurrent_problem, sparse_problem
-from coba_triton.tuning import tables, tuner
+from coba_triton.tuning import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("coba-triton", "torch", "triton", "numpy", "numba", "norse", "snntorch", "spikingjelly")

@@ -6,6 +6,7 @@ from pathlib import Path
 from .common.signals import silent_start
 
 with silent_start():
+    from . import _old_names as _old_names
     from .functional import (
         coba_lif_feed_forward_integral,
         coba_lif_feed_forward_step,

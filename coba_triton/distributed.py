@@ -19,28 +19,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backend import reference
-from .backend.choose import choose_backend
+from .backend.choose import choose_backend, launcher
 from .functional import (
-    _check_sequence,
-    _format_spikes,
-    _kernel_input,
-    _recurrent_state,
-    _run_reference,
-    _spike_dtype,
+    check_sequence,
+    default_spike_dtype,
+    format_spikes,
+    initial_recurrent_state,
+    kernel_input,
     own_fields,
+    run_reference,
 )
 from .neuron.records import CobaLIFParameters, RecurrentState, numbers_of, recurrent_state
 from .ops import time_blocks, validation
+from .ops.call import Asked, Call, Incoming, Network, Saved, Weights
 from .ops.constants import constants_table, derive_constants
-from .ops.operators import (
-    RecurrentBackwardOptions,
-    RecurrentOptions,
-    recurrent_forward,
-    recurrent_gradients,
-    recurrent_kernels,
-)
+from .ops.operators import recurrent_forward
 from .ops.spikes import pack_spikes
-from .ops.time_blocks import Network
 from .ops.validation import SpikeDtype
 
 Group = Any  # torch.distributed.ProcessGroup, which a build of torch without torch.distributed has not
@@ -198,31 +192,37 @@ class _Shared(torch.autograd.Function):
         return None, None, *(total.to(grad.device) for total, grad in zip(sums, grads, strict=True))
 
 
-class _Recurrent(torch.autograd.Function):
+class _TimeBlocks(torch.autograd.Function):
     """The loop over time blocks, forward and back, as one differentiable function."""
 
     @staticmethod
-    def forward(ctx: Any, ranks: _Ranks, o: RecurrentOptions, *tensors: Tensor) -> tuple[Tensor, ...]:
-        x, z, state, input_weights, recurrent_weights, constants = tensors
-        net = Network.of(input_weights, recurrent_weights, constants, o.jump_first, recurrent_kernels(o.backend), ranks)
-        spikes, z_final, final, states, words, checkpoints = recurrent_forward(net, x, z, state, *o)
-        ctx.options, ctx.net = o, net
+    def forward(ctx: Any, ranks: _Ranks, call: Call, x: Tensor, z: Tensor, state: Tensor, *weights: Tensor) -> Any:
+        net = Network.of(Weights(*weights), call.jump_first, launcher(call.backend), ranks)
+        spikes, z_final, final, states, words, checkpoints = recurrent_forward(net, x, z, state, call)
+        ctx.call, ctx.net, ctx.fields = call, net, len(state)
         ctx.set_materialize_grads(False)
         if not spikes.is_floating_point():
             ctx.mark_non_differentiable(spikes)
-        ctx.save_for_backward(x, z, spikes if o.spike_dtype is None else words, checkpoints)
+        ctx.save_for_backward(x, z, spikes if call.spike_dtype is None else words, checkpoints)
         return spikes, z_final, final, states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        o = ctx.options
-        x, _, _, input_weights, recurrent_weights, constants = needed = ctx.needs_input_grad[2:]
-        asked = RecurrentBackwardOptions(
-            o.backend, o.jump_first, o.method, o.block_steps, 1, x, input_weights, recurrent_weights, constants
+    def backward(
+        ctx: Any,
+        grad_spikes: Tensor | None,
+        grad_z: Tensor | None,
+        grad_final: Tensor | None,
+        grad_states: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        x, z, words, checkpoints = ctx.saved_tensors
+        needed = x_needed, _, _, input_needed, recurrent_needed, constants_needed = ctx.needs_input_grad[2:]
+        asked = Asked(x_needed, input_needed, recurrent_needed, constants_needed, ctx.fields)
+        incoming = Incoming(grad_spikes, grad_final, grad_states)
+        found = time_blocks.backward(ctx.net, x, z, Saved(words, checkpoints), incoming, grad_z, ctx.call, asked)
+        found = found._replace(
+            input_weights=found.input_weights.squeeze(0), recurrent_weights=found.recurrent_weights.squeeze(0)
         )
-        found = list(recurrent_gradients(ctx.net, *ctx.saved_tensors, *grads, *asked))
-        found[3:5] = [of_weights.squeeze(0) for of_weights in found[3:5]]
         return None, None, *(grad if need else None for grad, need in zip(found, needed, strict=True))
 
 
@@ -284,13 +284,13 @@ def coba_lif_integral(
 
     def prepare(x: Tensor, p: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         square = recurrent_weights[:, ranks.own]  # the checks are those of one process with these neurons
-        initial = _recurrent_state(x, state, input_weights, square, p, dt, x.shape[1:])
+        initial = initial_recurrent_state(x, state, input_weights, square, p, dt, x.shape[1:])
         return x, initial, (input_weights.to(initial.dtype), recurrent_weights.to(initial.dtype))
 
     call: dict[str, Any] = {}
     error = None
     try:
-        block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
+        block_steps = check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
         dt = validation.check_dt(dt)
         _check_rows(ranks, input_weights, recurrent_weights)
         x, initial, weights = prepare(input_tensor, p)
@@ -319,7 +319,7 @@ def coba_lif_integral(
         x, initial, weights = prepare(values.get("input_tensor", x), p)
 
     z = initial[0]
-    default = _spike_dtype(x, z.dtype, (input_weights, recurrent_weights))
+    default = default_spike_dtype(x, z.dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if backend == "reference":
         c = derive_constants(p, dt, z.dtype, x.device)
@@ -329,19 +329,19 @@ def coba_lif_integral(
             every = _Gather.apply(s.z, ranks)  # type: ignore[no-untyped-call]  # torch has no types here
             return reference.recurrent_step(x, every, s, w, c, jump_first, p.method)
 
-        rows, final = _run_reference(step, x.to(z.dtype), recurrent_state(*initial.unbind()), record_states)
-        return _format_spikes(rows, z, spike_dtype, default), final
+        rows, final = run_reference(step, x.to(z.dtype), recurrent_state(*initial.unbind()), record_states)
+        return format_spikes(rows, z, spike_dtype, default), final
 
     steps, neurons = len(x), z.shape
     z = z.reshape(-1, neurons[-1])
     state = initial[1:].reshape(len(initial) - 1, *z.shape).contiguous()
     # recorded spikes are part of the differentiable state: they take their format afterwards
-    wanted = z.dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
+    written = z.dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
     block = time_blocks.choose_block_steps(block_steps, steps, len(z) * ranks.share, z.element_size(), train)
-    options = RecurrentOptions(backend, jump_first, p.method, wanted, record_states, block, "events", train)
-    x = _kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
-    spikes, z, state, states = _Recurrent.apply(  # type: ignore[no-untyped-call]  # torch has no types here
-        ranks, options, x, z, state, *weights, constants_table(p, dt, z.dtype, x.device, neurons)
+    plan = Call(backend, jump_first, p.method, written, record_states, block, "events", save=train)
+    x = kernel_input(x, z.dtype).reshape(steps, len(z), x.shape[-1])
+    spikes, z, state, states = _TimeBlocks.apply(  # type: ignore[no-untyped-call]  # torch has no types here
+        ranks, plan, x, z, state, *weights, constants_table(p, dt, z.dtype, x.device, neurons)
     )
     spikes = spikes.reshape(len(spikes), *neurons)
     if record_states:

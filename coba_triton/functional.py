@@ -22,6 +22,7 @@ from .neuron.records import (
     recurrent_state,
 )
 from .ops import operators, time_blocks, validation
+from .ops.call import Call, Weights
 from .ops.constants import constants_table, derive_constants
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
 from .ops.tensors import is_refractory, keep, known, number_key, numbers_on
@@ -33,7 +34,7 @@ RECURRENT_FIELDS = CobaLIFState._fields
 AnyState = TypeVar("AnyState", FeedForwardState, RecurrentState)
 
 
-def _spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
+def default_spike_dtype(x: Tensor, compute_dtype: torch.dtype, weights: Sequence[Tensor] = ()) -> torch.dtype:
     """The dtype of an input of numbers; of one of bytes or integers, that of half-precision weights or of the state."""
     if x.is_floating_point():
         return x.dtype
@@ -79,7 +80,7 @@ def _given(state: Any, fields: tuple[str, ...], p: Any) -> list[Any]:
     return [getattr(state, name, 0.0) if name == "left" else getattr(state, name) for name in fields]
 
 
-def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
+def initial_feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: torch.Size) -> Tensor:
     """Check the arguments of a call; returns its state ``[F, *neurons]``."""
     fields = (*FEED_FORWARD_FIELDS, "left") if is_refractory(p, state) else FEED_FORWARD_FIELDS
 
@@ -109,7 +110,7 @@ def _feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_shape: to
     return torch.stack(values)
 
 
-def _recurrent_state(
+def initial_recurrent_state(
     x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
 ) -> Tensor:
     """Check the arguments of a call; returns its last spikes and its state, ``[1 + F, *batch, N]``."""
@@ -156,11 +157,11 @@ def coba_lif_feed_forward_step(
     """
     validation.check_input(input_tensor, "[...]", 0)
     dt = validation.check_dt(dt)
-    before = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
+    before = initial_feed_forward_state(input_tensor, state, p, dt, input_tensor.shape)
     c = derive_constants(p, dt, before.dtype, input_tensor.device)
     x = input_tensor.to(before.dtype).expand(before.shape[1:])
     z, *after = _fields_after(reference.feed_forward_step(x, feed_forward_state(*before.unbind()), c, False, p.method))
-    return z.to(_spike_dtype(input_tensor, before.dtype)), feed_forward_state(*after)
+    return z.to(default_spike_dtype(input_tensor, before.dtype)), feed_forward_state(*after)
 
 
 def coba_lif_step(
@@ -198,16 +199,16 @@ def coba_lif_step(
     """
     validation.check_input(input_tensor, "[*batch, I]", 1)
     dt = validation.check_dt(dt)
-    before = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
+    before = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
     w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
     s = recurrent_state(*before.unbind())
     z, *after = _fields_after(reference.recurrent_step(input_tensor.to(dtype), s.z, s, w, c, False, p.method))
-    return z.to(_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), recurrent_state(z, *after)
+    return z.to(default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), recurrent_state(z, *after)
 
 
-def _check_sequence(
+def check_sequence(
     x: Any, axes: str, rank: int, order: Any, block_steps: Any, record_states: Any, spike_dtype: SpikeDtype
 ) -> int | None:
     """Returns ``block_steps``."""
@@ -224,7 +225,7 @@ def _fields_after(done: reference.Step) -> list[Tensor]:
     return [done.z, *done.state] if done.left is None else [done.z, *done.state, done.left]
 
 
-def _run_reference(
+def run_reference(
     step: Callable[[Tensor, AnyState], reference.Step], xs: Tensor, state: AnyState, record_states: bool
 ) -> tuple[list[Tensor], AnyState]:
     """Loop ``step`` over time; returns the spikes of every step and the final or the stacked state."""
@@ -248,7 +249,7 @@ def _stack(rows: list[Any], like: Any) -> Tensor:
     return torch.stack(rows) if rows else like.new_empty(0, *like.shape)
 
 
-def _format_spikes(rows: list[Tensor], like: Tensor, spike_dtype: SpikeDtype, default: torch.dtype) -> Tensor:
+def format_spikes(rows: list[Tensor], like: Tensor, spike_dtype: SpikeDtype, default: torch.dtype) -> Tensor:
     spikes = _stack(rows, like)
     if spike_dtype == "bits":
         return pack_spikes(spikes)
@@ -327,12 +328,12 @@ def coba_lif_feed_forward_integral(
         >>> spikes.shape
         torch.Size([1000, 4])
     """
-    block_steps = _check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
+    block_steps = check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
     dt = validation.check_dt(dt)
     steps, device = input_tensor.shape[0], input_tensor.device
-    initial = _feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
+    initial = initial_feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
     neurons, dtype = initial.shape[1:], initial.dtype
-    default = _spike_dtype(input_tensor, dtype)
+    default = default_spike_dtype(input_tensor, dtype)
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(steps, neurons, spike_dtype, default)
@@ -343,21 +344,21 @@ def coba_lif_feed_forward_integral(
     validation.check_exported(backend)
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
-        rows, final = _run_reference(
+        rows, final = run_reference(
             lambda x, s: reference.feed_forward_step(x, s, c, jump_first, p.method),
             _expand_input(input_tensor, neurons).to(dtype),
             feed_forward_state(*initial.unbind()),
             record_states,
         )
-        return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
-    x = _flat_input(input_tensor, neurons, dtype)
-    constants = constants_table(p, dt, dtype, device, neurons)
-    return _run_operator(
-        x, initial, constants, backend, jump_first, p.method, block_steps, record_states, spike_dtype, default, out
-    )
+        return _into(out, format_spikes(rows, initial[0], spike_dtype, default)), final
+    written = None if spike_dtype == "bits" else spike_dtype or default
+    every = operators.checkpoint_interval(dtype, backend, neurons.numel())
+    call = Call(backend, jump_first, p.method, written, record_states, block_steps, checkpoint_every=every)
+    x = flat_input(input_tensor, neurons, dtype)
+    return _run_operator(x, initial, constants_table(p, dt, dtype, device, neurons), call, out)
 
 
-def _kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+def kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Half precision and bytes are read as they are; everything else comes in the compute dtype."""
     if not torch.compiler.is_compiling() and x.is_neg():  # kernels read what is in memory, which has another sign
         x = x.resolve_neg()
@@ -370,13 +371,13 @@ def _expand_input(x: Tensor, neurons: torch.Size) -> Tensor:
     return x.reshape(steps, *(1,) * (len(neurons) - len(shape)), *shape).expand(steps, *neurons)
 
 
-def _flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
+def flat_input(x: Tensor, neurons: torch.Size, dtype: torch.dtype) -> Tensor:
     """The same as the kernels of unconnected neurons take it, ``[T, M]``."""
-    x = _kernel_input(x if x.shape[1:] == neurons else _expand_input(x, neurons), dtype)
+    x = kernel_input(x if x.shape[1:] == neurons else _expand_input(x, neurons), dtype)
     return x.reshape(x.shape[0], neurons.numel())
 
 
-def own_fields(states: Tensor, shape: Sequence[int], count: int = 3) -> Sequence[Tensor]:
+def own_fields(states: Tensor, shape: Sequence[int], count: int) -> Sequence[Tensor]:
     """The fields in ``[count, ...]``, each of ``shape``.
 
     They lie in one memory, but to autograd each is a tensor of its own, and may be edited in place without the others.
@@ -387,54 +388,33 @@ def own_fields(states: Tensor, shape: Sequence[int], count: int = 3) -> Sequence
 
 
 def _run_operator(
-    x: Tensor,
-    state: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    block_steps: int | None,
-    record_states: bool,
-    spike_dtype: SpikeDtype,
-    default: torch.dtype,
-    out: Tensor | None,
+    x: Tensor, state: Tensor, constants: Tensor, call: Call, out: Tensor | None
 ) -> tuple[Tensor, FeedForwardState]:
     """Call the operator once a time block of the input ``x [T, M]``, and put the blocks together."""
     steps, neurons = x.shape[0], state.shape[1:]
     flat = state.reshape(len(state), -1).contiguous()
-    every = operators.checkpoint_interval(flat.dtype, backend, flat.shape[1])
     # a split of one block would still copy the gradient
-    split = block_steps if block_steps and block_steps < steps else None
+    split = call.block_steps if call.block_steps and call.block_steps < steps else None
     blocks = x.split(split) if split else (x,)
     parts: Sequence[Tensor | None] = (None,) * len(blocks)
     if out is not None:
         rows = out.view(out.shape[0], flat.shape[1])
-        parts = rows.split(split // WORD_BITS if spike_dtype == "bits" else split) if split else (rows,)
+        parts = rows.split(split // WORD_BITS if call.spike_dtype is None else split) if split else (rows,)
     outputs = []
     for block, part in zip(blocks, parts, strict=True):
         if part is None:
-            spikes, flat, states = operators.feed_forward(
-                block,
-                flat,
-                constants,
-                backend,
-                jump_first,
-                method,
-                None if spike_dtype == "bits" else spike_dtype or default,
-                record_states,
-                every,
-            )
+            spikes, flat, states = operators.feed_forward(block, flat, constants, call)
         else:
             spikes = part
-            flat, states = operators.feed_forward_out(block, flat, constants, backend, jump_first, record_states, part)
+            flat, states = operators.feed_forward_out(block, flat, constants, part, call)
         outputs.append((spikes, states))
     if out is None:
         out = outputs[0][0] if len(outputs) == 1 else torch.cat([s for s, _ in outputs])
         out = out.reshape(out.shape[0], *neurons)
-    if record_states:
+    if call.record_states:
         states = outputs[0][1] if len(outputs) == 1 else torch.cat([s for _, s in outputs], 1)
-        return out, feed_forward_state(*own_fields(states, (steps, *neurons), len(state)))
-    return out, feed_forward_state(*own_fields(flat, neurons, len(state)))
+        return out, feed_forward_state(*own_fields(states, (steps, *neurons), len(states)))
+    return out, feed_forward_state(*own_fields(flat, neurons, len(flat)))
 
 
 def coba_lif_integral(
@@ -502,13 +482,13 @@ def coba_lif_integral(
         >>> spikes.shape
         torch.Size([100, 8, 2])
     """
-    block_steps = _check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
+    block_steps = check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
     dt = validation.check_dt(dt)
     validation.check_path(path, time_blocks.PATHS)
-    initial = _recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
+    initial = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
     weights = input_weights.to(dtype), recurrent_weights.to(dtype)
-    default = _spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
+    default = default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)
@@ -520,63 +500,37 @@ def coba_lif_integral(
     if backend == "reference":
         c = derive_constants(p, dt, dtype, device)
         w = reference.SplitWeights.of(*weights)
-        rows, final = _run_reference(
+        rows, final = run_reference(
             lambda x, s: reference.recurrent_step(x, s.z, s, w, c, jump_first, p.method),
             input_tensor.to(dtype),
             recurrent_state(*initial.unbind()),
             record_states,
         )
-        return _into(out, _format_spikes(rows, initial[0], spike_dtype, default)), final
-    return _run_recurrent_operator(
-        input_tensor,
-        initial,
-        weights,
-        constants_table(p, dt, dtype, device, neurons),
-        backend,
-        jump_first,
-        p.method,
-        block_steps,
-        record_states,
-        spike_dtype,
-        default,
-        path,
-        out,
-    )
+        return _into(out, format_spikes(rows, initial[0], spike_dtype, default)), final
+    table = constants_table(p, dt, dtype, device, neurons)
+    written = None if spike_dtype == "bits" else spike_dtype or default
+    call = Call(backend, jump_first, p.method, written, record_states, block_steps, path)
+    return _run_recurrent_operator(input_tensor, initial, Weights(*weights, table), call, out)
 
 
 def _run_recurrent_operator(
-    x: Tensor,
-    state: Tensor,
-    weights: tuple[Tensor, Tensor],
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    block_steps: int | None,
-    record_states: bool,
-    spike_dtype: SpikeDtype,
-    default: torch.dtype,
-    path: str,
-    out: Tensor | None,
+    x: Tensor, state: Tensor, weights: Weights, call: Call, out: Tensor | None
 ) -> tuple[Tensor, RecurrentState]:
     """Flatten the batch to one axis, call the operator, and give the result its shape."""
     steps, neurons, dtype = x.shape[0], state.shape[1:], state.dtype
     batch = neurons[:-1].numel()
-    x = _kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
+    x = kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
     z = state[0].reshape(batch, neurons[-1])
     flat = state[1:].reshape(len(state) - 1, batch, neurons[-1]).contiguous()
-    if out is not None and not record_states:
-        z, flat = operators.recurrent_out(
-            x, z, flat, *weights, constants, backend, jump_first, block_steps, path, out.view(out.shape[0], *z.shape)
-        )
+    if out is not None and not call.record_states:
+        z, flat = operators.recurrent_out(x, z, flat, weights, out.view(out.shape[0], *z.shape), call)
         return out, recurrent_state(*own_fields(z, neurons, 1), *own_fields(flat, neurons, len(flat)))
+    if not call.record_states:
+        spikes, z, flat, _ = operators.recurrent(x, z, flat, weights, call)
+        spikes = spikes.reshape(spikes.shape[0], *neurons)
+        return spikes, recurrent_state(*own_fields(z, neurons, 1), *own_fields(flat, neurons, len(flat)))
     # recorded spikes are part of the differentiable state: they take their format afterwards
-    wanted = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
-    spikes, z, flat, states = operators.recurrent(
-        x, z, flat, *weights, constants, backend, jump_first, method, wanted, record_states, block_steps, path
-    )
-    spikes = spikes.reshape(spikes.shape[0], *neurons)
-    if record_states:
-        trace = recurrent_state(spikes, *own_fields(states, (steps, *neurons), len(states)))
-        return _into(out, pack_spikes(spikes) if spike_dtype == "bits" else spikes.to(spike_dtype or default)), trace
-    return spikes, recurrent_state(*own_fields(z, neurons, 1), *own_fields(flat, neurons, len(flat)))
+    spikes, _, _, states = operators.recurrent(x, z, flat, weights, call._replace(spike_dtype=dtype))
+    spikes = spikes.reshape(steps, *neurons)
+    trace = recurrent_state(spikes, *own_fields(states, (steps, *neurons), len(states)))
+    return _into(out, pack_spikes(spikes) if call.spike_dtype is None else spikes.to(call.spike_dtype)), trace

@@ -1,19 +1,30 @@
-"""Which backend serves a request: the one place that knows."""
+"""Which backend serves a request, and where its launchers are: the one place that knows."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import re
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
 
+if TYPE_CHECKING:
+    from .protocol import Backend
+
 logger = logging.getLogger("coba_triton")
 
-Backend = Literal["auto", "reference", "triton", "cpu"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
+BACKENDS = ("auto", "reference", "triton", "cpu")
+# The modules that launch kernels. The reference, which has none, is no operator.
+LAUNCHERS = {"triton": "coba_triton.backend.triton", "cpu": "coba_triton.backend.cpu.launch"}
+
+
+@functools.cache
+def launcher(backend: str) -> Backend:
+    """The module that launches a backend's kernels, imported when first needed."""
+    return cast("Backend", importlib.import_module(LAUNCHERS[backend]))
 
 
 def _triton_device() -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: allocates what they write, chooses their launch configuration."""
+"""What a backend must offer, with Triton: allocates what the kernels write, and chooses how they are launched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..kernels import feed_forward, recurrent
-from ..ops.time_blocks import Network, kept_count, send_back
+from ..ops.call import Block, Call, Incoming, Network, Outputs, Saved, Sweep, kept_count
 from ..tuning.tables import Parameters, launch_parameters
 
 # Steps whose inputs are on their way while as many are computed.
@@ -127,83 +127,67 @@ def _none_if_empty(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def feed_forward_forward(
-    x: Tensor,
-    constants: Tensor,
-    jump_first: bool,
-    checkpoint_every: int,
-    state: Tensor,
-    final: Tensor,
-    spikes: Tensor | None,
-    words: Tensor | None,
-    states: Tensor | None,
-    checkpoints: Tensor | None,
-) -> None:
-    """Fill ``final`` and every output that is given; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
+def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, call: Call) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_forward`."""
     parameters = parameters_of("feed_forward_forward", state, x.shape[1])
     _launch_feed_forward(
         feed_forward.forward_kernel,
         parameters["num_warps"],
         x,
         constants,
-        jump_first,
+        call.jump_first,
         _kernel_view(x),
         state,
         constants,
         final,
-        _kernel_view(spikes),
-        words,
-        states,
-        checkpoints,
+        _kernel_view(out.spikes),
+        out.words,
+        out.states,
+        out.checkpoints,
         *x.shape,
         *x.stride(),
         constants.stride(0),
         FIELDS=len(state),
-        STEPS=checkpoint_every or parameters["steps"],
+        STEPS=parameters["steps"] if out.checkpoints is None else call.checkpoint_every,
     )
 
 
 def feed_forward_backward(
     x: Tensor,
     constants: Tensor,
-    jump_first: bool,
-    method: str,
-    checkpoint_every: int,
-    words: Tensor,
-    checkpoints: Tensor,
-    grad_spikes: Tensor | None,
-    grad_final: Tensor | None,
-    grad_states: Tensor | None,
+    saved: Saved,
+    grads: Incoming,
     grad_x: Tensor,
     grad_state: Tensor,
-    grad_constants: Tensor,
+    sums: Tensor,
+    call: Call,
 ) -> None:
-    """Fill ``grad_state`` and every non-empty gradient; shapes as in :mod:`coba_triton.kernels.feed_forward`."""
+    """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_backward`."""
     parameters = parameters_of("feed_forward_backward", constants, x.shape[1])
     _launch_feed_forward(
         feed_forward.backward_kernel,
         parameters["num_warps"],
         x,
         constants,
-        jump_first,
+        call.jump_first,
         _kernel_view(x),
-        words,
-        checkpoints,
+        saved.words,
+        saved.checkpoints,
         constants,
-        grad_spikes,
-        grad_final,
-        grad_states,
+        grads.spikes,
+        grads.final,
+        grads.states,
         _none_if_empty(grad_x),
         grad_state,
-        _none_if_empty(grad_constants),
+        _none_if_empty(sums),
         *x.shape,
         *x.stride(),
-        *(grad_spikes.stride() if grad_spikes is not None else (0, 0)),
+        *(grads.spikes.stride() if grads.spikes is not None else (0, 0)),
         constants.stride(0),
-        FIELDS=checkpoints.shape[1],
-        EVERY=checkpoint_every,
+        FIELDS=len(grad_state),
+        EVERY=call.checkpoint_every,
         STEPS=parameters["steps"],
-        METHOD=method,
+        METHOD=call.method,
     )
 
 
@@ -227,21 +211,21 @@ def _warps_for(block: int) -> int:
 
 
 def synapses(rows: Tensor, uses: int) -> None:
-    """The kernels read dense rows of weights."""
+    """Nothing is prepared: the kernels read the rows of the matrix itself."""
 
 
 def is_sparse(sources: Tensor) -> bool:
-    """The kernels sum over the events of any sources, and decide on the device how: the host does not wait for a count."""
+    """Always: the kernels sum over the events of any sources, so that the host does not wait for a count of them."""
     return True
 
 
 def fires_often(spikes: Tensor) -> bool:
-    """The host does not wait for a count: where neurons fire often, ``path="dense"`` is the caller's choice."""
+    """Never: the host does not wait for a count. Where neurons fire often, the caller can choose ``path="dense"``."""
     return False
 
 
 def project_events(sources: Tensor, weights: Tensor) -> Tensor:
-    """``relu(W) x`` and ``relu(-W) x`` for ``sources [..., K]`` and ``weights [K, N]``: ``[2, ..., N]``, ascending."""
+    """See :meth:`coba_triton.backend.protocol.Backend.project_events`."""
     inputs, neurons = weights.shape
     drive = weights.new_empty(2, *sources.shape[:-1], neurons)
     if sources.numel() == 0 or neurons == 0:
@@ -272,20 +256,15 @@ def recurrent_block(
     drive: Tensor | None,
     z: Tensor,
     state: Tensor,
-    spikes: Tensor | None,
-    words: Tensor | None,
-    states: Tensor | None,
+    out: Outputs,
     sliced: bool,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """One event-driven launch for a block; shapes as in :mod:`coba_triton.kernels.recurrent`. Returns the state.
-
-    ``drive``: the input's, or None where it is to be summed from the events in ``x [T, B, I]``. ``chosen``: see
-    :func:`coba_triton.ops.time_blocks.forward`.
-    """
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_block`. One event-driven launch."""
+    spikes, words, states, _ = out
     if states is not None and chosen is not None:
         every = state.new_empty(len(state), *x.shape[:2], state.shape[2])
-        final = recurrent_block(net, x, drive, z, state, spikes, words, every, sliced)
+        final = recurrent_block(net, x, drive, z, state, Outputs(spikes, words, every), sliced)
         states.copy_(every.flatten(2)[..., chosen])
         return final
     drive = project_events(x, net.input_rows) if drive is None else drive
@@ -293,7 +272,7 @@ def recurrent_block(
     _, steps, batch, neurons = drive.shape
     slices = slices_per_row(neurons, batch, state.device) if sliced else 1
     if slices > 1:
-        return _sliced_block(net, drive, first, state, spikes, words, states, slices)
+        return _sliced_block(net, drive, first, state, out, slices)
     final = torch.empty_like(state)
     parameters = parameters_of("recurrent_forward", state, neurons, batch)
     one_tile = neurons <= ROW_IN_REGISTERS
@@ -324,18 +303,13 @@ def slices_per_row(neurons: int, batch: int, device: torch.device) -> int:
     return _cdiv(neurons, _power_of_2(_cdiv(neurons, wanted)))
 
 
-def _sliced_block(
-    net: Network,
-    drive: Tensor,
-    first: Tensor,
-    state: Tensor,
-    spikes: Tensor | None,
-    words: Tensor | None,
-    states: Tensor | None,
-    slices: int,
-) -> Tensor:
-    """As :func:`recurrent_block`, by several programs a row that wait for each other after every step."""
+def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out: Outputs, slices: int) -> Tensor:
+    """:func:`recurrent_block` by ``slices`` programs a row, which wait for each other after every step.
+
+    ``first``: the recurrent drive of the first step, ``[2, B, N]``.
+    """
     _, steps, batch, neurons = drive.shape
+    spikes, words, states, _ = out
     final = torch.empty_like(state)
     block = _power_of_2(_cdiv(neurons, slices))
     integers = functools.partial(torch.empty, dtype=torch.int32, device=state.device)
@@ -362,14 +336,18 @@ def _launch_driven(
     drive: Tensor,
     recurrent_drive: Tensor,
     state: Tensor,
-    words: Tensor | None,
-    spikes: Tensor | None,
-    states: Tensor | None,
-    trajectory: Tensor | None,
-    steps: int,
+    words: Tensor | None = None,
+    spikes: Tensor | None = None,
+    states: Tensor | None = None,
+    trajectory: Tensor | None = None,
 ) -> Tensor:
+    """Steps whose two drives ``[2, ..., B, N]`` are known; returns the state after them.
+
+    With ``words`` their spikes are known as well; ``spikes``, ``states`` and ``trajectory`` are filled if they are there.
+    """
     final = torch.empty_like(state)
     cells = state[0].numel()
+    steps = drive[0].numel() // cells
     num_warps = parameters_of("recurrent_backward", state, state.shape[2], state.shape[1])["replay_warps"]
     block = threads_per_warp() * num_warps
     _launch(
@@ -385,8 +363,8 @@ def _launch_driven(
 def recurrent_step(
     net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None
 ) -> Tensor:
-    """One step with both drives ``[2, B, N]`` known; fills ``spikes [B, N]`` and returns the state."""
-    return _launch_driven(net, drive, recurrent_drive, state, None, spikes, states, None, 1)
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_step`."""
+    return _launch_driven(net, drive, recurrent_drive, state, spikes=spikes, states=states)
 
 
 def recurrent_replay(
@@ -399,67 +377,51 @@ def recurrent_replay(
     words: Tensor,
     constants_grad: bool,
 ) -> Tensor:
-    """The trajectory ``[K + 2, T, B, N]`` of a block whose spikes are known, as those ``before`` each step and as ``words``.
-
-    A drive that is None is summed from the events.
-    """
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_replay`."""
     drive = project_events(x, net.input_rows) if drive is None else drive
     if recurrent_drive is None:
         recurrent_drive = project_events(before, net.recurrent_rows)
     trajectory = state.new_empty(kept_count(len(state)) + 2, len(before), *state.shape[1:])
-    _launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, before.shape[0])
+    _launch_driven(net, drive, recurrent_drive, state, words, trajectory=trajectory)
     return trajectory
 
 
-def recurrent_sweep(
-    net: Network,
-    split_weights: Tensor,
-    trajectory: Tensor,
-    words: Tensor,
-    start: int,
-    method: str,
-    grad_spikes: Tensor | None,
-    grad_states: Tensor | None,
-    lam: Tensor,
-    lam_z: Tensor,
-    adjoints: Tensor,
-    grad_constants: Tensor | None,
-) -> Tensor:
-    """Sweep back through a block: fills ``adjoints [T, B, 2 N]``, carries ``lam`` on, returns the new ``lam_z``.
+def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_sweep`.
 
     One launch where a program can own whole rows; for more neurons a launch and a matrix product a step.
     """
-    steps, batch, neurons = trajectory.shape[1:]
+    planes, steps, batch, neurons = block.trajectory.shape
+    _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
     in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH and net.exchange is None
     # one neuron a thread: no layout conversions between the loads
     if in_one_launch:
         num_warps = max(1, _power_of_2(neurons) // threads_per_warp())
     else:
         num_warps = parameters_of("recurrent_backward", lam, neurons, batch)["num_warps"]
-    block = num_warps * threads_per_warp()
+    threads = num_warps * threads_per_warp()
     grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
     weights = net.recurrent_weights.contiguous() if in_one_launch else None
 
     def launch(begin: int, end: int) -> None:
         _launch(
-            recurrent.backward_kernel, (batch, _cdiv(neurons, block)), lam.device, num_warps,
-            trajectory, words, net.constants, grad_spikes, grad_states,
-            weights, lam, lam_z, adjoints, grad_constants,
-            begin, end, start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
+            recurrent.backward_kernel, (batch, _cdiv(neurons, threads)), lam.device, num_warps,
+            block.trajectory, block.words, net.constants, grad_spikes, grad_states,
+            weights, lam, lam_z, adjoints, sums,
+            begin, end, block.start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
             net.constants.stride(0), *grad_strides,
-            BLOCK=block, KEPT=len(trajectory) - 2, UNROLL=EVENTS_AHEAD,
-            PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=method,
+            BLOCK=threads, KEPT=planes - 2, UNROLL=EVENTS_AHEAD,
+            PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=sweep.method,
         )  # fmt: skip
 
     if in_one_launch:
         launch(0, steps)
-        return lam_z
+        return
     for t in reversed(range(steps)):
         launch(t, t + 1)
-        send_back(net, adjoints[t], split_weights, lam_z)
-    return lam_z
+        net.send_back(adjoints[t], sweep.split_weights, lam_z)
 
 
 def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
-    """Add ``sources^T rows``, of ``[R, K]`` and ``[R, M]``, to ``sums [K, M]``: a matrix product, events or not."""
+    """See :meth:`coba_triton.backend.protocol.Backend.add_products`. A matrix product, events or not."""
     sums.addmm_(sources.t().to(rows.dtype), rows)

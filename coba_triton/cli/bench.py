@@ -18,10 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from coba_triton.common.files import read_json, reason
-from coba_triton.tools import contenders
+from coba_triton.tools import contenders, tuner
 from coba_triton.tools.contenders import Contender
 from coba_triton.tools.problems import CASES, Case
-from coba_triton.tuning import tuner
 
 from . import info
 from .errors import INTERRUPTED, UserError, check_choice

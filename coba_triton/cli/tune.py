@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from coba_triton.common.files import reason
-from coba_triton.tuning import tables, tuner
+from coba_triton.tools import tuner
+from coba_triton.tools.tuner import Effort, Journal, Outcome, Task, Trial
+from coba_triton.tuning import tables
 from coba_triton.tuning.tables import KERNELS, TableError
-from coba_triton.tuning.tuner import Effort, Journal, Outcome, Task, Trial
 
 from . import info
 from .errors import INTERRUPTED, UserError, check_choice

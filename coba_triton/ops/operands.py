@@ -12,8 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend.choose import LAUNCHERS
 from ..neuron.surrogate import SURROGATES
+from .call import DIFFERENTIABLE, Asked, Call, grouper
 from .tensors import SPIKES
+from .time_blocks import PATHS
+from .validation import check_block_steps, check_path
 
 INPUT = SPIKES
 COMPUTE = (torch.float32, torch.float64)
@@ -42,38 +46,63 @@ def rows_of(tensor: Tensor | None, least: int) -> int:
     return rows
 
 
-def check_options(backend: str, method: str = "super", spike_dtype: torch.dtype | None = None, every: int = 1) -> None:
+def fields_of(state: Tensor) -> int:
+    """The number of fields of a state ``[F, ...]``, or the least that it must have."""
+    return DIFFERENTIABLE + 1 if rank(state) and state.shape[0] == DIFFERENTIABLE + 1 else DIFFERENTIABLE
+
+
+def check_call(call: Call) -> None:
     """What an operator takes beside tensors."""
-    if backend not in ("triton", "cpu"):
+    backend, spike_dtype, every = call.backend, call.spike_dtype, call.checkpoint_every
+    if backend not in LAUNCHERS:
         raise ValueError(f"backend must be 'triton' or 'cpu', got {backend!r}; the reference is no operator")
-    if method not in SURROGATES:
-        raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {method!r}")
+    if call.method not in SURROGATES:
+        raise ValueError(f"method must be one of {', '.join(map(repr, SURROGATES))}, got {call.method!r}")
     if spike_dtype is not None and spike_dtype not in SPIKES:
         raise ValueError(f"spike_dtype must be None for packed spikes or one of {_words(SPIKES)}, got {spike_dtype}")
     if every not in (1, 2, 4, 8, 16, 32, 64) or (every == 64 and backend == "triton"):
         raise ValueError(f"checkpoint_every must be a power of two up to {64 if backend == 'cpu' else 32}, got {every}")
+    check_path(call.path, PATHS)
+    check_block_steps(call.block_steps)
 
 
-def checked(operands: Callable[..., Iterator[Operand]], function: Callable[..., Any], with_data: bool) -> Callable[..., Any]:
-    """``function``, an operator's, that refuses what does not fit.
+def check_asked(asked: Asked, rows: int) -> None:
+    """What a backward operator is asked for; ``rows``: of the batch."""
+    if asked.samples < 1 or rows % asked.samples:
+        raise ValueError(f"samples must divide the rows of the batch, {rows}, got {asked.samples}")
+    if asked.fields not in (DIFFERENTIABLE, DIFFERENTIABLE + 1):
+        raise ValueError(f"fields must be {DIFFERENTIABLE} or {DIFFERENTIABLE + 1}, got {asked.fields}")
+
+
+def checked(
+    groups: tuple[Callable[..., Any], ...],
+    operands: Callable[..., Iterator[Operand]],
+    function: Callable[..., Any],
+    with_data: bool,
+) -> Callable[..., Any]:
+    """``function`` as an operator, which takes its arguments one by one, and refuses those that do not fit.
 
     Args:
-        operands: of the operator's arguments, the input first, whose device all others must be on. It may assume of each
-            tensor that those before it fit.
-        function: takes the operator's arguments.
+        groups: the records of an operator's arguments, see :func:`coba_triton.ops.call.grouper`.
+        operands: what there is to check. It takes those records, and yields the input first, on whose device all other
+            tensors must be. It may assume of each tensor that those before it fit.
+        function: takes those records.
         with_data: whether there is something to read, and sizes are numbers. A compiler may know less of a size: what it
             cannot tell to be wrong is looked at when the compiled program runs.
     """
     fits = torch.Size.__eq__ if with_data else _may_fit
+    records_of, call_at = grouper(groups), groups.index(Call)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         if args[0] is None:  # which PyTorch lets pass for a tensor
             raise TypeError("x must be a tensor, got None")
+        records = records_of(args)
         device = args[0].device
-        if with_data and device.type != "cpu" and any(isinstance(arg, str) and arg == "cpu" for arg in args):
+        if with_data and device.type != "cpu" and records[call_at].backend == "cpu":
             raise ValueError(f"backend 'cpu' serves tensors on 'cpu', got x on {str(device)!r}; pass backend='triton'")
-        for name, tensor, shape, dtypes, written, optional in operands(*args):
+        check_call(records[call_at])
+        for name, tensor, shape, dtypes, written, optional in operands(*records):
             if tensor is None and optional:
                 continue
             if tensor is None:
@@ -85,7 +114,7 @@ def checked(operands: Callable[..., Iterator[Operand]], function: Callable[..., 
                     f"{str(device)!r} to fit the others, got {_layout(tensor)} {tensor.dtype} {list(tensor.shape)} on "
                     f"{str(tensor.device)!r}; call the functions of coba_triton, which pass what fits"
                 )
-        return function(*args)
+        return function(*records)
 
     return run
 

@@ -3,15 +3,16 @@
 ``coba_triton::feed_forward`` and ``coba_triton::recurrent`` are ordinary differentiable PyTorch operators; each has a
 backward operator, and a form that writes spikes into a given buffer. The forward saves its input, one bit per spike, and
 the state before every ``checkpoint_every``-th step (recurrent: before every block); the backward recomputes the rest.
+
+Of every operator there are three functions, which take its arguments as the records of :mod:`coba_triton.ops.call`:
+``_check_*`` yields the tensors with what they must look like, ``_allocate_*`` makes the outputs without computing them, as
+compilers ask for, and ``_compute_*`` fills them.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,68 +20,69 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
+from ..backend.choose import launcher
 from ..neuron.records import Constants, Sums
 from ..tuning.tables import launch_parameters
 from . import time_blocks
+from .call import (
+    CPU_CHECKPOINT_EVERY,
+    DIFFERENTIABLE,
+    SCHEMA,
+    Asked,
+    Call,
+    Incoming,
+    Network,
+    Outputs,
+    Saved,
+    Weights,
+    grouper,
+)
 from .constants import constants_gradient
-from .operands import COMPUTE, INPUT, WORDS, Operand, check_options, checked, rank, rows_of
-from .samples import columns, each, join, join_constants, join_optional, part, part_constants
+from .operands import COMPUTE, INPUT, WORDS, Operand, check_asked, checked, fields_of, rank, rows_of
+from .samples import columns, each, join, join_all, join_constants, part, part_constants
 from .spikes import word_count
 from .tensors import FLOATING, SPIKES, has_tangent, is_tracked, is_watched
-from .time_blocks import PATHS, Network, choose_block_steps
-from .validation import check_block_steps, check_path
+from .time_blocks import choose_block_steps
 
 NUM_CONSTANTS = len(Constants._fields)
 NUM_SUMS = len(Sums._fields)
-# Steps between two saved states of the CPU path: 0.75 bytes per neuron-step of float32, 1.5 of float64.
-CPU_CHECKPOINT_EVERY = 16
 
 _library = torch.library.Library("coba_triton", "DEF")
 
 _library.define(
-    "feed_forward(Tensor x, Tensor state, Tensor constants, str backend, bool jump_first, str method, "
-    "ScalarType? spike_dtype, bool record_states, int checkpoint_every, bool? save) "
+    f"feed_forward(Tensor x, Tensor state, Tensor constants, {SCHEMA[Call]}) "
     "-> (Tensor spikes, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
 )
 _library.define(
-    "feed_forward_out(Tensor x, Tensor state, Tensor constants, str backend, bool jump_first, bool record_states, "
-    "Tensor(a!) spikes) -> (Tensor final, Tensor states)"
+    f"feed_forward_out(Tensor x, Tensor state, Tensor constants, Tensor(a!) spikes, {SCHEMA[Call]}) "
+    "-> (Tensor final, Tensor states)"
 )
 _library.define(
-    "feed_forward_backward(Tensor x, Tensor constants, Tensor words, Tensor checkpoints, Tensor? grad_spikes, "
-    "Tensor? grad_final, Tensor? grad_states, str backend, bool jump_first, str method, int checkpoint_every, "
-    "bool x_grad, bool constants_grad) -> (Tensor grad_x, Tensor grad_state, Tensor grad_constants)"
+    f"feed_forward_backward(Tensor x, Tensor constants, {SCHEMA[Saved]}, {SCHEMA[Incoming]}, {SCHEMA[Call]}, "
+    f"{SCHEMA[Asked]}) -> (Tensor grad_x, Tensor grad_state, Tensor grad_constants)"
 )
 _library.define(
-    "recurrent(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
-    "str backend, bool jump_first, str method, ScalarType? spike_dtype, bool record_states, int? block_steps, str path, "
-    "bool? save) -> (Tensor spikes, Tensor z_final, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
+    f"recurrent(Tensor x, Tensor z, Tensor state, {SCHEMA[Weights]}, {SCHEMA[Call]}) "
+    "-> (Tensor spikes, Tensor z_final, Tensor final, Tensor states, Tensor words, Tensor checkpoints)"
 )
 _library.define(
-    "recurrent_out(Tensor x, Tensor z, Tensor state, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
-    "str backend, bool jump_first, int? block_steps, str path, Tensor(a!) spikes) -> (Tensor z_final, Tensor final)"
+    f"recurrent_out(Tensor x, Tensor z, Tensor state, {SCHEMA[Weights]}, Tensor(a!) spikes, {SCHEMA[Call]}) "
+    "-> (Tensor z_final, Tensor final)"
 )
 _library.define(
-    "recurrent_backward(Tensor x, Tensor z, Tensor input_weights, Tensor recurrent_weights, Tensor constants, "
-    "Tensor words, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_z, Tensor? grad_final, Tensor? grad_states, "
-    "str backend, bool jump_first, str method, int? block_steps, int samples, bool x_grad, bool input_weights_grad, "
-    "bool recurrent_weights_grad, bool constants_grad) -> (Tensor grad_x, Tensor grad_z, Tensor grad_state, "
-    "Tensor grad_input_weights, Tensor grad_recurrent_weights, Tensor grad_constants)"
+    f"recurrent_backward(Tensor x, Tensor z, {SCHEMA[Weights]}, {SCHEMA[Saved]}, {SCHEMA[Incoming]}, Tensor? grad_z, "
+    f"{SCHEMA[Call]}, {SCHEMA[Asked]}) -> (Tensor grad_x, Tensor grad_z, Tensor grad_state, Tensor grad_input_weights, "
+    "Tensor grad_recurrent_weights, Tensor grad_constants)"
 )
-
-
-@functools.cache
-def feed_forward_kernels(backend: str) -> ModuleType:
-    """The module that launches a backend's kernels of unconnected neurons, imported when first needed."""
-    return importlib.import_module({"triton": "..backend.triton", "cpu": "..backend.cpu.launch"}[backend], __package__)
-
-
-@functools.cache
-def recurrent_kernels(backend: str) -> ModuleType:
-    """The same for recurrent populations."""
-    return importlib.import_module(
-        {"triton": "..backend.triton", "cpu": "..backend.cpu.launch_recurrent"}[backend], __package__
-    )
+# The arguments of each operator; a Tensor stands for one that is in no record.
+GROUPS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "feed_forward": (Tensor, Tensor, Tensor, Call),
+    "feed_forward_out": (Tensor, Tensor, Tensor, Tensor, Call),
+    "feed_forward_backward": (Tensor, Tensor, Saved, Incoming, Call, Asked),
+    "recurrent": (Tensor, Tensor, Tensor, Weights, Call),
+    "recurrent_out": (Tensor, Tensor, Tensor, Weights, Tensor, Call),
+    "recurrent_backward": (Tensor, Tensor, Weights, Saved, Incoming, Tensor, Call, Asked),
+}
 
 
 def checkpoint_interval(dtype: torch.dtype, backend: str, neurons: int) -> int:
@@ -112,30 +114,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _clear_spare(words: Tensor, steps: int) -> None:
     if words.shape[0] > word_count(steps):
-        words[word_count(steps) :] = 0
-
-
-class ForwardOptions(NamedTuple):
-    """What ``coba_triton::feed_forward`` takes after its tensors; ``save``: what the backward needs, None: if asked for."""
-
-    backend: str
-    jump_first: bool
-    method: str
-    spike_dtype: torch.dtype | None
-    record_states: bool
-    checkpoint_every: int
-    save: bool | None
-
-
-class BackwardOptions(NamedTuple):
-    """What ``coba_triton::feed_forward_backward`` takes after its tensors."""
-
-    backend: str
-    jump_first: bool
-    method: str
-    checkpoint_every: int
-    x_grad: bool
-    constants_grad: bool
+        words[word_count(steps) :].zero_()
 
 
 def _unconnected(x: Tensor, constants: Tensor, *states: Tensor) -> Iterator[Operand]:
@@ -143,18 +122,8 @@ def _unconnected(x: Tensor, constants: Tensor, *states: Tensor) -> Iterator[Oper
     steps, neurons = x.shape if x.dim() == 2 else (0, 0)
     yield Operand("x", x, (steps, neurons), INPUT)
     for state in states:
-        yield Operand("state", state, (_fields(state), neurons), COMPUTE)
+        yield Operand("state", state, (fields_of(state), neurons), COMPUTE)
     yield _table(constants, neurons, (states[0].dtype,) if states else COMPUTE)
-
-
-def _fields(state: Tensor | None) -> int:
-    """The fields of a state, of which a refractory period adds one."""
-    return 4 if state is not None and state.dim() and state.shape[0] == 4 else 3
-
-
-def _fields_of(checkpoints: Tensor, states: int) -> int:
-    """The fields of the saved states."""
-    return 4 if states and checkpoints is not None and checkpoints.dim() and checkpoints.shape[0] == 4 * states else 3
 
 
 def _table(constants: Tensor, cells: int, dtypes: tuple[torch.dtype, ...]) -> Operand:
@@ -170,234 +139,153 @@ def _written(spikes: Tensor, steps: int, shape: tuple[int, ...]) -> Operand:
     return Operand("spikes", spikes, (word_count(steps) if packed else steps, *shape), dtypes, written=True)
 
 
-def _given(name: str, grad: Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype) -> Operand:
-    """A gradient, if there is one."""
-    return Operand(name, grad, shape, dtypes, optional=True)
+def _saved(saved: Saved, states: int, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Operand]:
+    """What a forward saved: a bit for each spike, and rows of so many states."""
+    yield Operand("words", saved.words, (rows_of(saved.words, word_count(steps)), *shape), WORDS)
+    yield Operand("checkpoints", saved.checkpoints, (states, *shape), (dtype,))
 
 
-def _recorded(grad: Tensor | None, fields: int, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> Operand:
-    """The gradient by the states of all steps, or by those of none, as none were recorded."""
-    none = grad is not None and grad.dim() > 1 and grad.shape[1] == 0
-    return _given("grad_states", grad, (fields, 0 if none else steps, *shape), dtype)
+def _incoming(grads: Incoming, fields: int, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Operand]:
+    """The gradients that there are; that by the states of all steps may be one by those of none, as none were recorded."""
+    states = grads.states
+    none = states is not None and states.dim() > 1 and states.shape[1] == 0
+    yield Operand("grad_spikes", grads.spikes, (steps, *shape), FLOATING, optional=True)
+    yield Operand("grad_final", grads.final, (fields, *shape), (dtype,), optional=True)
+    yield Operand("grad_states", states, (fields, 0 if none else steps, *shape), (dtype,), optional=True)
 
 
-def _feed_forward_operands(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> Iterator[Operand]:
-    o = ForwardOptions(*options)
-    check_options(o.backend, o.method, o.spike_dtype, o.checkpoint_every)
+def _outputs(
+    call: Call, spikes: Tensor, states: Tensor | None, words: Tensor | None = None, checkpoints: Tensor | None = None
+) -> Outputs:
+    """What the kernels fill. Packed spikes serve the backward as they are, so that it needs no other words."""
+    packed = spikes.dtype == torch.int32
+    states = states if call.record_states else None
+    return Outputs(None if packed else spikes, spikes if packed else words, states, checkpoints)
+
+
+def _saves(call: Call, fields: int, words: Tensor, checkpoints: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The words, and the states as ``[K, F, ...]``, if the call saves any."""
+    return (words, checkpoints.unflatten(0, (-1, fields))) if call.save else (None, None)
+
+
+def _check_feed_forward(x: Tensor, state: Tensor, constants: Tensor, call: Call) -> Iterator[Operand]:
     yield from _unconnected(x, constants, state)
 
 
-def _feed_forward_fake(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    o = ForwardOptions(*options)
+def _allocate_feed_forward(x: Tensor, state: Tensor, constants: Tensor, call: Call) -> tuple[Tensor, ...]:
     steps, neurons = x.shape
-    spikes = (
-        x.new_empty(word_count(steps), neurons, dtype=torch.int32)
-        if o.spike_dtype is None
-        else x.new_empty(steps, neurons, dtype=o.spike_dtype)
-    )
     # packed spikes serve the backward as they are
-    words = x.new_empty(_saved_word_count(steps) if o.save and o.spike_dtype is not None else 0, neurons, dtype=torch.int32)
-    states = state.new_empty(len(state), steps if o.record_states else 0, neurons)
-    saved = checkpoint_count(steps, o.checkpoint_every, o.backend) if o.save else 0
-    # rows of v, g_e and g_i: a compiler knows that there is more than one, and needs no graph for one state alone
+    words = x.new_empty(
+        _saved_word_count(steps) if call.save and call.spike_dtype is not None else 0, neurons, dtype=torch.int32
+    )
+    states = state.new_empty(len(state), steps if call.record_states else 0, neurons)
+    saved = checkpoint_count(steps, call.checkpoint_every, call.backend) if call.save else 0
+    # rows of fields, not of states: a compiler knows that there is more than one, and needs no graph for one state alone
     checkpoints = state.new_empty(len(state) * saved, neurons)
-    return spikes, state.new_empty(state.shape), states, words, checkpoints
+    return _empty_spikes(x, call.spike_dtype, x.shape[1:]), state.new_empty(state.shape), states, words, checkpoints
 
 
-def _feed_forward(x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    o = ForwardOptions(*options)
-    spikes, final, states, words, checkpoints = _feed_forward_fake(x, state, constants, *options)
+def _compute_feed_forward(x: Tensor, state: Tensor, constants: Tensor, call: Call) -> tuple[Tensor, ...]:
+    spikes, final, states, words, checkpoints = _allocate_feed_forward(x, state, constants, call)
     _clear_spare(words, x.shape[0])
     if x.numel() == 0:
         return spikes, _copy(state), states, words, checkpoints
-    packed = words if o.save else None
-    feed_forward_kernels(o.backend).feed_forward_forward(
-        x,
-        constants.contiguous(),
-        o.jump_first,
-        o.checkpoint_every if o.save else 0,
-        state.contiguous(),
-        final,
-        spikes if o.spike_dtype is not None else None,
-        packed if o.spike_dtype is not None else spikes,
-        states if o.record_states else None,
-        checkpoints.unflatten(0, (-1, len(state))) if o.save else None,
-    )
+    out = _outputs(call, spikes, states, *_saves(call, len(state), words, checkpoints))
+    launcher(call.backend).feed_forward_forward(x, state.contiguous(), constants.contiguous(), final, out, call)
     return spikes, final, states, words, checkpoints
 
 
-def _feed_forward_out_operands(
-    x: Tensor, state: Tensor, constants: Tensor, backend: str, jump_first: bool, record_states: bool, spikes: Tensor
-) -> Iterator[Operand]:
-    check_options(backend)
+def _check_feed_forward_out(x: Tensor, state: Tensor, constants: Tensor, spikes: Tensor, call: Call) -> Iterator[Operand]:
     yield from _unconnected(x, constants, state)
     yield _written(spikes, x.shape[0], x.shape[1:])
 
 
-def _feed_forward_out_fake(x: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    *_, record_states, _ = others
-    return state.new_empty(state.shape), state.new_empty(len(state), x.shape[0] if record_states else 0, x.shape[1])
+def _allocate_feed_forward_out(
+    x: Tensor, state: Tensor, constants: Tensor, spikes: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
+    return state.new_empty(state.shape), state.new_empty(len(state), x.shape[0] if call.record_states else 0, x.shape[1])
 
 
-def _feed_forward_out(
-    x: Tensor, state: Tensor, constants: Tensor, backend: str, jump_first: bool, record_states: bool, spikes: Tensor
+def _compute_feed_forward_out(
+    x: Tensor, state: Tensor, constants: Tensor, spikes: Tensor, call: Call
 ) -> tuple[Tensor, Tensor]:
     """The forward into a given buffer ``[T, M]`` or, for packed spikes, int32 ``[ceil(T / 32), M]``; saves nothing."""
-    final, states = _feed_forward_out_fake(x, state, record_states, spikes)
+    final, states = _allocate_feed_forward_out(x, state, constants, spikes, call)
     if x.numel() == 0:
         return _copy(state), states
-    packed = spikes.dtype == torch.int32
-    feed_forward_kernels(backend).feed_forward_forward(
-        x,
-        constants.contiguous(),
-        jump_first,
-        0,
-        state.contiguous(),
-        final,
-        None if packed else spikes,
-        spikes if packed else None,
-        states if record_states else None,
-        None,
-    )
+    out = _outputs(call, spikes, states)
+    launcher(call.backend).feed_forward_forward(x, state.contiguous(), constants.contiguous(), final, out, call)
     return final, states
 
 
-def _feed_forward_backward_operands(x: Tensor, constants: Tensor, *others: Any) -> Iterator[Operand]:
-    words, checkpoints, grad_spikes, grad_final, grad_states, *options = others
-    o = BackwardOptions(*options)
-    check_options(o.backend, o.method, None, o.checkpoint_every)
+def _check_feed_forward_backward(
+    x: Tensor, constants: Tensor, saved: Saved, grads: Incoming, call: Call, asked: Asked
+) -> Iterator[Operand]:
     yield from _unconnected(x, constants)
+    check_asked(asked, 1)
     steps, neurons = x.shape
-    dtype = constants.dtype
-    yield Operand("x, as its gradient is asked for,", x, (steps, neurons), FLOATING if o.x_grad else INPUT)
-    yield Operand("words", words, (rows_of(words, word_count(steps)), neurons), WORDS)
-    states = checkpoint_count(steps, o.checkpoint_every, o.backend)
-    fields = _fields_of(checkpoints, states)
-    yield Operand("checkpoints", checkpoints, (fields * states, neurons), (dtype,))
-    yield _given("grad_spikes", grad_spikes, (steps, neurons), *FLOATING)
-    yield _given("grad_final", grad_final, (fields, neurons), dtype)
-    yield _recorded(grad_states, fields, steps, (neurons,), dtype)
+    yield Operand("x, as its gradient is asked for,", x, (steps, neurons), FLOATING if asked.x else INPUT)
+    states = asked.fields * checkpoint_count(steps, call.checkpoint_every, call.backend)
+    yield from _saved(saved, states, steps, (neurons,), constants.dtype)
+    yield from _incoming(grads, asked.fields, steps, (neurons,), constants.dtype)
 
 
-def _feed_forward_backward_fake(x: Tensor, constants: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    o = BackwardOptions(*others[5:])
-    steps, neurons = x.shape
-    fields = _fields_of(others[1], checkpoint_count(steps, o.checkpoint_every, o.backend))
+def _allocate_feed_forward_backward(
+    x: Tensor, constants: Tensor, saved: Saved, grads: Incoming, call: Call, asked: Asked
+) -> tuple[Tensor, ...]:
+    neurons = x.shape[1]
     return (
-        x.new_empty(x.shape if o.x_grad else (0, neurons)),
-        constants.new_empty(3, neurons) if fields == 3 else constants.new_zeros(fields, neurons),
-        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0),
+        x.new_empty(x.shape if asked.x else (0, neurons)),
+        constants.new_empty(asked.fields, neurons),
+        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if asked.constants else 0),
     )
 
 
-def _feed_forward_backward(
-    x: Tensor,
-    constants: Tensor,
-    words: Tensor,
-    checkpoints: Tensor,
-    grad_spikes: Tensor | None,
-    grad_final: Tensor | None,
-    grad_states: Tensor | None,
-    *options: Any,
+def _compute_feed_forward_backward(
+    x: Tensor, constants: Tensor, saved: Saved, grads: Incoming, call: Call, asked: Asked
 ) -> tuple[Tensor, ...]:
-    o = BackwardOptions(*options)
-    grads = grad_spikes, grad_final, grad_states
-    grad_x, grad_state, shared = _feed_forward_backward_fake(x, constants, words, checkpoints, *grads, *options)
+    grad_x, grad_state, shared = _allocate_feed_forward_backward(x, constants, saved, grads, call, asked)
+    if asked.fields > DIFFERENTIABLE:
+        grad_state[DIFFERENTIABLE:] = 0
     if x.numel() == 0:
-        grad_state.zero_() if grad_final is None else grad_state.copy_(grad_final)
+        grad_state[:DIFFERENTIABLE] = 0 if grads.final is None else grads.final[:DIFFERENTIABLE]
         return grad_x, grad_state, shared.zero_()
-    sums = constants.new_empty(NUM_SUMS, x.shape[1] if o.constants_grad else 0)
-    feed_forward_kernels(o.backend).feed_forward_backward(
-        x,
-        constants.contiguous(),
-        o.jump_first,
-        o.method,
-        o.checkpoint_every,
-        words.contiguous(),
-        checkpoints.contiguous().unflatten(0, (-1, len(grad_state))),
-        grad_spikes,
-        None if grad_final is None else grad_final.contiguous(),
-        grad_states.contiguous() if grad_states is not None and grad_states.numel() else None,  # none were recorded
-        grad_x,
-        grad_state,
-        sums,
+    sums = constants.new_empty(NUM_SUMS, x.shape[1] if asked.constants else 0)
+    launcher(call.backend).feed_forward_backward(
+        x, constants.contiguous(), saved.split(asked.fields), grads.ready(), grad_x, grad_state, sums, call
     )
     return grad_x, grad_state, constants_gradient(sums, constants)
 
 
-class RecurrentOptions(NamedTuple):
-    """What ``coba_triton::recurrent`` takes after its tensors; ``save`` as in :class:`ForwardOptions`."""
-
-    backend: str
-    jump_first: bool
-    method: str
-    spike_dtype: torch.dtype | None
-    record_states: bool
-    block_steps: int | None
-    path: str
-    save: bool | None
-
-
-class RecurrentBackwardOptions(NamedTuple):
-    """What ``coba_triton::recurrent_backward`` takes after its tensors.
-
-    The rows of the batch are ``samples`` equal groups, one after the other, each with weight gradients of its own:
-    ``[samples, N, I]`` and ``[samples, N, N]``.
-    """
-
-    backend: str
-    jump_first: bool
-    method: str
-    block_steps: int | None
-    samples: int
-    x_grad: bool
-    input_weights_grad: bool
-    recurrent_weights_grad: bool
-    constants_grad: bool
-
-
-def _connected(
-    block_steps: int | None,
-    x: Tensor,
-    z: Tensor,
-    states: tuple[Tensor, ...],
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
-) -> Iterator[Operand]:
+def _connected(x: Tensor, z: Tensor, states: tuple[Tensor, ...], weights: Weights) -> Iterator[Operand]:
     """The tensors that every operator of recurrent populations has, and a state, if it has one."""
-    check_block_steps(block_steps)
     steps, batch, inputs = x.shape if x.dim() == 3 else (0, 0, 0)
     yield Operand("x", x, (steps, batch, inputs), INPUT)
     neurons = z.shape[1] if rank(z) == 2 else 0
     yield Operand("z", z, (batch, neurons), COMPUTE)
     dtype = (z.dtype,)
     for state in states:
-        yield Operand("state", state, (_fields(state), batch, neurons), dtype)
-    yield Operand("input_weights", input_weights, (neurons, inputs), dtype)
-    yield Operand("recurrent_weights", recurrent_weights, (neurons, neurons), dtype)
-    yield _table(constants, batch * neurons, dtype)
+        yield Operand("state", state, (fields_of(state), batch, neurons), dtype)
+    yield Operand("input_weights", weights.input, (neurons, inputs), dtype)
+    yield Operand("recurrent_weights", weights.recurrent, (neurons, neurons), dtype)
+    yield _table(weights.constants, batch * neurons, dtype)
 
 
-def _recurrent_operands(*args: Any) -> Iterator[Operand]:
-    o = RecurrentOptions(*args[6:])
-    check_options(o.backend, o.method, o.spike_dtype)
-    check_path(o.path, PATHS)
-    x, z, state, *weights_and_constants = args[:6]
-    yield from _connected(o.block_steps, x, z, (state,), *weights_and_constants)
+def _check_recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, call: Call) -> Iterator[Operand]:
+    yield from _connected(x, z, (state,), weights)
 
 
-def _recurrent_fake(x: Tensor, z: Tensor, state: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    o = RecurrentOptions(*others[3:])
-    steps = x.shape[0]
-    blocks = _block_count(o.block_steps, steps, z) if o.save else 0
+def _allocate_recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, call: Call) -> tuple[Tensor, ...]:
+    steps, fields = x.shape[0], len(state)
+    blocks = _block_count(call.block_steps, steps, z) if call.save else 0
+    words = _saved_word_count(steps) if call.save and call.spike_dtype is not None else 0
     return (
-        x.new_empty(word_count(steps) if o.spike_dtype is None else steps, *z.shape, dtype=o.spike_dtype or torch.int32),
+        _empty_spikes(x, call.spike_dtype, z.shape),
         z.new_empty(z.shape),
         state.new_empty(state.shape),
-        state.new_empty(len(state), steps if o.record_states else 0, *z.shape),
-        x.new_empty(_saved_word_count(steps) if o.save and o.spike_dtype is not None else 0, *z.shape, dtype=torch.int32),
-        state.new_empty(len(state) * blocks, *z.shape),
+        state.new_empty(fields, steps if call.record_states else 0, *z.shape),
+        x.new_empty(words, *z.shape, dtype=torch.int32),
+        state.new_empty(fields * blocks, *z.shape),
     )
 
 
@@ -408,174 +296,110 @@ def _block_count(block_steps: int | None, steps: int, z: Tensor) -> int:
     return blocks
 
 
-def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def _network(x: Tensor, weights: Weights, call: Call) -> Network:
+    """The network for the steps and batch rows of ``x [T, B, I]``."""
+    return Network.of(weights, call.jump_first, launcher(call.backend), uses=x.shape[0] * x.shape[1])
+
+
+def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, call: Call) -> tuple[Tensor, ...]:
     """What ``coba_triton::recurrent`` returns, of any network: also of one whose processes exchange spikes."""
-    o = RecurrentOptions(*options)
-    outputs = _recurrent_fake(x, z, state, net.input_weights, net.recurrent_weights, net.constants, *options)
-    spikes, _, _, states, words, checkpoints = outputs
+    weights = Weights(net.input_weights, net.recurrent_weights, net.constants)
+    spikes, _, _, states, words, checkpoints = _allocate_recurrent(x, z, state, weights, call)
     _clear_spare(words, x.shape[0])
     if x.shape[0] == 0 or z.numel() == 0:
         return spikes, _copy(z), _copy(state), states, words, checkpoints
-    packed = spikes if o.spike_dtype is None else words if o.save else None
-    z, state = time_blocks.forward(
-        net,
-        x,
-        z,
-        state.contiguous(),
-        spikes if o.spike_dtype is not None else None,
-        packed,
-        states if o.record_states else None,
-        checkpoints.unflatten(0, (-1, len(state))) if o.save else None,
-        choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), bool(o.save)),
-        o.path,
-    )
+    out = _outputs(call, spikes, states, *_saves(call, len(state), words, checkpoints))
+    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z.element_size(), bool(call.save))
+    z, state = time_blocks.forward(net, x, z, state.contiguous(), out, block_steps, call.path)
     return spikes, z, state, states, words, checkpoints
 
 
-def _network(
-    x: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, jump_first: bool, backend: str
-) -> Network:
-    """The network for the steps and batch rows of ``x [T, B, I]``."""
-    kernels, uses = recurrent_kernels(backend), x.shape[0] * x.shape[1]
-    return Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
+def _compute_recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, call: Call) -> tuple[Tensor, ...]:
+    return recurrent_forward(_network(x, weights, call), x, z, state, call)
 
 
-def _recurrent(
-    x: Tensor,
-    z: Tensor,
-    state: Tensor,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    o = RecurrentOptions(*options)
-    net = _network(x, input_weights, recurrent_weights, constants, o.jump_first, o.backend)
-    return recurrent_forward(net, x, z, state, *options)
-
-
-def _recurrent_out_operands(x: Tensor, z: Tensor, *others: Any) -> Iterator[Operand]:
-    state, *tensors, backend, _, block_steps, path, spikes = others
-    check_options(backend)
-    check_path(path, PATHS)
-    yield from _connected(block_steps, x, z, (state,), *tensors)
+def _check_recurrent_out(
+    x: Tensor, z: Tensor, state: Tensor, weights: Weights, spikes: Tensor, call: Call
+) -> Iterator[Operand]:
+    yield from _connected(x, z, (state,), weights)
     yield _written(spikes, x.shape[0], z.shape)
 
 
-def _recurrent_out_fake(x: Tensor, z: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _allocate_recurrent_out(
+    x: Tensor, z: Tensor, state: Tensor, weights: Weights, spikes: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), state.new_empty(state.shape)
 
 
-def _recurrent_out(
-    x: Tensor,
-    z: Tensor,
-    state: Tensor,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    block_steps: int | None,
-    path: str,
-    spikes: Tensor,
+def _compute_recurrent_out(
+    x: Tensor, z: Tensor, state: Tensor, weights: Weights, spikes: Tensor, call: Call
 ) -> tuple[Tensor, Tensor]:
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
         return _copy(z), _copy(state)
-    net = _network(x, input_weights, recurrent_weights, constants, jump_first, backend)
-    packed = spikes.dtype == torch.int32
-    block = choose_block_steps(block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
-    return time_blocks.forward(
-        net, x, z, state.contiguous(), None if packed else spikes, spikes if packed else None, None, None, block, path
-    )
+    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
+    out = _outputs(call, spikes, None)
+    return time_blocks.forward(_network(x, weights, call), x, z, state.contiguous(), out, block_steps, call.path)
 
 
-def _recurrent_backward_operands(
-    x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
-) -> Iterator[Operand]:
-    words, checkpoints, grad_spikes, grad_z, grad_final, grad_states, *options = others
-    o = RecurrentBackwardOptions(*options)
-    check_options(o.backend, o.method)
-    yield from _connected(o.block_steps, x, z, (), input_weights, recurrent_weights, constants)
-    if o.samples < 1 or z.shape[0] % o.samples:
-        raise ValueError(f"samples must divide the rows of the batch, {z.shape[0]}, got {o.samples}")
-    steps, shape, dtype = x.shape[0], z.shape, (z.dtype,)
-    yield Operand("x, as its gradient is asked for,", x, x.shape, FLOATING if o.x_grad else INPUT)
-    yield Operand("words", words, (rows_of(words, word_count(steps)), *shape), WORDS)
-    blocks = _block_count(o.block_steps, steps, z)
-    fields = _fields_of(checkpoints, blocks)
-    yield Operand("checkpoints", checkpoints, (fields * blocks, *shape), dtype)
-    yield _given("grad_spikes", grad_spikes, (steps, *shape), *FLOATING)
-    yield _given("grad_z", grad_z, shape, *dtype)
-    yield _given("grad_final", grad_final, (fields, *shape), *dtype)
-    yield _recorded(grad_states, fields, steps, shape, z.dtype)
-
-
-def _recurrent_backward_fake(
-    x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    o = RecurrentBackwardOptions(*others[6:])
-    return (
-        x.new_empty(x.shape if o.x_grad else (0, *x.shape[1:])),
-        z.new_empty(z.shape),
-        z.new_empty(_fields_of(others[1], _block_count(o.block_steps, x.shape[0], z)), *z.shape),
-        z.new_empty(o.samples if o.input_weights_grad else 0, *input_weights.shape),
-        z.new_empty(o.samples if o.recurrent_weights_grad else 0, *recurrent_weights.shape),
-        constants.new_empty(NUM_CONSTANTS, constants.shape[1] if o.constants_grad else 0),
-    )
-
-
-def recurrent_gradients(
-    net: Network,
+def _check_recurrent_backward(
     x: Tensor,
     z: Tensor,
-    words: Tensor,
-    checkpoints: Tensor,
-    grad_spikes: Tensor | None,
+    weights: Weights,
+    saved: Saved,
+    grads: Incoming,
     grad_z: Tensor | None,
-    grad_final: Tensor | None,
-    grad_states: Tensor | None,
-    *options: Any,
+    call: Call,
+    asked: Asked,
+) -> Iterator[Operand]:
+    yield from _connected(x, z, (), weights)
+    check_asked(asked, z.shape[0])
+    steps, shape, dtype = x.shape[0], z.shape, z.dtype
+    yield Operand("x, as its gradient is asked for,", x, x.shape, FLOATING if asked.x else INPUT)
+    yield from _saved(saved, asked.fields * _block_count(call.block_steps, steps, z), steps, shape, dtype)
+    yield from _incoming(grads, asked.fields, steps, shape, dtype)
+    yield Operand("grad_z", grad_z, shape, (dtype,), optional=True)
+
+
+def _allocate_recurrent_backward(
+    x: Tensor,
+    z: Tensor,
+    weights: Weights,
+    saved: Saved,
+    grads: Incoming,
+    grad_z: Tensor | None,
+    call: Call,
+    asked: Asked,
 ) -> tuple[Tensor, ...]:
-    """What ``coba_triton::recurrent_backward`` returns, of any network."""
-    o = RecurrentBackwardOptions(*options)
-    return time_blocks.backward(
-        net,
-        x,
-        z,
-        words.contiguous(),
-        checkpoints.contiguous().unflatten(0, (-1, _fields_of(checkpoints, _block_count(o.block_steps, x.shape[0], z)))),
-        choose_block_steps(o.block_steps, x.shape[0], z.numel(), z.element_size(), train=True),
-        o.method,
-        grad_spikes,
-        grad_z,
-        grad_final,
-        grad_states,
-        o.samples,
-        o.x_grad,
-        o.input_weights_grad,
-        o.recurrent_weights_grad,
-        o.constants_grad,
+    return (
+        x.new_empty(x.shape if asked.x else (0, *x.shape[1:])),
+        z.new_empty(z.shape),
+        z.new_empty(asked.fields, *z.shape),
+        z.new_empty(asked.samples if asked.input_weights else 0, *weights.input.shape),
+        z.new_empty(asked.samples if asked.recurrent_weights else 0, *weights.recurrent.shape),
+        z.new_empty(NUM_CONSTANTS, weights.constants.shape[1] if asked.constants else 0),
     )
 
 
-def _recurrent_backward(
-    x: Tensor, z: Tensor, input_weights: Tensor, recurrent_weights: Tensor, constants: Tensor, *others: Any
+def _compute_recurrent_backward(
+    x: Tensor,
+    z: Tensor,
+    weights: Weights,
+    saved: Saved,
+    grads: Incoming,
+    grad_z: Tensor | None,
+    call: Call,
+    asked: Asked,
 ) -> tuple[Tensor, ...]:
-    o = RecurrentBackwardOptions(*others[6:])
-    net = _network(x, input_weights, recurrent_weights, constants, o.jump_first, o.backend)
-    return recurrent_gradients(net, x, z, *others)
+    return time_blocks.backward(_network(x, weights, call), x, z, saved, grads, grad_z, call, asked)
 
 
-def _backend(args: tuple[Any, ...]) -> str:
-    """The first word among an operator's arguments."""
-    return next(arg for arg in args if isinstance(arg, str))
-
-
-class _Operator(_SingleLevelFunction):
+class _Rules(_SingleLevelFunction):
     """The autograd and vmap rules of one operator. Under vmap the samples join the neurons or the batch of one call."""
 
+    operator: str
     op: Any
+    records: Callable[[tuple[Any, ...]], list[Any]]
     apply: Callable[..., Any]
     remember: Callable[..., None]
     vmap: Callable[..., Any]
@@ -587,12 +411,14 @@ class _Operator(_SingleLevelFunction):
         ``torch.library.register_autograd`` makes rules that ``torch.func.grad`` refuses (PyTorch 2.13). Like those, these
         differentiate at the level of the transform that dispatches here, and go on to the next one below.
         """
+        cls.op = getattr(torch.ops.coba_triton, cls.operator).default
+        cls.records = staticmethod(grouper(GROUPS[cls.operator]))  # of the arguments, or of what is known of each
 
         def autograd(keyset: Any, *args: Any) -> Any:
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             if any(map(has_tangent, tensors)):  # PyTorch would drop them in silence
                 raise NotImplementedError(
-                    f"the {_backend(args)!r} backend has no forward-mode differentiation, got a dual tensor; "
+                    f"the {cls.call_of(args).backend!r} backend has no forward-mode differentiation, got a dual tensor; "
                     "pass backend='reference', which has"
                 )
             if any(map(is_tracked, tensors)):
@@ -602,6 +428,12 @@ class _Operator(_SingleLevelFunction):
 
         _library.impl(cls.op, autograd, "Autograd", with_keyset=True)
         torch.library.register_vmap(cls.op, cls.vmap, lib=_library)
+
+    @classmethod
+    def call_of(cls, args: tuple[Any, ...]) -> Call:
+        """The record of what the caller asks for."""
+        call: Call = cls.records(args)[GROUPS[cls.operator].index(Call)]
+        return call
 
     @classmethod
     def below(cls, keyset: Any, *args: Any) -> Any:
@@ -617,7 +449,7 @@ class _Operator(_SingleLevelFunction):
         return output
 
 
-class _Forward(_Operator):
+class _ForwardRules(_Rules):
     """A forward operator, whose last argument is ``save``: what a gradient needs is saved where one is tracked."""
 
     @classmethod
@@ -625,22 +457,23 @@ class _Forward(_Operator):
         *others, save = args
         return super().forward(ctx, keyset, *others, save is None or save)
 
+    @staticmethod
+    def saved_call(ctx: Any) -> Call:
+        """The call whose backward runs."""
+        call: Call = ctx.call
+        if not call.save:
+            raise RuntimeError(
+                "the operator saved nothing for the backward pass, which needs save=None or save=True, got save=False"
+            )
+        return call
 
-def _saved(ctx: Any) -> Any:
-    """The options of a forward operator whose backward runs."""
-    if not ctx.options.save:
-        raise RuntimeError(
-            "the operator saved nothing for the backward pass, which needs save=None or save=True, got save=False"
-        )
-    return ctx.options
 
-
-class _Backward(_Operator):
+class _BackwardRules(_Rules):
     """A backward operator, which has no derivative."""
 
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend = _backend(inputs)
+    @classmethod
+    def remember(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = cls.call_of(inputs).backend
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> None:
@@ -650,68 +483,70 @@ class _Backward(_Operator):
         )
 
 
-class _FeedForward(_Forward):
-    op = torch.ops.coba_triton.feed_forward.default
+class _FeedForwardRules(_ForwardRules):
+    operator = "feed_forward"
 
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, constants, *options = inputs
-        ctx.options = ForwardOptions(*options)
+    @classmethod
+    def remember(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, state, constants, ctx.call = cls.records(inputs)
+        ctx.fields = len(state)
         spikes, _, _, words, checkpoints = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(checkpoints)
-        ctx.save_for_backward(x, constants, spikes if ctx.options.spike_dtype is None else words, checkpoints)
+        ctx.save_for_backward(x, constants, spikes if ctx.call.spike_dtype is None else words, checkpoints)
 
     @staticmethod
     def backward(
         ctx: Any, grad_spikes: Tensor | None, grad_final: Tensor | None, grad_states: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        o = _saved(ctx)
+        call = _ForwardRules.saved_call(ctx)
         needed = ctx.needs_input_grad[1:4]
         grads = torch.ops.coba_triton.feed_forward_backward(
             *ctx.saved_tensors,
-            grad_spikes,
-            grad_final,
-            grad_states,
-            *BackwardOptions(o.backend, o.jump_first, o.method, o.checkpoint_every, needed[0], needed[2]),
+            *Incoming(grad_spikes, grad_final, grad_states),
+            *call,
+            *Asked(needed[0], False, False, needed[2], ctx.fields),
         )
-        return None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * len(o)
+        return None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * len(call)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, state: Tensor, constants: Tensor, *options: Any) -> Any:
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size = info.batch_size
-        x, state = (join(tensor, dim, size, -1) for tensor, dim in zip((x, state), in_dims, strict=False))
-        constants = join_constants(constants, in_dims[2], size, x.shape[1] // size)
-        return part(torch.ops.coba_triton.feed_forward(x, state, constants, *options), size, -1)
+        x, state, constants, call = cls.records(args)
+        x_dim, state_dim, constants_dim, _ = cls.records(in_dims)
+        x, state = join_all((x, state), (x_dim, state_dim), size, -1)
+        constants = join_constants(constants, constants_dim, size, x.shape[1] // size)
+        return part(torch.ops.coba_triton.feed_forward(x, state, constants, *call), size, -1)
 
 
-class _FeedForwardBackward(_Backward):
-    op = torch.ops.coba_triton.feed_forward_backward.default
+class _FeedForwardBackwardRules(_BackwardRules):
+    operator = "feed_forward_backward"
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, constants: Tensor, *others: Any) -> Any:
-        size, o = info.batch_size, BackwardOptions(*others[5:])
-        x = join(x, in_dims[0], size, -1)
-        shared = columns(constants, in_dims[1])
-        table = join_constants(constants, in_dims[1], size, x.shape[1] // size, o.constants_grad)
-        tensors = (join_optional(tensor, dim, size, -1) for tensor, dim in zip(others[:5], in_dims[2:], strict=False))
-        *grads, grad_constants = torch.ops.coba_triton.feed_forward_backward(x, table, *tensors, *o)
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        size = info.batch_size
+        x, constants, saved, grads, call, asked = cls.records(args)
+        x_dim, constants_dim, saved_dims, grads_dims, _, _ = cls.records(in_dims)
+        x = join(x, x_dim, size, -1)
+        shared = columns(constants, constants_dim)
+        table = join_constants(constants, constants_dim, size, x.shape[1] // size, asked.constants)
+        tensors = join_all((*saved, *grads), (*saved_dims, *grads_dims), size, -1)
+        *grads, grad_constants = torch.ops.coba_triton.feed_forward_backward(x, table, *tensors, *call, *asked)
         (grad_x, grad_state), dims = part(grads, size, -1)
         return (grad_x, grad_state, part_constants(grad_constants, shared, size)), (*dims, 1)
 
 
-class _Recurrent(_Forward):
-    op = torch.ops.coba_triton.recurrent.default
+class _RecurrentRules(_ForwardRules):
+    operator = "recurrent"
 
-    @staticmethod
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, z, _, input_weights, recurrent_weights, constants, *options = inputs
-        ctx.options = RecurrentOptions(*options)
+    @classmethod
+    def remember(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, z, state, weights, ctx.call = cls.records(inputs)
+        ctx.fields = len(state)
         spikes, _, _, _, words, checkpoints = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(checkpoints)
-        words = spikes if ctx.options.spike_dtype is None else words
-        ctx.save_for_backward(x, z, input_weights, recurrent_weights, constants, words, checkpoints)
+        ctx.save_for_backward(x, z, *weights, spikes if ctx.call.spike_dtype is None else words, checkpoints)
 
     @staticmethod
     def backward(
@@ -722,74 +557,73 @@ class _Recurrent(_Forward):
         grad_states: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        o = _saved(ctx)
+        call = _ForwardRules.saved_call(ctx)
         needed = x_needed, _, _, input_needed, recurrent_needed, constants_needed = ctx.needs_input_grad[1:7]
         x, z, state, input_weights, recurrent_weights, constants = torch.ops.coba_triton.recurrent_backward(
             *ctx.saved_tensors,
-            grad_spikes,
+            *Incoming(grad_spikes, grad_final, grad_states),
             grad_z,
-            grad_final,
-            grad_states,
-            *RecurrentBackwardOptions(
-                o.backend,
-                o.jump_first,
-                o.method,
-                o.block_steps,
-                1,
-                x_needed,
-                input_needed,
-                recurrent_needed,
-                constants_needed,
-            ),
+            *call,
+            *Asked(x_needed, input_needed, recurrent_needed, constants_needed, ctx.fields),
         )
         grads = x, z, state, input_weights.squeeze(0), recurrent_weights.squeeze(0), constants
-        return None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * len(o)
+        return None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * len(call)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size = info.batch_size
-        x, z, state, input_weights, recurrent_weights, constants, *options = args
-        if in_dims[3] is not None or in_dims[4] is not None:
+        x, z, state, weights, call = cls.records(args)
+        x_dim, z_dim, state_dim, weights_dims, _ = cls.records(in_dims)
+        if weights_dims.input is not None or weights_dims.recurrent is not None:
             return each(torch.ops.coba_triton.recurrent, size, in_dims, args)
-        x, z, state = (join(tensor, dim, size, -2) for tensor, dim in zip((x, z, state), in_dims, strict=False))
-        constants = join_constants(constants, in_dims[5], size, z.numel() // size)
-        outputs = torch.ops.coba_triton.recurrent(x, z, state, input_weights, recurrent_weights, constants, *options)
+        x, z, state = join_all((x, z, state), (x_dim, z_dim, state_dim), size, -2)
+        table = join_constants(weights.constants, weights_dims.constants, size, z.numel() // size)
+        outputs = torch.ops.coba_triton.recurrent(x, z, state, weights.input, weights.recurrent, table, *call)
         return part(outputs, size, -2)
 
 
-class _RecurrentBackward(_Backward):
-    op = torch.ops.coba_triton.recurrent_backward.default
+class _RecurrentBackwardRules(_BackwardRules):
+    operator = "recurrent_backward"
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size = info.batch_size
-        x, z, input_weights, recurrent_weights, constants = args[:5]
-        if in_dims[2] is not None or in_dims[3] is not None:
+        x, z, weights, saved, grads, grad_z, call, asked = cls.records(args)
+        x_dim, z_dim, weights_dims, saved_dims, grads_dims, grad_z_dim, _, _ = cls.records(in_dims)
+        if weights_dims.input is not None or weights_dims.recurrent is not None:
             return each(torch.ops.coba_triton.recurrent_backward, size, in_dims, args)
-        o = RecurrentBackwardOptions(*args[11:])
-        x, z = (join(tensor, dim, size, -2) for tensor, dim in zip((x, z), in_dims, strict=False))
-        shared = columns(constants, in_dims[4])
-        table = join_constants(constants, in_dims[4], size, z.numel() // size, o.constants_grad)
-        tensors = (join_optional(tensor, dim, size, -2) for tensor, dim in zip(args[5:11], in_dims[5:], strict=False))
+        x, z = join_all((x, z), (x_dim, z_dim), size, -2)
+        shared = columns(weights.constants, weights_dims.constants)
+        table = join_constants(weights.constants, weights_dims.constants, size, z.numel() // size, asked.constants)
+        tensors = join_all((*saved, *grads, grad_z), (*saved_dims, *grads_dims, grad_z_dim), size, -2)
+        asked = asked._replace(samples=size * asked.samples)
         *grads, input_sums, recurrent_sums, grad_constants = torch.ops.coba_triton.recurrent_backward(
-            x, z, input_weights, recurrent_weights, table, *tensors, *o._replace(samples=size * o.samples)
+            x, z, weights.input, weights.recurrent, table, *tensors, *call, *asked
         )
         grads, dims = part(grads, size, -2)
         sums, sums_dims = part((input_sums, recurrent_sums), size, -3)
         return (*grads, *sums, part_constants(grad_constants, shared, size)), (*dims, *sums_dims, 1)
 
 
-for _operator, _operands, _implementation, _fake in (
-    ("feed_forward", _feed_forward_operands, _feed_forward, _feed_forward_fake),
-    ("feed_forward_out", _feed_forward_out_operands, _feed_forward_out, _feed_forward_out_fake),
-    ("feed_forward_backward", _feed_forward_backward_operands, _feed_forward_backward, _feed_forward_backward_fake),
-    ("recurrent", _recurrent_operands, _recurrent, _recurrent_fake),
-    ("recurrent_out", _recurrent_out_operands, _recurrent_out, _recurrent_out_fake),
-    ("recurrent_backward", _recurrent_backward_operands, _recurrent_backward, _recurrent_backward_fake),
+for _name, _check, _allocate, _compute in (
+    ("feed_forward", _check_feed_forward, _allocate_feed_forward, _compute_feed_forward),
+    ("feed_forward_out", _check_feed_forward_out, _allocate_feed_forward_out, _compute_feed_forward_out),
+    (
+        "feed_forward_backward",
+        _check_feed_forward_backward,
+        _allocate_feed_forward_backward,
+        _compute_feed_forward_backward,
+    ),
+    ("recurrent", _check_recurrent, _allocate_recurrent, _compute_recurrent),
+    ("recurrent_out", _check_recurrent_out, _allocate_recurrent_out, _compute_recurrent_out),
+    ("recurrent_backward", _check_recurrent_backward, _allocate_recurrent_backward, _compute_recurrent_backward),
 ):
-    _library.impl(_operator, checked(_operands, _implementation, with_data=True), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"coba_triton::{_operator}", checked(_operands, _fake, with_data=False), lib=_library)
-for _rules in (_FeedForward, _FeedForwardBackward, _Recurrent, _RecurrentBackward):
+    _real, _fake = (
+        checked(GROUPS[_name], _check, function, with_data) for function, with_data in ((_compute, True), (_allocate, False))
+    )
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"coba_triton::{_name}", _fake, lib=_library)
+for _rules in (_FeedForwardRules, _FeedForwardBackwardRules, _RecurrentRules, _RecurrentBackwardRules):
     _rules.register()
 
 
@@ -802,74 +636,48 @@ def _is_plain(*tensors: Tensor) -> bool:
     )
 
 
-def feed_forward(
-    x: Tensor,
-    state: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    spike_dtype: torch.dtype | None,
-    record_states: bool,
-    checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def feed_forward(x: Tensor, state: Tensor, constants: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes, final state and recorded states of the operator. A plain call goes straight to the kernels.
 
     The dispatcher, and what only a gradient needs, take a third of a short call's time.
     """
     if _is_plain(x, state, constants):
-        spikes = _empty_spikes(x, spike_dtype, x.shape[1:])
-        return spikes, *_feed_forward_out(x, state, constants, backend, jump_first, record_states, spikes)
-    options = ForwardOptions(backend, jump_first, method, spike_dtype, record_states, checkpoint_every, None)
-    spikes, final, states, *_ = torch.ops.coba_triton.feed_forward(x, state, constants, *options)
+        spikes = _empty_spikes(x, call.spike_dtype, x.shape[1:])
+        return spikes, *_compute_feed_forward_out(x, state, constants, spikes, call)
+    spikes, final, states, *_ = torch.ops.coba_triton.feed_forward(x, state, constants, *call)
     return spikes, final, states
 
 
-def recurrent(
-    x: Tensor,
-    z: Tensor,
-    state: Tensor,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
-    constants: Tensor,
-    backend: str,
-    jump_first: bool,
-    method: str,
-    spike_dtype: torch.dtype | None,
-    record_states: bool,
-    block_steps: int | None,
-    path: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Spikes, last spikes, final state and recorded states of the operator, likewise."""
-    tensors = x, z, state, input_weights, recurrent_weights, constants
-    if not record_states and _is_plain(*tensors):
-        spikes = _empty_spikes(x, spike_dtype, z.shape)
-        return (
-            spikes,
-            *_recurrent_out(*tensors, backend, jump_first, block_steps, path, spikes),
-            state.new_empty(len(state), 0, *z.shape),
-        )
-    options = RecurrentOptions(backend, jump_first, method, spike_dtype, record_states, block_steps, path, None)
-    spikes, z, final, states, *_ = torch.ops.coba_triton.recurrent(*tensors, *options)
-    return spikes, z, final, states
+    if not call.record_states and _is_plain(x, z, state, *weights):
+        spikes = _empty_spikes(x, call.spike_dtype, z.shape)
+        last, final = _compute_recurrent_out(x, z, state, weights, spikes, call)
+        return spikes, last, final, state.new_empty(len(state), 0, *z.shape)
+    spikes, last, final, states, *_ = torch.ops.coba_triton.recurrent(x, z, state, *weights, *call)
+    return spikes, last, final, states
 
 
 def _empty_spikes(x: Tensor, spike_dtype: torch.dtype | None, neurons: torch.Size) -> Tensor:
     """A buffer for the spikes of a run over ``x [T, ...]``."""
-    rows, dtype = (word_count(len(x)), torch.int32) if spike_dtype is None else (len(x), spike_dtype)
+    steps = x.shape[0]
+    rows, dtype = (word_count(steps), torch.int32) if spike_dtype is None else (steps, spike_dtype)
     return x.new_empty(rows, *neurons, dtype=dtype)
 
 
-def feed_forward_out(x: Tensor, state: Tensor, constants: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Final state and recorded states of ``coba_triton::feed_forward_out``, whose last argument takes the spikes."""
-    plain = _is_plain(x, state, constants, others[-1])
-    run = _feed_forward_out if plain else torch.ops.coba_triton.feed_forward_out
-    final, states = run(x, state, constants, *others)
+def feed_forward_out(x: Tensor, state: Tensor, constants: Tensor, spikes: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Final state and recorded states of ``coba_triton::feed_forward_out``, which writes to ``spikes``."""
+    if _is_plain(x, state, constants, spikes):
+        return _compute_feed_forward_out(x, state, constants, spikes, call)
+    final, states = torch.ops.coba_triton.feed_forward_out(x, state, constants, spikes, *call)
     return final, states
 
 
-def recurrent_out(*args: Any) -> tuple[Tensor, Tensor]:
+def recurrent_out(
+    x: Tensor, z: Tensor, state: Tensor, weights: Weights, spikes: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
     """Last spikes and final state of ``coba_triton::recurrent_out``, likewise."""
-    plain = _is_plain(*(arg for arg in args if isinstance(arg, Tensor)))
-    last, final = (_recurrent_out if plain else torch.ops.coba_triton.recurrent_out)(*args)
+    if _is_plain(x, z, state, *weights, spikes):
+        return _compute_recurrent_out(x, z, state, weights, spikes, call)
+    last, final = torch.ops.coba_triton.recurrent_out(x, z, state, *weights, spikes, *call)
     return last, final

@@ -20,9 +20,11 @@ def join(tensor: Tensor, dim: int | None, size: int, axis: int, length: int | No
     return tensor.expand(shape).flatten(axis - 1, axis)
 
 
-def join_optional(tensor: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
-    """:func:`join` of what may be absent."""
-    return None if tensor is None else join(tensor, dim, size, axis)
+def join_all(tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int, axis: int) -> tuple[Any, ...]:
+    """:func:`join` of each tensor along its own axis; one that is absent stays absent."""
+    return tuple(
+        None if tensor is None else join(tensor, dim, size, axis) for tensor, dim in zip(tensors, dims, strict=True)
+    )
 
 
 def part(tensors: tuple[Tensor, ...], size: int, axis: int) -> tuple[list[Tensor], list[int]]:
@@ -39,7 +41,7 @@ def join_constants(constants: Tensor, dim: int | None, size: int, cells: int, gr
 
 
 def part_constants(grad: Tensor, columns: int, size: int) -> Tensor:
-    """Each sample's gradient by its constants, ``[10, samples, columns]``."""
+    """Each sample's gradient by its constants, ``[C, samples, columns]``."""
     (grad,), _ = part((grad,), size, -1)
     return grad.sum(-1, keepdim=True) if columns == 1 and grad.shape[-1] else grad
 

@@ -46,7 +46,8 @@ for _record in (
 ):  # fmt: skip
     # an exported program that takes or returns one can be saved
     torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")
-    torch.serialization.add_safe_globals([_record])  # torch.load(weights_only=True) reads what holds one
+    # torch.load(weights_only=True) reads what holds one, also where it was saved under the name of an older version
+    torch.serialization.add_safe_globals([_record, (_record, f"coba_triton.model.{_record.__name__}")])
 
 _METHOD = CobaLIFParameters._fields.index("method")
 _DOUBLES = struct.Struct(f"{len(CobaLIFParameters._fields) - 1}d")

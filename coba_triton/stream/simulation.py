@@ -23,10 +23,10 @@ from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..backend.choose import choose_backend
+from ..backend.choose import choose_backend, launcher
 from ..common.files import reason
 from ..common.versions import package_version
-from ..functional import _flat_input, _kernel_input, coba_lif_feed_forward_integral, coba_lif_integral
+from ..functional import coba_lif_feed_forward_integral, coba_lif_integral, flat_input, kernel_input
 from ..modules import CobaLIF, CobaLIFRecurrent
 from ..neuron.records import (
     CobaLIFParameters,
@@ -36,7 +36,8 @@ from ..neuron.records import (
     numbers_of,
     recurrent_state,
 )
-from ..ops import operators, time_blocks, validation
+from ..ops import time_blocks, validation
+from ..ops.call import Network, Outputs, Weights
 from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
 from ..ops.tensors import is_refractory
@@ -402,15 +403,14 @@ class BlockRun:
 
         return CobaLIFParameters(*map(choose, self.p))
 
-    def _connected_network(self) -> time_blocks.Network:
+    def _connected_network(self) -> Network:
         """A recurrent network in the form that the backend's kernels take."""
         dtype = self.state.v.dtype
         constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
-        kernels = operators.recurrent_kernels(self.backend)
         input_weights, recurrent_weights = (w.to(dtype) for w in self.weights)
-        jump_first = self.network.order == "jump_first"
+        weights = Weights(input_weights, recurrent_weights, constants)
         uses = (self.blocks.steps or LONG) * self.shape[:-1].numel()
-        return time_blocks.Network.of(input_weights, recurrent_weights, constants, jump_first, kernels, uses=uses)
+        return Network.of(weights, self.network.order == "jump_first", launcher(self.backend), uses=uses)
 
     def _header(self, state: Any, block_steps: int | None) -> Header:
         """What the sink is told about the run."""
@@ -458,7 +458,7 @@ class BlockRun:
         source, first = self.blocks.source, self.blocks.first
         if self.recurrent or self.record.inputs or self.backend == "reference":
             return False
-        as_it_is = _flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
+        as_it_is = flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
         return as_it_is and isinstance(source, Tensor) and source.device == self.device
 
     def sums_up(self, x: Tensor) -> bool:
@@ -513,7 +513,7 @@ class BlockRun:
                 from ..backend.cpu.launch import lanes
 
                 input_sum = sums = lanes(self.shape.numel())
-            flat = _flat_input(x, self.shape, before.v.dtype)
+            flat = flat_input(x, self.shape, before.v.dtype)
             state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
             self.state = feed_forward_state(*state.reshape(-1, *self.shape))
         elif self.recurrent and self.backend != "reference":
@@ -556,13 +556,10 @@ class BlockRun:
         block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
         z, state = time_blocks.forward(
             self.connected,
-            _kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
+            kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
             z.reshape(rows),
             torch.stack(others).reshape(len(others), *rows),
-            None,
-            words,
-            traces,
-            None,
+            Outputs(words=words, states=traces),
             block_steps,
             "auto",
             None if traces is None else self.ascending,

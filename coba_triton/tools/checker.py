@@ -346,13 +346,13 @@ def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, 
     alpha = float(p.alpha)
     if weights is None:
         validation.check_input(x, "[T, ...]", 1)
-        tensors = functional._feed_forward_state(x, state, p, dt, x.shape[1:]).detach()
+        tensors = functional.initial_feed_forward_state(x, state, p, dt, x.shape[1:]).detach()
         neurons = tensors.shape[1:]
         given = x.detach().reshape(len(x), *(1,) * (len(neurons) - x.dim() + 1), *x.shape[1:]).expand(len(x), *neurons)
         initial = feed_forward_state(*tensors.clone())
         return flatten(Problem(given, initial, parameters, alpha, dt))
     validation.check_input(x, "[T, *batch, I]", 2)
-    tensors = functional._recurrent_state(x, state, *weights, p, dt, x.shape[1:]).detach()
+    tensors = functional.initial_recurrent_state(x, state, *weights, p, dt, x.shape[1:]).detach()
     before = recurrent_state(*tensors.clone())
     w_in, w_rec = (w.to(tensors.dtype) for w in weights)
     return flatten(RecurrentProblem(x.detach(), before, w_in.detach(), w_rec.detach(), parameters, alpha, dt))

@@ -1,5 +1,5 @@
-"""Launch parameters: ``tables.py`` looks them up, ``tuner.py`` measures them."""
+"""Launch parameters: the tables, and which of them a launch takes."""
 
-from .tables import explain
+from .tables import SPACE, VARIABLE, Choice, TableError, explain, use
 
-__all__ = ["explain"]
+__all__ = ["SPACE", "VARIABLE", "Choice", "TableError", "explain", "use"]

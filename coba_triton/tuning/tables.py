@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import math
 import os
 import platform
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.choose import choose_backend, the_device
+from ..backend.choose import choose_backend, launcher, the_device
 from ..common.files import is_there, read_json, reason
 
 FORMAT = "coba_triton tuning table"
@@ -69,7 +68,6 @@ SPACE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
 }
 KERNELS = tuple(SPACE["triton"])
 PACKAGE = Path(__file__).parents[1]
-_LAUNCHERS = {"triton": "..backend.triton", "cpu": "..backend.cpu.launch"}
 _SOURCES = {
     "triton": ("kernels", "neuron"),
     "cpu": ("backend/cpu", "backend/reference.py", "neuron"),
@@ -365,8 +363,7 @@ def forced(kernel: str, parameters: Parameters) -> Iterator[None]:
 
 def heuristic(backend: str, kernel: str, dtype: torch.dtype, neurons: int, batch: int = 1) -> Parameters:
     """The parameters that the launcher's own rule gives."""
-    rule = importlib.import_module(_LAUNCHERS[backend], __package__).heuristic
-    return dict(rule(kernel, dtype, neurons, batch))
+    return launcher(backend).heuristic(kernel, dtype, neurons, batch)
 
 
 def explain(

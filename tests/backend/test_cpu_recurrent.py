@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coba_triton import CobaLIFState
-from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
+from coba_triton.backend.cpu import launch as cpu_launch
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import recurrent_problem
 from helpers.bits import assert_same_bits
@@ -79,19 +79,19 @@ def few_synapses(weights: torch.Tensor, density: float = 0.03) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(300, 2, 130), (60, 3, 1100)], ids=str)
 def test_few_synapses_have_the_bits_of_dense_rows(size, order, dtype, binary, monkeypatch) -> None:
     """Only the synapses that are there are read, tile by tile: forward, and where the backward repeats it."""
-    from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
+    from coba_triton.backend.cpu import launch as cpu_launch
 
-    monkeypatch.setattr(cpu_recurrent, "SYNAPSE_USES", 0)
+    monkeypatch.setattr(cpu_launch, "SYNAPSE_USES", 0)
     case = recurrent_problem(*size, dtype, inputs=70, binary=binary)
     case.input_weights, case.recurrent_weights = few_synapses(8 * case.input_weights), few_synapses(case.recurrent_weights)
     for weights in (case.input_weights, case.recurrent_weights):
-        assert cpu_recurrent.synapses(weights.t(), 1).targets.size == torch.count_nonzero(weights)
+        assert cpu_launch.synapses(weights.t(), 1).targets.size == torch.count_nonzero(weights)
     ours, gradients = case.gradients("cpu", order=order, path="events")
     theirs, _ = case.gradients("reference", order=order)
     assert_same_bits(ours, theirs)
     assert theirs[0].sum() > 100
-    monkeypatch.setattr(cpu_recurrent, "SYNAPSE_DENSITY", 0)
-    assert not cpu_recurrent.synapses(case.recurrent_weights.t(), 1).targets.size
+    monkeypatch.setattr(cpu_launch, "SYNAPSE_DENSITY", 0)
+    assert not cpu_launch.synapses(case.recurrent_weights.t(), 1).targets.size
     dense, dense_gradients = case.gradients("cpu", order=order, path="events")
     assert_same_bits([*ours, *gradients.values()], [*dense, *dense_gradients.values()])
 
@@ -109,18 +109,18 @@ def test_what_is_not_finite_reaches_neurons_without_a_synapse(value) -> None:
 
 
 def test_synapses_are_looked_for_where_they_are_few_and_used_often(monkeypatch) -> None:
-    from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
+    from coba_triton.backend.cpu import launch as cpu_launch
 
     rows = few_synapses(torch.randn(1000, 1500, generator=torch.Generator().manual_seed(1)))
-    found = cpu_recurrent.synapses(rows, 2000)
+    found = cpu_launch.synapses(rows, 2000)
     sources = np.repeat(np.arange(1000), np.diff(found.starts[:, [0, -1]])[:, 0])
     tiles = (np.arange(len(found.targets))[:, None] >= found.starts[sources, 1:-1]).sum(1)
     assert np.array_equal(rows.numpy().nonzero(), [sources, 1024 * tiles + found.targets])
     assert np.array_equal(rows[rows != 0].numpy(), found.weights)
-    assert not cpu_recurrent.synapses(rows, 1999).starts.size
+    assert not cpu_launch.synapses(rows, 1999).starts.size
     rows[1::2] = 1.0  # none of those that are looked at first
-    monkeypatch.setattr(cpu_recurrent, "SAMPLED_SOURCES", 10)
-    assert not cpu_recurrent.synapses(rows, 2000).starts.size
+    monkeypatch.setattr(cpu_launch, "SAMPLED_SOURCES", 10)
+    assert not cpu_launch.synapses(rows, 2000).starts.size
 
 
 def test_slices_are_for_gpus() -> None:
@@ -136,15 +136,15 @@ def test_busy_blocks_take_the_dense_path(monkeypatch) -> None:
     case.recurrent_weights.zero_()
     taken = []
     for name in ("recurrent_block", "recurrent_step"):
-        function = getattr(cpu_recurrent, name)
+        function = getattr(cpu_launch, name)
         monkeypatch.setattr(
-            cpu_recurrent, name, lambda *a, name=name, function=function, **k: (taken.append(name), function(*a, **k))[1]
+            cpu_launch, name, lambda *a, name=name, function=function, **k: (taken.append(name), function(*a, **k))[1]
         )
     ours, theirs = case.run("cpu", block_steps=32), case.run("reference")
     rates = [block.mean().item() for block in theirs[0].split(32)]
     expected = ["recurrent_block"]
     for rate in rates[:-1]:
-        expected.append("recurrent_step" if rate > cpu_recurrent.DENSE_RATE else "recurrent_block")
+        expected.append("recurrent_step" if rate > cpu_launch.DENSE_RATE else "recurrent_block")
     assert list(dict.fromkeys(taken)) == ["recurrent_block", "recurrent_step"]
     assert taken.count("recurrent_block") == expected.count("recurrent_block")
     assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])

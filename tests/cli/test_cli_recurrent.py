@@ -379,6 +379,22 @@ def test_builtin_cobanet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert any("refractory" in note for note in summary["config"]["notes"])
 
 
+def test_builtin_va_keeps_itself_going(tmp_path: Path) -> None:
+    """The published network still fires 250 ms after the last input, irregularly and at a sensible rate."""
+    text = builtins()["va"].read_text(encoding="utf-8")
+    short = tmp_path / "va.toml"
+    short.write_text(text.replace('duration = "1 s"', 'duration = "300 ms"'), encoding="utf-8")
+    assert main(["simulate", str(short), "--out", str(tmp_path / "out")]) == 0
+    result = open_result(tmp_path / "out" / "result.zarr")
+    spikes = result.spikes[1000:3000]
+    assert 10 < spikes.mean() / 1e-4 < 25
+    longest_silence = np.diff(np.flatnonzero(spikes.any(1))).max()
+    assert longest_silence < 10  # of 4000 neurons, some fire in every millisecond
+    for train in spikes.T[:400]:
+        intervals = np.diff(np.flatnonzero(train))
+        assert not len(intervals) or intervals.min() > 50  # the refractory period is 50 steps
+
+
 def test_groups_of_channels(config: str, tmp_path: Path) -> None:
     """Excitatory ones and inhibitory ones, each with a rate and weights of its own."""
     only = open_source(load(config)[1])

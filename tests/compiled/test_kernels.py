@@ -15,7 +15,7 @@ from torch import Tensor
 import ptxsim
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
 from coba_triton.backend import triton as triton_backend
-from coba_triton.ops import time_blocks
+from coba_triton.ops.call import Block, Call, Incoming, Network, Outputs, Saved, Sweep, Weights
 from coba_triton.ops.constants import derive_constants
 from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
 from helpers.bits import assert_same_bits
@@ -63,6 +63,7 @@ FORWARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "float16": ({"steps": 19, "shape": (33,), "dtype": torch.float16}, {"spike_dtype": torch.float16}),
     "bfloat16": ({"steps": 9, "shape": (16,), "dtype": torch.bfloat16}, {"spike_dtype": torch.bfloat16}),
     "bool": ({"steps": 9, "shape": (20,), "dtype": torch.bool}, {"spike_dtype": torch.uint8}),
+    "refractory": ({"steps": 35, "shape": (45,), "refractory": True}, {"record_states": True}),
 }
 
 
@@ -101,6 +102,7 @@ BACKWARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recorded": ({"steps": 21, "shape": (33,), "per_neuron": True}, {"method": "super", "record_states": True}),
     "float64": ({"steps": 37, "shape": (20,), "dtype": F64}, {"method": "super"}),
     "bfloat16": ({"steps": 11, "shape": (33,), "dtype": torch.bfloat16}, {"method": "super", "spike_dtype": F32}),
+    "refractory": ({"steps": 21, "shape": (33,), "per_neuron": True, "refractory": True}, {"method": "super"}),
 }
 
 
@@ -138,6 +140,8 @@ RECURRENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "events, float64": ({"steps": 14, "batch": 2, "neurons": 63, "dtype": F64}, {"path": "events", "record_states": True}),
     "dense": ({"steps": 9, "batch": 2, "neurons": 33}, {"path": "dense", "order": "jump_first"}),
+    "events, refractory": ({"steps": 33, "batch": 2, "neurons": 33, "refractory": True}, {"path": "events"}),
+    "sliced, refractory": ({"steps": 9, "batch": 1, "neurons": 75, "refractory": True}, {"path": "sliced"}),
     "graded input": (
         {"steps": 9, "batch": 1, "neurons": 20, "binary": False},
         {"path": "events", "spike_dtype": torch.uint8},
@@ -264,10 +268,10 @@ def test_feed_forward_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> Non
     state[:, -40:] = torch.stack(tuple(case.state))
     grad_spikes[:, -40:] = loss
     constants = constants_of(case)
-    triton_backend.feed_forward_forward(x, constants, False, 8, state, final, spikes, words, states, checkpoints)
-    triton_backend.feed_forward_backward(
-        x, constants, False, "super", 8, words, checkpoints, grad_spikes, None, None, grad_x, grad_state, torch.empty(0)
-    )
+    call = Call("triton", checkpoint_every=8)
+    triton_backend.feed_forward_forward(x, state, constants, final, Outputs(spikes, words, states, checkpoints), call)
+    saved, grads = Saved(words, checkpoints), Incoming(grad_spikes, None, None)
+    triton_backend.feed_forward_backward(x, constants, saved, grads, grad_x, grad_state, torch.empty(0), call)
     case.x.requires_grad_()
     expected, trace = case.run("reference", record_states=True)
     assert_same_bits([spikes[:, -40:], *states[:, :, -40:]], [expected, *trace])
@@ -280,7 +284,7 @@ def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
     neurons = 32
     case = recurrent_problem(STEPS, 1, neurons)
     weights = case.recurrent_weights
-    net = time_blocks.Network.of(case.input_weights, weights, constants_of(case), False, triton_backend)
+    net = Network.of(Weights(case.input_weights, weights, constants_of(case)), False, triton_backend)
 
     def run(batch: int, zeros: Callable[..., Tensor]) -> list[Tensor]:
         drive, recurrent_drive = (zeros(2, STEPS, batch, neurons) for _ in range(2))
@@ -289,12 +293,11 @@ def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
         z[-1:], state[:, -1:] = case.state.z, torch.stack(tuple(case.state)[1:])
         spikes, words = zeros(STEPS, batch, neurons), zeros(2, batch, neurons, dtype=torch.int32)
         trajectory, adjoints = zeros(6, STEPS, batch, neurons), zeros(STEPS, batch, 2 * neurons)
-        triton_backend.recurrent_block(net, x, drive, z, state, spikes, words, None, sliced=False)
-        triton_backend._launch_driven(net, drive, recurrent_drive, state, words, None, None, trajectory, STEPS)
+        triton_backend.recurrent_block(net, x, drive, z, state, Outputs(spikes, words), sliced=False)
+        triton_backend._launch_driven(net, drive, recurrent_drive, state, words, trajectory=trajectory)
         grad_spikes = spikes.flatten(1)  # any numbers serve
-        triton_backend.recurrent_sweep(
-            net, weights, trajectory, words, 0, "super", grad_spikes, None, lam, zeros(batch, neurons), adjoints, None
-        )  # fmt: skip
+        sweep = Sweep("super", weights, grad_spikes, None, lam, zeros(batch, neurons), None)
+        triton_backend.recurrent_sweep(net, sweep, Block(0, words, trajectory), adjoints)
         return [spikes[:, -1], words[:, -1], trajectory[:, :, -1], adjoints[:, -1], lam[:, -1]]
 
     alone = run(1, torch.zeros)

@@ -20,6 +20,7 @@ from coba_triton import (
 from coba_triton.backend.choose import triton_device_type
 from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
+from coba_triton.ops.call import Call
 from coba_triton.tools.problems import DT, Problem, problem
 from helpers.bits import assert_same_bits
 from helpers.marks import slow
@@ -345,13 +346,7 @@ def test_inference_saves_nothing(backend, device) -> None:
         case.x,
         torch.stack(tuple(case.state)),
         torch.ones(len(Constants._fields), 1, device=device),
-        backend,
-        False,
-        "super",
-        torch.float32,
-        False,
-        8,
-        None,
+        *Call(backend, spike_dtype=torch.float32, checkpoint_every=8),
     )
     assert words.numel() == checkpoints.numel() == 0
     assert pack_spikes(torch.zeros(0, 4)).numel() == 0

@@ -20,6 +20,7 @@ from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
+from coba_triton.ops.call import Call
 from coba_triton.tools.problems import DT, VALUES, recurrent_problem
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import all_programs_at_once
@@ -176,14 +177,7 @@ def test_saved_memory(device) -> None:
             case.input_weights,
             case.recurrent_weights,
             torch.zeros(len(Constants._fields), 1, device=device),
-            "triton",
-            False,
-            "super",
-            torch.float32,
-            False,
-            None,
-            "dense",
-            True,
+            *Call("triton", spike_dtype=torch.float32, path="dense", save=True),
         )
     for given in (case.x, case.input_weights, case.recurrent_weights, case.state.z):
         sizes.pop(given.untyped_storage().data_ptr())

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
+from coba_triton.ops.call import Asked, Call
 from coba_triton.ops.spikes import word_count
 from coba_triton.tools.problems import problem, recurrent_problem
 from helpers.bits import assert_same_bits
@@ -19,7 +20,8 @@ def arguments(device, *, spike_dtype=torch.float32, record=False, every=8, steps
     case = problem(steps, (5,), device=device)
     constants = torch.tensor(CONSTANTS, device=device).unsqueeze(1)
     x, state = case.x.requires_grad_(grad), torch.stack(tuple(case.state)).requires_grad_(grad)
-    return x, state, constants.requires_grad_(grad), "triton", False, "super", spike_dtype, record, every, save
+    call = Call("triton", False, "super", spike_dtype, record, checkpoint_every=every, save=save)
+    return x, state, constants.requires_grad_(grad), *call
 
 
 ops = torch.ops.coba_triton
@@ -41,7 +43,7 @@ def recurrent_arguments(device, backend, *, spike_dtype=torch.float32, record=Fa
     tensors = case.x, case.state.z, torch.stack(case.state[1:]), case.input_weights, case.recurrent_weights
     constants = torch.tensor(CONSTANTS, device=device).unsqueeze(1)
     tensors = tuple(tensor.requires_grad_(grad) for tensor in (*tensors, constants))
-    return *tensors, backend, False, "super", spike_dtype, record, None, "auto", save
+    return *tensors, *Call(backend, False, "super", spike_dtype, record, save=save)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def recurrent_arguments(device, backend, *, spike_dtype=torch.float32, record=Fa
 )
 def test_forward_passes_opcheck(spike_dtype, record, backend, device) -> None:
     args = list(arguments(device, spike_dtype=spike_dtype, record=record))
-    args[3] = backend
+    args[3] = backend  # the first of the call's fields
     opcheck(ops.feed_forward, tuple(args), spike_dtype)
     args = recurrent_arguments(device, backend, spike_dtype=spike_dtype, record=record)
     opcheck(ops.recurrent, args, spike_dtype)
@@ -63,14 +65,14 @@ def test_forward_passes_opcheck(spike_dtype, record, backend, device) -> None:
 def test_out_passes_opcheck(backend, device) -> None:
     x, state, constants, *_ = arguments(device, grad=False)
     for spikes in (torch.empty_like(x), torch.empty(1, x.shape[1], dtype=torch.int32, device=device)):
-        opcheck(ops.feed_forward_out, (x, state, constants, backend, False, True, spikes))
-    *tensors, _, _, _, _, _, _, _, _ = recurrent_arguments(device, backend, grad=False)
+        opcheck(ops.feed_forward_out, (x, state, constants, spikes, *Call(backend, record_states=True)))
+    tensors = recurrent_arguments(device, backend, grad=False)[:6]
     steps = tensors[0].shape[0]
     for spikes in (
         torch.empty(steps, 2, 5, device=device),
         torch.empty(word_count(steps), 2, 5, dtype=torch.int32, device=device),
     ):
-        opcheck(ops.recurrent_out, (*tensors, backend, False, None, "auto", spikes))
+        opcheck(ops.recurrent_out, (*tensors, spikes, *Call(backend)))
 
 
 @pytest.mark.parametrize(
@@ -86,16 +88,16 @@ def test_backward_passes_opcheck(given, backend, device) -> None:
     spikes, final, states, words, checkpoints = ops.feed_forward(x, state, constants, backend, *rest)
     grads = {"spikes": spikes, "final": final, "states": states}
     given_grads = [grad if given in ("all", name) else None for name, grad in grads.items()]
-    options = backend, False, "super", 8, True, True
+    options = *Call(backend, checkpoint_every=8), *Asked(True, False, False, True, 3)
     opcheck(ops.feed_forward_backward, (x, constants, words, checkpoints, *given_grads, *options))
     args = recurrent_arguments(device, backend, grad=False, record=True)
     x, z, _, *weights_and_constants = args[:6]
     spikes, last, final, states, words, checkpoints = ops.recurrent(*args)
-    grads = {"spikes": spikes, "z": last, "final": final, "states": states}
+    grads = {"spikes": spikes, "final": final, "states": states, "z": last}
     given_grads = [grad if given in ("all", name) else None for name, grad in grads.items()]
     tensors = x, z, *weights_and_constants, words, checkpoints, *given_grads
     for needed in ((True,) * 4, (False,) * 4):
-        opcheck(ops.recurrent_backward, (*tensors, backend, False, "super", None, 2, *needed))
+        opcheck(ops.recurrent_backward, (*tensors, *Call(backend), *Asked(*needed, 3, 2)))
 
 
 @pytest.mark.parametrize("steps", [0, 5, 16, 37])
@@ -178,24 +180,22 @@ NAMES = (
 def all_arguments(backend: str = "cpu", device: torch.device | str = "cpu") -> dict[str, list[Any]]:
     """Arguments of every operator that fit, all gradients given."""
     x, state, constants, *_ = arguments(device, grad=False)
-    options = backend, False, "super"
-    spikes, final, states, words, checkpoints = ops.feed_forward(x, state, constants, *options, torch.float32, True, 8, True)
+    call = Call(backend, False, "super", torch.float32, True, checkpoint_every=8, save=True)
+    spikes, final, states, words, checkpoints = ops.feed_forward(x, state, constants, *call)
     backward = words, checkpoints, spikes, final, states
     r = recurrent_arguments(device, backend, grad=False, record=True)[:6]
-    r_spikes, z, r_final, r_states, r_words, r_checkpoints = ops.recurrent(
-        *r, *options, torch.float32, True, None, "auto", True
-    )
-    r_backward = r_words, r_checkpoints, r_spikes, z, r_final, r_states
+    r_spikes, z, r_final, r_states, r_words, r_checkpoints = ops.recurrent(*r, *call)
+    r_backward = r_words, r_checkpoints, r_spikes, r_final, r_states, z
     r_tensors = r[0], r[1], *r[3:]
     return {
-        "feed_forward": [x, state, constants, *options, torch.float32, True, 8, True],
-        "feed_forward_out": [x, state, constants, *options[:2], True, spikes],
-        "feed_forward_out packed": [x, state, constants, *options[:2], True, words[:1]],
-        "feed_forward_backward": [x, constants, *backward, *options, 8, True, True],
-        "recurrent": [*r, *options, torch.float32, True, None, "auto", True],
-        "recurrent_out": [*r, *options[:2], None, "auto", r_spikes],
-        "recurrent_out packed": [*r, *options[:2], None, "auto", r_words[: word_count(r[0].shape[0])]],
-        "recurrent_backward": [*r_tensors, *r_backward, *options, None, 1, True, True, True, True],
+        "feed_forward": [x, state, constants, *call],
+        "feed_forward_out": [x, state, constants, spikes, *call],
+        "feed_forward_out packed": [x, state, constants, words[:1], *call],
+        "feed_forward_backward": [x, constants, *backward, *call, *Asked(True, False, False, True, 3)],
+        "recurrent": [*r, *call],
+        "recurrent_out": [*r, r_spikes, *call],
+        "recurrent_out packed": [*r, r_words[: word_count(r[0].shape[0])], *call],
+        "recurrent_backward": [*r_tensors, *r_backward, *call, *Asked(True, True, True, True, 3)],
     }
 
 
@@ -219,7 +219,7 @@ def still_fits(name: str, position: int, what: str) -> bool:
     return (name, position, what) in (
         ("feed_forward_backward", 2, "axis 0 cut"),  # of two words one is needed
         ("feed_forward_backward", 6, "axis 1 empty"),
-        ("recurrent_backward", 10, "axis 1 empty"),
+        ("recurrent_backward", 9, "axis 1 empty"),
     )
 
 
@@ -252,26 +252,29 @@ def test_what_does_not_fit_is_refused_at_the_entry(name, symbolic) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("feed_forward", {3: "reference"}, "backend must be 'triton' or 'cpu', got 'reference'"),
-        ("feed_forward", {5: "none"}, "method must be one of"),
-        ("feed_forward", {6: torch.int64}, "spike_dtype must be None for packed spikes or one of"),
-        ("feed_forward", {8: 0}, "checkpoint_every must be a power of two up to 64, got 0"),
-        ("feed_forward", {8: -8}, "checkpoint_every must be"),
-        ("feed_forward_backward", {10: 10**9}, "checkpoint_every must be"),
-        ("feed_forward_backward", {7: "gpu"}, "backend must be"),
-        ("recurrent", {11: 0}, "block_steps must be a positive int"),
-        ("recurrent", {12: "fast"}, "path must be one of"),
-        ("recurrent_out", {8: -1}, "block_steps must be a positive int"),
-        ("recurrent_out", {9: ""}, "path must be one of"),
-        ("recurrent_backward", {15: 0}, "samples must divide the rows of the batch, 2, got 0"),
-        ("recurrent_backward", {15: 3}, "samples must divide the rows of the batch, 2, got 3"),
-        ("recurrent_backward", {14: -32}, "block_steps must be a positive int"),
+        ("feed_forward", {"backend": "reference"}, "backend must be 'triton' or 'cpu', got 'reference'"),
+        ("feed_forward", {"method": "none"}, "method must be one of"),
+        ("feed_forward", {"spike_dtype": torch.int64}, "spike_dtype must be None for packed spikes or one of"),
+        ("feed_forward", {"checkpoint_every": 0}, "checkpoint_every must be a power of two up to 64, got 0"),
+        ("feed_forward", {"checkpoint_every": -8}, "checkpoint_every must be"),
+        ("feed_forward_backward", {"checkpoint_every": 10**9}, "checkpoint_every must be"),
+        ("feed_forward_backward", {"backend": "gpu"}, "backend must be"),
+        ("feed_forward_backward", {"fields": 5}, "fields must be 3 or 4, got 5"),
+        ("recurrent", {"block_steps": 0}, "block_steps must be a positive int"),
+        ("recurrent", {"path": "fast"}, "path must be one of"),
+        ("recurrent_out", {"block_steps": -1}, "block_steps must be a positive int"),
+        ("recurrent_out", {"path": ""}, "path must be one of"),
+        ("recurrent_backward", {"samples": 0}, "samples must divide the rows of the batch, 2, got 0"),
+        ("recurrent_backward", {"samples": 3}, "samples must divide the rows of the batch, 2, got 3"),
+        ("recurrent_backward", {"block_steps": -32}, "block_steps must be a positive int"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(name, change, message) -> None:
-    args = all_arguments()[name]
+    op = getattr(ops, name)
+    names = [argument.name for argument in op.default._schema.arguments]
+    given = dict(zip(names, all_arguments()[name], strict=True))
     with pytest.raises(ValueError, match=message):
-        getattr(ops, name)(*(change.get(position, arg) for position, arg in enumerate(args)))
+        op(**given | change)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -304,7 +307,7 @@ def test_strided_tensors_give_the_same(name, backend, device) -> None:
     op = getattr(ops, name.split()[0])
     args = all_arguments(backend, device)[name]
     expected = op(*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args))
-    written = "_out" in name
+    written = {"feed_forward_out": 3, "recurrent_out": 6}.get(name.split()[0])
 
     def strided(tensor: Any) -> Any:
         """The last axis first in memory, every number twice."""
@@ -315,22 +318,22 @@ def test_strided_tensors_give_the_same(name, backend, device) -> None:
 
     given = list(map(strided, args))
     assert not any(arg.is_contiguous() for arg in given if isinstance(arg, torch.Tensor) and arg.numel() > 1)
-    if written:
+    if written is not None:
         with pytest.raises(ValueError, match="spikes must be contiguous .* got strided"):
             op(*given)
-        given[-1] = torch.full_like(args[-1], 7)
+        given[written] = torch.full_like(args[written], 7)
     assert_same_bits(op(*given), expected)
-    if written:
-        assert torch.equal(given[-1], args[-1])
+    if written is not None:
+        assert torch.equal(given[written], args[written])
 
 
 def test_an_exported_program_from_elsewhere_is_refused_what_does_not_fit() -> None:
     """Sizes that an export cannot compare are compared when its program runs."""
-    x, state, constants, *_, spikes = all_arguments()["feed_forward_out"]
+    x, state, constants, spikes, *_ = all_arguments()["feed_forward_out"]
 
     class Program(torch.nn.Module):
         def forward(self, x: torch.Tensor, spikes: torch.Tensor) -> Any:
-            return ops.feed_forward_out(x, state, constants, "cpu", False, False, spikes)
+            return ops.feed_forward_out(x, state, constants, spikes, *Call("cpu"))
 
     any_steps = {0: torch.export.Dim.AUTO}
     program = torch.export.export(Program(), (x, spikes), dynamic_shapes={"x": any_steps, "spikes": any_steps}).module()

@@ -74,7 +74,7 @@ KINDS = {"feed-forward": feed_forward, "recurrent": recurrent}
 KERNELS = {
     ("feed-forward", "cpu"): "coba_triton.backend.cpu.launch.feed_forward_forward",
     ("feed-forward", "triton"): "coba_triton.backend.triton.feed_forward_forward",
-    ("recurrent", "cpu"): "coba_triton.backend.cpu.launch_recurrent.recurrent_block",
+    ("recurrent", "cpu"): "coba_triton.backend.cpu.launch.recurrent_block",
     ("recurrent", "triton"): "coba_triton.backend.triton.recurrent_block",
 }
 kinds = pytest.mark.parametrize("kind", KINDS)

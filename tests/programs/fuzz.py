@@ -40,6 +40,8 @@ from matplotlib.figure import Figure
 import coba_triton as ct
 from coba_triton.cli import main
 from coba_triton.neuron.records import Constants
+from coba_triton.ops.call import Asked
+from coba_triton.ops.call import Call as OperatorCall
 from coba_triton.ops.spikes import word_count
 from coba_triton.stream import plotting
 from coba_triton.tuning import tables as tuning
@@ -251,33 +253,14 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
     """Endlessly: the name of what is called, what it may raise, and a call with something hostile in it."""
     zeros = torch.zeros
     table = torch.ones(len(Constants._fields), 1)
-    forward = [X, zeros(3, 3), table, "cpu", False, "super", torch.float32, True, 8, True]
-    backward = [
-        X,
-        table,
-        zeros(2, 3, dtype=torch.int32),
-        zeros(3, 3),
-        X,
-        zeros(3, 3),
-        zeros(3, 5, 3),
-        "cpu",
-        False,
-        "super",
-        8,
-    ]
-    recurrent = [XR, zeros(2, 4), zeros(3, 2, 4), W, WR, table]
+    call = OperatorCall("cpu", False, "super", torch.float32, True, checkpoint_every=8, save=True)
+    forward, recurrent = [X, zeros(3, 3), table], [XR, zeros(2, 4), zeros(3, 2, 4), W, WR, table]
+    backward = [X, table, zeros(2, 3, dtype=torch.int32), zeros(3, 3), X, zeros(3, 3), zeros(3, 5, 3)]
     packed = zeros(word_count(5), 2, 4, dtype=torch.int32)
     r_backward = [
-        XR,
-        zeros(2, 4),
-        W,
-        WR,
-        table,
-        zeros(2, 2, 4, dtype=torch.int32),
-        zeros(3, 2, 4),
-        zeros(5, 2, 4),
-        zeros(2, 4),
-    ]
+        XR, zeros(2, 4), W, WR, table, zeros(2, 2, 4, dtype=torch.int32), zeros(3, 2, 4), zeros(5, 2, 4), zeros(3, 2, 4),
+        zeros(3, 5, 2, 4), zeros(2, 4),
+    ]  # fmt: skip
     flat = ct.coba_lif_feed_forward_integral
     poisson = {"weight": 1.0, "seed": 1, "stream": 0, "rows": None}
     listed = {"steps": 5, "weight": 1.0, "first": 0, "start": 0.0}
@@ -325,13 +308,14 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         ("plot_rates", "arguments", _drawn(plotting.plot_rates), [], {**times, "bin_ms": 5.0}),
         ("plot_traces", "arguments", _drawn(plotting.plot_traces), [], {**times, "variable": "v", "neurons": [0]}),
         ("overview", "arguments", lambda **o: plotting.overview(result(), **o), [], {**times, "title": "x"}),
-        ("ops.feed_forward", "arguments", _operator("feed_forward"), forward, {}),
-        ("ops.feed_forward_out", "arguments", _operator("feed_forward_out"), [*forward[:5], True, zeros(5, 3)], {}),
-        ("ops.feed_forward_backward", "arguments", _operator("feed_forward_backward"), [*backward, True, True], {}),
-        ("ops.recurrent", "arguments", _operator("recurrent"), [*recurrent, *forward[3:8], None, "auto", True], {}),
-        ("ops.recurrent_out", "arguments", _operator("recurrent_out"), [*recurrent, "cpu", False, None, "auto", packed], {}),
+        ("ops.feed_forward", "arguments", _operator("feed_forward"), [*forward, *call], {}),
+        ("ops.feed_forward_out", "arguments", _operator("feed_forward_out"), [*forward, zeros(5, 3), *call], {}),
+        ("ops.feed_forward_backward", "arguments", _operator("feed_forward_backward"),
+         [*backward, *call, *Asked(True, False, False, True, 3)], {}),
+        ("ops.recurrent", "arguments", _operator("recurrent"), [*recurrent, *call], {}),
+        ("ops.recurrent_out", "arguments", _operator("recurrent_out"), [*recurrent, packed, *call], {}),
         ("ops.recurrent_backward", "arguments", _operator("recurrent_backward"),
-         [*r_backward, zeros(3, 2, 4), zeros(3, 5, 2, 4), "cpu", False, "super", None, 1, True, True, True, True], {}),
+         [*r_backward, *call, *Asked(True, True, True, True, 3)], {}),
     ]  # fmt: skip
     commands: list[list[Any]] = [
         ["plot", folder / "out", "--out", folder / "x.png", "--start", 0, "--stop", 2],

@@ -19,7 +19,6 @@ import torch
 import coba_triton
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters
 from coba_triton.backend.cpu import launch as cpu_launch
-from coba_triton.backend.cpu import launch_recurrent as cpu_recurrent
 from coba_triton.cli import main
 from coba_triton.tools import check_process, checker
 from coba_triton.tools.check_cases import Check, Run
@@ -75,7 +74,7 @@ def plant(monkeypatch, module, name, spoil) -> None:
 def plant_wrong_voltage(monkeypatch) -> None:
     """After at least four steps the last neuron's potential is one ulp off."""
 
-    def spoil(result, x, constants, jump_first, every, state, final, *outputs):
+    def spoil(result, x, state, constants, final, *others):
         if x.shape[0] >= 4:
             final[0, -1] = torch.nextafter(final[0, -1], torch.full((), math.inf, dtype=final.dtype))
 
@@ -110,7 +109,7 @@ def test_a_planted_bug_ends_in_exit_status_1_and_a_snippet_that_shows_it(monkeyp
 
 
 def test_a_planted_wrong_gradient_is_found_and_shown(monkeypatch) -> None:
-    def spoil(result, x, constants, jump_first, method, every, words, checkpoints, gz, gf, gs, grad_x, grad_state, gc):
+    def spoil(result, x, constants, saved, grads, grad_x, *others):
         grad_x[-1] *= 1 + 2**-20
 
     plant(monkeypatch, cpu_launch, "feed_forward_backward", spoil)
@@ -124,11 +123,11 @@ def test_a_planted_wrong_gradient_is_found_and_shown(monkeypatch) -> None:
 def test_a_planted_recurrent_bug_is_found_on_any_weights(monkeypatch) -> None:
     """A wrong synapse is no rounding."""
 
-    def spoil(result, net, x, drive, z, state, spikes, words, states, sliced):
-        states[1] += 2e-5
+    def spoil(result, net, x, drive, z, state, out, *others):
+        out.states[1] += 2e-5
         return result
 
-    plant(monkeypatch, cpu_recurrent, "recurrent_block", spoil)
+    plant(monkeypatch, cpu_launch, "recurrent_block", spoil)
     report = coba_triton.check(backend="cpu", device="cpu", only="recurrent on any weights, [40, 2, 60] events")
     assert not report.ok
 

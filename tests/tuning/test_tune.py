@@ -17,10 +17,10 @@ from filelock import FileLock
 
 from coba_triton.backend.cpu import launch as cpu_launch
 from coba_triton.cli import main
+from coba_triton.tools import tuner
+from coba_triton.tools.tuner import Journal, Task, Timed, Trial
 from coba_triton.tuning import tables as tuning
-from coba_triton.tuning import tuner
 from coba_triton.tuning.tables import TableError
-from coba_triton.tuning.tuner import Journal, Task, Timed, Trial
 
 TASK = Task("cpu", "feed_forward_backward", "float32", 4096, 1)
 RULE = {"tile": 1024, "threads": torch.get_num_threads(), "checkpoint_every": 16}
@@ -276,8 +276,8 @@ def test_a_launch_that_changes_bits_fails(journal, monkeypatch) -> None:
     """A planted bug: another result with another tile."""
     forward = cpu_launch.feed_forward_forward
 
-    def spoiled(x, constants, jump_first, every, state, final, *outputs):
-        forward(x, constants, jump_first, every, state, final, *outputs)
+    def spoiled(x, state, constants, final, out, call):
+        forward(x, state, constants, final, out, call)
         if tuning.forced_parameters.get("feed_forward_forward", {}).get("tile") == 64:
             final[0, 0] += 1e-6
 

@@ -252,8 +252,10 @@ def test_a_table_reaches_the_launch_and_changes_no_bit(monkeypatch) -> None:
     expected = case.gradients("cpu")
     write(tuning.user_table(name), entry(130, 64), entry(130, kernel="feed_forward_backward", parameters=backward))
     assert operators.checkpoint_interval(torch.float32, "cpu", 130) == 32
-    seen, kernel = [], cpu_launch.kernels.forward_kernel()
-    monkeypatch.setattr(cpu_launch.kernels, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args)))
+    seen, kernel = [], cpu_launch.feed_forward.forward_kernel()
+    monkeypatch.setattr(
+        cpu_launch.feed_forward, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args))
+    )
     tuned = case.gradients("cpu")
     assert seen == [64]
     assert_same_bits([*tuned[0], *tuned[1].values()], [*expected[0], *expected[1].values()])

@@ -1,23 +1,34 @@
-"""Launches the CPU kernels: splits the neurons over threads."""
+"""What a backend must offer, on the CPU: launches of the kernels, whose neurons or batch rows are split over threads."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...neuron.records import State
-from ...ops.operators import CPU_CHECKPOINT_EVERY
+from ...ops.call import (
+    CPU_CHECKPOINT_EVERY,
+    DIFFERENTIABLE,
+    Block,
+    Call,
+    Incoming,
+    Network,
+    Outputs,
+    Saved,
+    Sweep,
+    kept_count,
+)
 from ...tuning.tables import Parameters, launch_parameters
-from . import feed_forward as kernels
+from . import feed_forward, recurrent
 from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
 
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
@@ -26,6 +37,16 @@ HUGE_PAGES_FROM = 8 << 20
 MIN_STEPS_PER_THREAD = 1 << 19
 # A thread's neurons are a multiple of this, so that no two threads write to one cache line.
 SHARE_OF = 64
+# A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
+EVENT_DENSITY = 0.25
+# A block follows the dense path if the one before it had a higher rate of spikes per neuron and step.
+DENSE_RATE = 0.2
+# Weights of which a larger part than this is not 0 are read as dense rows.
+SYNAPSE_DENSITY = 1 / 16
+# So are weights that serve fewer steps a source than this.
+SYNAPSE_USES = 2
+# So many sources tell whether it is worth while to look at all of them.
+SAMPLED_SOURCES = 64
 
 TYPE_CODES = {
     torch.float32: FLOAT32,
@@ -65,19 +86,25 @@ def count_threads(most: int | None, work: int) -> int:
     return max(1, min(most or every, every, work // MIN_STEPS_PER_THREAD))
 
 
-def _split(name: str, dtype: torch.dtype, steps: int, neurons: int) -> tuple[int, list[tuple[int, int]]]:
-    """Neurons of a tile, and from which to which neuron every thread goes."""
+def _split_neurons(name: str, dtype: torch.dtype, steps: int, neurons: int) -> tuple[int, list[tuple[int, int]]]:
+    """Neurons of a tile, and from which to which neuron every thread goes. No result depends on either."""
     parameters = parameters_of(name, dtype, neurons)
     threads = count_threads(parameters["threads"], steps * neurons)
     share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
     return parameters["tile"], [(begin, min(begin + share, neurons)) for begin in range(0, neurons, share)]
 
 
-def _launch(name: str, kernel: Callable[..., None], *args: Any, dtype: torch.dtype, steps: int, neurons: int) -> None:
-    """Run ``kernel`` over all neurons; the result does not depend on the launch parameters."""
-    tile, (first, *rest) = _split(name, dtype, steps, neurons)
-    jobs = [pool(os.getpid(), len(rest)).submit(kernel, *args, tile, steps, *share) for share in rest]
-    kernel(*args, tile, steps, *first)
+def _split_rows(rows: int, work: int, most: int | None = None) -> list[tuple[int, int]]:
+    """From which to which row each of at most ``most`` threads goes; ``work``: the cost in steps of unconnected neurons."""
+    threads = min(rows, count_threads(most, work)) or 1
+    return list(itertools.pairwise(rows * thread // threads for thread in range(threads + 1)))
+
+
+def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[int, int]]) -> None:
+    """Run ``kernel`` over every share of the neurons or rows: the first share in this thread, and each other in its own."""
+    first, *rest = shares
+    jobs = [pool(os.getpid(), len(rest)).submit(kernel, *args, *share) for share in rest]
+    kernel(*args, *first)
     for job in jobs:
         job.result()
 
@@ -87,11 +114,11 @@ def _madvise() -> Callable[..., int] | None:
     return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
-def ask_for_huge_pages(*outputs: Tensor) -> None:
-    """Advise the kernel to back large outputs, not yet touched, with huge pages. It may decline."""
+def ask_for_huge_pages(*outputs: Tensor | None) -> None:
+    """Advise the operating system to back large outputs, not yet touched, with huge pages. It may decline."""
     advise = _madvise()
     for output in outputs:
-        if advise is not None and output.nbytes >= HUGE_PAGES_FROM:
+        if advise is not None and output is not None and output.nbytes >= HUGE_PAGES_FROM:
             begin, end = (
                 address // mmap.PAGESIZE * mmap.PAGESIZE
                 for address in (output.data_ptr() + mmap.PAGESIZE - 1, output.data_ptr() + output.nbytes)
@@ -101,19 +128,32 @@ def ask_for_huge_pages(*outputs: Tensor) -> None:
 
 def _bytes(x: Tensor) -> Any:
     """The memory from the first to the last element as a flat array of bytes."""
-    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    length = x.numel()
+    if length and not x.is_contiguous():
+        length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.detach().as_strided((length,), (1,)).view(torch.uint8).numpy()
 
 
+_NO_BYTES = Strided(_bytes(torch.empty(0)), 0, 0, 0, 0)
+
+
 def strided_bytes(x: Tensor | None) -> Strided:
-    if x is None:
-        return Strided(_bytes(torch.empty(0)), 0, 0, 0, 0)
-    return Strided(_bytes(x), TYPE_CODES[x.dtype], x.itemsize, *x.stride())
+    return _NO_BYTES if x is None else Strided(_bytes(x), TYPE_CODES[x.dtype], x.itemsize, *x.stride())
 
 
 def array_of_rows(x: Tensor) -> Any:
     """All leading axes as one: ``[..., M]`` as an array of rows."""
     return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
+
+
+@functools.cache
+def nothing(axes: int, dtype: torch.dtype) -> Any:
+    """An array without elements, for what a kernel is not given."""
+    return torch.empty((0,) * axes, dtype=dtype).numpy()
+
+
+def rows_if_given(x: Tensor | None, dtype: torch.dtype) -> Any:
+    return nothing(2, dtype) if x is None else array_of_rows(x)
 
 
 def constants_arrays(constants: Tensor) -> tuple[Any, Any]:
@@ -129,26 +169,25 @@ def bits_of_one(dtype: torch.dtype) -> int:
     return int(torch.ones((), dtype=dtype).view(integer))
 
 
-def holds(state: Tensor) -> bool | None:
-    """How the kernels are told whether a state has a refractory period: True, or None without one."""
-    return True if len(state) > len(State._fields) else None
+def _array(x: Tensor) -> Any:
+    return x.detach().contiguous().numpy()
+
+
+def _array_if_given(x: Tensor | None, axes: int, dtype: torch.dtype) -> Any:
+    return nothing(axes, dtype) if x is None else _array(x)
+
+
+def holds(fields: int) -> bool | None:
+    """How the kernels are told that a state of so many fields has a refractory period: True, or None without one."""
+    return True if fields > DIFFERENTIABLE else None
 
 
 def _forward_arguments(
-    x: Tensor,
-    constants: Tensor,
-    jump_first: bool,
-    checkpoint_every: int,
-    state: Tensor,
-    final: Tensor,
-    spikes: Tensor | None,
-    words: Tensor | None,
-    states: Tensor | None,
-    checkpoints: Tensor | None,
+    x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, every: int, jump_first: bool
 ) -> tuple[Any, ...]:
-    """What the forward kernel takes before the tile."""
-    ask_for_huge_pages(*(output for output in (spikes, words, states, checkpoints) if output is not None))
-    none = state[:0]
+    """What the forward kernel takes before the checksum and the tile."""
+    ask_for_huge_pages(*out)
+    spikes, words, states, checkpoints = out
     return (
         strided_bytes(x),
         array_of_rows(state),
@@ -156,29 +195,27 @@ def _forward_arguments(
         array_of_rows(final),
         strided_bytes(spikes),
         bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
-        array_of_rows(none.int() if words is None else words),
-        array_of_rows(none if states is None else states),
-        array_of_rows(none if checkpoints is None else checkpoints),
-        checkpoint_every,
+        rows_if_given(words, torch.int32),
+        rows_if_given(states, state.dtype),
+        rows_if_given(checkpoints, state.dtype),
+        every,
         jump_first,
-        holds(state),
+        holds(len(state)),
     )
 
 
-def feed_forward_forward(x: Tensor, constants: Tensor, *others: Any) -> None:
-    """Fill ``final`` and every output that is given; shapes as in ``kernels/feed_forward.py``.
-
-    Args: see :func:`_forward_arguments`.
-    """
+def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, call: Call) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_forward`."""
     steps, neurons = x.shape
-    arguments = _forward_arguments(x, constants, *others)
-    kernel = kernels.forward_kernel()
-    _launch("feed_forward_forward", kernel, *arguments, None, dtype=constants.dtype, steps=steps, neurons=neurons)
+    every = 0 if out.checkpoints is None else call.checkpoint_every
+    arguments = _forward_arguments(x, state, constants, final, out, every, call.jump_first)
+    tile, shares = _split_neurons("feed_forward_forward", state.dtype, steps, neurons)
+    _launch(feed_forward.forward_kernel(), *arguments, None, tile, steps, shares=shares)
 
 
 def lanes(words: int) -> Any:
     """Room for the checksum of rows of so many words of 32 bits, before the first row."""
-    return np.zeros(-(-words // kernels.GROUP) * kernels.LANES, np.uint32)
+    return np.zeros(-(-words // feed_forward.GROUP) * feed_forward.LANES, np.uint32)
 
 
 def row_sums(x: Tensor) -> Any:
@@ -188,7 +225,7 @@ def row_sums(x: Tensor) -> Any:
     if rows.shape[1] % 4:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
     sums = lanes(rows.shape[1] // 4)
-    kernels.checksum_kernel()(rows.numpy().view(np.uint32), sums)
+    feed_forward.checksum_kernel()(rows.numpy().view(np.uint32), sums)
     return sums
 
 
@@ -200,13 +237,13 @@ class ForwardStream:
     Args:
         constants: as in ``kernels/feed_forward.py``.
         jump_first: whether the input is added before the decay.
-        state: before the first block, ``[3, M]``.
+        state: before the first block, ``[F, M]``.
         steps: of a block.
     """
 
     def __init__(self, constants: Tensor, jump_first: bool, state: Tensor, steps: int) -> None:
         self._constants, self._jump_first, self._state = constants, jump_first, state
-        self._tile, self._shares = _split("feed_forward_forward", state.dtype, steps, state.shape[1])
+        self._tile, self._shares = _split_neurons("feed_forward_forward", state.dtype, steps, state.shape[1])
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="coba_triton") for _ in self._shares]
 
     def submit(self, x: Tensor, words: Tensor, sums: Any = None) -> tuple[Tensor, list[Future[None]]]:
@@ -215,9 +252,9 @@ class ForwardStream:
         ``sums``: None, or where the checksum of ``x`` goes, see :func:`lanes`.
         """
         before, self._state = self._state, torch.empty_like(self._state)
-        outputs = self._state, None, words, None, None
-        arguments = _forward_arguments(x, self._constants, self._jump_first, 0, before, *outputs)
-        kernel = functools.partial(kernels.forward_kernel(), *arguments, sums, self._tile, len(x))
+        out = Outputs(words=words)
+        arguments = _forward_arguments(x, before, self._constants, self._state, out, 0, self._jump_first)
+        kernel = functools.partial(feed_forward.forward_kernel(), *arguments, sums, self._tile, len(x))
         shares = zip(self._threads, self._shares, strict=True)
         return self._state, [thread.submit(kernel, *share) for thread, share in shares]
 
@@ -230,39 +267,217 @@ class ForwardStream:
 def feed_forward_backward(
     x: Tensor,
     constants: Tensor,
-    jump_first: bool,
-    method: str,
-    checkpoint_every: int,
-    words: Tensor,
-    checkpoints: Tensor,
-    grad_spikes: Tensor | None,
-    grad_final: Tensor | None,
-    grad_states: Tensor | None,
+    saved: Saved,
+    grads: Incoming,
     grad_x: Tensor,
     grad_state: Tensor,
-    grad_constants: Tensor,
+    sums: Tensor,
+    call: Call,
 ) -> None:
-    """Fill ``grad_state`` and every non-empty gradient; shapes as in ``kernels/feed_forward.py``."""
+    """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_backward`."""
     steps, neurons = x.shape
-    none = constants.new_empty(0, 1)
     ask_for_huge_pages(grad_x)
+    tile, shares = _split_neurons("feed_forward_backward", constants.dtype, steps, neurons)
     _launch(
-        "feed_forward_backward",
-        kernels.backward_kernel(method),
+        feed_forward.backward_kernel(call.method),
         strided_bytes(x),
         *constants_arrays(constants),
-        array_of_rows(words),
-        array_of_rows(checkpoints),
-        strided_bytes(grad_spikes),
-        array_of_rows(none if grad_final is None else grad_final),
-        array_of_rows(none if grad_states is None else grad_states),
+        array_of_rows(saved.words),
+        array_of_rows(saved.checkpoints),
+        strided_bytes(grads.spikes),
+        rows_if_given(grads.final, constants.dtype),
+        rows_if_given(grads.states, constants.dtype),
         strided_bytes(grad_x),
         array_of_rows(grad_state),
-        array_of_rows(grad_constants) if grad_constants.numel() else None,
-        checkpoint_every,
-        jump_first,
-        holds(checkpoints[0]) if len(checkpoints) else None,
-        dtype=constants.dtype,
-        steps=steps,
-        neurons=neurons,
+        array_of_rows(sums) if sums.numel() else None,
+        call.checkpoint_every,
+        call.jump_first,
+        holds(len(grad_state)),
+        tile,
+        steps,
+        shares=shares,
     )
+
+
+def synapses(rows: Tensor, uses: int) -> recurrent.Synapses:
+    """The weights of ``rows [K, N]`` that are not 0, if they are few and serve many steps, else none at all."""
+    sample = rows[:: max(1, len(rows) // SAMPLED_SOURCES)]
+    if uses < SYNAPSE_USES * len(rows) or int(torch.count_nonzero(sample)) > SYNAPSE_DENSITY * sample.numel():
+        rows = rows[:0]
+    return recurrent.Synapses(*recurrent.synapses_kernel()(_array(rows), int(SYNAPSE_DENSITY * rows.numel())))
+
+
+def is_sparse(sources: Tensor) -> bool:
+    """Whether so few sources are not 0 that a sum over events costs less than a matrix product."""
+    return int(torch.count_nonzero(sources)) <= EVENT_DENSITY * sources.numel()
+
+
+def fires_often(spikes: Tensor) -> bool:
+    """Whether so many neurons fire that a matrix product a step costs less than sums over events."""
+    return int(torch.count_nonzero(spikes)) > DENSE_RATE * spikes.numel()
+
+
+def project_events(sources: Tensor, weights: Tensor) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.project_events`."""
+    drive = weights.new_empty(2, *sources.shape[:-1], weights.shape[1])
+    if sources.numel() == 0:
+        return drive.zero_()
+    values = sources.to(weights.dtype).reshape(-1, weights.shape[0])
+    rows = values.shape[0]
+    arrays = _array(values), _array(weights), _array(drive.view(2, rows, -1))
+    _launch(recurrent.projection_kernel(), *arrays, shares=_split_rows(rows, drive.numel()))
+    return drive
+
+
+class Drives(NamedTuple):
+    """What reaches the neurons in each step of a block: a drive ``[2, t, B, N]``, or the sources whose events it comes from.
+
+    Attributes:
+        x: the input's sources ``[t, B, I]``, None if its drive is known.
+        input: the input's drive, None if it is to be summed.
+        z: the spikes before the first step ``[B, N]``, None if the recurrent drive is known.
+        recurrent: the recurrent drive, None if it is to be summed.
+    """
+
+    x: Tensor | None = None
+    input: Tensor | None = None
+    z: Tensor | None = None
+    recurrent: Tensor | None = None
+
+
+def _block(
+    net: Network,
+    drives: Drives,
+    state: Tensor,
+    out: Outputs,
+    trajectory: Tensor | None = None,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Simulate a block, or replay it if there is a trajectory to fill: then its spikes are those in ``out.words``."""
+    _, batch, neurons = state.shape
+    steps = 1 if drives.x is None else len(drives.x)
+    spikes, words, states, _ = out
+    replay = trajectory is not None
+    cells = batch * neurons
+    final = state.clone()
+    kept = cells if chosen is None else len(chosen)
+    in_place = states is not None and states.is_contiguous()
+    trace = state.new_empty(len(state), 0 if states is None or in_place else steps, kept)
+    if states is not None and in_place:
+        trace = states.view(-1, steps, kept)
+    ask_for_huge_pages(spikes, trajectory)
+    most = parameters_of(f"recurrent_{'backward' if replay else 'forward'}", state.dtype, neurons, batch)["threads"]
+    _launch(
+        recurrent.block_kernel(),
+        strided_bytes(None if drives.x is None else drives.x.reshape(steps, -1)),
+        _array_if_given(drives.input, 4, state.dtype),
+        _array(net.input_rows),
+        net.input_synapses,
+        _array_if_given(drives.z, 2, state.dtype),
+        _array_if_given(drives.recurrent, 4, state.dtype),
+        _array(net.recurrent_rows),
+        net.recurrent_synapses,
+        *constants_arrays(net.constants),
+        array_of_rows(final.view(-1, cells)),
+        strided_bytes(None if spikes is None else spikes.view(steps, cells)),
+        bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
+        rows_if_given(None if words is None else words.view(-1, cells), torch.int32),
+        replay,
+        array_of_rows(trace),
+        _array_if_given(chosen, 1, torch.int64),
+        _array_if_given(None if trajectory is None else trajectory.view(-1, steps, cells), 3, state.dtype),
+        net.jump_first,
+        holds(len(state)),
+        steps,
+        shares=_split_rows(batch, 2 * steps * cells, most),
+    )
+    if states is not None and not in_place:
+        states.copy_(trace.view(states.shape))
+    return final
+
+
+def recurrent_block(
+    net: Network,
+    x: Tensor,
+    drive: Tensor | None,
+    z: Tensor,
+    state: Tensor,
+    out: Outputs,
+    sliced: bool,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_block`."""
+    if sliced:
+        raise RuntimeError("path 'sliced' is for GPUs with many processors, got backend 'cpu'; pass path='events'")
+    return _block(net, Drives(x, drive, z), state, out, chosen=chosen)
+
+
+def recurrent_step(
+    net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None
+) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_step`."""
+    drives = Drives(input=drive[:, None], recurrent=recurrent_drive[:, None])
+    return _block(net, drives, state, Outputs(spikes, states=None if states is None else states.unsqueeze(1)))
+
+
+def recurrent_replay(
+    net: Network,
+    x: Tensor,
+    drive: Tensor | None,
+    before: Tensor,
+    recurrent_drive: Tensor | None,
+    state: Tensor,
+    words: Tensor,
+    constants_grad: bool,
+) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_replay`.
+
+    Without a gradient by the constants, the trajectory lacks its last two planes.
+    """
+    planes = kept_count(len(state)) + (2 if constants_grad else 0)
+    trajectory = state.new_empty(planes, len(before), *state.shape[1:])
+    drives = Drives(x, drive, before[0].to(net.dtype), recurrent_drive)
+    _block(net, drives, state, Outputs(words=words), trajectory)
+    return trajectory
+
+
+def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_sweep`."""
+    planes, steps, batch, neurons = block.trajectory.shape
+    cells = batch * neurons
+    lam, lam_z, start = sweep.lam, sweep.lam_z, block.start
+    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(lam.dtype)
+    arrays = [
+        _array(block.trajectory.view(planes, steps, cells)),
+        _array(block.words.view(-1, cells)),
+        *constants_arrays(net.constants),
+        _array_if_given(spikes, 2, lam.dtype),
+    ]
+    carried = [
+        array_of_rows(lam.view(-1, cells)),
+        _array(lam_z.view(cells)),
+        _array(adjoints),
+        None if sweep.sums is None else _array(sweep.sums),
+    ]
+    before = nothing(2, lam.dtype)
+    most = parameters_of("recurrent_backward", lam.dtype, neurons, batch)["threads"]
+    shares = _split_rows(batch, 32 * cells, most)
+    for t in reversed(range(steps)):
+        if sweep.states is not None:
+            initial = start + t == 0  # the initial state is not recorded
+            before = _array((torch.zeros_like(lam) if initial else sweep.states[:, start + t - 1]).reshape(-1, cells))
+        arguments = (*arrays, before, *carried, net.jump_first, holds(len(lam)))
+        _launch(recurrent.sweep_kernel(sweep.method), t, *arguments, shares=shares)
+        net.send_back(adjoints[t], sweep.split_weights, lam_z)
+
+
+def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.add_products`."""
+    if not events:
+        sums.addmm_(sources.t().to(rows.dtype), rows)
+        return
+    values = _array(sources.to(rows.dtype)).reshape(-1)
+    flat = np.flatnonzero(values != 0)  # of bytes: several times as fast as of numbers
+    row, source = np.divmod(flat, max(1, sources.shape[1]))
+    shares = _split_rows(sums.shape[1], len(flat) * sums.shape[1] // 8)
+    _launch(recurrent.products_kernel(), _array(sums), _array(rows), row, source, values[flat], shares=shares)

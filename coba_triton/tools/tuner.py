@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..common.files import held, is_there, read_text, reason, written_whole
-from ..tools import checker
-from ..tools.problems import Problem, RecurrentProblem, problem, sparse_problem
-from . import tables
-from .tables import Parameters, TableError
+from ..tuning import tables
+from ..tuning.tables import Parameters, TableError
+from . import checker
+from .problems import Problem, RecurrentProblem, problem, sparse_problem
 
 Effort = Literal["quick", "full"]
 JOURNAL = "coba_triton tuning journal"
@@ -267,7 +267,7 @@ def compile_for(task: Task, parameters: Parameters, arch: str) -> dict[str, Any]
     Raises:
         ValueError: if the target is unknown or a kernel does not compile; the message says why.
     """
-    from ..tools import compiler
+    from . import compiler
 
     if arch not in compiler.TARGETS:
         raise ValueError(f"unknown architecture {arch!r}; expected one of {', '.join(compiler.TARGETS)}")

@@ -1,0 +1,142 @@
+"""What a backend must offer: the functions that :mod:`coba_triton.ops` calls on it.
+
+A backend is a module or an object with these functions. :data:`coba_triton.backend.choose.LAUNCHERS` names the backends,
+and a type checker holds each of them to this protocol. All of them must give the bits of the reference, except where a sum
+of weights is rounded.
+
+T, t: steps of a sequence and of a time block; M: unconnected neurons; B, N, I: batch rows, connected neurons, and input
+channels; F: fields of a state, of which the first three have a derivative; C and S: rows of the table of constants and of
+its gradient, see :class:`~coba_triton.neuron.records.Constants` and :class:`~coba_triton.neuron.records.Sums`. A table of
+constants is ``[C, 1]`` where all neurons share them, else it has a column for every neuron. States and constants have the
+compute dtype, float32 or float64; inputs may also be half precision, bool or uint8.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops.call import Block, Call, Incoming, Network, Outputs, Saved, Sweep
+
+
+class Backend(Protocol):
+    """Launches kernels. A module of functions is one."""
+
+    def heuristic(self, kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> dict[str, int]:
+        """The launch parameters of a kernel where no tuning table has any.
+
+        Args:
+            kernel: a name in :data:`coba_triton.tuning.tables.KERNELS`.
+            dtype: the compute dtype.
+            neurons: M or N.
+            batch: B, and 1 for unconnected neurons.
+        """
+
+    # Unconnected neurons
+
+    def feed_forward_forward(
+        self, x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, call: Call
+    ) -> None:
+        """Simulate ``x [T, M]``, of any strides, from ``state [F, M]``.
+
+        Fill ``final [F, M]`` and every output that is there. Of the call, ``jump_first`` and, if there are checkpoints,
+        ``checkpoint_every`` matter. The checkpoints are the states before every such step; after the last whole run of steps
+        :func:`coba_triton.ops.operators.checkpoint_count` says which there are. Neither T nor M is 0.
+        """
+
+    def feed_forward_backward(
+        self,
+        x: Tensor,
+        constants: Tensor,
+        saved: Saved,
+        grads: Incoming,
+        grad_x: Tensor,
+        grad_state: Tensor,
+        sums: Tensor,
+        call: Call,
+    ) -> None:
+        """Differentiate what :meth:`feed_forward_forward` did, with the spikes of ``saved`` and from its checkpoints.
+
+        Fill the first three rows of ``grad_state [F, M]``, and where they have elements also ``grad_x [T, M]`` and the sums
+        over time ``sums [S, M]``. Of the call, ``jump_first``, ``method`` and ``checkpoint_every`` matter.
+        """
+
+    # Connected neurons
+
+    def synapses(self, rows: Tensor, uses: int) -> Any:
+        """Prepare what the kernels read of the weights ``rows [K, N]`` instead of or beside the matrix itself.
+
+        The network serves ``uses`` steps of all batch rows; for few of them this need not pay. What it returns comes back in
+        :class:`~coba_triton.ops.call.Network`.
+        """
+
+    def is_sparse(self, sources: Tensor) -> bool:
+        """Whether the drive of these sources is to be summed over events, not computed as a matrix product."""
+
+    def fires_often(self, spikes: Tensor) -> bool:
+        """Whether the block after one with these ``spikes [t, B, N]`` is to take a matrix product a step."""
+
+    def project_events(self, sources: Tensor, weights: Tensor) -> Tensor:
+        """The drive ``[2, ..., N]`` of ``sources [..., K]`` through ``weights [K, N]``: ``relu(W) x``, then ``relu(-W) x``.
+
+        Each sum goes over the sources that are not 0, in ascending order.
+        """
+
+    def recurrent_block(
+        self,
+        net: Network,
+        x: Tensor,
+        drive: Tensor | None,
+        z: Tensor,
+        state: Tensor,
+        out: Outputs,
+        sliced: bool,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """Simulate a block from ``state [F, B, N]`` and the spikes ``z [B, N]`` before it; returns the state after it.
+
+        The input's ``drive [2, t, B, N]`` is summed from the events in ``x [t, B, I]`` if it is None. Fill the spikes, words
+        and states of ``out`` that are there. ``sliced`` lets several programs share a batch row. With ``chosen [K]``,
+        ascending indices into the neurons of all rows, the states are theirs alone, ``[F, t, K]``.
+        """
+
+    def recurrent_step(
+        self, net: Network, drive: Tensor, recurrent_drive: Tensor, state: Tensor, spikes: Tensor, states: Tensor | None
+    ) -> Tensor:
+        """Simulate one step whose two drives ``[2, B, N]`` are known; returns the state after it.
+
+        Fill ``spikes [B, N]``, and ``states [F, B, N]`` if it is there.
+        """
+
+    def recurrent_replay(
+        self,
+        net: Network,
+        x: Tensor,
+        drive: Tensor | None,
+        before: Tensor,
+        recurrent_drive: Tensor | None,
+        state: Tensor,
+        words: Tensor,
+        constants_grad: bool,
+    ) -> Tensor:
+        """Compute a block once more from ``state [F, B, N]``, with the spikes that it had; returns its trajectory.
+
+        ``words`` are the spikes of the block, and ``before [t, B, N]`` those that each step saw of the one before. A drive
+        that is None is summed from the events in ``x`` or ``before``.
+
+        The trajectory ``[P, t, B, N]`` is what :meth:`recurrent_sweep` reads of every step. Its first planes, as many as
+        :func:`coba_triton.ops.call.kept_count` says, are for the adjoint. The last two are the conductances after they
+        decayed, which a gradient by the constants needs.
+        """
+
+    def recurrent_sweep(self, net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
+        """Go back through a block step by step.
+
+        Carry on ``sweep.lam``, ``sweep.lam_z`` and ``sweep.sums``, and fill ``adjoints [t, B, 2 N]``, the gradients by the
+        excitatory and then by the inhibitory drive of every neuron.
+        """
+
+    def add_products(self, sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
+        """Add ``sources^T rows``, of ``[R, K]`` and ``[R, M]``, to ``sums [K, M]``. ``events``: few sources are not 0."""
