@@ -16,7 +16,7 @@ import triton
 
 from coba_triton.tools.compiler import TARGETS
 from programs import budgets
-from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS
+from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS, specimens
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,8 +40,7 @@ def matrix(rows) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return table
 
 
-@pytest.mark.parametrize("specimen", SPECIMENS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "specimen"), [(t, s) for t in TARGETS for s in specimens(t) if s in SPECIMENS])
 def test_compiles_without_spills_and_barriers(target: str, specimen: str, matrix) -> None:
     rows = matrix[target, specimen]
     kernels = [row["kernel"] for row in rows]
@@ -53,8 +52,7 @@ def test_compiles_without_spills_and_barriers(target: str, specimen: str, matrix
         assert row.get("fused", 0) == 0, "a multiplication and an addition were fused: they must round twice"
 
 
-@pytest.mark.parametrize("specimen", RECURRENT_SPECIMENS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "specimen"), [(t, s) for t in TARGETS for s in specimens(t) if s in RECURRENT_SPECIMENS])
 def test_recurrent_kernels_compile_without_spills(target: str, specimen: str, matrix) -> None:
     rows = matrix[target, specimen]
     options = RECURRENT_SPECIMENS[specimen]
@@ -75,6 +73,12 @@ def test_no_figure_is_worse_than_its_budget(target: str, rows) -> None:
     here = {key: row for key, row in committed.items() if key.startswith(f"{target},")}
     worse, _ = budgets.differences(here, budgets.keyed({target: rows[target]}))
     assert not worse, "\n".join(["`make budgets` accepts these figures, and shows them:", *worse])
+
+
+def test_only_gradients_by_bfloat16_have_other_ptx_for_sm_90_than_for_sm_80(rows) -> None:
+    """So ``compiled/`` is executed as for sm_80, and what differs also as for sm_90."""
+    code = [{(row["specimen"], row["kernel"]): row["ptx"] for row in rows[target]} for target in ("sm_80", "sm_90")]
+    assert {key for key in code[0] if code[0][key] != code[1][key]} == {("training heaviside bfloat16", "backward_kernel")}
 
 
 def test_a_worse_figure_is_told_from_a_better_one() -> None:

@@ -35,18 +35,20 @@ def device(backend) -> torch.device:
 
 
 def forward_cases() -> Iterator[Any]:
-    """Both types with shared parameters and with those of each neuron; the interpreter has one of them with each type."""
-    pairs = ((torch.float32, True), (torch.float64, False))
-    for size, path, (dtype, per_neuron) in itertools.product(SIZES["triton"], PATHS["triton"], pairs):
-        marks = [pytest.mark.slow] if size != SIZES["triton"][0] else []
-        yield pytest.param("triton", size, path, dtype, per_neuron, marks=marks)
-    for size, path, dtype, per_neuron in itertools.product(SIZES["cpu"], PATHS["cpu"], FLOATS, (False, True)):
+    """All together; the interpreter has every two values together, and all orders for the smallest network."""
+    for (number, size), path in itertools.product(enumerate(SIZES["triton"]), PATHS["triton"]):
+        for per_neuron, dtype in ((True, torch.float32), (False, torch.float64)):
+            turn = (number + per_neuron + (path == "dense")) % 2
+            for order in ORDERS if number == 0 else ORDERS[turn : turn + 1]:
+                marks = [pytest.mark.slow] if number else []
+                yield pytest.param("triton", size, path, dtype, per_neuron, order, marks=marks)
+    every = itertools.product(SIZES["cpu"], PATHS["cpu"], FLOATS, (False, True), ORDERS)
+    for size, path, dtype, per_neuron, order in every:
         marks = [pytest.mark.slow] if dtype == torch.float64 else []
-        yield pytest.param("cpu", size, path, dtype, per_neuron, marks=marks)
+        yield pytest.param("cpu", size, path, dtype, per_neuron, order, marks=marks)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("backend", "size", "path", "dtype", "per_neuron"), list(forward_cases()), ids=str)
+@pytest.mark.parametrize(("backend", "size", "path", "dtype", "per_neuron", "order"), list(forward_cases()), ids=str)
 def test_forward_has_the_bits_of_the_reference(backend, size, path, dtype, per_neuron, order, device) -> None:
     """Exact weights, with recorded states and without."""
     case = recurrent_problem(*size, dtype, device, per_neuron=per_neuron)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,8 +127,16 @@ GRADIENT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("one_launch", [True, *slow(False)], ids=["one launch", "a launch a step"])
-@pytest.mark.parametrize("options", GRADIENT_CASES, ids=lambda o: "-".join(map(str, o.values())))
+def launch_cases() -> Iterator[Any]:
+    """A launch for every surrogate; how many launches there are is another matter than the surrogate."""
+    for options in GRADIENT_CASES:
+        marks, (values,) = ((), (options,)) if isinstance(options, dict) else (options.marks, options.values)
+        yield pytest.param(values, True, marks=marks)
+        if values["method"] == "super":
+            yield pytest.param(values, False, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("options", "one_launch"), list(launch_cases()), ids=lambda value: str(value))
 def test_gradients(options, one_launch, device, monkeypatch) -> None:
     """Everything by everything in float64, to 1e-8; two blocks, the last a short one."""
     if not one_launch:

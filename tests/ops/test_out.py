@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,19 +20,29 @@ from coba_triton import (
 )
 from coba_triton.tools.problems import problem, recurrent_problem
 from helpers.bits import assert_same_bits
-from helpers.marks import slow
 
 FORMATS = [None, torch.float16, torch.uint8, "bits"]
 
 
-@pytest.mark.parametrize("backend", ["cpu", *slow("triton"), "reference"])
-@pytest.mark.parametrize("spike_dtype", FORMATS)
-@pytest.mark.parametrize(("block_steps", "record_states"), [(None, False), (32, False), (32, True)])
-@pytest.mark.parametrize("kind", ["feed_forward", "recurrent"])
+KINDS = ("feed_forward", "recurrent")
+BLOCKS = ((None, False), (32, False), (32, True))
+
+
+def out_cases() -> Iterator[Any]:
+    """All together; the interpreter has every format of each kind of network with one kind of blocks."""
+    for backend in ("cpu", "reference"):
+        for kind, (block_steps, record_states), spike_dtype in itertools.product(KINDS, BLOCKS, FORMATS):
+            yield pytest.param(kind, backend, spike_dtype, block_steps, record_states)
+    for number, (kind, spike_dtype) in enumerate(itertools.product(KINDS, FORMATS)):
+        yield pytest.param(kind, "triton", spike_dtype, *BLOCKS[number % 3], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "backend", "spike_dtype", "block_steps", "record_states"), list(out_cases()), ids=str)
 def test_out_takes_what_is_returned_without_it(
     kind: str, backend: str, spike_dtype: torch.dtype | str | None, block_steps: int | None, record_states: bool
 ) -> None:
-    case = problem(70, (2, 5)) if kind == "feed_forward" else recurrent_problem(70, 2, 5)
+    steps = 40 if backend == "triton" else 70
+    case = problem(steps, (2, 5)) if kind == "feed_forward" else recurrent_problem(steps, 2, 5)
     options = dict(spike_dtype=spike_dtype, block_steps=block_steps, record_states=record_states)
     want, want_state = case.run(backend, **options)
     out = torch.full_like(want, 7)

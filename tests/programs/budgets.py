@@ -9,6 +9,7 @@ depend on nothing but the sources and Triton's version.
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import os
 import re
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.compiler import CompiledKernel
 
 from coba_triton.tools.compiler import TARGETS, compile_launch, figures, occupancy
-from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS, launches
+from programs.compile_targets import launches, specimens
 from ptxsim.cubin import disassemble
 
 BUDGETS = Path(__file__).resolve().parents[1] / "budgets.json"
 BUDGETED = ("sm_80", "sm_90", "gfx942")
+NVIDIA = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}  # as nvdisasm calls them
 # Instruction classes by the start of the opcode; a class that starts with "global" has its bytes counted.
 NVIDIA_CLASSES = {
     "global load": r"LDG",
@@ -129,23 +132,37 @@ def loop_figures(listing: str, steps: int) -> dict[str, Any]:
 
 
 def measure(target: str) -> Iterator[dict[str, Any]]:
-    """The figures of every kernel of every specimen."""
-    known: dict[str, dict[str, Any]] = {}  # many specimens launch the same kernels
-    for specimen in [*SPECIMENS, *RECURRENT_SPECIMENS]:
+    """The figures of every kernel of every specimen of the target."""
+    launched = []
+    distinct: dict[str, tuple[CompiledKernel, int]] = {}  # many specimens launch the same kernels
+    for specimen in specimens(target):
         for kernel, (source, options) in launches(specimen, target).items():
-            constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
             compiled = compile_launch((source, options), target)
-            if compiled.hash in known:
-                yield {"specimen": specimen, "kernel": kernel, **known[compiled.hash]}
-                continue
-            listing = disassemble(compiled.asm["cubin"]) if "cubin" in compiled.asm else compiled.asm["amdgcn"]
-            used = figures(compiled, listing)
-            warps = compiled.metadata.num_warps
-            used["occupancy"] = round(occupancy(target, used["registers"], warps, used["shared"]), 3)
+            launched.append((specimen, kernel, compiled.hash))
+            constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
             # what one thread does in an iteration of the time loop: STEPS steps of its share of the program's neurons
-            steps = constants.get("STEPS", 1) * max(1, constants["BLOCK"] // (warps * TARGETS[target].warp_size))
-            known[compiled.hash] = used | loop_figures(listing, steps)
-            yield {"specimen": specimen, "kernel": kernel, **known[compiled.hash]}
+            threads = compiled.metadata.num_warps * TARGETS[target].warp_size
+            distinct[compiled.hash] = compiled, constants.get("STEPS", 1) * max(1, constants["BLOCK"] // threads)
+    kernels = [compiled for compiled, _ in distinct.values()]
+    if target in NVIDIA:
+        listings = disassemble([compiled.asm["cubin"] for compiled in kernels], NVIDIA[target])
+    else:
+        listings = [compiled.asm["amdgcn"] for compiled in kernels]
+    known = {}
+    for (key, (compiled, steps)), listing in zip(distinct.items(), listings, strict=True):
+        used = figures(compiled, listing)
+        used["occupancy"] = round(occupancy(target, used["registers"], compiled.metadata.num_warps, used["shared"]), 3)
+        known[key] = used | loop_figures(listing, steps)
+        if target in NVIDIA:
+            known[key]["ptx"] = hashlib.sha256("\n".join(ptx_code(compiled.asm["ptx"])).encode()).hexdigest()
+    for specimen, kernel, key in launched:
+        yield {"specimen": specimen, "kernel": kernel, **known[key]}
+
+
+def ptx_code(ptx: str) -> list[str]:
+    """The lines of PTX that are executed, without those that name the GPU, PTX's version or a place in the sources."""
+    lines, _, _ = ptx.partition("\n\t.section")
+    return [line for line in lines.splitlines() if not re.match(r"\s*(//|\.(version|target|loc|file)\b)", line)]
 
 
 def measure_all(targets: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
@@ -170,7 +187,7 @@ def keyed(rows: dict[str, list[dict[str, Any]]]) -> Budgets:
     out = {}
     for target, kernels in rows.items():
         for row in kernels:
-            figures_only = {name: value for name, value in row.items() if name not in ("specimen", "kernel")}
+            figures_only = {name: value for name, value in row.items() if name not in ("specimen", "kernel", "ptx")}
             out[f"{target}, {row['specimen']}, {row['kernel']}"] = figures_only
     return out
 

@@ -136,6 +136,31 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
 }
 
 
+# Launches every kernel at least once with every dtype and on every path: enough where nothing but a compiler differs.
+FEW = (
+    "inference",
+    "inference bfloat16 packed",
+    "inference float16",
+    "inference uint8",
+    "inference float64",
+    "training circ everything",
+    "training heavi_erfc float16",
+    "training heaviside bfloat16",
+    "training bool",
+    "training float64 everything",
+    "recurrent 256 everything",
+    "recurrent 256 float64",
+    "recurrent 1024 sliced",
+    "recurrent 256 dense",
+)
+LESS_USED = ("sm_100", "gfx1100")
+
+
+def specimens(target: str) -> list[str]:
+    """What is compiled for a target: everything, or for those without budgets each kernel, dtype and path."""
+    return [name for name in [*SPECIMENS, *RECURRENT_SPECIMENS] if name in FEW or target not in LESS_USED]
+
+
 def launches(name: str, target: str) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     """Kernel name to what one specimen launches it with on a target."""
     with recorded(target) as recorders:

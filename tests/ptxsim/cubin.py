@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import re
 import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton
@@ -21,14 +24,32 @@ def tool(name: str) -> str:
     return str(path)
 
 
-def disassemble(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
+def disassemble(cubins: Sequence[bytes], architecture: str) -> list[str]:
+    """The machine code of each, with labels where branches lead.
+
+    Args:
+        cubins: all for the same GPU. One process reads the code of all of them: its start takes most of its time.
+        architecture: the GPU, as nvdisasm calls it, such as ``SM90a``.
+    """
+    codes = [b"".join(data for name, (_, data) in elf_sections(c).items() if name.startswith(".text.")) for c in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as f:
+        f.write(b"".join(codes))
         f.flush()
-        done = subprocess.run([tool("nvdisasm"), "-c", f.name], capture_output=True, text=True)
+        done = subprocess.run([tool("nvdisasm"), "-b", architecture, f.name], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError("nvdisasm: " + done.stderr.strip())
-    return done.stdout
+    branch = re.compile(r"(\bBRA\S*\s[^;]*?)0x([0-9a-f]+)(?=\s*;)")
+    targets = {int(found[2], 16) for found in branch.finditer(done.stdout)}
+    ends = list(itertools.accumulate(map(len, codes)))
+    listings: list[list[str]] = [[] for _ in codes]
+    for line in done.stdout.splitlines():
+        if found := re.match(r"\s+/\*([0-9a-f]{4,})\*/", line):
+            address = int(found[1], 16)
+            listing = listings[bisect.bisect_right(ends, address)]
+            if address in targets:
+                listing.append(f".L_{address:x}:")
+            listing.append(branch.sub(r"\1`(.L_\2)", line))
+    return ["\n".join(listing) for listing in listings]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
