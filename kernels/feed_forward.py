@@ -21,6 +21,7 @@ import triton.language as tl
 
 from ..neuron.records import State
 from .neuron import (
+    NUM_FIELDS,
     NUM_SUMS,
     add_sums,
     advance,
@@ -217,9 +218,9 @@ def backward_kernel(
     sums = no_sums(zeros)
     lam = State(zeros, zeros, zeros)
     if grad_final_ptr is not None:
-        lam = state_of(load_fields(grad_final_ptr + neurons, M, mask, 3))
+        lam = state_of(load_fields(grad_final_ptr + neurons, M, mask, NUM_FIELDS))
     if grad_states_ptr is not None:
-        last = load_fields(grad_states_ptr + (T - 1) * M + neurons, T * M, mask, 3)
+        last = load_fields(grad_states_ptr + (T - 1) * M + neurons, T * M, mask, NUM_FIELDS)
         lam = State(lam.v + last[0], lam.g_e + last[1], lam.g_i + last[2])
 
     blocks = T // EVERY
@@ -250,6 +251,6 @@ def backward_kernel(
             neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
             STEPS, JUMP_FIRST, METHOD, grad_constants_ptr is not None,
         )  # fmt: skip
-    store_fields(grad_state_ptr + neurons, M, lam, mask, 3)
+    store_fields(grad_state_ptr + neurons, M, lam, mask, NUM_FIELDS)
     if grad_constants_ptr is not None:
         store_fields(grad_constants_ptr + neurons, M, sums, mask, NUM_SUMS)

@@ -16,6 +16,7 @@ from ..neuron.records import Adjoint, Constants, Drive, Kept, State, Sums  # noq
 
 NUM_CONSTANTS: tl.constexpr = tl.constexpr(len(Constants._fields))
 NUM_SUMS: tl.constexpr = tl.constexpr(len(Sums._fields))
+NUM_FIELDS: tl.constexpr = tl.constexpr(len(State._fields))  # of a state, that have a derivative
 TWO_OVER_SQRT_PI: tl.constexpr = tl.constexpr(derivatives.TWO_OVER_SQRT_PI)
 
 

@@ -24,6 +24,7 @@ import triton.language as tl
 from ..neuron.records import Drive, State
 from .feed_forward import convert_spike, load_word
 from .neuron import (
+    NUM_FIELDS,
     NUM_SUMS,
     add_sums,
     advance,
@@ -396,7 +397,7 @@ def backward_kernel(
     mask = neurons < N
     cells = row * N + neurons
     c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
-    lam = state_of(load_fields(lam_ptr + cells, M, mask, 3))
+    lam = state_of(load_fields(lam_ptr + cells, M, mask, NUM_FIELDS))
     lam_z = tl.load(lam_z_ptr + cells, mask=mask)
     zeros = tl.zeros([BLOCK], constants_ptr.dtype.element_ty)
     sums = no_sums(zeros)
@@ -444,7 +445,7 @@ def backward_kernel(
                     products_i = products_i + (drive_i * relu(-weight),)
                 for i in tl.static_range(UNROLL):
                     lam_z = (lam_z + products_e[i]) + products_i[i]
-    store_fields(lam_ptr + cells, M, lam, mask, 3)
+    store_fields(lam_ptr + cells, M, lam, mask, NUM_FIELDS)
     if weights_ptr is not None:
         tl.store(lam_z_ptr + cells, lam_z, mask=mask)
     if grad_constants_ptr is not None:
