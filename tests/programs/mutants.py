@@ -37,6 +37,12 @@ CPU_RECURRENT = [*PYTEST, SHARED, "tests/backend/test_cpu_recurrent.py", "-m", "
 # What reaches the code of an area, by layer: arguments of Python.
 AREAS: dict[str, dict[str, list[str]]] = {
     "neuron": {"equations": EQUATIONS},
+    "refractory": {
+        "equations": [*PYTEST, "tests/neuron/test_refractory.py", "-m", "not slow", "-k", "not triton and not cpu"],
+        "interpreter": [*PYTEST, "tests/neuron/test_refractory.py", "-m", "not slow", "-k", "triton"],
+        "executed": [*EXECUTED, "refractory"],
+        "CPU path": [*PYTEST, "tests/neuron/test_refractory.py", "-m", "not slow", "-k", "cpu"],
+    },
     "adjoint": {
         "equations": EQUATIONS,
         "interpreter": [*PYTEST, "tests/kernels/test_feed_forward_kernels.py", "-m", "not slow", "-k", "triton"],
@@ -88,6 +94,10 @@ def neuron(edits: dict[str, str]) -> Mutant:
 
 def adjoint(edits: dict[str, str]) -> Mutant:
     return Mutant("adjoint", "coba_triton/neuron/adjoint.py", edits)
+
+
+def refractory(file: str, edits: dict[str, str]) -> Mutant:
+    return Mutant("refractory", file, edits)
 
 
 def step(edits: dict[str, str]) -> Mutant:
@@ -176,6 +186,22 @@ MUTANTS = {
     ),
     "spikes before a block from the wrong bit": blocks({">> (WORD_BITS - 1)) & 1": ">> (WORD_BITS - 2)) & 1"}),
     "inhibitory weights keep the gradient's sign": blocks({BY_SIGN.format("-"): BY_SIGN.format("+")}),
+    "a held neuron spikes": refractory("coba_triton/neuron/step.py", {"z = z & (left <= 0.0)": "z = z"}),
+    "a held neuron integrates": refractory("coba_triton/neuron/step.py", {"where(left > 0.0, c.v_reset, v)": "v"}),
+    "held one step too long": refractory("coba_triton/neuron/step.py", {"z * c.n_ref": "z * (c.n_ref + 1.0)"}),
+    "a held step passes a gradient": refractory(
+        "coba_triton/neuron/adjoint.py", {"du = where(left > 0.0, 0.0, du)": "du = du"}
+    ),
+    "a held step's reset gets no gradient": refractory(
+        "coba_triton/neuron/adjoint.py", {"where(left > 0.0, lam.v, by_reset)": "by_reset"}
+    ),
+    "Triton: the adjoint reads another field than left": refractory(
+        "kernels/neuron.py", {"kept = kept + (fields[3],)": "kept = kept + (fields[0],)"}
+    ),
+    "CPU: the adjoint reads left of the step after": refractory(
+        "coba_triton/backend/cpu/feed_forward.py",
+        {"left = left_at(frame, LEFT, j, holds)\n        a =": "left = left_at(frame, FRAME + LEFT, j, holds)\n        a ="},
+    ),
     "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),
     "CPU: words keep what was there": cpu_rows(
@@ -215,7 +241,8 @@ def notices(mutant: Mutant | None, layer: str, arguments: list[str]) -> bool:
             )
         except subprocess.TimeoutExpired:
             return True
-    if done.returncode > 1:
+    ran = done.returncode <= 0 or " failed" in done.stdout or " error" in done.stdout  # less than 0: a signal
+    if done.returncode > 1 or not ran:  # Python ends with 1, too, where pytest cannot be imported
         raise RuntimeError(f"{layer}: pytest ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done.returncode != 0
 
