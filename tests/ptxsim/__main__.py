@@ -1,6 +1,6 @@
 """Run a script or module with the simulator installed.
 
-python -m ptxsim [--arch 80] [--seed 1] [--no-race] [--resident N] [--bounds view|storage] [--optimise=-O1] script.py [arguments]
+python -m ptxsim [--arch 80] [--seed 1] [--no-race] [--resident N] [--bounds view|storage] [--optimise=-O1] script.py ...
 python -m ptxsim [options] -m pytest tests
 """
 
