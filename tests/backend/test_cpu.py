@@ -387,8 +387,8 @@ def test_compiled_code_is_cached_where_it_can_be(package, tmp_path) -> None:
     # nowhere to write: it compiles each time, and works
     assert fresh(package, XDG_CACHE_HOME=str(file)) == ["None", "0"]
     # the equations changed: what was compiled from the old ones is not used
-    with (package / "coba_triton" / "backend" / "reference.py").open("a") as reference:
-        reference.write("# another version\n")
+    with (package / "coba_triton" / "neuron" / "step.py").open("a") as equations:
+        equations.write("# another version\n")
     assert fresh(package, NUMBA_CACHE_DIR=str(own))[1] == "0"
 
 

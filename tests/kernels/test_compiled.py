@@ -27,7 +27,9 @@ def execute(arch: int, file: str, *arguments: str) -> None:
         pytest.skip(str(error))
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     pytest_arguments = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    command = [sys.executable, "-m", "ptxsim", "--arch", str(arch), *pytest_arguments, f"compiled/{file}", *arguments]
+    # small problems: to compile takes longer than to execute
+    executor = ["-m", "ptxsim", "--arch", str(arch), "--optimise=-O0"]
+    command = [sys.executable, *executor, *pytest_arguments, f"compiled/{file}", *arguments]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)

@@ -205,7 +205,7 @@ LENGTHS = [(5, DT), (7, DT), (64, DT), (65, DT), (1200, DT), (33, DT), (33, DT /
 
 @kinds
 @pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_graphs(compiler, trains, kind) -> None:
     """Two graphs for any lengths, one more for any dt; with ``dynamic=True`` one for everything. The bits are the same."""
     case = recurrent_problem(1200, 2, 6)

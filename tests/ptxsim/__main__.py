@@ -1,6 +1,6 @@
 """Run a script or module with the simulator installed.
 
-python -m ptxsim [--arch 80] [--seed 1] [--no-race] [--resident N] [--bounds view|storage] script.py [arguments]
+python -m ptxsim [--arch 80] [--seed 1] [--no-race] [--resident N] [--bounds view|storage] [--optimise=-O1] script.py ...
 python -m ptxsim [options] -m pytest tests
 """
 
@@ -21,6 +21,7 @@ def main() -> None:
     p.add_argument("--interleave", action="store_true")
     p.add_argument("--resident", type=int)
     p.add_argument("--bounds", default="view")
+    p.add_argument("--optimise", default="-O1")
     p.add_argument("-m", dest="module", nargs=argparse.REMAINDER)
     p.add_argument("script", nargs=argparse.REMAINDER)
     a = p.parse_args()
@@ -28,7 +29,13 @@ def main() -> None:
     if not command:
         p.error("a script or -m module is needed")
     ptxsim.install(
-        arch=a.arch, seed=a.seed, race=not a.no_race, interleave=a.interleave, resident=a.resident, bounds=a.bounds
+        arch=a.arch,
+        seed=a.seed,
+        race=not a.no_race,
+        interleave=a.interleave,
+        resident=a.resident,
+        bounds=a.bounds,
+        optimise=a.optimise,
     )
     sys.argv = command
     sys.path.insert(0, "")
