@@ -136,6 +136,7 @@ BACKWARD_SWEEP = "for i in tl.static_range(STEPS - 1, {}, -1):"
 LIST_BARRIER = "tl.debug_barrier()  # the list is complete before any thread reads it"
 ADJOINT_BARRIER = "tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them"
 BY_SIGN = "(weights > 0) * excitatory {} (weights < 0) * inhibitory"
+KEPT_LEFT = "left = left_at(frame, {}FRAME_LEFT, j, holds)\n        a ="
 STORED_SPIKE = "z: Any = 1.0 if (words[j] >> {}) & 1 else 0.0"
 
 MUTANTS = {
@@ -200,7 +201,7 @@ MUTANTS = {
     ),
     "CPU: the adjoint reads left of the step after": refractory(
         "coba_triton/backend/cpu/feed_forward.py",
-        {"left = left_at(frame, LEFT, j, holds)\n        a =": "left = left_at(frame, FRAME + LEFT, j, holds)\n        a ="},
+        {KEPT_LEFT.format(""): KEPT_LEFT.format("FRAME + ")},
     ),
     "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),

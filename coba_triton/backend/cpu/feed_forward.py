@@ -9,12 +9,13 @@ import numba
 import numpy as np
 
 from ...neuron.adjoint import vjp, vjp_constants, vjp_input
-from ...neuron.records import Constants, Kept, State
+from ...neuron.records import Constants, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset, split_input
 from .numba_bridge import OPTIONS, borrow, compiled, entry_point, sources
 from .rows import (
     BACKWARD_ROWS,
     CONSTANTS,
+    FIELDS,
     FORWARD_ROWS,
     LEFT,
     RECORDED,
@@ -42,10 +43,11 @@ from .rows import (
     sums_at,
 )
 
-FIELDS = len(State._fields)  # rows of the state that have a gradient
-# Rows of a replayed step: the state before it and its potential before the reset. The state after it begins the next frame.
-U = LEFT + ROW
-FRAME = U + ROW
+# Rows of a replayed step: the state before it, its potential before the reset, and the steps for which neurons were held
+# before it. The state after it begins the next frame.
+U = FIELDS * ROW
+FRAME_LEFT = U + ROW
+FRAME = FRAME_LEFT + ROW
 
 
 @compiled
@@ -112,13 +114,13 @@ def replay_row(
     """One step again, with the stored spike instead of the threshold: from ``frame`` to the one after it."""
     for j in range(neurons):
         c = constants_of(tile, j, shared)
-        left = left_at(frame, LEFT, j, holds)
+        left = left_at(frame, FRAME_LEFT, j, holds)
         u = integrate(state_at(frame, STATE, j), split_input(x[j]), None, c, jump_first)
         z: Any = 1.0 if (words[j] >> bit) & 1 else 0.0
         frame[U + j] = u.v
         put_state(frame, FRAME, j, reset(u, z, left, c))
         if holds is not None:
-            frame[FRAME + LEFT + j] = count_down(left, z, c)
+            frame[FRAME + FRAME_LEFT + j] = count_down(left, z, c)
 
 
 @compiled
@@ -135,7 +137,7 @@ def backward_row(
         z = 1.0 if (words[j] >> bit) & 1 else 0.0
         before, after, lam = state_at(frame, STATE, j), state_at(frame, FRAME, j), state_at(tile, STATE, j)
         kept = Kept(before.v, frame[U + j], after.g_e, after.g_i)
-        left = left_at(frame, LEFT, j, holds)
+        left = left_at(frame, FRAME_LEFT, j, holds)
         a = vjp(z, kept, left, grad_spikes[j], lam, state_at(tile, RECORDED, j), c, jump_first, METHOD)
         if sums is not None:
             decayed_e, decayed_i = decaying(before, split_input(x[j]), None, jump_first)
@@ -175,7 +177,7 @@ def forward_kernel() -> Any:
         for begin in range(first, last, wide):
             n = min(wide, last - begin)
             load_per_neuron(tile, per_neuron, begin, n)
-            load_state(tile, STATE, state, 0, 1, begin, n, fields)
+            load_state(tile, STATE, LEFT, state, 0, 1, begin, n, fields)
             for t in range(steps):
                 if every > 0 and t % every == 0:
                     store_state(tile, checkpoints, fields * (t // every), 1, begin, n, fields)
@@ -245,15 +247,15 @@ def backward_kernel(method: str) -> Any:
             tile[:CONSTANTS] = 0
             tile[RECORDED:] = 0
             if grad_final.size > 0:
-                load_state(tile, STATE, grad_final, 0, 1, begin, n, FIELDS)
+                load_state(tile, STATE, LEFT, grad_final, 0, 1, begin, n, FIELDS)
             if grad_states.size > 0:
-                load_state(tile, RECORDED, grad_states, steps - 1, steps, begin, n, FIELDS)
+                load_state(tile, RECORDED, LEFT, grad_states, steps - 1, steps, begin, n, FIELDS)
                 for j in range(FIELDS * ROW):
                     tile[STATE + j] += tile[RECORDED + j]
             for block in range((steps - 1) // every, -1, -1):
                 start = block * every
                 count = min(every, steps - start)
-                load_state(tape, STATE, checkpoints, fields * block, 1, begin, n, fields)
+                load_state(tape, STATE, FRAME_LEFT, checkpoints, fields * block, 1, begin, n, fields)
                 for i in range(count):
                     t = start + i
                     row = row_of(x_buffer, bits, x, t, begin, n)
@@ -270,7 +272,7 @@ def backward_kernel(method: str) -> Any:
                     prefetch(grad_x, t - 1, begin, n)
                     if grad_states.size > 0:
                         if t > 0:
-                            load_state(tile, RECORDED, grad_states, t - 1, steps, begin, n, FIELDS)
+                            load_state(tile, RECORDED, LEFT, grad_states, t - 1, steps, begin, n, FIELDS)
                         else:
                             tile[RECORDED:SUMS] = 0  # the initial state is not recorded
                     backward_row(

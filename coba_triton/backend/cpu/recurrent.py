@@ -14,11 +14,12 @@ import numpy as np
 
 from ...neuron.adjoint import vjp, vjp_constants
 from ...neuron.operations import relu
-from ...neuron.records import Drive, Kept, State
+from ...neuron.records import Drive, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .numba_bridge import borrow, compiled, entry_point, sources
 from .rows import (
     BACKWARD_ROWS,
+    FIELDS,
     FORWARD_ROWS,
     LEFT,
     RECORDED,
@@ -40,12 +41,12 @@ from .rows import (
     put_state,
     put_sums,
     row_of,
+    row_of_field,
     state_at,
     store_state,
     sums_at,
 )
 
-FIELDS = len(State._fields)  # rows of the state that have a gradient
 KEPT_FIELDS = len(Kept._fields)
 # More rows of a tile. Forward: the two drives, each excitatory and then inhibitory, and what a trajectory keeps of a step:
 # what its adjoint reads, the steps for which neurons were still held, and the two conductances that decayed.
@@ -345,7 +346,7 @@ def block_kernel() -> Any:
                 begin = k * TILE
                 n = min(TILE, neurons - begin)
                 load_per_neuron(tiles[k], per_neuron, cells + begin, n)
-                load_state(tiles[k], STATE, state, 0, 1, cells + begin, n, len(state))
+                load_state(tiles[k], STATE, LEFT, state, 0, 1, cells + begin, n, len(state))
             for t in range(steps):
                 values = buffer[:inputs]
                 if input_drive.size == 0:
@@ -401,7 +402,7 @@ def block_kernel() -> Any:
                 for k in range(chosen_first, chosen_last):
                     n = chosen[k] - cells
                     for field in range(len(state)):
-                        states[field * steps + t, k] = tiles[n // TILE, field * ROW + n % TILE]
+                        states[field * steps + t, k] = tiles[n // TILE, row_of_field(STATE, LEFT, field) + n % TILE]
             for k in range(len(tiles)):
                 begin = k * TILE
                 store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin), len(state))
@@ -458,9 +459,9 @@ def sweep_kernel(method: str) -> Any:
                 n = min(TILE, neurons - begin)
                 cell = row * neurons + begin
                 load_per_neuron(tile, per_neuron, cell, n)
-                load_state(tile, STATE, lam, 0, 1, cell, n, FIELDS)
+                load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
                 if grad_before.size > 0:
-                    load_state(tile, RECORDED, grad_before, 0, 1, cell, n, FIELDS)
+                    load_state(tile, RECORDED, LEFT, grad_before, 0, 1, cell, n, FIELDS)
                 for k in range(len(trajectory)):
                     row_at = STEP + tile_row(k, holds) * ROW
                     copy(tile[row_at : row_at + n], trajectory[k, t], cell, 1, n)

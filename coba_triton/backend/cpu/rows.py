@@ -22,13 +22,15 @@ from .numba_bridge import borrow, compiled, prefetch_line
 TILE = 1024
 # Elements from one row to the next: with a power of two, all rows would compete for the same few cache lines.
 ROW = TILE + 48
-# Where the rows of a tile begin: the state (of which the last row is there with a refractory period only) or its gradient,
-# the constants, the incoming gradient by the state before the step, the gradient by the constants.
+FIELDS = len(State._fields)
+# Where the rows of a tile begin: the state or its gradient, the constants, the steps for which neurons are held, the
+# incoming gradient by the state before the step, the gradient by the constants.
+# Without a refractory period the row of those steps is not touched, so it lies behind those that a step reads together.
 STATE = 0
-LEFT = STATE + len(State._fields) * ROW
-CONSTANTS = LEFT + ROW
-RECORDED = CONSTANTS + len(Constants._fields) * ROW
-SUMS = RECORDED + len(State._fields) * ROW
+CONSTANTS = STATE + FIELDS * ROW
+LEFT = CONSTANTS + len(Constants._fields) * ROW
+RECORDED = LEFT + ROW
+SUMS = RECORDED + FIELDS * ROW
 # The end of the rows that each pass has in common with the others.
 FORWARD_ROWS = RECORDED
 BACKWARD_ROWS = SUMS + len(Sums._fields) * ROW
@@ -285,14 +287,23 @@ def load_per_neuron(tile: Any, per_neuron: Any, first: int, neurons: int) -> Non
 
 
 @compiled
-def load_state(tile: Any, at: int, states: Any, first: int, every: int, begin: int, neurons: int, count: int) -> None:
-    """Rows ``first``, ``first + every``, ... of ``states`` into ``count`` rows of the tile."""
+def row_of_field(at: int, left: int, k: int) -> int:
+    """Where the row of a state's field ``k`` begins: from ``at`` on, side by side, but the last one at ``left``."""
+    return at + k * ROW if k < FIELDS else left
+
+
+@compiled
+def load_state(
+    tile: Any, at: int, left: int, states: Any, first: int, every: int, begin: int, neurons: int, count: int
+) -> None:  # fmt: skip
+    """Rows ``first``, ``first + every``, ... of ``states`` into the ``count`` rows of a state."""
     for k in range(count):
-        copy(tile[at + k * ROW : at + (k + 1) * ROW], states[first + k * every], begin, 1, neurons)
+        row = row_of_field(at, left, k)
+        copy(tile[row : row + ROW], states[first + k * every], begin, 1, neurons)
 
 
 @compiled
 def store_state(tile: Any, states: Any, first: int, every: int, begin: int, neurons: int, count: int) -> None:
-    """The first ``count`` rows of the tile into rows ``first``, ``first + every``, ... of ``states``."""
+    """The inverse of :func:`load_state`, for the state of a tile."""
     for k in range(count):
-        copy(states[first + k * every, begin : begin + neurons], tile, k * ROW, 1, neurons)
+        copy(states[first + k * every, begin : begin + neurons], tile, row_of_field(STATE, LEFT, k), 1, neurons)
