@@ -80,7 +80,7 @@ def exact_problem(steps: int, batch: int, neurons: int) -> RecurrentProblem:
 def own_part(case: RecurrentProblem, own: slice) -> dict[str, Tensor]:
     """The leaves of a problem that belong to some of the neurons, and those that are shared."""
     leaves = {name: leaf.detach().clone() for name, leaf in case.leaves().items()}
-    for name in CobaLIFState._fields:
+    for name in case.state._fields:
         leaves[name] = leaves[name][..., own].clone()
     for name in ("input_weights", "recurrent_weights", *(n for n in case.parameters if leaves[n].dim())):
         leaves[name] = leaves[name][own].clone()
@@ -89,7 +89,7 @@ def own_part(case: RecurrentProblem, own: slice) -> dict[str, Tensor]:
 
 def run(case: RecurrentProblem, leaves: dict[str, Tensor], function: Any, method: str, **options: Any) -> tuple[Tensor, Any]:
     p = CobaLIFParameters(**{name: leaves[name] for name in case.parameters}, method=method, alpha=case.alpha)
-    state = CobaLIFState(*(leaves[name] for name in CobaLIFState._fields))
+    state = type(case.state)(*(leaves[name] for name in case.state._fields))
     weights = leaves["input_weights"], leaves["recurrent_weights"]
     return function(leaves["x"], state, *weights, p, case.dt, **options)
 
@@ -135,10 +135,13 @@ SIZES = [*slow(1), 2, 3]
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("refractory", [False, True], ids=["", "refractory"])
 @pytest.mark.parametrize("backend", ["cpu", *slow("triton")])
-def test_neurons_of_several_ranks_have_the_bits_of_one_process(ranks: Ranks, backend: str, size: int) -> None:
+def test_neurons_of_several_ranks_have_the_bits_of_one_process(
+    ranks: Ranks, backend: str, refractory: bool, size: int
+) -> None:
     """On arbitrary weights; 37 neurons, which 2 and 3 do not divide, in three blocks."""
-    case = recurrent_problem(70, 2, 37, exact=False)
+    case = recurrent_problem(70, 2, 37, exact=False, per_neuron=refractory, refractory=refractory)
     options: dict[str, Any] = {"record_states": True, "block_steps": 32}
     spikes, trace = case.run("cpu", path="events", **options)
     assert spikes.sum() > 100
@@ -215,6 +218,18 @@ def test_gradients_through_several_blocks_on_arbitrary_weights(ranks: Ranks) -> 
         assert_same_bits([torch.cat([part[name] for part in parts])], [expected[name]])
     for name in CobaLIFState._fields:
         assert_same_bits([torch.cat([part[name] for part in parts], -1)], [expected[name]])
+
+
+def test_gradients_with_a_refractory_period(ranks: Ranks) -> None:
+    """In float64 those of one process, within rounding; each rank has the periods of its own neurons."""
+    case = recurrent_problem(40, 2, 9, torch.float64, per_neuron=True, refractory=True)
+    expected = gradients(None, case, "super", {"backend": "reference"})
+    for rank, part in enumerate(ranks(2, gradients, case, "super", {"backend": "cpu"})):
+        own = torch.arange(9).chunk(2)[rank]
+        for name in ("v", "g_e", "v_reset", "v_thresh", "recurrent_weights"):
+            wanted = expected[name][own] if name == "recurrent_weights" else expected[name][..., own]
+            assert wanted.any()
+            torch.testing.assert_close(part[name], wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
 
 
 def refusal(group: Any, changes: list[dict[str, Any]]) -> str:

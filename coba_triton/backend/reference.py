@@ -8,20 +8,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, exp, relu, where
-from torch import abs as absolute
-from torch import div as divide
-from torch import sqrt as square_root
+
+# PyTorch's operations under the names by which the neuron's functions, bound below, look for them here
+from torch import Tensor, exp, relu, where  # noqa: F401 - see above
+from torch import abs as absolute  # noqa: F401 - see above
+from torch import div as divide  # noqa: F401 - see above
+from torch import sqrt as square_root  # noqa: F401 - see above
 
 from ..neuron import step as equations
 from ..neuron import surrogate as derivatives
 from ..neuron.operations import bind
 from ..neuron.records import Constants, Drive, State
-from ..neuron.surrogate import SURROGATES, TWO_OVER_SQRT_PI
-
-# What the neuron's functions find here, and PyTorch's operations for what they are written in.
-OPERATIONS = (absolute, divide, exp, relu, square_root, where)
-NAMES = (Constants, Drive, State, TWO_OVER_SQRT_PI)
+from ..neuron.surrogate import SURROGATES, TWO_OVER_SQRT_PI  # noqa: F401 - the second is for a bound function
 
 split_input = bind(equations.split_input, globals())
 add_drive = bind(equations.add_drive, globals())
@@ -46,7 +44,7 @@ class _Spike(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, left: Tensor | None, alpha: Tensor, method: str) -> Tensor:
-        return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
+        return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # a bound function has no types
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, str], output: Tensor) -> None:
@@ -81,7 +79,7 @@ def spike(x: Tensor, alpha: Tensor, method: str, left: Tensor | None = None) -> 
         left: number of steps for which a neuron is still held and does not spike; None: no neuron is held.
     """
     if SURROGATES[method] is None:
-        return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # of a bound function
+        return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # a bound function has no types
     return _Spike.apply(x, left, alpha, method)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types
 
 

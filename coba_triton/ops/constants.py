@@ -11,6 +11,9 @@ from torch import Tensor
 from ..neuron.records import Constants, Sums
 from .tensors import is_watched, keep, known, number_key, numbers_on
 
+# A float32 counts down from no larger number one by one.
+MOST_REFRACTORY_STEPS = 2**24
+
 
 def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device) -> Constants:
     """The constants of a step as tensors of the compute dtype, each of its parameter's own shape.
@@ -67,11 +70,21 @@ def constants_table(p: Any, dt: float, dtype: torch.dtype, device: torch.device,
 
 
 def refractory_steps(refractory: Any, dt: float) -> Any:
-    """The number of steps for which a neuron is held after a spike: the period in ms rounded up, as NEST does."""
+    """The number of steps for which a neuron is held after a spike: the period in ms rounded up, as NEST does.
+
+    Raises:
+        ValueError: if a Python number is of more steps than float32 can count down.
+    """
     if isinstance(refractory, Tensor):
         return torch.ceil(refractory.detach().double() / dt - 1e-6)
     # without a period a compiler need not know dt
-    return float(math.ceil(refractory / dt - 1e-6)) if refractory else 0.0
+    steps = math.ceil(refractory / dt - 1e-6) if refractory else 0
+    if steps > MOST_REFRACTORY_STEPS:
+        raise ValueError(
+            f"refractory must be at most {MOST_REFRACTORY_STEPS:,} steps of dt={dt:g} ms, got {refractory:g} ms; "
+            "make it shorter, or dt larger"
+        )
+    return float(steps)
 
 
 def constants_gradient(sums: Tensor, constants: Tensor) -> Tensor:

@@ -223,6 +223,12 @@ def test_wrong_periods(wrong) -> None:
         coba_lif_feed_forward_integral(torch.zeros(3, 2), None, CobaLIFParameters(refractory=wrong), DT)
 
 
+def test_a_period_that_float32_cannot_count_down() -> None:
+    assert spikes_of(2**24 * DT, 3).tolist() == [1, 0, 0]
+    with pytest.raises(ValueError, match=r"refractory must be at most 16,777,216 steps of dt=0\.1 ms, got 1e\+09 ms"):
+        spikes_of(1e9)
+
+
 def test_wrong_counts() -> None:
     with pytest.raises(ValueError, match=r"state\.left must not be negative"):
         spikes_of(0.1, left=-1.0)

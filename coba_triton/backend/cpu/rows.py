@@ -63,7 +63,7 @@ def left_at(tile: Any, at: int, j: int, holds: bool | None) -> Any:
 
 @compiled
 def load_constants(tile: Any, first: int, j: int) -> Constants:
-    """Ten rows of the tile from offset ``first`` on, at neuron ``j``."""
+    """The constants of neuron ``j``, from the rows of the tile from offset ``first`` on."""
     return Constants(
         tile[first + j],
         tile[first + ROW + j],
