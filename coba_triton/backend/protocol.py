@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..ops.call import Block, Call, Incoming, Network, Outputs, Saved, Sweep
+from ..ops.call import Block, Call, Incoming, Network, Outputs, Saved, SparseNetwork, SparseSweep, Sweep
 
 
 class Backend(Protocol):
@@ -140,3 +140,68 @@ class Backend(Protocol):
 
     def add_products(self, sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
         """Add ``sources^T rows``, of ``[R, K]`` and ``[R, M]``, to ``sums [K, M]``. ``events``: few sources are not 0."""
+
+    # Neurons connected by sparse synapses. The drive of a step is the sum of the integers that arrive, which has no order:
+    # rint(|weight| * value * scale) of a synapse, added up for each neuron and sign, times the inverse of the scale. A spike
+    # has the value 1. ``R`` is the longest delay in steps.
+
+    def sparse_ring(self, net: SparseNetwork, history: Tensor) -> Tensor:
+        """The sums under way after the spikes ``history [R, B, N]`` of the last R steps, the last one in the last row.
+
+        Its values are between -1 and 1. The ring has sums for the next R steps, in a layout of the backend's own.
+        """
+
+    def sparse_block(
+        self,
+        net: SparseNetwork,
+        ring: Tensor,
+        start: int,
+        x: Tensor,
+        drive: Tensor | None,
+        state: Tensor,
+        out: Outputs,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """Simulate a block from ``state [F, B, N]``, ``start`` steps after the ring was made; returns the state after it.
+
+        Take what arrives from the ring, and add to it what the spikes of the block send. The input's ``drive [2, t, B, N]``
+        comes from ``x [t, B, I]`` through ``net.inputs`` if it is None, and there is none if these are None as well. Where
+        the greatest magnitude in a row ``x[t, b]`` is more than 1, the grid of that row's sums is coarser by the least power
+        of two that is not below it. A row with a value that is not finite drives all neurons with NaN. Fill the spikes, words
+        and states of ``out`` that are there. With ``chosen [K]``, ascending indices into the neurons of all rows, the states
+        are theirs alone, ``[F, t, K]``.
+        """
+
+    def sparse_backward_block(
+        self,
+        net: SparseNetwork,
+        ring: Tensor,
+        x: Tensor,
+        drive: Tensor | None,
+        state: Tensor,
+        words: Tensor,
+        grad_spikes: Tensor | None,
+        grad_states: Tensor | None,
+        sweep: SparseSweep,
+        adjoints: Tensor,
+        grad_x: Tensor | None,
+    ) -> None:
+        """Replay a block of ``t`` steps from ``state [F, B, N]`` and a new ``ring``, and go back through it.
+
+        The replay has the spikes in ``words``, int32 ``[ceil(t / 32), B, N]``, whatever the potentials are. ``grad_spikes
+        [t, B, N]`` is the incoming gradient by the spikes, ``grad_states [F, t, B, N]`` that by the states *before* the
+        steps; both of the compute dtype.
+
+        ``adjoints [t + R, B, 2, N]``: the gradients by the excitatory and by the inhibitory drive of every step. Those of
+        the R steps after the block are there, fill those of the block. Carry on ``sweep.lam`` and ``sweep.sums``. Add the
+        block's part to ``sweep.recurrent`` and ``sweep.inputs``, and fill ``grad_x [t, B, I]``, of the compute dtype: these
+        three if they are there. A weight of 0 has no gradient, as neither sign has.
+        """
+
+    def sparse_history_gradient(
+        self, net: SparseNetwork, history: Tensor, adjoints: Tensor, grad_history: Tensor, sweep: SparseSweep
+    ) -> None:
+        """Fill ``grad_history [R, B, N]`` from the ``adjoints [R, B, 2, N]`` of the first R steps.
+
+        Add what the values of the ``history [R, B, N]`` add to ``sweep.recurrent``, if it is there.
+        """

@@ -17,6 +17,7 @@ from ..neuron.records import Kept, State
 
 if TYPE_CHECKING:
     from ..backend.protocol import Backend
+    from .grid import Grid
 
 DIFFERENTIABLE = len(State._fields)
 """The first fields of a state, which have a derivative."""
@@ -264,6 +265,73 @@ class Block(NamedTuple):
     start: int
     words: Tensor
     trajectory: Tensor
+
+
+class Projection(NamedTuple):
+    """Sparse synapses of ``K`` sources as kernels take them, by source.
+
+    Attributes:
+        indptr: the synapses of source ``k`` are ``indptr[k]`` to ``indptr[k + 1]``; int64 ``[K + 1]``.
+        targets: int32 ``[S]``, ascending within a source. A pair may have several synapses.
+        weights: in uS, of the compute dtype: one for each synapse ``[S]``, for each source ``[K, 1]`` or for all ``[1]``.
+        delays: in ms, float32, of such a shape. A spike of step ``t`` arrives in step ``t + round(delay * per_ms)``, all
+            in float32. None for inputs, which arrive in their own step.
+        grid: how weights become integers.
+    """
+
+    indptr: Tensor
+    targets: Tensor
+    weights: Tensor
+    delays: Tensor | None
+    grid: Grid
+
+
+class SparseNetwork(NamedTuple):
+    """What is the same in all time blocks of neurons that are connected by sparse synapses.
+
+    Attributes:
+        neurons: N.
+        input_weights: dense ``[N, I]``, or None where inputs have sparse synapses.
+        inputs: these synapses, or None.
+        recurrent: the synapses from neuron to neuron.
+        per_ms: steps in a millisecond.
+        shortest: steps of the shortest delay, at least 1.
+        longest: R, steps of the longest delay: the length of the ring of sums under way.
+        constants: the table of constants, ``[C, B N]`` or ``[C, 1]``.
+        jump_first: whether a step adds its drive before the decay.
+        backend: runs the kernels.
+    """
+
+    neurons: int
+    input_weights: Tensor | None
+    inputs: Projection | None
+    recurrent: Projection
+    per_ms: float
+    shortest: int
+    longest: int
+    constants: Tensor
+    jump_first: bool
+    backend: Backend
+
+
+class SparseSweep(NamedTuple):
+    """What a backward through sparse synapses carries back from block to block.
+
+    Attributes:
+        method: the surrogate derivative of the spike.
+        samples: the rows of the batch are so many equal groups, one after the other, each with weight gradients of its own.
+        lam: the gradient by the state, ``[F, B, N]``.
+        sums: the gradient by the constants of each neuron, ``[S, B N]``, or None.
+        recurrent: the gradient by the weight of every recurrent synapse, ``[samples, S]``, or None.
+        inputs: the gradient by the weight of every sparse synapse of an input, ``[samples, S]``, or None.
+    """
+
+    method: str
+    samples: int
+    lam: Tensor
+    sums: Tensor | None
+    recurrent: Tensor | None
+    inputs: Tensor | None
 
 
 SCHEMA = {

@@ -1,0 +1,113 @@
+"""The grid on which the weights of sparse synapses are added up, so that a sum has no order.
+
+A weight becomes an integer, times a power of two for each sign. Sums of integers are exact in any order, whatever the number
+of threads, programs or processes. A sum is rounded once, when it becomes the drive of a neuron.
+
+The power is the finest at which the largest sum of any neuron fits: that of the magnitudes of all its synapses of one sign.
+A float32 weight of more than ``2**-38`` of that sum is on the grid as it is; a smaller one is rounded to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# The largest sum is below two to this number: one bit is the sign's, and one is spare for weights that are rounded up.
+SUM_BITS = {torch.int64: 62, torch.int32: 30}
+# The powers of two of which a number of each dtype, and its inverse, has all bits.
+MOST_BITS = {torch.float32: 126, torch.float64: 1000}
+# Synapses that are looked at together, to bound the scratch.
+PART = 2**22
+
+
+class Grid(NamedTuple):
+    """How weights become integers.
+
+    Attributes:
+        scales: of the compute dtype, ``[4]``: what a weight is multiplied with, if it is excitatory and if it is inhibitory;
+            then the inverses of both. All of them are powers of two.
+        sums: dtype of the sums, int64, or int32 where all weights and sums are exact in it as well.
+    """
+
+    scales: Tensor
+    sums: torch.dtype
+
+
+def weights_of(weights: Tensor, indptr: Tensor, begin: int, end: int) -> Tensor:
+    """The weights ``[S]``, ``[K, 1]`` or ``[1]`` of the synapses from ``begin`` to ``end``."""
+    if weights.dim() == 2:
+        at = torch.arange(begin, end, device=indptr.device)
+        return weights[torch.searchsorted(indptr, at, right=True) - 1, 0]
+    return weights.expand(end - begin) if weights.shape[0] == 1 else weights[begin:end]
+
+
+def _bit_length(count: Tensor) -> Tensor:
+    """The least ``e`` with ``count < 2**e``, of integers below ``2**63``."""
+    high, low = torch.frexp((count >> 31).double())[1], torch.frexp((count & (2**31 - 1)).double())[1]
+    return torch.where(high > 0, high + 31, low)
+
+
+def make_grid(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, narrow: bool) -> Grid:
+    """The grid of the synapses of one projection.
+
+    Args:
+        weights: in uS, of the compute dtype, ``[S]``, ``[K, 1]`` or ``[1]``.
+        indptr, targets: as :class:`coba_triton.Synapses` has them.
+        neurons: N.
+        narrow: take int32 sums where they are exact. This looks at the weights, for which the host waits.
+    """
+    device, dtype = weights.device, weights.dtype
+    limit = MOST_BITS[dtype]
+    signed = torch.stack([torch.relu(weights), torch.relu(-weights)]).double()
+    largest = signed.flatten(1).amax(1) if signed.numel() else signed.new_zeros(2)
+    parts = [(begin, min(begin + PART, len(targets))) for begin in range(0, len(targets), PART)]
+    if len(parts) > 1 and len(weights) == len(targets):
+        del signed
+    fan_in = torch.zeros(neurons, dtype=torch.int64, device=device)
+    for begin, end in parts:
+        fan_in += torch.bincount(targets[begin:end], minlength=neurons)
+    most = fan_in.amax() if neurons else fan_in.new_zeros(())
+    # first a coarse grid, from the largest weight and the largest number of synapses
+    bits = SUM_BITS[torch.int64]
+    coarse = bits - 2 - torch.frexp(largest)[1] - _bit_length(most)
+    sums = torch.zeros(2, neurons, dtype=torch.int64, device=device)
+    for begin, end in parts:
+        part = weights_of(weights, indptr, begin, end).double()
+        index = targets[begin:end].long()
+        for sign, row in enumerate(sums):
+            row.index_add_(0, index, torch.ceil(torch.ldexp(torch.relu(-part if sign else part), coarse[sign])).long())
+    found = sums.amax(1) if neurons else sums.new_zeros(2)
+    power = torch.where(found > 0, coarse + bits - _bit_length(found), 0).clamp(-limit, limit)
+    width = torch.int64
+    if narrow:
+        fewer = (power - (bits - SUM_BITS[torch.int32])).clamp(-limit, limit)
+        if all(_is_exact(weights_of(weights, indptr, begin, end), fewer) for begin, end in parts):
+            power, width = fewer, torch.int32
+    one = torch.ones(2, dtype=torch.float64, device=device)
+    return Grid(torch.cat([torch.ldexp(one, power), torch.ldexp(one, -power)]).to(dtype), width)
+
+
+def _is_exact(weights: Tensor, power: Tensor) -> bool:
+    """Whether weights are whole numbers of ``2**-power``."""
+    scaled = torch.ldexp(weights.double().abs(), torch.where(weights < 0, power[1], power[0]))
+    return bool((scaled == torch.round(scaled)).all())
+
+
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int) -> Grid:
+    """:func:`make_grid`, kept until the weights change. Weights that are learned have int64 sums: no host waits for them."""
+    learned = weights.requires_grad
+    key = (weights._version, len(targets), neurons, learned)
+    found = _made.get(weights)
+    if found is not None and found[0] == key and found[1] is targets:
+        kept: Grid = found[2]
+        return kept
+    with torch.no_grad():
+        grid = make_grid(weights.detach(), indptr, targets, neurons, not learned)
+    _made[weights] = (key, targets, grid)
+    return grid
