@@ -15,6 +15,7 @@ with silent_start():
     )
     from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
     from .neuron.records import (
+        CobaLIFDelayState,
         CobaLIFFeedForwardRefractoryState,
         CobaLIFFeedForwardState,
         CobaLIFParameters,
@@ -45,6 +46,7 @@ except PackageNotFoundError:  # a bare checkout
 __all__ = [
     "CobaLIF",
     "CobaLIFCell",
+    "CobaLIFDelayState",
     "CobaLIFFeedForwardCell",
     "CobaLIFFeedForwardRefractoryState",
     "CobaLIFFeedForwardState",

@@ -193,7 +193,8 @@ class Backend(Protocol):
         steps; both of the compute dtype.
 
         ``adjoints [t + R, B, 2, N]``: the gradients by the excitatory and by the inhibitory drive of every step. Those of
-        the R steps after the block are there, fill those of the block. Carry on ``sweep.lam`` and ``sweep.sums``. Add the
+        the R steps after the block are there, fill those of the block; without a drive of dense weights only the first R rows
+        are read. Carry on ``sweep.lam`` and ``sweep.sums``. Add the
         block's part to ``sweep.recurrent`` and ``sweep.inputs``, and fill ``grad_x [t, B, I]``, of the compute dtype: these
         three if they are there. A weight of 0 has no gradient, as neither sign has.
         """
