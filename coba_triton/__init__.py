@@ -25,6 +25,7 @@ with silent_start():
         default_bio_state,
     )
     from .ops.spikes import pack_spikes, unpack_spikes
+    from .ops.synapses import Synapses
     from .pynn.parameters import from_pynn, to_pynn
     from .stream.events import read_events
     from .stream.results import Result, open_result
@@ -60,6 +61,7 @@ __all__ = [
     "PoissonSource",
     "Record",
     "Result",
+    "Synapses",
     "ZarrSink",
     "__version__",
     "check",
