@@ -499,8 +499,13 @@ def coba_lif_integral(
     dt = validation.check_dt(dt)
     validation.check_path(path, time_blocks.PATHS)
     if is_sparse(input_weights, recurrent_weights, delay):
-        wiring = connect(input_tensor[0] if len(input_tensor) else input_tensor.new_empty(input_tensor.shape[1:]),
-            input_weights, recurrent_weights, delay, dt)
+        wiring = connect(
+            input_tensor[0] if len(input_tensor) else input_tensor.new_empty(input_tensor.shape[1:]),
+            input_weights,
+            recurrent_weights,
+            delay,
+            dt,
+        )
         call = Call(backend, order == "jump_first", p.method, None, record_states, block_steps, path)
         return _sparse_integral(input_tensor, state, wiring, p, dt, call, spike_dtype, out)
     initial = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])

@@ -355,7 +355,17 @@ class SparseNetwork(NamedTuple):
         rows = None if to.input_weights is None else to.input_weights.t().contiguous()
         constants = to.constants.contiguous()
         return cls(
-            neurons, to.input_weights, rows, inputs, recurrent, to.per_ms, to.shortest, longest, constants, jump_first, backend
+            neurons,
+            to.input_weights,
+            rows,
+            inputs,
+            recurrent,
+            to.per_ms,
+            to.shortest,
+            longest,
+            constants,
+            jump_first,
+            backend,
         )
 
     @property

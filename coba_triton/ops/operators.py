@@ -606,7 +606,11 @@ class _RecurrentBackwardRules(_BackwardRules):
 
 
 def register(
-    name: str, check: Callable[..., Any], allocate: Callable[..., Any], compute: Callable[..., Any], rules: type[_Rules] | None
+    name: str,
+    check: Callable[..., Any],
+    allocate: Callable[..., Any],
+    compute: Callable[..., Any],
+    rules: type[_Rules] | None,
 ) -> None:
     """Make an operator of its three functions, with its rules, if it has any."""
     real, fake = (

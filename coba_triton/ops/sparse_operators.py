@@ -15,14 +15,16 @@ from torch import Tensor
 from ..backend.choose import launcher
 from . import sparse_blocks
 from .call import SCHEMA, Asked, Call, Connections, Incoming, Outputs, Saved, SparseNetwork
-from .operands import COMPUTE, INPUT, WORDS, Operand, check_asked, fields_of, rank
+from .operands import COMPUTE, INPUT, Operand, check_asked, fields_of, rank
 from .operators import (
     GROUPS,
     NUM_CONSTANTS,
+    _BackwardRules,
     _block_count,
     _clear_spare,
     _copy,
     _empty_spikes,
+    _ForwardRules,
     _incoming,
     _is_plain,
     _library,
@@ -31,8 +33,6 @@ from .operators import (
     _saved_word_count,
     _saves,
     _table,
-    _BackwardRules,
-    _ForwardRules,
     _written,
     register,
 )
@@ -327,9 +327,7 @@ register(
 )
 
 
-def sparse(
-    x: Tensor, history: Tensor, state: Tensor, to: Connections, call: Call
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sparse(x: Tensor, history: Tensor, state: Tensor, to: Connections, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Spikes, last spikes, final state and recorded states of the operator. A plain call goes straight to the kernels."""
     if not call.record_states and _is_plain(x, history, state, *(t for t in to if isinstance(t, Tensor))):
         spikes = _empty_spikes(x, call.spike_dtype, history.shape[1:])

@@ -55,9 +55,7 @@ def connect(x: Tensor, input_weights: Any, recurrent_weights: Any, delay: Any, d
 def check_matrix(weights: Tensor, name: str) -> None:
     """A matrix of any layout, rows post-synaptic."""
     if weights.dim() != 2 or not weights.is_floating_point():
-        raise ValueError(
-            f"{name} must be a floating matrix, rows post-synaptic, got {weights.dtype} {list(weights.shape)}"
-        )
+        raise ValueError(f"{name} must be a floating matrix, rows post-synaptic, got {weights.dtype} {list(weights.shape)}")
 
 
 def check_synapses(inputs: Any, recurrent: Any, x: Tensor) -> None:

@@ -534,9 +534,7 @@ def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     longest, batch, neurons = history.shape
     ring = torch.empty(batch, longest, 2, neurons, dtype=net.recurrent.grid.sums)
     work = 2 * history.numel()
-    _launch(
-        sparse.ring_kernel(), _array(ring), _array(history), _wires(net.recurrent, net), shares=_split_rows(batch, work)
-    )
+    _launch(sparse.ring_kernel(), _array(ring), _array(history), _wires(net.recurrent, net), shares=_split_rows(batch, work))
     return ring
 
 
@@ -604,8 +602,19 @@ def sparse_block(
     return final
 
 
+def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse_backward.Paths:
+    """What the backward reads of synapses, kept for as long as its blocks need it."""
+    if synapses is None:
+        none = nothing(1, torch.int64)
+        return sparse_backward.Paths(np.zeros(1, np.int64), none, nothing(1, net.dtype), none)
+    places, units = (np.empty(len(synapses.targets), np.int64) for _ in range(2))
+    magnitudes = torch.empty(len(synapses.targets), dtype=net.dtype).numpy()
+    sparse_backward.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
+    return sparse_backward.Paths(_array(synapses.indptr), places, magnitudes, units)
+
+
 def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, sweep: SparseSweep, threads: int) -> None:
-    """Run a kernel for every group of batch rows, and add its sums to the gradients by weights, group after group.
+    """Run a kernel for every group of batch rows, and add its sums to the gradients by magnitudes, group after group.
 
     The kernel takes scratch for the sums of each group that runs at the same time, then what group it has.
     """
@@ -642,9 +651,10 @@ def sparse_backward_block(
     most = parameters_of("recurrent_backward", dtype, neurons, batch)["threads"]
     args = (
         strided_bytes(x.reshape(steps, -1)),
-        _wires(net.inputs, net),
+        _paths(net.inputs, net),
         _array_if_given(drive, 4, dtype),
-        _wires(net.recurrent, net),
+        _paths(net.recurrent, net),
+        np.concatenate([_array(p.grid.scales) for p in (net.recurrent, net.inputs or net.recurrent)]),
         _array(ring),
         *constants_arrays(net.constants),
         array_of_rows(state.view(-1, cells)),
@@ -667,6 +677,6 @@ def sparse_history_gradient(
     net: SparseNetwork, history: Tensor, adjoints: Tensor, grad_history: Tensor, sweep: SparseSweep
 ) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.sparse_history_gradient`."""
-    args = (_wires(net.recurrent, net), _array(history), _array(adjoints), _array(grad_history))
+    args = (_paths(net.recurrent, net), _array(history), _array(adjoints), _array(grad_history))
     threads = count_threads(None, 32 * history.numel())
     _add_groups(sparse_backward.history_kernel(), args, history.shape[1], sweep._replace(inputs=None), threads)

@@ -25,7 +25,6 @@ from .rows import (
     TILE,
     Strided,
     borrow_strided,
-    copy,
     expand,
     load_per_neuron,
     load_shared,

@@ -11,7 +11,7 @@ A group's sums do not depend on how many threads there are.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,71 +77,117 @@ def from_lanes(rows: Any, cells: Any, lanes: int, neurons: int, begin: int) -> N
             row[k] = cells[k * lanes + lane]
 
 
-@compiled
-def weight_at(w: Wires, s: int, source: int) -> Any:
-    """The weight of a synapse."""
-    return w.weights[s if w.weight_of == 2 else source * w.weight_of]
+class Paths(NamedTuple):
+    """Synapses as the backward reads them, which goes over all of them in every step.
+
+    Attributes:
+        starts: the synapses of source ``k`` are ``starts[k]`` to ``starts[k + 1]``, int64 ``[K + 1]``.
+        places: ``(2 d + sign) N + target`` of each synapse, int64 ``[S]``: which number of ``[T, 2, N]``, counted from the
+            step of the source on, is the drive that it adds to.
+        magnitudes: of the weights, ``[S]``.
+        units: the same as integers of the grid, int64 ``[S]``.
+    """
+
+    starts: Any
+    places: Any
+    magnitudes: Any
+    units: Any
 
 
 @compiled
-def delay_at(w: Wires, s: int, source: int) -> int:
-    """After how many steps its spikes arrive."""
-    return 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
+def borrow_paths(paths: Paths) -> Paths:
+    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.magnitudes), borrow(paths.units))
+
+
+@functools.cache
+def paths_kernel() -> Any:
+    """Fill the :class:`Paths` of synapses onto ``neurons``."""
+    digest = sources()
+
+    def paths(wires: Wires, neurons: int, places: Any, magnitudes: Any, units: Any) -> None:
+        _ = digest  # part of the key of the disk cache
+        w = borrow_wires(wires)
+        for source in range(w.splits.shape[1]):
+            for s in range(w.splits[0, source], w.splits[1, source]):
+                weight = w.weights[s if w.weight_of == 2 else source * w.weight_of]
+                steps = 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
+                sign = 1 if weight < 0 else 0
+                places[s] = (2 * steps + sign) * neurons + w.targets[s]
+                magnitudes[s] = abs(weight)
+                units[s] = int(np.rint(abs(weight) * w.scales[sign]))
+
+    return entry_point(paths)
 
 
 @compiled
-def send_lane(sums: Any, slots: int, now: int, cells: int, lanes: int, w: Wires, source: int, lane: int, factor: Any) -> None:
-    """Add what a source sends in one lane to the ``sums [slots 2 cells]``; ``factor``: its value over the grid's unit."""
-    for s in range(w.splits[0, source], w.splits[1, source]):
-        weight = weight_at(w, s, source)
-        sign = 1 if weight < 0 else 0
-        slot = now + delay_at(w, s, source)
-        slot = slot - slots if slot >= slots else slot
-        units = np.rint(np.float64(abs(weight)) * factor * np.float64(w.scales[sign]))
-        sums[np.uintp((2 * slot + sign) * cells + w.targets[s] * lanes + lane)] += int(units)
+def send_spike(sums: Any, now: int, neurons: int, lanes: int, paths: Paths, source: int, lane: int) -> None:
+    """Add what a spike sends in one lane to the ``sums [R, 2, N, lanes]``, a ring as flat array; ``now``: its slot."""
+    around = np.uintp(len(sums) // lanes)
+    base = np.uintp(2 * now * neurons)
+    for s in range(paths.starts[source], paths.starts[source + 1]):
+        place = base + np.uintp(paths.places[s])
+        place = place - around if place >= around else place
+        sums[place * np.uintp(lanes) + np.uintp(lane)] += paths.units[s]
 
 
 @compiled
-def worth(out: Any, adjoints: Any, t: int, cells: int, lanes: int, w: Wires, source: int, least: int) -> None:
-    """The gradient by what a source sends in step ``t``, in all lanes, from the ``adjoints [T, 2, cells]`` as flat array.
+def send_factor(sums: Any, lanes: int, paths: Paths, scales: Any, source: int, lane: int, factor: Any) -> None:
+    """Add what an input sends in one lane to the ``sums [2, N, lanes]``; ``factor``: its value over the grid's unit."""
+    half = len(sums) // lanes // 2
+    for s in range(paths.starts[source], paths.starts[source + 1]):
+        place = paths.places[s]
+        scale = np.float64(scales[1 if place >= half else 0])
+        sums[np.uintp(place * lanes + lane)] += int(np.rint(np.float64(paths.magnitudes[s]) * factor * scale))
+
+
+@compiled
+def worth(out: Any, adjoints: Any, t: int, least: int, neurons: int, lanes: int, paths: Paths) -> None:
+    """The gradient by what each source sends in step ``t``, in all lanes, from ``adjoints [T, 2, N, lanes]`` as flat array.
 
     What arrives before step ``least`` is left out.
     """
-    first, last = w.splits[0, source], w.splits[1, source]
-    at = source * lanes
-    if lanes == 1:
-        total = out[at] * 0
-        for s in range(first, last):
-            weight = weight_at(w, s, source)
-            arrival = t + delay_at(w, s, source)
-            if arrival >= least:
-                total += abs(weight) * adjoints[(2 * arrival + (1 if weight < 0 else 0)) * cells + w.targets[s]]
-        out[at] = total
-    else:
-        sums = no_lanes(adjoints)
-        for s in range(first, last):
-            weight = weight_at(w, s, source)
-            arrival = t + delay_at(w, s, source)
-            if arrival >= least:
-                here = (2 * arrival + (1 if weight < 0 else 0)) * cells + w.targets[s] * lanes
-                sums = add_product(sums, abs(weight), adjoints, here)
-        put_lanes(out, at, sums)
+    base, begin = 2 * t * neurons, 2 * least * neurons
+    for source in range(len(paths.starts) - 1):
+        if lanes == 1:
+            total = out[source] * 0
+            for s in range(paths.starts[source], paths.starts[source + 1]):
+                place = base + paths.places[s]
+                if place >= begin:
+                    total += paths.magnitudes[s] * adjoints[np.uintp(place)]
+            out[source] = total
+        else:
+            sums = no_lanes(adjoints)
+            for s in range(paths.starts[source], paths.starts[source + 1]):
+                place = base + paths.places[s]
+                if place >= begin:
+                    sums = add_product(sums, paths.magnitudes[s], adjoints, place * lanes)
+            put_lanes(out, source * lanes, sums)
 
 
 @compiled
 def add_to_weights(
-    by_weight: Any, adjoints: Any, t: int, cells: int, lanes: int, w: Wires, source: int, lane: int, value: Any, least: int
+    by_weight: Any, adjoints: Any, t: int, least: int, neurons: int, lanes: int, paths: Paths, source: int, lane: int,
+    value: Any,
 ) -> None:  # fmt: skip
-    """Add what the value that a source sends in step ``t`` and one lane adds to the gradient by its weights."""
-    for s in range(w.splits[0, source], w.splits[1, source]):
-        weight = weight_at(w, s, source)
-        arrival = t + delay_at(w, s, source)
-        if arrival >= least:
-            at = arrival * 2 * cells + w.targets[s] * lanes + lane
-            if weight > 0:
-                by_weight[s] += value * adjoints[at]
-            elif weight < 0:
-                by_weight[s] -= value * adjoints[at + cells]
+    """Add what the value that a source sends in step ``t`` and one lane adds to the gradient by its weights' magnitudes."""
+    base, begin = np.uintp(2 * t * neurons), np.uintp(2 * least * neurons)
+    first = paths.starts[source]
+    sums = by_weight[first : paths.starts[source + 1]]
+    places = paths.places[first : paths.starts[source + 1]]
+    for s in range(len(sums)):
+        place = base + np.uintp(places[s])
+        if place >= begin:
+            sums[s] += value * adjoints[place * np.uintp(lanes) + np.uintp(lane)]
+
+
+@compiled
+def by_sign(by_weight: Any, neurons: int, paths: Paths) -> None:
+    """The gradient by magnitudes becomes that by weights; a weight of 0 has none."""
+    for s in range(len(by_weight)):
+        if paths.magnitudes[s] == 0:
+            by_weight[s] = 0
+        elif paths.places[s] // neurons % 2 == 1:
+            by_weight[s] = -by_weight[s]
 
 
 @compiled
@@ -170,7 +216,7 @@ def backward_block_kernel(method: str) -> Any:
     digest = sources()
 
     def backward_block(
-        x: Strided, inputs: Wires, input_drive: Any, wires: Wires, ring: Any, shared: Any, per_neuron: Any, state: Any,
+        x: Strided, inputs: Paths, input_drive: Any, synapses: Paths, scales: Any, ring: Any, shared: Any, per_neuron: Any, state: Any,
         words: Any, grad_spikes: Any, grad_states: Any, lam: Any, grad_constants: Any, adjoints: Any, grad_x: Any,
         jump_first: bool, holds: bool | None, steps: int, by_weights: Any, by_inputs: Any, lanes: int, rows: int,
         first: int, number: int,
@@ -178,16 +224,17 @@ def backward_block_kernel(method: str) -> Any:
         """``state``, ``lam``, ``per_neuron``, ``words``: ``[..., B N]``; ``grad_states [F T, B N]``; ``input_drive`` and
         ``adjoints [T + R, B, 2, N]`` as the protocol has them. What is absent has no elements, ``grad_constants`` is None.
 
+        ``scales [8]``: of the grid of the synapses between neurons, then of that of inputs.
         ``by_weights [groups, S]`` and ``by_inputs`` take the sums of group ``number`` in this launch. A group has ``lanes``
         rows, of which ``rows`` are there.
         """
         _ = digest  # part of the key of the disk cache
-        x, incoming, w = borrow_strided(x), borrow_wires(inputs), borrow_wires(wires)
+        x, incoming, paths = borrow_strided(x), borrow_paths(inputs), borrow_paths(synapses)
         input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
         grad_spikes, grad_states, lam, adjoints = borrow(grad_spikes), borrow(grad_states), borrow(lam), borrow(adjoints)
         grad_x, by_weights, by_inputs = borrow(grad_x), borrow(by_weights), borrow(by_inputs)
         longest, neurons = ring.shape[1], ring.shape[3]
-        sources = incoming.splits.shape[1]
+        sources = len(incoming.starts) - 1
         cells = neurons * lanes
         start, stop = first * neurons, (first + rows) * neurons
         tiles = (cells + TILE - 1) // TILE
@@ -212,7 +259,7 @@ def backward_block_kernel(method: str) -> Any:
             for field in range(len(state)):
                 row = row_of_field(STATE, LEFT, field)
                 to_lanes(tile_rows[k][row : row + n], state[field, start:stop], lanes, neurons, begin)
-        inbox = np.zeros(2 * cells if incoming.targets.size > 0 else 0, np.int64)
+        inbox = np.zeros(2 * cells if incoming.places.size > 0 else 0, np.int64)
         units = np.ones(lanes, np.float64)
         buffer, bits = np.empty(sources, state.dtype), np.empty(sources, np.uint32)
         events = np.empty(max(sources, neurons) + 1, np.int64)
@@ -226,7 +273,7 @@ def backward_block_kernel(method: str) -> Any:
                     if units[lane] == units[lane]:
                         for k in range(count):
                             factor = np.float64(values[events[k]]) / units[lane]
-                            send_lane(inbox, 1, 0, cells, lanes, incoming, events[k], lane, factor)
+                            send_factor(inbox, lanes, incoming, scales[4:], events[k], lane, factor)
             slot = t % longest
             for k in range(tiles):
                 tile = tile_rows[k]
@@ -239,13 +286,13 @@ def backward_block_kernel(method: str) -> Any:
                         row[j] = here[j]
                         here[j] = 0
                     for j in range(n):
-                        row[j] = row[j] * w.scales[2 + sign]
+                        row[j] = row[j] * scales[2 + sign]
                     row = tile[INPUT + sign * ROW : INPUT + sign * ROW + n]
                     if inbox.size > 0:
                         for j in range(n):
                             row[j] = inbox[sign * cells + begin + j]
                         for j in range(n):
-                            row[j] = row[j] * (incoming.scales[2 + sign] * units[(begin + j) % lanes])
+                            row[j] = row[j] * (scales[6 + sign] * units[(begin + j) % lanes])
                     elif input_drive.size > 0:
                         flat = input_drive[sign, t].reshape(-1)[start:stop]
                         to_lanes(row, flat, lanes, neurons, begin)
@@ -260,7 +307,7 @@ def backward_block_kernel(method: str) -> Any:
                 if eights[k] != 0:
                     for j in range(8 * k, 8 * k + 8):
                         if fired[t, j]:
-                            send_lane(sums, longest, slot, cells, lanes, w, j // lanes, j % lanes, 1.0)
+                            send_spike(sums, slot, neurons, lanes, paths, j // lanes, j % lanes)
         # back, with the adjoints of the steps after the block
         flow = np.zeros((steps + longest) * 2 * cells, state.dtype)
         for t in range(steps, steps + longest):
@@ -276,7 +323,9 @@ def backward_block_kernel(method: str) -> Any:
             n = min(TILE, cells - begin)
             load_cells(back[k], per_neuron, start, stop, lanes, neurons, begin, n)
             for field in range(FIELDS):
-                to_lanes(back[k][STATE + field * ROW : STATE + field * ROW + n], lam[field, start:stop], lanes, neurons, begin)
+                to_lanes(
+                    back[k][STATE + field * ROW : STATE + field * ROW + n], lam[field, start:stop], lanes, neurons, begin
+                )
             if grad_constants is not None:
                 for row in range(len(grad_constants)):
                     at = SUMS + row * ROW
@@ -289,8 +338,7 @@ def backward_block_kernel(method: str) -> Any:
             by_inputs[number, :] = 0
         for back_t in range(steps):
             t = steps - 1 - back_t
-            for source in range(neurons):
-                worth(by_spike, flow, t, cells, lanes, w, source, 0)
+            worth(by_spike, flow, t, 0, neurons, lanes, paths)
             if by_weights.size > 0:
                 eights = fired[t, : (cells + 7) // 8 * 8].view(np.uint64)
                 for k in range(len(eights)):
@@ -298,7 +346,7 @@ def backward_block_kernel(method: str) -> Any:
                         for j in range(8 * k, 8 * k + 8):
                             if fired[t, j]:
                                 add_to_weights(
-                                    by_weights[number], flow, t, cells, lanes, w, j // lanes, j % lanes, 1.0, 0
+                                    by_weights[number], flow, t, 0, neurons, lanes, paths, j // lanes, j % lanes, 1.0
                                 )  # fmt: skip
             for k in range(tiles):
                 tile = back[k]
@@ -332,8 +380,7 @@ def backward_block_kernel(method: str) -> Any:
                             received[n] = sent[n * lanes + lane]
             if inbox.size > 0:
                 if grad_x.size > 0:
-                    for source in range(sources):
-                        worth(by_value, flow, t, cells, lanes, incoming, source, 0)
+                    worth(by_value, flow, t, 0, neurons, lanes, incoming)
                     for lane in range(rows):
                         for source in range(sources):
                             grad_x[t, first + lane, source] = by_value[source * lanes + lane]
@@ -344,8 +391,12 @@ def backward_block_kernel(method: str) -> Any:
                         for k in range(count):
                             value = values[events[k]]
                             add_to_weights(
-                                by_inputs[number], flow, t, cells, lanes, incoming, events[k], lane, value, 0
+                                by_inputs[number], flow, t, 0, neurons, lanes, incoming, events[k], lane, value
                             )  # fmt: skip
+        if by_weights.size > 0:
+            by_sign(by_weights[number], neurons, paths)
+        if by_inputs.size > 0:
+            by_sign(by_inputs[number], neurons, incoming)
         for k in range(tiles):
             begin = k * TILE
             n = min(TILE, cells - begin)
@@ -366,11 +417,11 @@ def history_kernel() -> Any:
     digest = sources()
 
     def history_gradient(
-        wires: Wires, history: Any, adjoints: Any, grad_history: Any, by_weights: Any, by_inputs: Any, lanes: int,
+        synapses: Paths, history: Any, adjoints: Any, grad_history: Any, by_weights: Any, by_inputs: Any, lanes: int,
         rows: int, group: int, number: int,
     ) -> None:  # fmt: skip
         _ = digest  # part of the key of the disk cache
-        w, history, adjoints = borrow_wires(wires), borrow(history), borrow(adjoints)
+        paths, history, adjoints = borrow_paths(synapses), borrow(history), borrow(adjoints)
         grad_history, by_weights = borrow(grad_history), borrow(by_weights)
         longest, _, neurons = history.shape
         cells = neurons * lanes
@@ -387,8 +438,7 @@ def history_kernel() -> Any:
         if by_weights.size > 0:
             by_weights[number, :] = 0
         for r in range(longest):
-            for source in range(neurons):
-                worth(by_spike, flow, r, cells, lanes, w, source, longest)
+            worth(by_spike, flow, r, longest, neurons, lanes, paths)
             for lane in range(rows):
                 for n in range(neurons):
                     grad_history[r, group + lane, n] = by_spike[n * lanes + lane]
@@ -397,8 +447,11 @@ def history_kernel() -> Any:
                     for k in range(count):
                         value = history[r, group + lane, events[k]]
                         add_to_weights(
-                            by_weights[number], flow, r, cells, lanes, w, events[k], lane, value, longest
+                            by_weights[number], flow, r, longest, neurons, lanes, paths, events[k], lane, value
                         )  # fmt: skip
+
+        if by_weights.size > 0:
+            by_sign(by_weights[number], neurons, paths)
 
     return entry_point(history_gradient)
 
