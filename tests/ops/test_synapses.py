@@ -213,6 +213,12 @@ def test_a_sparse_leaf_gets_a_sparse_gradient_with_its_places(layout: str) -> No
     else:
         assert leaf.grad.layout is leaf.layout
         assert all(map(torch.equal, places_of(leaf.grad), places_of(leaf.detach())))
+    with torch.no_grad():
+        before = synapses.weights.clone()
+        values_of(leaf.detach()).mul_(1.0 + 1e-9)
+    assert torch.equal(synapses.weights, before)  # they are no view, which an optimizer would change
+    values_of(leaf.detach()).copy_(values_of(sparse(dense, layout)))
+    values_of(leaf.detach())[0] = 0.0
     # a second call adds up
     (Synapses.from_torch(leaf).to_dense().pow(2) * factors).sum().backward()
     torch.testing.assert_close(leaf.grad.to_dense(), 2 * found, rtol=1e-14, atol=0)
@@ -226,6 +232,7 @@ def test_a_matrix_with_several_values_of_a_place_keeps_them_apart() -> None:
     synapses.weights.backward(torch.tensor([10.0, 20.0, 30.0]))
     assert leaf.grad is not None and torch.equal(leaf.grad._indices(), indices)
     assert leaf.grad._values().tolist() == [20.0, 10.0, 30.0]
+    assert leaf.grad.coalesce().values().tolist() == [10.0, 50.0]
 
 
 def test_gradients_of_gradients_through_a_sparse_matrix() -> None:
@@ -315,6 +322,7 @@ def test_with_weights_takes_every_shape() -> None:
         (0.3, 0.1, (3, 3)),
         ([0.1, 1.5], 0.1, (1, 15)),
         ([0.06, 0.04999, 25.0], 0.05, (1, 500)),
+        (0.35, 0.1, (4, 4)),  # 3.5 in float32
         (0.75, 0.5, (2, 2)),  # halves go to the even one
         (0.625, 0.25, (2, 2)),
         (5, 1.0, (5, 5)),
@@ -325,14 +333,19 @@ def test_delays_in_steps(delays: Any, dt: float, expected: tuple[int, int]) -> N
     assert Synapses.from_coo([0] * count, [0] * count, 1.0, delays, shape=(1, 1)).check_delays(dt) == expected
 
 
-def test_delays_in_steps_are_those_of_float32() -> None:
-    """Whatever the numbers are, as a kernel rounds them."""
-    g = np.random.default_rng(0)
-    for delay, dt in zip(g.uniform(0.2, 30, 3000), g.choice([0.1, 0.05, 0.025, 1 / 3, 0.2], 3000), strict=True):
-        single = torch.tensor(delay, dtype=torch.float32)
-        expected = int(torch.round(single * torch.tensor(1.0 / dt, dtype=torch.float32)))
-        synapses = Synapses(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), single[None], 1, *[single.item()] * 2)
-        assert synapses.check_delays(float(dt)) == (max(expected, 1), max(expected, 1))
+@pytest.mark.parametrize("dt", [0.1, 0.05, 0.025, 1 / 3, 0.2])
+def test_delays_in_steps_are_those_of_float32(dt: float) -> None:
+    """As a kernel rounds them, next to the halves, where the precision decides."""
+    per_ms = np.float32(1.0 / dt)
+    near = np.float32((np.arange(1, 200) + 0.5) * dt)
+    wider = 0
+    for offset in range(-4, 5):
+        for delay in (near.view(np.int32) + offset).view(np.float32):
+            steps = int(np.rint(delay * per_ms))
+            record = Synapses.from_coo([0], [0], 1.0, float(delay), shape=(1, 1))
+            assert record.check_delays(dt) == (steps, steps)
+            wider += steps != round(float(delay) / dt)
+    assert wider > 10  # float64 has other steps
 
 
 def test_compiled_code_takes_a_record() -> None:
@@ -736,6 +749,8 @@ def test_the_functions_behind_the_distributions() -> None:
     found = [draws.normal_quantile(value) for value in p]
     np.testing.assert_allclose(found, scipy.stats.norm.ppf(p), rtol=1e-13, atol=1e-15)
     np.testing.assert_allclose([draws.rate_of(value) for value in p], -np.log1p(-p), rtol=1e-13)
+    assert (draws.unit(0, 0), draws.unit(2**32 - 1, 2**32 - 1)) == (2.0**-53, 1 - 2.0**-53)
+    assert draws.below(3, 0, 0) == 0 and draws.below(3, 2**32 - 1, 2**32 - 1) == 2
     z = np.linspace(-7, 7, 101)
     np.testing.assert_allclose([draws.normal_share(value) for value in z], scipy.stats.norm.cdf(z), rtol=1e-4, atol=1e-15)
 
@@ -789,6 +804,7 @@ NAN, INF = math.nan, math.inf
         (lambda: pair(weights=torch.ones(2) * 1j), TypeError, r"weights must be of a floating dtype .*complex64; use .real"),
         (lambda: pair(weights=torch.ones(2).to_sparse()), TypeError, r"weights must be dense, got torch.sparse_coo"),
         (lambda: pair(targets=[0, 0], weights=3e38), ValueError, r"finite sum of magnitudes .* 3.4e\+38 uS, .* neuron 0;"),
+        (lambda: pair(targets=[0, 0], weights=-3e38), ValueError, r"finite sum of magnitudes .* 3.4e\+38 uS, .* neuron 0;"),
         (
             lambda: pair(targets=[1, 1], weights=torch.tensor([1.5e308, -1.5e308], dtype=torch.float64)),
             ValueError,

@@ -168,7 +168,7 @@ def normal_share(x: Any) -> Any:
             low = middle
         else:
             high = middle
-    return high if x > 0.0 else low
+    return low
 
 
 def prepare_values(law: Any) -> None:
