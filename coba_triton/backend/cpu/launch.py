@@ -106,7 +106,7 @@ def _split_rows(rows: int, work: int, most: int | None = None) -> list[tuple[int
     return list(itertools.pairwise(rows * thread // threads for thread in range(threads + 1)))
 
 
-def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[int, ...]]) -> None:
+def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[Any, ...]]) -> None:
     """Run ``kernel`` over every share of the neurons or rows: the first share in this thread, and each other in its own."""
     first, *rest = shares
     jobs = [pool(os.getpid(), len(rest)).submit(kernel, *args, *share) for share in rest]
@@ -565,18 +565,24 @@ def sparse_block(
     ask_for_huge_pages(spikes)
     most = parameters_of("recurrent_forward", state.dtype, neurons, batch)["threads"]
     work = 4 * steps * cells
-    shares = [(*rows, 0, 1) for rows in _split_rows(batch, work, most)]
+    rows = _split_rows(batch, work, most)
     parts, share = 1, neurons
-    if len(shares) < count_threads(most, work) and batch < torch.get_num_threads():  # too few rows: threads share each
+    if len(rows) < count_threads(most, work) and batch < torch.get_num_threads():  # too few rows: threads share each
         share = -(-neurons // (count_threads(most, work) * SHARE_OF)) * SHARE_OF
         parts = -(-neurons // share)
-        shares = [(0, batch, part, parts) for part in range(parts)]
     together = min(net.shortest, sparse.MOST_TOGETHER)
+    inputs = _wires(net.inputs, net, parts, share)
+    shared = sparse.shared_lists(share, parts, together) if parts > 1 else (None, None)
+    scratch = functools.partial(sparse.scratch, inputs, final.numpy().dtype, share, parts, together, shared)
+    if parts > 1:
+        shares = [(0, batch, part, parts, scratch()) for part in range(parts)]
+    else:
+        shares = [(*some, 0, 1, scratch()) for some in rows]
     with _one_meeting if parts > 1 else contextlib.nullcontext():
         _launch(
             sparse.block_kernel(),
             strided_bytes(x.reshape(steps, -1)),
-            _wires(net.inputs, net, parts, share),
+            inputs,
             _array_if_given(drive, 4, state.dtype),
             _wires(net.recurrent, net, parts, share),
             _array(ring),
@@ -592,8 +598,6 @@ def sparse_block(
             holds(len(state)),
             steps,
             together,
-            np.empty((2, parts, together, share if parts > 1 else 0), np.int32),
-            np.empty((2, parts, together), np.int64),
             np.zeros(8, np.int64),
             shares=shares,
         )

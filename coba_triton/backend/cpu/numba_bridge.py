@@ -65,6 +65,17 @@ def _choose_exp(x: Any) -> Callable[..., Any]:
     return lambda x: np.exp(x)
 
 
+def converted(number: Any, like: Any) -> Any:
+    """An integer as a number of the dtype of another, rounded once."""
+    return type(like)(number)
+
+
+@overload(converted, jit_options=OPTIONS, strict=False)
+def _choose_conversion(number: Any, like: Any) -> Callable[..., Any]:
+    kind = getattr(np, str(like))
+    return lambda number, like: kind(number)
+
+
 def _compile_the_neuron() -> None:
     taken: set[Any] = {surrogate.surrogate, operations.exp, operations.bind}
     for module in (operations, step, surrogate, adjoint):

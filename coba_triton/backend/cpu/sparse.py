@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...neuron.records import Drive
+from ...neuron.step import count_down, excess, fire, integrate, reset
 from .meeting import meet
-from .numba_bridge import borrow, compiled, entry_point, sources
-from .recurrent import INPUT, RECURRENT, compact, step_row
+from .numba_bridge import borrow, compiled, converted, entry_point, sources
+from .recurrent import INPUT, compact, drive_at
 from .rows import (
     LEFT,
     ROW,
@@ -25,20 +27,24 @@ from .rows import (
     TILE,
     Strided,
     borrow_strided,
+    constants_of,
     expand,
+    left_at,
     load_per_neuron,
     load_shared,
     load_state,
     pack,
     prefetch,
+    put_state,
     row_of,
     row_of_field,
+    state_at,
     store_state,
 )
 
 # Steps that are computed together at the most: their spikes are kept in lists.
 MOST_TOGETHER = 32
-TILE_SIZE = RECURRENT + 2 * ROW
+TILE_SIZE = INPUT + 2 * ROW
 
 
 class Wires(NamedTuple):
@@ -63,6 +69,52 @@ class Wires(NamedTuple):
     delay_of: int
     per_ms: Any
     scales: Any
+
+
+class Scratch(NamedTuple):
+    """What a thread works with. It is made outside of compiled code, which counts no references to it then.
+
+    Attributes:
+        tiles: ``[tiles, rows of a tile]``.
+        fired: bytes ``[tiles, TILE]``.
+        inbox: int64 ``[2 N]``, sums of sparse inputs; without elements: there are none.
+        values, bits, events: of the length of an input, and one more for the last.
+        lists: the neurons that fired, int32 ``[2, parts, together, N / parts]``. Threads of a row share it.
+        counts: how many did, int64 ``[2, parts, together]``.
+    """
+
+    tiles: Any
+    fired: Any
+    inbox: Any
+    values: Any
+    bits: Any
+    events: Any
+    lists: Any
+    counts: Any
+
+
+def scratch(w: Wires, dtype: Any, neurons: int, parts: int, together: int, shared: Any) -> Scratch:
+    """For a thread with ``neurons`` of a row that ``parts`` threads share, with their ``shared`` lists and counts."""
+    sources = w.splits.shape[1]
+    tiles = -(-neurons // TILE)
+    lists, counts = shared
+    if lists is None:
+        lists, counts = shared_lists(neurons, parts, together)
+    return Scratch(
+        np.zeros((tiles, TILE_SIZE), dtype),
+        np.zeros((tiles, TILE), np.uint8),
+        np.zeros(2 * neurons * parts if w.targets.size > 0 else 0, np.int64),
+        np.empty(sources, dtype),
+        np.empty(sources, np.uint32),
+        np.empty(sources + 1, np.int64),
+        lists,
+        counts,
+    )
+
+
+def shared_lists(neurons: int, parts: int, together: int) -> tuple[Any, Any]:
+    """Lists and counts of a :class:`Scratch`."""
+    return np.empty((2, parts, together, neurons), np.int32), np.empty((2, parts, together), np.int64)
 
 
 @compiled
@@ -159,6 +211,31 @@ def take(tile: Any, at: int, sums: Any, begin: int, n: int, inverse: Any) -> Non
 
 
 @compiled
+def step_sums(
+    tile: Any, fired: Any, e: Any, i: Any, inverse_e: Any, inverse_i: Any, jump_first: bool, shared: Any,
+    holds: bool | None, driven: bool | None,
+) -> None:  # fmt: skip
+    """One step of a tile whose recurrent drive is that of the sums ``e`` and ``i``, which begin anew.
+
+    ``driven``: True, or None where no input drives a neuron; the input's drive is in the tile.
+    """
+    for j in range(len(e)):
+        c = constants_of(tile, j, shared)
+        before, left = state_at(tile, STATE, j), left_at(tile, LEFT, j, holds)
+        drive = Drive(inverse_e * 0.0, inverse_e * 0.0) if driven is None else drive_at(tile, INPUT, j)
+        recurrent = Drive(converted(e[j], inverse_e) * inverse_e, converted(i[j], inverse_i) * inverse_i)
+        u = integrate(before, drive, recurrent, c, jump_first)
+        e[j] = 0
+        i[j] = 0
+        spike = fire(excess(u, c), left)
+        z: Any = 1.0 if spike else 0.0
+        put_state(tile, STATE, j, reset(u, z, left, c))
+        if holds is not None:
+            tile[LEFT + j] = count_down(left, z, c)
+        fired[j] = spike
+
+
+@compiled
 def append(events: Any, count: int, fired: Any, first: int) -> int:
     """Append the neurons that fired, from ``first`` on, to a list; returns its length. ``fired``: a multiple of 8 bytes."""
     eights = fired.view(np.uint64)
@@ -200,37 +277,24 @@ def block_kernel() -> Any:
     def block(
         x: Strided, inputs: Wires, input_drive: Any, wires: Wires, ring: Any, start: int, shared: Any, per_neuron: Any,
         state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any, jump_first: bool, holds: bool | None,
-        steps: int, together: int, lists: Any, counts: Any, arrived: Any, first: int, last: int, part: int, parts: int,
+        steps: int, together: int, arrived: Any, first: int, last: int, part: int, parts: int, own: Scratch,
     ) -> None:  # fmt: skip
         """``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses.
 
-        Threads share ``lists [2, parts, together, N / parts]`` of those that fired, with ``counts [2, parts, together]``.
         ``states [F T, M]``, or those of the ``chosen`` neurons.
         """
         _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         incoming, w = borrow_wires(inputs), borrow_wires(wires)
         input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
-        states, chosen, lists, counts, arrived = (
-            borrow(states),
-            borrow(chosen),
-            borrow(lists),
-            borrow(counts),
-            borrow(arrived),
-        )
+        states, chosen, arrived = borrow(states), borrow(chosen), borrow(arrived)
+        tiles, fired, inbox = borrow(own.tiles), borrow(own.fired), borrow(own.inbox)
+        buffer, bits, events = borrow(own.values), borrow(own.bits), borrow(own.events)
+        lists, counts = borrow(own.lists), borrow(own.counts)
         _, longest, _, neurons = ring.shape
         sources = incoming.splits.shape[1]
-        if parts == 1:  # a thread has rows of its own
-            lists = np.empty((2, 1, together, neurons), np.int32)
-            counts = np.empty((2, 1, together), np.int64)
         share = lists.shape[3]
         own_first, own_last = min(part * share, neurons), min((part + 1) * share, neurons)
-        tiles = np.zeros(((own_last - own_first + TILE - 1) // TILE, TILE_SIZE), state.dtype)
-        fired = np.zeros((len(tiles), TILE), np.uint8)
-        buffer = np.empty(sources, state.dtype)
-        bits = np.empty(sources, np.uint32)
-        events = np.empty(sources + 1, np.int64)
-        inbox = np.zeros(2 * neurons if incoming.targets.size > 0 else 0, np.int64)
         c = None if shared is None else load_shared(shared)
         meetings = 0
         for row in range(first, last):
@@ -268,16 +332,16 @@ def block_kernel() -> Any:
                         if input_drive.size > 0:
                             tile[INPUT : INPUT + n] = input_drive[0, t, row, begin : begin + n]
                             tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, row, begin : begin + n]
-                        elif unit == 0:
-                            tile[INPUT : INPUT + n] = 0
-                            tile[INPUT + ROW : INPUT + ROW + n] = 0
-                        else:
+                        elif unit != 0:
                             take(tile, INPUT, inbox, begin, n, incoming.scales[2] * unit)
                             take(tile, INPUT + ROW, inbox, neurons + begin, n, incoming.scales[3] * unit)
-                        take(tile, RECURRENT, sums, at + begin, n, w.scales[2])
-                        take(tile, RECURRENT + ROW, sums, at + neurons + begin, n, w.scales[3])
                         prefetch(spikes, t + 1, cell, n)
-                        step_row(tile, fired[k], n, jump_first, False, c, holds, None)
+                        e = sums[at + begin : at + begin + n]
+                        i = sums[at + neurons + begin : at + neurons + begin + n]
+                        if unit == 0 and input_drive.size == 0:
+                            step_sums(tile, fired[k], e, i, w.scales[2], w.scales[3], jump_first, c, holds, None)
+                        else:
+                            step_sums(tile, fired[k], e, i, w.scales[2], w.scales[3], jump_first, c, holds, True)
                         found = append(lists[side, part, t - begin_t], found, fired[k, : (n + 7) // 8 * 8], begin)
                         if spikes.data.size > 0:
                             to = t * spikes.stride_t + cell
