@@ -700,8 +700,8 @@ def _add_synapse_gradient(
     samples, synapses = grad.shape
     rows = batch // samples
     # a row for each sample and source, of its values in all steps and rows of the batch
-    by_source = sources.unflatten(1, (samples, rows)).permute(1, 3, 0, 2).reshape(samples * count, steps * rows)
-    values, lists, counts = _events(by_source)
+    by_source = sources.unflatten(1, (samples, rows)).permute(1, 3, 0, 2).contiguous()
+    values, lists, counts = _events(by_source.view(samples * count, steps * rows))
     num_warps = 1 if synapses <= 64 * count else 4
     _launch(
         sparse.synapse_gradient_kernel, (samples * count,), grad.device, num_warps,
