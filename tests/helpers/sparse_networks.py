@@ -157,7 +157,7 @@ class SparseProblem:
         if self.net.inputs is None:
             zeros = torch.zeros_like(self.state[0])
             return Drive(zeros, zeros)
-        inputs, x = Synapses(self.net.inputs), self.x[t]
+        inputs, x = Synapses(self.net.inputs), self.x[t].to(self.state.dtype)
         largest = x.abs().amax(1, keepdim=True).double()
         finite = torch.isfinite(largest)
         unit = 2.0 ** torch.ceil(torch.log2(torch.where(finite, largest, 1.0).clamp(min=1.0)))

@@ -105,7 +105,7 @@ def test_bits_do_not_depend_on_the_window(window: int, device, monkeypatch) -> N
 @pytest.mark.parametrize(
     "options",
     [
-        {"delays": (3, 7)},
+        {"delays": (3, 7), "steps": 12},
         *slow({"delays": (1, 2), "refractory": True}, {"exact": True, "narrow": True, "inputs": 20, "size": 0.1}),
     ],
     ids=str,
