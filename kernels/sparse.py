@@ -50,9 +50,9 @@ BY_SOURCE: tl.constexpr = tl.constexpr(1)
 def load_number(pointer, source, synapse, mask, MODE: tl.constexpr):
     """The weight or the delay of synapses."""
     if MODE == SHARED:
-        return tl.load(pointer)
+        return tl.broadcast_to(tl.load(pointer), synapse.shape)
     elif MODE == BY_SOURCE:
-        return tl.load(pointer + source)
+        return tl.broadcast_to(tl.load(pointer + source), synapse.shape)
     else:
         return tl.load(pointer + synapse, mask=mask, other=0.0)
 
@@ -78,32 +78,35 @@ def nearest(x):
 
 @triton.jit
 def deliver(
-    list_ptr, count, part, parts, K, values_ptr, source_stride,
-    sums_ptr, limit, M, first, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scale_e, scale_i, per_ms,
+    list_ptr, count, part, parts, values_ptr, source_stride,
+    sums_ptr, limit, M, first, N, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scale_e, scale_i, per_ms,
     SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr, DELAY: tl.constexpr, RING: tl.constexpr,
     CACHE: tl.constexpr = tl.constexpr(""),
 ):  # fmt: skip
     """Add the synapses of listed sources to the sums ``[2, limit, M]`` at the steps of their arrival.
 
-    ``parts`` programs share the list, each takes ``SOURCES`` entries at a time, ``LANES`` synapses of each at a time. An
-    entry is a step times K plus a source. Its spike arrives the delay after step ``first`` plus its own: in a ring
-    (``first`` is in it), or nowhere if that is not one of ``limit`` steps. ``values_ptr`` has the sources' values, or is
-    None where all of them are 1.
+    ``parts`` programs share the list, each takes ``SOURCES`` entries at a time, ``LANES`` synapses of each at a time. They
+    are sources, whose spikes of step ``first`` arrive after the delay, or nowhere if that is not one of ``limit`` steps. Or
+    the sums are a ``RING``: then ``first`` is a slot of it, and an entry is the number of steps from there, times N, plus a
+    source. ``values_ptr`` has the sources' values, or is None where all of them are 1.
     """
     for start in range(part * SOURCES, count, parts * SOURCES):
         index = start + tl.arange(0, SOURCES)
         listed = index < count
-        entry = tl.load(list_ptr + index, mask=listed, other=0, cache_modifier=CACHE).to(tl.int64)
-        source = entry % K
-        sent = first + entry // K
+        entry = tl.load(list_ptr + index, mask=listed, other=0, cache_modifier=CACHE)
+        if RING:  # integers of 32 bits: to divide those of 64 takes a call
+            source = (entry % N).to(tl.int64)
+            sent = first + entry // N
+            sent = tl.where(sent >= limit, sent - limit, sent)
+        else:
+            source = entry.to(tl.int64)
+            sent = tl.zeros_like(source) + first
         begin = tl.load(indptr_ptr + source, mask=listed, other=0)
         end = tl.load(indptr_ptr + source + 1, mask=listed, other=0)
         longest = tl.max(end - begin, 0).to(tl.int32)
         if values_ptr is not None:
             value = tl.load(values_ptr + source * source_stride, mask=listed, other=0).to(weights_ptr.dtype.element_ty)
             value = value.to(tl.float64)[:, None]
-        if RING:
-            sent = tl.where(sent >= limit, sent - limit, sent)
         sent = sent[:, None]
         source = source[:, None]
         for offset in range(0, longest, LANES):
@@ -139,12 +142,14 @@ def scatter_kernel(
 
     A program owns a row of sources, of which ``lists`` and ``counts`` say where they are not 0.
     """
+    step = tl.program_id(0) // B
+    b = (tl.program_id(0) % B).to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     N = tl.cast(N, tl.int64)
     deliver(
-        lists_ptr + row * K, tl.load(counts_ptr + row), 0, 1, K, values_ptr + row * row_stride, source_stride,
-        sums_ptr + (row % B) * N, tl.cast(limit, tl.int64), B * N, begin + row // B, indptr_ptr, targets_ptr, weights_ptr,
-        delays_ptr, tl.load(scales_ptr), tl.load(scales_ptr + 1), per_ms, SOURCES, LANES, WEIGHT, DELAY, False,
+        lists_ptr + row * K, tl.load(counts_ptr + row), 0, 1, values_ptr + row * row_stride, source_stride,
+        sums_ptr + b * N, tl.cast(limit, tl.int64), B * N, begin + step, 0, indptr_ptr, targets_ptr, weights_ptr, delays_ptr,
+        tl.load(scales_ptr), tl.load(scales_ptr + 1), per_ms, SOURCES, LANES, WEIGHT, DELAY, False,
     )  # fmt: skip
 
 
@@ -179,7 +184,7 @@ def sparse_projection_kernel(
     unit = (exponent << 52).to(tl.float64, bitcast=True)
     finer = (tl.maximum(2046 - exponent, 1) << 52).to(tl.float64, bitcast=True)
     deliver(
-        lists_ptr, tl.where(infinite, 0, count), 0, 1, K, values_ptr, source_stride, sums_ptr, R, N, row, indptr_ptr,
+        lists_ptr, tl.where(infinite, 0, count), 0, 1, values_ptr, source_stride, sums_ptr, R, N, row, 0, indptr_ptr,
         targets_ptr, weights_ptr, None, tl.load(scales_ptr) * finer, tl.load(scales_ptr + 1) * finer, 1.0,
         SOURCES, LANES, WEIGHT, 0, False,
     )  # fmt: skip
@@ -234,10 +239,11 @@ def sparse_forward_kernel(
     """Programs ``(parts, B)``: one owns a batch row, or, ``TOGETHER``, several share it. Each has tiles of ``BLOCK`` neurons.
 
     ``window`` steps are integrated, the spikes of all programs listed; then the programs share out the list and add its
-    synapses into the ring, from which step ``t`` takes slot ``(first + t) % R``. ``final`` has the state from the beginning
+    synapses into the ring, from whose slot ``first`` on sums are taken, a slot a step. ``final`` has the state from the beginning
     on. ``counts [2, B]``, the lengths of the lists, take turns: the other one is cleared while a list is read.
     ``arrived [B]`` counts how often programs met. Who waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
     """
+    sources = N
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
@@ -267,7 +273,8 @@ def sparse_forward_kernel(
                 word = tl.load(words_ptr + (begin // 32) * M + cells, mask=tl.where(mask, begin % 32, 0) > 0, other=0)
             for t in range(begin, end):
                 t = tl.cast(t, tl.int64)
-                sum_e, sum_i = take(ring_ptr, (first + t) % R, cells, mask, R, M)
+                slot = first + (t - begin)
+                sum_e, sum_i = take(ring_ptr, tl.where(slot >= R, slot - R, slot), cells, mask, R, M)
                 recurrent = Drive(sum_e.to(dtype) * unit_e, sum_i.to(dtype) * unit_i)
                 if drive_ptr is not None:
                     drive = Drive(
@@ -301,7 +308,7 @@ def sparse_forward_kernel(
         else:
             tl.debug_barrier()  # the list is complete, and the slots are clear, before any thread delivers
         deliver(
-            list_ptr, count, part, parts, N, None, 0, ring_ptr + row * N, R, M, (first + begin) % R,
+            list_ptr, count, part, parts, None, 0, ring_ptr + row * N, R, M, first, sources,
             indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scale_e, scale_i, per_ms,
             SOURCES, LANES, WEIGHT, DELAY, True, ".cg" if TOGETHER else "",
         )  # fmt: skip
@@ -310,6 +317,8 @@ def sparse_forward_kernel(
             meetings += 2
         else:
             tl.debug_barrier()  # the sums are complete before any thread takes them
+        first += (end - begin).to(tl.int32)
+        first = tl.where(first >= R, first - R, first).to(tl.int32)
         begin = end
     if TOGETHER:
         if not waiting:
@@ -429,13 +438,15 @@ def source_gradient_kernel(
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, WEIGHT: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """The gradient ``[T B, K]`` by the values of sources in T steps from ``begin`` on. ``adjoints`` begin with step 0."""
+    step = tl.program_id(0) // B
+    b = (tl.program_id(0) % B).to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
     sources = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = sources < K
     total = send_back(
-        sources, mask, begin + row // B, row % B, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, adjoints_ptr, B, N,
+        sources, mask, begin + step, b, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, adjoints_ptr, B, N,
         per_ms, UNROLL, WEIGHT, DELAY,
     )  # fmt: skip
     tl.store(grad_ptr + row * K + sources, total, mask=mask)
@@ -452,11 +463,11 @@ def synapse_gradient_kernel(
     A program has the synapses of one source in one sample, of ``rows`` of the batch: ``values [samples, K, E]`` are those of
     the source in every step, from ``begin`` on, and row. ``lists`` and ``counts`` say which of them are not 0.
     """
+    sample = (tl.program_id(0) // K).to(tl.int64)
+    source = (tl.program_id(0) % K).to(tl.int64)
     program = tl.program_id(0).to(tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
-    sample = program // K
-    source = program % K
     values_ptr += program * E
     lists_ptr += program * E
     count = tl.load(counts_ptr + program)
@@ -478,7 +489,7 @@ def synapse_gradient_kernel(
             products = ()
             for i in tl.static_range(UNROLL):
                 listed = event + i < count
-                entry = tl.load(lists_ptr + event + i, mask=listed, other=0).to(tl.int64)
+                entry = tl.load(lists_ptr + event + i, mask=listed, other=0)
                 value = tl.load(values_ptr + entry, mask=listed, other=0).to(dtype)
                 arrival = arrives + entry // rows
                 # neither sign has a weight of 0

@@ -360,7 +360,7 @@ PLANTED = {
     "no wait": {"(arrived < target)": "(arrived < 0)", "return arrived >= target": "return arrived >= 0"},
     "target one short": {"(arrived < target)": "(arrived < target - 1)", "return arrived >= target": "return arrived >= 0"},
     "rows share a counter": {"meet(arrived_ptr + row,": "meet(arrived_ptr,"},
-    "one list counter": {"meetings // 2 % 2": "0 * meetings"},
+    "a list's own counter is cleared": {"(1 - counter) * B": "counter * B"},
     "second meeting left out": {
         "waiting = meet(arrived_ptr + row, (meetings + 2) * parts, spin_limit) & waiting": "waiting = waiting & True",
         "(meetings + 1) * parts": "(meetings // 2 + 1) * parts",
@@ -387,7 +387,12 @@ def test_planted_barrier_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch) 
     case = problem(steps=12, delays=(1, 3))
     expected = case.expected()
     monkeypatch.setattr(triton_backend, "sparse", mutant)
-    monkeypatch.setattr(torch, "empty", torch.zeros)  # a list that is read too early then names neurons that exist
+
+    def with_room(*size: int, **options: Any) -> Tensor:
+        """A list that is read too early then names neurons that exist, and one that grows too long stays in its memory."""
+        return torch.zeros(*size[:-1], 20 * size[-1] if len(size) == 2 else size[-1], **options)
+
+    monkeypatch.setattr(torch, "empty", with_room)
     for seed in range(8):
         try:
             with programs(3, seed, spin_limit=300):
