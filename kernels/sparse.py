@@ -219,7 +219,7 @@ def meet(arrived_ptr, target, spin_limit):
 @triton.jit
 def take(ring_ptr, slot, cells, mask, R, M):
     """The sums that arrive for some cells, which are cleared for the step that comes R steps later."""
-    place = ring_ptr + slot * M + cells
+    place = ring_ptr + tl.cast(slot, tl.int64) * M + cells
     e = tl.load(place, mask=mask, other=0, cache_modifier=".cg")
     i = tl.load(place + R * M, mask=mask, other=0, cache_modifier=".cg")
     zeros = tl.zeros_like(e)
@@ -244,23 +244,22 @@ def sparse_forward_kernel(
     ``arrived [B]`` counts how often programs met. Who waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
     """
     sources = N
+    steps = tl.cast(T, tl.int32)
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
-    R = tl.cast(R, tl.int64)
     part = tl.program_id(0)
     parts = tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     M = B * N
     dtype: tl.constexpr = constants_ptr.dtype.element_ty
-    scale_e, scale_i = tl.load(scales_ptr), tl.load(scales_ptr + 1)
     unit_e, unit_i = tl.load(scales_ptr + 2), tl.load(scales_ptr + 3)
     list_ptr = lists_ptr + row * window * N
     meetings = 0
     waiting = True
-    begin = tl.cast(0, tl.int64)
-    while (begin < T) & waiting:
-        end = tl.minimum(begin + window, T)
+    begin = 0
+    while (begin < steps) & waiting:
+        end = tl.minimum(begin + window, steps)
         count = 0
         for tile in range(part * BLOCK, N, parts * BLOCK):
             neurons = tl.cast(tile, tl.int64) + tl.arange(0, BLOCK)
@@ -270,10 +269,11 @@ def sparse_forward_kernel(
             s = load_fields(final_ptr + cells, M, mask, FIELDS)
             word = tl.zeros([BLOCK], tl.int32)
             if words_ptr is not None:
-                word = tl.load(words_ptr + (begin // 32) * M + cells, mask=tl.where(mask, begin % 32, 0) > 0, other=0)
-            for t in range(begin, end):
-                t = tl.cast(t, tl.int64)
-                slot = first + (t - begin)
+                begun = tl.where(mask, begin % 32, 0) > 0
+                word = tl.load(words_ptr + (begin // 32) * M + cells, mask=begun, other=0)
+            for step in range(0, end - begin):
+                t = tl.cast(begin + step, tl.int64)
+                slot = first + step
                 sum_e, sum_i = take(ring_ptr, tl.where(slot >= R, slot - R, slot), cells, mask, R, M)
                 recurrent = Drive(sum_e.to(dtype) * unit_e, sum_i.to(dtype) * unit_i)
                 if drive_ptr is not None:
@@ -286,7 +286,7 @@ def sparse_forward_kernel(
                     t, cells, s, word, drive, recurrent, c, mask, spikes_ptr, words_ptr, states_ptr, T, M, states_stride,
                     FIELDS, JUMP_FIRST,
                 )  # fmt: skip
-                entries = ((t - begin) * N + neurons).to(tl.int32)
+                entries = step * sources + neurons.to(tl.int32)
                 if TOGETHER:
                     fired = tl.sum(spike.to(tl.int32), 0)
                     if fired > 0:
@@ -296,7 +296,7 @@ def sparse_forward_kernel(
                     count = compact(spike, count, list_ptr, entries)
             store_fields(final_ptr + cells, M, s, mask, FIELDS)
             if words_ptr is not None:
-                begun = tl.where(mask & (end < T), end % 32, 0) > 0
+                begun = tl.where(mask & (end < steps), end % 32, 0) > 0
                 tl.store(words_ptr + (end // 32) * M + cells, word, mask=begun)
         if TOGETHER:
             counter = meetings // 2 % 2
@@ -309,7 +309,7 @@ def sparse_forward_kernel(
             tl.debug_barrier()  # the list is complete, and the slots are clear, before any thread delivers
         deliver(
             list_ptr, count, part, parts, None, 0, ring_ptr + row * N, R, M, first, sources,
-            indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scale_e, scale_i, per_ms,
+            indptr_ptr, targets_ptr, weights_ptr, delays_ptr, tl.load(scales_ptr), tl.load(scales_ptr + 1), per_ms,
             SOURCES, LANES, WEIGHT, DELAY, True, ".cg" if TOGETHER else "",
         )  # fmt: skip
         if TOGETHER:
@@ -317,8 +317,8 @@ def sparse_forward_kernel(
             meetings += 2
         else:
             tl.debug_barrier()  # the sums are complete before any thread takes them
-        first += (end - begin).to(tl.int32)
-        first = tl.where(first >= R, first - R, first).to(tl.int32)
+        first += end - begin
+        first = tl.where(first >= R, first - R, first)
         begin = end
     if TOGETHER:
         if not waiting:
