@@ -253,7 +253,6 @@ def sparse_forward_kernel(
     row = tl.program_id(1).to(tl.int64)
     M = B * N
     dtype: tl.constexpr = constants_ptr.dtype.element_ty
-    unit_e, unit_i = tl.load(scales_ptr + 2), tl.load(scales_ptr + 3)
     list_ptr = lists_ptr + row * window * N
     meetings = 0
     waiting = True
@@ -261,12 +260,13 @@ def sparse_forward_kernel(
     while (begin < steps) & waiting:
         end = tl.minimum(begin + window, steps)
         count = 0
-        for tile in range(part * BLOCK, N, parts * BLOCK):
-            neurons = tl.cast(tile, tl.int64) + tl.arange(0, BLOCK)
-            mask = neurons < N
+        for tile in range(part * BLOCK, sources, parts * BLOCK):
+            neurons = tile + tl.arange(0, BLOCK)
+            mask = neurons < sources
             cells = row * N + neurons
             c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
             s = load_fields(final_ptr + cells, M, mask, FIELDS)
+            unit_e, unit_i = tl.load(scales_ptr + 2), tl.load(scales_ptr + 3)
             word = tl.zeros([BLOCK], tl.int32)
             if words_ptr is not None:
                 begun = tl.where(mask, begin % 32, 0) > 0
@@ -286,7 +286,7 @@ def sparse_forward_kernel(
                     t, cells, s, word, drive, recurrent, c, mask, spikes_ptr, words_ptr, states_ptr, T, M, states_stride,
                     FIELDS, JUMP_FIRST,
                 )  # fmt: skip
-                entries = step * sources + neurons.to(tl.int32)
+                entries = step * sources + neurons
                 if TOGETHER:
                     fired = tl.sum(spike.to(tl.int32), 0)
                     if fired > 0:
