@@ -6,7 +6,8 @@ Out-of-bounds accesses, races and deadlocks raise by themselves. Races are looke
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import ptxsim
 from coba_triton.backend import triton as triton_backend
+from coba_triton.kernels import sparse as sparse_kernels
 from coba_triton.ops.call import Outputs
 from helpers.bits import assert_same_bits
 from helpers.sparse_networks import SparseProblem, sparse_network_problem
@@ -158,39 +160,44 @@ def test_gradients_have_the_same_bits_under_all_schedules(monkeypatch: pytest.Mo
         assert_same_bits(other.values(), results[0].values())
 
 
-def without(number: int, instruction: str) -> Callable[[str], str]:
-    """Leave out one of the instructions that a pattern matches, counted from the end of the kernel."""
-
-    def transform(ptx: str) -> str:
-        if "sparse_forward_kernel" not in ptx:
-            return ptx
-        found = list(re.finditer(instruction, ptx))
-        start, end = found[number].span()
-        return ptx[:start] + ptx[end:]
-
-    return transform
+SOURCE = Path(sparse_kernels.__file__).read_text().splitlines()
+BARRIERS = {
+    "after the delivery": ("the sums are complete before any thread takes them", 1),
+    "before an arrival": ("all threads are done before the arrival is announced", 3),
+}
 
 
-BARRIER = r"\n[^\n]*bar\.sync[^\n]*0;"
-
-
-@pytest.mark.parametrize("number", [-1, -2])
-def test_a_missing_barrier_is_noticed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the barrier after the delivery, and without that before it, threads of a program race."""
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_missing_barrier_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of two warps, whose threads race without it."""
+    comment, programs = BARRIERS[name]
     monkeypatch.setattr(triton_backend, "SPARSE_TILE", 64)
-    together(monkeypatch, 1)
-    ptxsim.set_options(transform=without(number, BARRIER))
+    together(monkeypatch, programs)
+    case = problem(batch=1, neurons=150, steps=5)
+    case.run()
+    (line,) = [number for number, text in enumerate(SOURCE, 1) if f"tl.debug_barrier()  # {comment}" in text]
+    # what stands between the line that names the place in the source and the next one
+    barrier = re.compile(rf"(\n\t\.loc\t1 {line} (?:(?!\.loc\t)[^\n]*\n)*?)[^\n]*bar\.sync[^\n]*")
+    found: list[int] = []
+
+    def leave_out(ptx: str) -> str:
+        ptx, count = barrier.subn(r"\1", ptx)
+        found.append(count)
+        return ptx
+
+    ptxsim.set_options(transform=leave_out)
     with pytest.raises(ptxsim.KernelFault, match="RACE"):
         for seed in SEEDS:
             ptxsim.set_options(seed=seed)
-            problem(batch=1).run()
+            case.run()
+    assert sum(found) > 0
 
 
 @pytest.mark.parametrize("order", ["release", "acquire"])
 def test_a_meeting_that_orders_nothing_is_noticed(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that count arrivals without releasing or acquiring what was written before race."""
     together(monkeypatch, 3)
-    ptxsim.set_options(transform=lambda ptx: ptx.replace(f".{order}.gpu", ".relaxed.gpu"))
+    ptxsim.set_options(transform=lambda ptx: ptx.replace(f".gpu.{order}", ".gpu.relaxed"))
     with pytest.raises(ptxsim.KernelFault, match="RACE"):
         problem(batch=1).run()
 
