@@ -236,11 +236,11 @@ def sparse_forward_kernel(
     BLOCK: tl.constexpr, FIELDS: tl.constexpr, SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr,
     DELAY: tl.constexpr, TOGETHER: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Programs ``(parts, B)``: one owns a batch row, or, ``TOGETHER``, several share it. Each has tiles of ``BLOCK`` neurons.
+    """One of the programs ``(parts, B)`` owns a batch row, or several share it ``TOGETHER``, with tiles of ``BLOCK`` neurons.
 
     ``window`` steps are integrated, the spikes of all programs listed; then the programs share out the list and add its
-    synapses into the ring, from whose slot ``first`` on sums are taken, a slot a step. ``final`` has the state from the beginning
-    on. ``counts [2, B]``, the lengths of the lists, take turns: the other one is cleared while a list is read.
+    synapses into the ring, from whose slot ``first`` on sums are taken, a slot a step. ``final`` has the initial state when
+    the kernel starts. ``counts [2, B]``, the lengths of lists, take turns: one is cleared while the other's list is read.
     ``arrived [B]`` counts how often programs met. Who waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
     """
     sources = N

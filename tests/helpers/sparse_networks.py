@@ -1,4 +1,4 @@
-"""Networks of sparse synapses for tests of a backend's kernels, and what a plain loop over steps and synapses makes of them."""
+"""Networks of sparse synapses for tests of a backend, and what a plain loop over steps and synapses makes of them."""
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ class Synapses:
     def float_drive(self, values: Tensor, weights: Tensor, neurons: int) -> Drive:
         """Sums of floats that autograd follows."""
         zeros = torch.zeros(len(values), neurons, dtype=weights.dtype)
-        return Drive(
-            *(zeros.index_add(1, self.targets, torch.relu(signed) * values) for signed in (weights, -weights))
-        )
+        return Drive(*(zeros.index_add(1, self.targets, torch.relu(signed) * values) for signed in (weights, -weights)))
 
 
 @dataclass
@@ -233,9 +231,7 @@ class SparseProblem:
         self.words = packed
         return {"spikes": spikes, "states": states, "final": state}
 
-    def gradients(
-        self, loss: dict[str, Tensor], method: str, samples: int, cuts: tuple[int, ...] = ()
-    ) -> dict[str, Tensor]:
+    def gradients(self, loss: dict[str, Tensor], method: str, samples: int, cuts: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """By everything, block by block; the forward ran before in the same blocks."""
         net = self.net
         steps, (_, batch, neurons), longest = len(self.x), self.state.shape, net.longest

@@ -127,7 +127,14 @@ def test_programs_are_as_many_as_run_at_once(monkeypatch) -> None:
     monkeypatch.setattr(triton_backend, "threads_per_warp", lambda: 32)
     monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
     device = torch.device("cpu")
-    for neurons, batch, expected in [(1024, 1, 1), (1025, 1, 5), (4000, 1, 16), (4000, 100, 1), (10**6, 1, 132), (10**6, 50, 2)]:
+    for neurons, batch, expected in [
+        (1024, 1, 1),
+        (1025, 1, 5),
+        (4000, 1, 16),
+        (4000, 100, 1),
+        (10**6, 1, 132),
+        (10**6, 50, 2),
+    ]:
         count = triton_backend._programs_per_row(neurons, batch, device, triton_backend.ONE_PROGRAM_FORWARD)
         assert count == expected, (neurons, batch)
         assert count == 1 or count * batch <= 132
@@ -154,9 +161,7 @@ def synapses_of(weights: Tensor, scale: float, sums: torch.dtype = torch.int64) 
     """One source, a synapse onto each of as many neurons; ``scale`` for both signs, so that integers can be read."""
     count = len(weights)
     scales = torch.tensor([scale, scale, 1 / scale, 1 / scale], dtype=weights.dtype)
-    return Projection(
-        torch.tensor([0, count]), torch.arange(count, dtype=torch.int32), weights, None, Grid(scales, sums)
-    )
+    return Projection(torch.tensor([0, count]), torch.arange(count, dtype=torch.int32), weights, None, Grid(scales, sums))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -327,14 +332,18 @@ def test_gradients_of_each_sample_are_those_of_its_rows(device) -> None:
         part.x, part.state, part.history = part.x[:, rows], part.state[:, rows].contiguous(), part.history[:, rows]
         own = {name: value[..., rows, :].contiguous() for name, value in loss.items()}
         alone = part.gradients(own, "super", 1, (2,))
-        assert_same_bits([both[key][sample] for key in ("recurrent", "inputs")], [alone[key][0] for key in ("recurrent", "inputs")])
+        assert_same_bits(
+            [both[key][sample] for key in ("recurrent", "inputs")], [alone[key][0] for key in ("recurrent", "inputs")]
+        )
 
 
 def test_sums_are_exact_in_any_order(device) -> None:
     """Synapses in another order have the same bits, though a sum of floats has others."""
     case = problem(neurons=20, fan_out=40, size=0.01, batch=1)
     indptr, targets, weights, delays, grid = case.net.recurrent
-    order = torch.cat([begin + torch.arange(int(count)).flip(0) for begin, count in zip(indptr, indptr.diff(), strict=False)])
+    order = torch.cat(
+        [begin + torch.arange(int(count)).flip(0) for begin, count in zip(indptr, indptr.diff(), strict=False)]
+    )
     turned = Projection(indptr, targets[order], weights[order], delays[order], grid)
     expected = case.run()
     case.net = case.net._replace(recurrent=turned)
