@@ -15,6 +15,7 @@ with silent_start():
     )
     from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
     from .neuron.records import (
+        CobaLIFDelayState,
         CobaLIFFeedForwardRefractoryState,
         CobaLIFFeedForwardState,
         CobaLIFParameters,
@@ -24,6 +25,7 @@ with silent_start():
         default_bio_state,
     )
     from .ops.spikes import pack_spikes, unpack_spikes
+    from .ops.synapses import LogNormal, Normal, Synapses, Uniform
     from .pynn.parameters import from_pynn, to_pynn
     from .stream.events import read_events
     from .stream.results import Result, open_result
@@ -45,6 +47,7 @@ except PackageNotFoundError:  # a bare checkout
 __all__ = [
     "CobaLIF",
     "CobaLIFCell",
+    "CobaLIFDelayState",
     "CobaLIFFeedForwardCell",
     "CobaLIFFeedForwardRefractoryState",
     "CobaLIFFeedForwardState",
@@ -53,11 +56,15 @@ __all__ = [
     "CobaLIFRefractoryState",
     "CobaLIFState",
     "EventSource",
+    "LogNormal",
     "MemorySink",
+    "Normal",
     "NpzSink",
     "PoissonSource",
     "Record",
     "Result",
+    "Synapses",
+    "Uniform",
     "ZarrSink",
     "__version__",
     "check",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,18 +15,22 @@ from .neuron.records import (
     CobaLIFFeedForwardState,
     CobaLIFParameters,
     CobaLIFState,
+    Drive,
     FeedForwardState,
     RecurrentState,
     feed_forward_state,
     numbers_of,
     recurrent_state,
 )
-from .ops import operators, time_blocks, validation
-from .ops.call import Call, Weights
+from .ops import operators, sparse_operators, time_blocks, validation
+from .ops.call import Call, Connections, Weights
 from .ops.constants import constants_table, derive_constants
+from .ops.grid import grid_of
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
+from .ops.synapses import Synapses
 from .ops.tensors import is_refractory, keep, known, number_key, numbers_on
 from .ops.validation import SpikeDtype
+from .ops.wiring import Wiring, connect, is_sparse
 
 FEED_FORWARD_FIELDS = CobaLIFFeedForwardState._fields
 RECURRENT_FIELDS = CobaLIFState._fields
@@ -111,7 +115,7 @@ def initial_feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_sh
 
 
 def initial_recurrent_state(
-    x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
+    x: Tensor, state: Any, input_weights: Any, recurrent_weights: Any, p: Any, dt: float, step_shape: torch.Size
 ) -> Tensor:
     """Check the arguments of a call; returns its last spikes and its state, ``[1 + F, *batch, N]``."""
     fields = (*RECURRENT_FIELDS, "left") if is_refractory(p, state) else RECURRENT_FIELDS
@@ -167,10 +171,12 @@ def coba_lif_feed_forward_step(
 def coba_lif_step(
     input_tensor: Tensor,
     state: Any,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
+    input_weights: Tensor | Synapses,
+    recurrent_weights: Tensor | Synapses,
     p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
     dt: float = 0.001,
+    *,
+    delay: Any = None,
 ) -> tuple[Tensor, RecurrentState]:
     """One step of a recurrent population of conductance-based LIF neurons, in eager PyTorch.
 
@@ -199,13 +205,20 @@ def coba_lif_step(
     """
     validation.check_input(input_tensor, "[*batch, I]", 1)
     dt = validation.check_dt(dt)
+    if is_sparse(input_weights, recurrent_weights, delay):
+        wiring = connect(input_tensor, input_weights, recurrent_weights, delay, dt)
+        spikes, done = _sparse_integral(
+            input_tensor.unsqueeze(0), state, wiring, p, dt, Call("reference", method=p.method), None, None
+        )
+        return spikes.squeeze(0), done
     before = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
-    w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
+    given = cast("tuple[Tensor, Tensor]", (input_weights, recurrent_weights))
+    w = reference.SplitWeights.of(*(weights.to(dtype) for weights in given))
     s = recurrent_state(*before.unbind())
     z, *after = _fields_after(reference.recurrent_step(input_tensor.to(dtype), s.z, s, w, c, False, p.method))
-    return z.to(default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), recurrent_state(z, *after)
+    return z.to(default_spike_dtype(input_tensor, dtype, given)), recurrent_state(z, *after)
 
 
 def check_sequence(
@@ -420,8 +433,8 @@ def _run_operator(
 def coba_lif_integral(
     input_tensor: Tensor,
     state: Any,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
+    input_weights: Tensor | Synapses,
+    recurrent_weights: Tensor | Synapses,
     p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
     dt: float = 0.001,
     *,
@@ -432,6 +445,7 @@ def coba_lif_integral(
     spike_dtype: SpikeDtype = None,
     path: str = "auto",
     out: Tensor | None = None,
+    delay: Any = None,
 ) -> tuple[Tensor, RecurrentState]:
     """A recurrent population of conductance-based LIF neurons over a whole sequence.
 
@@ -485,10 +499,15 @@ def coba_lif_integral(
     block_steps = check_sequence(input_tensor, "[T, *batch, I]", 2, order, block_steps, record_states, spike_dtype)
     dt = validation.check_dt(dt)
     validation.check_path(path, time_blocks.PATHS)
+    if is_sparse(input_weights, recurrent_weights, delay):
+        wiring = connect(input_tensor, input_weights, recurrent_weights, delay, dt)
+        call = Call(backend, order == "jump_first", p.method, None, record_states, block_steps, path)
+        return _sparse_integral(input_tensor, state, wiring, p, dt, call, spike_dtype, out)
     initial = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
-    weights = input_weights.to(dtype), recurrent_weights.to(dtype)
-    default = default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
+    given = cast("tuple[Tensor, Tensor]", (input_weights, recurrent_weights))
+    weights = given[0].to(dtype), given[1].to(dtype)
+    default = default_spike_dtype(input_tensor, dtype, given)
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)
@@ -534,3 +553,138 @@ def _run_recurrent_operator(
     spikes = spikes.reshape(steps, *neurons)
     trace = recurrent_state(spikes, *own_fields(states, (steps, *neurons), len(states)))
     return _into(out, pack_spikes(spikes) if call.spike_dtype is None else spikes.to(call.spike_dtype)), trace
+
+
+def _initial_sparse_state(
+    x: Tensor, state: Any, wiring: Wiring, p: Any, dt: float, step_shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of a call; returns the spikes of the last D steps, ``[D, *batch, N]``, and its state."""
+    longest, neurons = wiring.longest, torch.Size([*step_shape[:-1], wiring.recurrent.neurons])
+    fields = (*RECURRENT_FIELDS, "left") if longest > 1 or is_refractory(p, state) else RECURRENT_FIELDS
+    validation.check_parameters(p)
+    if state is not None:
+        validation.check_state(state, RECURRENT_FIELDS, x.device)
+    numbers = _tensors(p)
+    validation.broadcast_neurons(neurons, _state_fields(state, fields) | numbers, grows=False)
+    given = _given(state, fields, p)
+    validation.warn_if_unstable(p, dt, given[2], given[3])
+    history = getattr(state, "history", 0.0) if longest > 1 else 0.0
+    weights = [w.weights if isinstance(w, Synapses) else w for w in wiring[:2]]
+    initial = _side_by_side(x, neurons, given, [*weights, *numbers.values(), history])
+    if longest == 1:
+        return initial[:1], initial[1:]
+    sent = torch.as_tensor(history, dtype=initial.dtype, device=x.device)
+    if sent.dim() < 2:
+        sent = sent.expand(longest, *neurons)
+    validation.broadcast_neurons(neurons, {"state.history[0]": sent[0]}, grows=False)
+    sent = sent.expand(len(sent), *neurons)[max(0, len(sent) - longest) : -1]
+    missing = sent.new_zeros(longest - 1 - len(sent), *neurons)
+    return torch.cat([missing, sent, initial[:1]]), initial[1:]
+
+
+def _sparse_integral(
+    x: Tensor, state: Any, wiring: Wiring, p: Any, dt: float, call: Call, spike_dtype: SpikeDtype, out: Tensor | None
+) -> tuple[Tensor, RecurrentState]:
+    """:func:`coba_lif_integral` with sparse synapses or delays."""
+    history, initial = _initial_sparse_state(x, state, wiring, p, dt, x.shape[1:])
+    neurons, dtype, device = initial.shape[1:], initial.dtype, x.device
+    inputs, recurrent = wiring.inputs, wiring.recurrent
+    given = [w.weights if isinstance(w, Synapses) else w for w in (inputs, recurrent)]
+    default = default_spike_dtype(x, dtype, given)
+    if out is not None:
+        wanted = _spikes_format(x.shape[0], neurons, spike_dtype, default)
+        named = {"input_tensor": x, **_state_fields(state, (*RECURRENT_FIELDS, "left", "history")), **numbers_of(p)}
+        named |= dict(zip(("input_weights", "recurrent_weights"), given, strict=True))
+        validation.check_out(out, *wanted, named)
+    if call.path not in ("auto", "events"):
+        raise ValueError(f"path {call.path!r} is for dense weights, got sparse synapses or delays; pass path='auto'")
+    backend = choose_backend(call.backend, device)
+    validation.check_exported(backend)
+    weights = [w.to(dtype) for w in given]
+    if backend == "reference":
+        rows, final = _run_sparse_reference(x.to(dtype), history, initial, wiring, weights, p, dt, call)
+        return _into(out, format_spikes(rows, initial[0], spike_dtype, default)), final
+    delays = recurrent.delays
+    if delays is None:
+        delays = numbers_on(device, torch.float32, [dt])
+    sparse = isinstance(inputs, Synapses)
+    to = Connections(
+        None if sparse else weights[0],
+        inputs.indptr if isinstance(inputs, Synapses) else None,
+        inputs.targets if isinstance(inputs, Synapses) else None,
+        weights[0] if sparse else None,
+        recurrent.indptr,
+        recurrent.targets,
+        weights[1],
+        delays,
+        constants_table(p, dt, dtype, device, neurons),
+        1 / dt,
+        wiring.shortest,
+    )
+    written = None if spike_dtype == "bits" else spike_dtype or default
+    call = call._replace(backend=backend, spike_dtype=written)
+    steps, batch, N = x.shape[0], neurons[:-1].numel(), neurons[-1]
+    x = kernel_input(x, dtype).reshape(steps, batch, x.shape[-1])
+    sent = history.reshape(wiring.longest, batch, N).contiguous()
+    flat = initial.reshape(len(initial), batch, N).contiguous()
+    trace = call.record_states
+    if out is not None and not trace:
+        last, flat = sparse_operators.sparse_out(x, sent, flat, to, out.view(out.shape[0], batch, N), call)
+        spikes = out
+    else:  # recorded spikes are part of the differentiable state: they take their format afterwards
+        call = call._replace(spike_dtype=dtype) if trace else call
+        spikes, last, flat, states = sparse_operators.sparse(x, sent, flat, to, call)
+        spikes = spikes.reshape(spikes.shape[0], *neurons)
+        flat = states if trace else flat
+    past = (last.reshape(len(last), *neurons),) if wiring.longest > 1 else ()
+    shape = (steps, *neurons) if trace else neurons
+    z = spikes if trace else last[-1].reshape(neurons).clone()
+    final = recurrent_state(z, *own_fields(flat, shape, len(flat)), *past)
+    if trace:
+        spikes = _into(out, pack_spikes(spikes) if written is None else spikes.to(written))
+    return spikes, final
+
+
+def _run_sparse_reference(
+    x: Tensor, history: Tensor, initial: Tensor, wiring: Wiring, weights: list[Tensor], p: Any, dt: float, call: Call
+) -> tuple[list[Tensor], RecurrentState]:
+    """The same, step by step in eager PyTorch."""
+    c = derive_constants(p, dt, initial.dtype, x.device)
+    inputs, recurrent = (
+        _reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None
+        for synapses, own in zip(wiring[:2], weights, strict=True)
+    )
+    assert recurrent is not None
+    rows: list[Tensor] = []
+    trace: list[Any] = []
+    s = recurrent_state(history[-1], *initial.unbind())
+    for now in x.unbind(0):
+        if inputs is not None:
+            drive = reference.input_drive(inputs, now)
+        else:
+            w = weights[0].mT
+            drive = Drive(now @ torch.relu(w), now @ torch.relu(-w))
+        done, history = reference.sparse_step(drive, history, s, recurrent, c, call.jump_first, call.method)
+        s = recurrent_state(*_fields_after(done))
+        rows.append(done.z)
+        trace.append(s)
+    if call.record_states:
+        columns = zip(*trace, strict=True) if trace else ((),) * len(s)
+        s = recurrent_state(*(_stack(list(column), own) for column, own in zip(columns, s, strict=True)))
+    else:
+        s = recurrent_state(*(torch.clone(torch.as_tensor(field)) for field in s))
+    return rows, s if wiring.longest == 1 else recurrent_state(*s, history.clone())
+
+
+def _reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
+    """The synapses one by one."""
+    sources = synapses.source_of()
+    grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons)
+
+    def each(numbers: Tensor) -> Tensor:
+        return numbers[sources, 0] if numbers.dim() == 2 else numbers.expand(synapses.count)
+
+    steps = torch.ones_like(sources)
+    if synapses.delays is not None:
+        steps = torch.round(each(synapses.delays) * torch.tensor(1 / dt, dtype=torch.float32)).long()
+    return reference.SparseWeights(sources, synapses.targets.long(), each(weights), steps, grid.scales, synapses.neurons)

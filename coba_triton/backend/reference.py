@@ -142,3 +142,107 @@ def recurrent_step(x: Tensor, z: Any, s: Any, w: SplitWeights, c: Constants, jum
     """
     drive, recurrent = Drive(x @ w.input_e, x @ w.input_i), Drive(z @ w.recurrent_e, z @ w.recurrent_i)
     return step(s, drive, recurrent, c, jump_first, method)
+
+
+class _ExactSum(torch.autograd.Function):
+    """The sum over synapses of weight times value, of whole numbers of ``1 / scale``: exact in any order, rounded once."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights: Tensor, values: Tensor, targets: Tensor, scale: Tensor, neurons: int) -> Tensor:
+        terms = torch.round(weights.double() * values.double() * scale.double()).long()
+        sums = torch.zeros(*values.shape[:-1], neurons, dtype=torch.int64, device=values.device)
+        return sums.index_add(-1, targets, terms).to(weights.dtype) * (1.0 / scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        weights, values, targets, _, ctx.neurons = inputs
+        ctx.save_for_backward(weights, values, targets)
+        ctx.save_for_forward(weights, values, targets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, values, targets = ctx.saved_tensors
+        at_target = grad[..., targets]
+        by_weight = (at_target * values).flatten(0, -2).sum(0) if values.dim() > 1 else at_target * values
+        return by_weight, at_target * weights, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weights_tangent: Tensor | None, values_tangent: Tensor | None, *_: Any) -> Tensor:
+        weights, values, targets = ctx.saved_tensors
+        terms = torch.zeros_like(values)
+        if weights_tangent is not None:
+            terms = terms + weights_tangent * values
+        if values_tangent is not None:
+            terms = terms + weights * values_tangent
+        tangent: Tensor = values.new_zeros(*values.shape[:-1], ctx.neurons).index_add(-1, targets, terms)
+        return tangent
+
+
+class SparseWeights(NamedTuple):
+    """The synapses of one projection, one after the other.
+
+    Attributes:
+        sources: index of the sending neuron or input of each synapse, ``[S]``.
+        targets: index of the receiving neuron, ``[S]``.
+        weights: in uS, ``[S]``; its sign decides which conductance a synapse drives.
+        steps: after how many steps a spike arrives, ``[S]``; None: in its own step.
+        scales: what makes integers of excitatory and of inhibitory weights: powers of two.
+        neurons: N.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    weights: Tensor
+    steps: Tensor | None
+    scales: Tensor
+    neurons: int
+
+
+def exact_drive(w: SparseWeights, values: Tensor, unit: Any = 1.0) -> Drive:
+    """The drive of the ``values [*batch, S]`` that arrive at the synapses; ``unit``: of which values are fractions."""
+    excitatory, inhibitory = (
+        _ExactSum.apply(relu(weights), values, w.targets, scale / unit, w.neurons)  # type: ignore[no-untyped-call]
+        for weights, scale in ((w.weights, w.scales[0]), (-w.weights, w.scales[1]))
+    )
+    return Drive(excitatory, inhibitory)
+
+
+def input_drive(w: SparseWeights, x: Tensor) -> Drive:
+    """The drive of an input ``x [*batch, I]`` through sparse synapses.
+
+    A value beyond 1 makes the grid of its row coarser by the least power of two that is not below it. One that is not
+    finite drives all neurons with NaN, as it would through a matrix that has a weight of 0.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    finite = torch.isfinite(largest)
+    fraction, power = torch.frexp(where(finite, largest, 1.0))
+    unit = torch.ldexp(torch.ones_like(largest), (power - (fraction == 0.5).int()).clamp(min=0))
+    drive = exact_drive(w, where(finite, x, 0.0)[..., w.sources], unit)
+    return Drive(where(finite, drive.e, torch.nan), where(finite, drive.i, torch.nan))
+
+
+def recurrent_drive(w: SparseWeights, history: Tensor) -> Drive:
+    """The drive of the spikes that arrive now, of ``history [D, *batch, N]``: in its last row are those of the last step."""
+    assert w.steps is not None
+    sent = history.movedim(0, -1)[..., w.sources, len(history) - w.steps]
+    return exact_drive(w, sent)
+
+
+def sparse_step(
+    drive: Drive, history: Tensor, s: Any, w: SparseWeights, c: Constants, jump_first: bool, method: str
+) -> tuple[Step, Tensor]:
+    """One step of a population with sparse synapses; returns the history after it as well.
+
+    Args:
+        drive: of the input.
+        history: spikes of the last D steps, ``[D, *batch, N]``.
+        s: the state before the step.
+        w: the synapses from neuron to neuron.
+        c: the step's constants.
+        jump_first: add the drive before the decay instead of after it.
+        method: surrogate derivative of the spike.
+    """
+    done = step(s, drive, recurrent_drive(w, history), c, jump_first, method)
+    return done, torch.cat([history[1:], done.z.unsqueeze(0)])

@@ -102,8 +102,33 @@ class CobaLIFFeedForwardRefractoryState(NamedTuple):
         return CobaLIFFeedForwardRefractoryState(*map(_detach, self))
 
 
+class CobaLIFDelayState(NamedTuple):
+    """State of a recurrent population in which a spike is under way for more than one step.
+
+    Attributes:
+        z: spikes of the last step, 0 or 1, ``[*batch, N]``.
+        v: membrane potential in mV, ``[*batch, N]``.
+        g_e: excitatory conductance in uS, ``[*batch, N]``.
+        g_i: inhibitory conductance in uS, ``[*batch, N]``.
+        left: number of steps for which a neuron is still held at ``v_reset``, ``[*batch, N]``; it gets no gradient.
+        history: spikes of the last D steps, ``[D, *batch, N]``, those of ``z`` in the last row. D is the longest delay in
+            steps. What is still on its way to a neuron follows from them.
+    """
+
+    z: Number
+    v: Number
+    g_e: Number
+    g_i: Number
+    left: Number
+    history: Number
+
+    def detach(self) -> CobaLIFDelayState:
+        """The state without its past, for truncated backpropagation through time."""
+        return CobaLIFDelayState(*map(_detach, self))
+
+
 FeedForwardState: TypeAlias = CobaLIFFeedForwardState | CobaLIFFeedForwardRefractoryState
-RecurrentState: TypeAlias = CobaLIFState | CobaLIFRefractoryState
+RecurrentState: TypeAlias = CobaLIFState | CobaLIFRefractoryState | CobaLIFDelayState
 
 
 def feed_forward_state(*fields: Any) -> FeedForwardState:
@@ -112,7 +137,9 @@ def feed_forward_state(*fields: Any) -> FeedForwardState:
 
 
 def recurrent_state(*fields: Any) -> RecurrentState:
-    """The record of these fields: z, v, g_e, g_i and, with a refractory period, left."""
+    """The record of these fields: z, v, g_e, g_i; with a refractory period, left; with longer delays, history as well."""
+    if len(fields) == 6:
+        return CobaLIFDelayState(*fields)
     return CobaLIFRefractoryState(*fields) if len(fields) == 5 else CobaLIFState(*fields)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..neuron.records import Kept, State
+from .grid import Grid, grid_of
 
 if TYPE_CHECKING:
     from ..backend.protocol import Backend
-    from .grid import Grid
 
 DIFFERENTIABLE = len(State._fields)
 """The first fields of a state, which have a derivative."""
@@ -286,13 +286,39 @@ class Projection(NamedTuple):
     grid: Grid
 
 
+class Connections(NamedTuple):
+    """The tensors of neurons that are connected by sparse synapses, as the operators take them; see :class:`Projection`.
+
+    Attributes:
+        input_weights: dense ``[N, I]``, or None where inputs have sparse synapses: the next three, which are None otherwise.
+        input_indptr, input_targets, input_values: ``[I + 1]``, ``[S]``, and the weights.
+        indptr, targets, weights, delays: of the synapses from neuron to neuron.
+        constants: the table of constants.
+        per_ms: steps in a millisecond.
+        shortest: steps of the shortest delay, at least 1.
+    """
+
+    input_weights: Tensor | None
+    input_indptr: Tensor | None
+    input_targets: Tensor | None
+    input_values: Tensor | None
+    indptr: Tensor
+    targets: Tensor
+    weights: Tensor
+    delays: Tensor
+    constants: Tensor
+    per_ms: float
+    shortest: int
+
+
 class SparseNetwork(NamedTuple):
     """What is the same in all time blocks of neurons that are connected by sparse synapses.
 
     Attributes:
         neurons: N.
         input_weights: dense ``[N, I]``, or None where inputs have sparse synapses.
-        inputs: these synapses, or None.
+        input_rows: the transpose ``[I, N]``, in which the synapses of a source are side by side, or None.
+        inputs: the sparse synapses of inputs, or None.
         recurrent: the synapses from neuron to neuron.
         per_ms: steps in a millisecond.
         shortest: steps of the shortest delay, at least 1.
@@ -304,6 +330,7 @@ class SparseNetwork(NamedTuple):
 
     neurons: int
     input_weights: Tensor | None
+    input_rows: Tensor | None
     inputs: Projection | None
     recurrent: Projection
     per_ms: float
@@ -312,6 +339,38 @@ class SparseNetwork(NamedTuple):
     constants: Tensor
     jump_first: bool
     backend: Backend
+
+    @classmethod
+    def of(cls, to: Connections, neurons: int, longest: int, jump_first: bool, backend: Backend) -> SparseNetwork:
+        """``longest``: R, rows of the history."""
+        inputs = None
+        if to.input_indptr is not None and to.input_targets is not None and to.input_values is not None:
+            values = to.input_values.contiguous()
+            grid = grid_of(to.input_values, to.input_indptr, to.input_targets, neurons)
+            inputs = Projection(to.input_indptr.contiguous(), to.input_targets.contiguous(), values, None, grid)
+        grid = grid_of(to.weights, to.indptr, to.targets, neurons)
+        recurrent = Projection(
+            to.indptr.contiguous(), to.targets.contiguous(), to.weights.contiguous(), to.delays.contiguous(), grid
+        )
+        rows = None if to.input_weights is None else to.input_weights.t().contiguous()
+        constants = to.constants.contiguous()
+        return cls(
+            neurons,
+            to.input_weights,
+            rows,
+            inputs,
+            recurrent,
+            to.per_ms,
+            to.shortest,
+            longest,
+            constants,
+            jump_first,
+            backend,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.constants.dtype
 
 
 class SparseSweep(NamedTuple):
@@ -339,6 +398,8 @@ SCHEMA = {
     "str path, int checkpoint_every, bool? save",
     Asked: "bool x_grad, bool input_weights_grad, bool recurrent_weights_grad, bool constants_grad, int fields, int samples",
     Weights: "Tensor input_weights, Tensor recurrent_weights, Tensor constants",
+    Connections: "Tensor? input_weights, Tensor? input_indptr, Tensor? input_targets, Tensor? input_values, Tensor indptr, "
+    "Tensor targets, Tensor weights, Tensor delays, Tensor constants, float per_ms, int shortest",
     Saved: "Tensor words, Tensor checkpoints",
     Incoming: "Tensor? grad_spikes, Tensor? grad_final, Tensor? grad_states",
 }

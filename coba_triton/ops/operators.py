@@ -605,26 +605,41 @@ class _RecurrentBackwardRules(_BackwardRules):
         return (*grads, *sums, part_constants(grad_constants, shared, size)), (*dims, *sums_dims, 1)
 
 
-for _name, _check, _allocate, _compute in (
-    ("feed_forward", _check_feed_forward, _allocate_feed_forward, _compute_feed_forward),
-    ("feed_forward_out", _check_feed_forward_out, _allocate_feed_forward_out, _compute_feed_forward_out),
-    (
-        "feed_forward_backward",
-        _check_feed_forward_backward,
-        _allocate_feed_forward_backward,
-        _compute_feed_forward_backward,
-    ),
-    ("recurrent", _check_recurrent, _allocate_recurrent, _compute_recurrent),
-    ("recurrent_out", _check_recurrent_out, _allocate_recurrent_out, _compute_recurrent_out),
-    ("recurrent_backward", _check_recurrent_backward, _allocate_recurrent_backward, _compute_recurrent_backward),
-):
-    _real, _fake = (
-        checked(GROUPS[_name], _check, function, with_data) for function, with_data in ((_compute, True), (_allocate, False))
+def register(
+    name: str,
+    check: Callable[..., Any],
+    allocate: Callable[..., Any],
+    compute: Callable[..., Any],
+    rules: type[_Rules] | None,
+) -> None:
+    """Make an operator of its three functions, with its rules, if it has any."""
+    real, fake = (
+        checked(GROUPS[name], check, function, with_data) for function, with_data in ((compute, True), (allocate, False))
     )
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"coba_triton::{_name}", _fake, lib=_library)
-for _rules in (_FeedForwardRules, _FeedForwardBackwardRules, _RecurrentRules, _RecurrentBackwardRules):
-    _rules.register()
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"coba_triton::{name}", fake, lib=_library)
+    if rules is not None:
+        rules.register()
+
+
+register("feed_forward", _check_feed_forward, _allocate_feed_forward, _compute_feed_forward, _FeedForwardRules)
+register("feed_forward_out", _check_feed_forward_out, _allocate_feed_forward_out, _compute_feed_forward_out, None)
+register(
+    "feed_forward_backward",
+    _check_feed_forward_backward,
+    _allocate_feed_forward_backward,
+    _compute_feed_forward_backward,
+    _FeedForwardBackwardRules,
+)
+register("recurrent", _check_recurrent, _allocate_recurrent, _compute_recurrent, _RecurrentRules)
+register("recurrent_out", _check_recurrent_out, _allocate_recurrent_out, _compute_recurrent_out, None)
+register(
+    "recurrent_backward",
+    _check_recurrent_backward,
+    _allocate_recurrent_backward,
+    _compute_recurrent_backward,
+    _RecurrentBackwardRules,
+)
 
 
 def _is_plain(*tensors: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..neuron.records import (
+    CobaLIFDelayState,
     CobaLIFFeedForwardRefractoryState,
     CobaLIFFeedForwardState,
     CobaLIFParameters,
@@ -42,7 +43,8 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 for _record in (
-    CobaLIFState, CobaLIFFeedForwardState, CobaLIFRefractoryState, CobaLIFFeedForwardRefractoryState, CobaLIFParameters
+    CobaLIFState, CobaLIFFeedForwardState, CobaLIFRefractoryState, CobaLIFFeedForwardRefractoryState, CobaLIFDelayState,
+    CobaLIFParameters,
 ):  # fmt: skip
     # an exported program that takes or returns one can be saved
     torch.utils._pytree._register_namedtuple(_record, serialized_type_name=f"coba_triton.{_record.__name__}")

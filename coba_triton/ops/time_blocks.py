@@ -79,7 +79,7 @@ def step_by_step(net: Network, drive: Tensor, z: Tensor, state: Tensor, spikes: 
     return state
 
 
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Matrix products of a sequence stay in its dtype, whatever autocast says."""
 
     @functools.wraps(function)
@@ -91,7 +91,7 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-@_without_autocast
+@without_autocast
 def forward(
     net: Network,
     x: Tensor,
@@ -118,7 +118,7 @@ def forward(
         stepwise = dense or net.exchange is not None
         scratch = torch.uint8 if net.exchange or not dense else z.dtype
         spikes = z.new_empty(steps, *z.shape, dtype=scratch) if out.spikes is None or stepwise else out.spikes[here]
-        words = None if out.words is None else _words_of(out.words, start, steps)
+        words = None if out.words is None else words_of(out.words, start, steps)
         states = None if out.states is None else out.states[:, here]
         if stepwise:
             if drive is None:
@@ -140,12 +140,12 @@ def forward(
     return z, state
 
 
-def _words_of(words: Tensor, start: int, steps: int) -> Tensor:
+def words_of(words: Tensor, start: int, steps: int) -> Tensor:
     """The words of the block that begins with step ``start``."""
     return words[start // WORD_BITS : start // WORD_BITS + word_count(steps)]
 
 
-@_without_autocast
+@without_autocast
 def backward(
     net: Network, x: Tensor, z: Tensor, saved: Saved, grads: Incoming, grad_z: Tensor | None, call: Call, asked: Asked
 ) -> Gradients:
@@ -165,7 +165,7 @@ def backward(
     input_events = net.backend.is_sparse(x)
     for start in reversed(range(0, steps if z.numel() else 0, block_steps)):
         here = slice(start, min(start + block_steps, steps))
-        words = _words_of(saved.words, start, here.stop - start)
+        words = words_of(saved.words, start, here.stop - start)
         sent, last = words, saved.words[start // WORD_BITS - 1] if start else z
         if net.exchange is not None:
             sent, last = net.exchange.gather(sent), net.exchange.gather(last)
@@ -188,10 +188,6 @@ def backward(
         if asked.x:
             grad_x[here] = (adjoints.flatten(0, 1) @ split_input).view(grad_x[here].shape)
 
-    def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
-        excitatory, inhibitory = sums.mT.chunk(2, 1)
-        return (weights > 0) * excitatory - (weights < 0) * inhibitory
-
     no_sums = z.new_zeros(len(Sums._fields), 0)
     return Gradients(
         grad_x,
@@ -201,6 +197,12 @@ def backward(
         by_sign(net.recurrent_weights, recurrent_sums),
         constants_gradient(no_sums if sweep.sums is None else sweep.sums, net.constants),
     )
+
+
+def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
+    """The gradient by ``weights [N, K]``, from the sums ``[..., K, 2 N]`` over the sources of both signs."""
+    excitatory, inhibitory = sums.mT.chunk(2, -2)
+    return (weights > 0) * excitatory - (weights < 0) * inhibitory
 
 
 def _begin(net: Network, z: Tensor, grads: Incoming, grad_z: Tensor | None, method: str, asked: Asked) -> Sweep:

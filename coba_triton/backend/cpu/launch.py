@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import mmap
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...ops.call import (
     CPU_CHECKPOINT_EVERY,
@@ -23,12 +26,15 @@ from ...ops.call import (
     Incoming,
     Network,
     Outputs,
+    Projection,
     Saved,
+    SparseNetwork,
+    SparseSweep,
     Sweep,
     kept_count,
 )
 from ...tuning.tables import Parameters, launch_parameters
-from . import feed_forward, recurrent
+from . import feed_forward, recurrent, sparse, sparse_backward
 from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
 
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
@@ -100,7 +106,7 @@ def _split_rows(rows: int, work: int, most: int | None = None) -> list[tuple[int
     return list(itertools.pairwise(rows * thread // threads for thread in range(threads + 1)))
 
 
-def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[int, int]]) -> None:
+def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[int, ...]]) -> None:
     """Run ``kernel`` over every share of the neurons or rows: the first share in this thread, and each other in its own."""
     first, *rest = shares
     jobs = [pool(os.getpid(), len(rest)).submit(kernel, *args, *share) for share in rest]
@@ -481,3 +487,196 @@ def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> N
     row, source = np.divmod(flat, max(1, sources.shape[1]))
     shares = _split_rows(sums.shape[1], len(flat) * sums.shape[1] // 8)
     _launch(recurrent.products_kernel(), _array(sums), _array(rows), row, source, values[flat], shares=shares)
+
+
+_splits: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _split_synapses(synapses: Projection, neurons: int, parts: int, share: int) -> Any:
+    """Where the synapses of every source onto the neurons of each part begin and end, int64 ``[parts + 1, K]``."""
+    if parts == 1:
+        return np.stack([_array(synapses.indptr[:-1]), _array(synapses.indptr[1:])])
+    key = (parts, share, synapses.indptr._version)
+    kept = _splits.get(synapses.indptr)
+    if kept is None or kept[0] != key:
+        bounds = np.minimum(np.arange(parts + 1) * share, neurons)
+        splits = np.empty((parts + 1, len(synapses.indptr) - 1), np.int64)
+        sparse.splits_kernel()(_array(synapses.indptr), _array(synapses.targets), bounds, splits)
+        kept = _splits[synapses.indptr] = (key, splits)
+    return kept[1]
+
+
+def _sharing(numbers: Tensor, synapses: int) -> int:
+    """Whether all synapses share a number (0), those of a source do (1), or each has its own (2)."""
+    return 1 if numbers.dim() == 2 else 0 if len(numbers) == 1 and synapses != 1 else 2
+
+
+def _wires(synapses: Projection | None, net: SparseNetwork, parts: int = 1, share: int = 0) -> sparse.Wires:
+    if synapses is None:
+        empty = nothing(1, net.dtype)
+        none = nothing(1, torch.float32)
+        return sparse.Wires(nothing(2, torch.int64), nothing(1, torch.int32), empty, 0, none, 0, np.float32(1), empty)
+    count, delays = len(synapses.targets), synapses.delays
+    return sparse.Wires(
+        _split_synapses(synapses, net.neurons, parts, share),
+        _array(synapses.targets),
+        _array(synapses.weights).reshape(-1),
+        _sharing(synapses.weights, count),
+        nothing(1, torch.float32) if delays is None else _array(delays).reshape(-1),
+        0 if delays is None else _sharing(delays, count),
+        np.float32(net.per_ms),
+        _array(synapses.grid.scales),
+    )
+
+
+def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_ring`."""
+    longest, batch, neurons = history.shape
+    ring = torch.empty(batch, longest, 2, neurons, dtype=net.recurrent.grid.sums)
+    work = 2 * history.numel()
+    _launch(sparse.ring_kernel(), _array(ring), _array(history), _wires(net.recurrent, net), shares=_split_rows(batch, work))
+    return ring
+
+
+# One launch at a time has threads that wait for each other: of two, each could have the threads that the other waits for.
+_one_meeting = threading.Lock()
+
+
+def sparse_block(
+    net: SparseNetwork,
+    ring: Tensor,
+    start: int,
+    x: Tensor,
+    drive: Tensor | None,
+    state: Tensor,
+    out: Outputs,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_block`."""
+    _, batch, neurons = state.shape
+    spikes, words, states, _ = out
+    steps, cells = len(x), batch * neurons
+    final = state.clone()
+    kept = cells if chosen is None else len(chosen)
+    in_place = states is not None and states.is_contiguous()
+    trace = state.new_empty(len(state), 0 if states is None or in_place else steps, kept)
+    if states is not None and in_place:
+        trace = states.view(-1, steps, kept)
+    ask_for_huge_pages(spikes)
+    most = parameters_of("recurrent_forward", state.dtype, neurons, batch)["threads"]
+    work = 4 * steps * cells
+    shares = [(*rows, 0, 1) for rows in _split_rows(batch, work, most)]
+    parts, share = 1, neurons
+    if len(shares) < count_threads(most, work) and batch < torch.get_num_threads():  # too few rows: threads share each
+        share = -(-neurons // (count_threads(most, work) * SHARE_OF)) * SHARE_OF
+        parts = -(-neurons // share)
+        shares = [(0, batch, part, parts) for part in range(parts)]
+    together = min(net.shortest, sparse.MOST_TOGETHER)
+    with _one_meeting if parts > 1 else contextlib.nullcontext():
+        _launch(
+            sparse.block_kernel(),
+            strided_bytes(x.reshape(steps, -1)),
+            _wires(net.inputs, net, parts, share),
+            _array_if_given(drive, 4, state.dtype),
+            _wires(net.recurrent, net, parts, share),
+            _array(ring),
+            start,
+            *constants_arrays(net.constants),
+            array_of_rows(final.view(-1, cells)),
+            strided_bytes(None if spikes is None else spikes.view(steps, cells)),
+            bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
+            rows_if_given(None if words is None else words.view(-1, cells), torch.int32),
+            array_of_rows(trace),
+            _array_if_given(chosen, 1, torch.int64),
+            net.jump_first,
+            holds(len(state)),
+            steps,
+            together,
+            np.empty((2, parts, together, share if parts > 1 else 0), np.int32),
+            np.empty((2, parts, together), np.int64),
+            np.zeros(8, np.int64),
+            shares=shares,
+        )
+    if states is not None and not in_place:
+        states.copy_(trace.view(states.shape))
+    return final
+
+
+def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse_backward.Paths:
+    """What the backward reads of synapses, kept for as long as its blocks need it."""
+    if synapses is None:
+        none = nothing(1, torch.int64)
+        return sparse_backward.Paths(np.zeros(1, np.int64), none, nothing(1, net.dtype), none)
+    places, units = (np.empty(len(synapses.targets), np.int64) for _ in range(2))
+    magnitudes = torch.empty(len(synapses.targets), dtype=net.dtype).numpy()
+    sparse_backward.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
+    return sparse_backward.Paths(_array(synapses.indptr), places, magnitudes, units)
+
+
+def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, sweep: SparseSweep, threads: int) -> None:
+    """Run a kernel for every group of batch rows, and add its sums to the gradients by magnitudes, group after group.
+
+    The kernel takes scratch for the sums of each group that runs at the same time, then what group it has.
+    """
+    lanes, every = sparse_backward.groups(batch, sweep.samples)
+    together = max(1, min(threads, len(every)))
+    parts = [None if sums is None else sums.new_empty(together, sums.shape[1]) for sums in (sweep.recurrent, sweep.inputs)]
+    scratch = [nothing(2, sweep.lam.dtype) if part is None else part.numpy() for part in parts]
+    for begin in range(0, len(every), together):
+        now = every[begin : begin + together]
+        shares = [(lanes, rows, first, number) for number, (first, rows, _) in enumerate(now)]
+        _launch(kernel, *args, *scratch, shares=shares)
+        for number, (_, _, sample) in enumerate(now):
+            for sums, part in zip((sweep.recurrent, sweep.inputs), parts, strict=True):
+                if sums is not None and part is not None:
+                    sums[sample] += part[number]
+
+
+def sparse_backward_block(
+    net: SparseNetwork,
+    ring: Tensor,
+    x: Tensor,
+    drive: Tensor | None,
+    state: Tensor,
+    words: Tensor,
+    grad_spikes: Tensor | None,
+    grad_states: Tensor | None,
+    sweep: SparseSweep,
+    adjoints: Tensor,
+    grad_x: Tensor | None,
+) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_backward_block`."""
+    _, batch, neurons = state.shape
+    steps, cells, dtype = len(x), batch * neurons, state.dtype
+    most = parameters_of("recurrent_backward", dtype, neurons, batch)["threads"]
+    args = (
+        strided_bytes(x.reshape(steps, -1)),
+        _paths(net.inputs, net),
+        _array_if_given(drive, 4, dtype),
+        _paths(net.recurrent, net),
+        np.concatenate([_array(p.grid.scales) for p in (net.recurrent, net.inputs or net.recurrent)]),
+        _array(ring),
+        *constants_arrays(net.constants),
+        array_of_rows(state.view(-1, cells)),
+        _array(words.view(-1, cells)),
+        _array_if_given(None if grad_spikes is None else grad_spikes.view(steps, cells), 2, dtype),
+        nothing(2, dtype) if grad_states is None else array_of_rows(grad_states.reshape(-1, cells)),
+        array_of_rows(sweep.lam.view(-1, cells)),
+        None if sweep.sums is None else _array(sweep.sums),
+        _array(adjoints),
+        _array_if_given(grad_x, 3, dtype),
+        net.jump_first,
+        holds(len(state)),
+        steps,
+    )
+    kernel = sparse_backward.backward_block_kernel(sweep.method)
+    _add_groups(kernel, args, batch, sweep, count_threads(most, 32 * steps * cells))
+
+
+def sparse_history_gradient(
+    net: SparseNetwork, history: Tensor, adjoints: Tensor, grad_history: Tensor, sweep: SparseSweep
+) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_history_gradient`."""
+    args = (_paths(net.recurrent, net), _array(history), _array(adjoints), _array(grad_history))
+    threads = count_threads(None, 32 * history.numel())
+    _add_groups(sparse_backward.history_kernel(), args, history.shape[1], sweep._replace(inputs=None), threads)

@@ -1,0 +1,196 @@
+"""Sequences through sparse synapses: a loop over time blocks, forward and back, around a backend's kernels.
+
+What is on its way at the beginning of a block follows from the spikes of the last R steps, where R is the longest delay. The
+forward keeps it in a ring of sums that the kernels carry from block to block. The backward makes a ring anew for each block,
+from the spikes that were saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..neuron.records import Sums
+from .call import (
+    DIFFERENTIABLE,
+    Asked,
+    Call,
+    Connections,
+    Incoming,
+    Outputs,
+    Saved,
+    SparseNetwork,
+    SparseSweep,
+)
+from .constants import constants_gradient
+from .spikes import WORD_BITS, unpack_spikes, word_count
+from .time_blocks import by_sign, choose_block_steps, project, split, without_autocast, words_of
+
+
+def input_drive(net: SparseNetwork, x: Tensor, events: bool) -> Tensor | None:
+    """The drive ``[2, t, B, N]`` of dense weights; None where there are none, or no input."""
+    if net.input_weights is None or net.input_rows is None or x.shape[-1] == 0:
+        return None
+    if events:
+        return net.backend.project_events(x, net.input_rows)
+    return project(net.input_weights, x)
+
+
+@without_autocast
+def forward(
+    net: SparseNetwork,
+    x: Tensor,
+    ring: Tensor,
+    state: Tensor,
+    out: Outputs,
+    block_steps: int,
+    start: int = 0,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Simulate ``x [T, B, I]`` from the ``ring`` of sums under way and the ``state [F, B, N]``; returns the last state.
+
+    Fill the outputs that are there; a checkpoint is the state before a block. ``start``: steps since the ring was made.
+    With ``chosen [K]``, ascending indices into the neurons of all rows, the recorded states are theirs alone, ``[F, T, K]``.
+    """
+    events = net.input_weights is not None and net.backend.is_sparse(x)
+    for number, begin in enumerate(range(0, x.shape[0], block_steps)):
+        here = slice(begin, min(begin + block_steps, x.shape[0]))
+        if out.checkpoints is not None:
+            out.checkpoints[number] = state
+        filled = Outputs(
+            None if out.spikes is None else out.spikes[here],
+            None if out.words is None else words_of(out.words, begin, here.stop - begin),
+            None if out.states is None else out.states[:, here],
+        )
+        drive = input_drive(net, x[here], events)
+        state = net.backend.sparse_block(net, ring, start + begin, x[here], drive, state, filled, chosen)
+    return state
+
+
+def last_spikes(history: Tensor, spikes: Tensor, steps: int) -> Tensor:
+    """The spikes of the last R steps, from those of the R steps before and ``spikes`` of some more, packed or not."""
+    longest = history.shape[0]
+    packed = spikes.dtype == torch.int32
+    if packed:
+        first = max(0, steps - longest) // WORD_BITS
+        last = unpack_spikes(spikes[first : word_count(steps)], steps - first * WORD_BITS, history.dtype)
+    else:
+        last = spikes[max(0, steps - longest) : steps]
+    last = last[max(0, len(last) - longest) :].to(history.dtype)
+    return torch.cat([history[len(last) :], last])
+
+
+@without_autocast
+def backward(
+    net: SparseNetwork,
+    x: Tensor,
+    history: Tensor,
+    saved: Saved,
+    grads: Incoming,
+    grad_history: Tensor | None,
+    to: Connections,
+    call: Call,
+    asked: Asked,
+) -> tuple[Tensor, ...]:
+    """Go back through :func:`forward`, from the gradients by its outputs and ``grad_history [R, B, N]``."""
+    longest, batch, neurons = history.shape
+    steps, dtype = x.shape[0], history.dtype
+    block_steps = choose_block_steps(call.block_steps, steps, batch * neurons, history.element_size(), train=True)
+    saved, grads = saved.split(asked.fields), grads.ready()
+    recurrent = net.recurrent
+    new = history.new_zeros
+    lam = new(asked.fields, batch, neurons)
+    if grads.final is not None:
+        lam[:DIFFERENTIABLE] += grads.final[:DIFFERENTIABLE]
+    if grads.states is not None:
+        lam[:DIFFERENTIABLE] += grads.states[:DIFFERENTIABLE, -1]
+    sweep = SparseSweep(
+        call.method,
+        asked.samples,
+        lam,
+        new(len(Sums._fields), batch * neurons) if asked.constants else None,
+        new(asked.samples, len(recurrent.targets)) if asked.recurrent_weights else None,
+        new(asked.samples, len(net.inputs.targets)) if asked.input_weights and net.inputs is not None else None,
+    )
+    dense = net.input_weights
+    dense_sums = new(asked.samples, x.shape[-1], 2 * neurons) if asked.input_weights and dense is not None else None
+    split_input = None if dense is None else split(dense)
+    grad_x = x.new_zeros(x.shape if asked.x else (0, *x.shape[1:]))
+    input_events = dense is not None and net.backend.is_sparse(x)
+    later = new(longest, batch, 2, neurons)
+    empty = steps == 0 or batch * neurons == 0
+    for start in reversed(range(0, 0 if empty else steps, block_steps)):
+        here = slice(start, min(start + block_steps, steps))
+        t = here.stop - start
+        words = words_of(saved.words, start, t)
+        before = last_spikes(history, saved.words[: word_count(start)], start)
+        adjoints = torch.cat([new(t, batch, 2, neurons), later])
+        from_states = None
+        if grads.states is not None:  # by the state before each step; the initial state is not recorded
+            first = grads.states[:, start - 1 : start] if start else torch.zeros_like(grads.states[:, :1])
+            from_states = torch.cat([first, grads.states[:, start : here.stop - 1]], 1)
+        by_x = new(t, *x.shape[1:]) if asked.x and net.inputs is not None else None
+        net.backend.sparse_backward_block(
+            net,
+            net.backend.sparse_ring(net, before),
+            x[here],
+            input_drive(net, x[here], input_events),
+            saved.checkpoints[start // block_steps],
+            words,
+            _spikes_gradient(grads, grad_history, here, steps, dtype),
+            from_states,
+            sweep,
+            adjoints,
+            by_x,
+        )
+        if by_x is not None:
+            grad_x[here] = by_x
+        rows = adjoints[:t].flatten(2)
+        if asked.x and split_input is not None:
+            grad_x[here] = (rows.flatten(0, 1) @ split_input).view(grad_x[here].shape)
+        if dense_sums is not None:
+            parts = (tensor.tensor_split(asked.samples, 1) for tensor in (x[here], rows))
+            for own, sent_by, received in zip(dense_sums, *parts, strict=False):
+                net.backend.add_products(own, sent_by.flatten(0, 1), received.flatten(0, 1), input_events)
+        later = adjoints[:longest].clone()
+    by_history = new(history.shape)
+    if not empty:
+        net.backend.sparse_history_gradient(net, history, later, by_history, sweep)
+    if grad_history is not None and steps < longest:  # what was in the history at the end as well
+        by_history[steps:] += grad_history[: longest - steps]
+    return (
+        grad_x,
+        by_history,
+        sweep.lam,
+        new(0) if dense is None or dense_sums is None else by_sign(dense, dense_sums),
+        _per_weight(sweep.inputs, to.input_values, to.input_indptr, history),
+        _per_weight(sweep.recurrent, to.weights, to.indptr, history),
+        constants_gradient(new(len(Sums._fields), 0) if sweep.sums is None else sweep.sums, net.constants),
+    )
+
+
+def _spikes_gradient(
+    grads: Incoming, grad_history: Tensor | None, here: slice, steps: int, dtype: torch.dtype
+) -> Tensor | None:
+    """The gradient by the spikes of a block, of which the last ones are in the history at the end as well."""
+    by_spikes = None if grads.spikes is None else grads.spikes[here].to(dtype)
+    if grad_history is None:
+        return None if by_spikes is None else by_spikes.contiguous()
+    first = steps - len(grad_history)  # the step of the first row of the history
+    begin = max(here.start, first)
+    if begin < here.stop:
+        shape = (here.stop - here.start, *grad_history.shape[1:])
+        by_spikes = grad_history.new_zeros(shape) if by_spikes is None else by_spikes.clone()
+        by_spikes[begin - here.start :] += grad_history[begin - first : here.stop - first]
+    return None if by_spikes is None else by_spikes.contiguous()
+
+
+def _per_weight(by_synapse: Tensor | None, weights: Tensor | None, indptr: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient ``[samples, *weights.shape]`` by weights that synapses may share, from that by each synapse."""
+    if by_synapse is None or weights is None or indptr is None:
+        return like.new_empty(0)
+    if weights.dim() == 2:
+        sums = by_synapse.new_zeros(len(by_synapse), len(weights))
+        sources = torch.repeat_interleave(torch.arange(len(weights), device=indptr.device), indptr.diff())
+        return sums.index_add_(1, sources, by_synapse).unsqueeze(2)
+    return by_synapse.sum(1, keepdim=True) if weights.shape[0] != by_synapse.shape[1] else by_synapse

@@ -1,0 +1,967 @@
+"""Sparse synapses from ``K`` sources onto ``N`` neurons, sorted once by source: the record and what makes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.files import local_path, reason, written_whole
+from .tensors import FLOATING, is_tracked, is_watched
+from .validation import check_dt, check_flag, check_int, is_one_of
+
+MOST = 2**31 - 1  # sources, and neurons
+LEAST_SHARE = 1e-6  # of a normal distribution between its limits
+FORMAT = "coba_triton.Synapses 1"
+PIECE_BYTES = 2**24  # bytes that are read from a file at a time
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc)
+
+
+class Uniform(NamedTuple):
+    """Values that are equally probable from ``low`` to ``high``."""
+
+    low: float
+    high: float
+
+
+class Normal(NamedTuple):
+    """Normally distributed values. Where there are limits, no value is beyond: the rest keeps its distribution.
+
+    Attributes:
+        mean, std: of the distribution without limits.
+        low, high: the limits, None for none.
+    """
+
+    mean: float
+    std: float
+    low: float | None = None
+    high: float | None = None
+
+
+class LogNormal(NamedTuple):
+    """Values whose logarithm is normally distributed; with a negative mean, their negatives.
+
+    Attributes:
+        mean, std: of the values themselves, not of their logarithm.
+    """
+
+    mean: float
+    std: float
+
+
+Law: TypeAlias = Uniform | Normal | LogNormal
+
+
+class Synapses(NamedTuple):
+    """Sparse synapses of ``K`` sources onto ``N`` neurons, by source. A pair may have several synapses.
+
+    The constructors check and sort what they get: :meth:`from_coo`, :meth:`from_torch` and :meth:`from_scipy`. Gradients
+    flow back from the weights to what was given; what is in order already is the field itself, so that a leaf stays a leaf.
+    :meth:`fixed_probability` and :meth:`fixed_number` draw random synapses.
+
+    A synapse needs 4 bytes for its target, and the bytes of a weight and of a delay where it has its own.
+
+    Attributes:
+        indptr: the synapses of source ``k`` are ``indptr[k]`` to ``indptr[k + 1]``; int64 ``[K + 1]``.
+        targets: the post-synaptic neuron of every synapse, int32 ``[S]``, ascending within a source.
+        weights: in uS, floating: one for each synapse ``[S]``, for each source ``[K, 1]`` or for all ``[1]``. A positive
+            one is excitatory, a negative one inhibitory.
+        delays: in ms, float32, of such a shape; they have no gradient. None: one time step, whatever its length is.
+        neurons: N, the number of post-synaptic neurons.
+        shortest: the least delay in ms, 0.0 where ``delays`` is None.
+        longest: the greatest delay in ms, 0.0 where ``delays`` is None.
+
+    Example:
+        >>> synapses = Synapses.from_coo([1, 0], [0, 2], [0.01, -0.02], delays=0.5, shape=(2, 3))
+        >>> synapses.indptr.tolist(), synapses.targets.tolist()
+        ([0, 1, 1, 2], [1, 0])
+        >>> synapses
+        Synapses(3 sources -> 2 neurons, 2 synapses, weights -0.02 to 0.01 uS, delays 0.5 ms, 10 bytes a synapse)
+    """
+
+    indptr: Tensor
+    targets: Tensor
+    weights: Tensor
+    delays: Tensor | None
+    neurons: int
+    shortest: float
+    longest: float
+
+    @property
+    def sources(self) -> int:
+        """K, the number of sources."""
+        return self.indptr.shape[0] - 1
+
+    @property
+    def count(self) -> int:  # type: ignore[override]  # of synapses, not of equal fields
+        """S, the number of synapses."""
+        return self.targets.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for value in self if isinstance(value, Tensor))
+
+    def __repr__(self) -> str:
+        count = self.count
+        each = (self.nbytes - self.indptr.nbytes) / count if count else 0
+        return (
+            f"Synapses({self.sources:,} sources -> {self.neurons:,} neurons, {count:,} synapses, "
+            f"weights {_describe(self.weights)}, "
+            f"delays {'of one step' if self.delays is None else _span(self.shortest, self.longest, 'ms')}, "
+            f"{each:.3g} bytes a synapse)"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Synapses:
+        """The same on another device, or with weights of another dtype; the arguments are those of :meth:`torch.Tensor.to`.
+
+        Raises:
+            TypeError: if the dtype is not a floating one.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype not in FLOATING:
+            raise TypeError(f"weights must be of a floating dtype of 16 bits or more, got {dtype}; use torch.float32")
+
+        def move(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return tensor.to(device=device, dtype=dtype, non_blocking=non_blocking)
+
+        delays = None if self.delays is None else move(self.delays)
+        return self._replace(
+            indptr=move(self.indptr), targets=move(self.targets), weights=move(self.weights, dtype), delays=delays
+        )
+
+    def with_weights(self, weights: Tensor) -> Synapses:
+        """The same synapses with other weights, in the order of :attr:`targets`. Their numbers are not looked at.
+
+        Args:
+            weights: in uS, ``[S]``, ``[K, 1]`` or ``[1]``, on the device of the synapses.
+
+        Raises:
+            TypeError: if they are no tensor of a floating dtype.
+            ValueError: if they are of another shape or on another device.
+        """
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}; use torch.as_tensor")
+        if weights.device != self.targets.device:
+            raise ValueError(
+                f"weights must be on the synapses' device {str(self.targets.device)!r}, got {str(weights.device)!r}; move "
+                f"them with .to({str(self.targets.device)!r})"
+            )
+        return self._replace(weights=_values(weights, "weights", self.count, self.sources, weights.device))
+
+    def source_of(self) -> Tensor:
+        """The source of every synapse, int64 ``[S]``."""
+        each = torch.arange(self.sources, device=self.indptr.device)
+        return torch.repeat_interleave(each, self.indptr.diff(), output_size=self.count)
+
+    def to_dense(self) -> Tensor:
+        """The weights as a matrix ``[N, K]`` in uS; several synapses of a pair are added up. For small networks."""
+        sources = self.source_of()
+        places = self.targets.long() * self.sources + sources
+        dense = self.weights.new_zeros(self.neurons * self.sources)
+        return dense.index_add(0, places, _each(self.weights, sources)).view(self.neurons, self.sources)
+
+    def check_delays(self, dt: float) -> tuple[int, int]:
+        """The shortest and the longest delay in steps of ``dt`` ms: the nearest whole number, in float32.
+
+        Raises:
+            ValueError: if the shortest one is below one step.
+        """
+        if self.delays is None:
+            return 1, 1
+        per_ms = _single(1.0 / check_dt(dt))
+        shortest, longest = round(_single(self.shortest * per_ms)), round(_single(self.longest * per_ms))
+        if shortest < 1:
+            raise ValueError(
+                f"a delay must be at least one step of dt={dt:g} ms, got {self.shortest:g} ms; lengthen it, or make "
+                "dt smaller"
+            )
+        if longest > MOST:
+            raise ValueError(
+                f"a delay must be at most {MOST:,} steps of dt={dt:g} ms, got {self.longest:g} ms; shorten it, or make dt "
+                "larger"
+            )
+        return shortest, longest
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the synapses to an ``.npz`` file, whole or not at all. A file of this name is replaced.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        place = local_path(path, "path")
+        about = {
+            "format": FORMAT,
+            "dtype": str(self.weights.dtype).removeprefix("torch."),
+            "neurons": self.neurons,
+            "has_delays": self.delays is not None,
+        }
+        weights = self.weights.detach().cpu()
+        arrays = {
+            "about": np.array(json.dumps(about)),
+            "indptr": self.indptr.cpu().numpy(),
+            "targets": self.targets.cpu().numpy(),
+            "weights": (weights.view(torch.int16) if weights.dtype == torch.bfloat16 else weights).numpy(),
+        }
+        if self.delays is not None:
+            arrays["delays"] = self.delays.cpu().numpy()
+        try:
+            with written_whole(place) as part, part.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+        except OSError as error:
+            raise type(error)(f"the synapses cannot be written to {place} ({reason(error)}); choose another path") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Synapses:
+        """What :meth:`save` wrote, on the CPU; the weights do not require grad.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it holds no synapses, or is damaged.
+        """
+        place = local_path(path, "path")
+        if not place.exists():
+            raise FileNotFoundError(f"there is no file {place}; give the path that save() wrote to")
+        damaged = (ValueError, KeyError, TypeError, EOFError, RecursionError, NotImplementedError, RuntimeError)
+        try:
+            if not place.is_file():
+                raise ValueError("it is no regular file")
+            with zipfile.ZipFile(place) as file:
+                members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+                about = json.loads(str(_read_member(file, members["about"])))
+                if about["format"] != FORMAT:
+                    raise ValueError(f"its format is {about['format']!r:.50}")
+                names = ("indptr", "targets", "weights", *(["delays"] if about["has_delays"] else []))
+                found = {name: torch.from_numpy(_read_member(file, members[name])) for name in names}
+            return cls._of_file(about, **found)
+        except (*damaged, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{place} holds no synapses, or is damaged ({error}); give a file that save() wrote") from None
+
+    @classmethod
+    def _of_file(
+        cls, about: Any, indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor | None = None
+    ) -> Synapses:
+        """The record of arrays that may be anything."""
+        neurons = check_int(about["neurons"], "neurons", 0, MOST)
+        if about["dtype"] == "bfloat16" and weights.dtype == torch.int16:
+            weights = weights.view(torch.bfloat16)
+        if (indptr.dtype, targets.dtype, str(weights.dtype)) != (torch.int64, torch.int32, f"torch.{about['dtype']}"):
+            raise ValueError("its arrays are of other dtypes")
+        if indptr.dim() != 1 or targets.dim() != 1 or not len(indptr):
+            raise ValueError("its arrays are of other shapes")
+        if indptr[0] != 0 or indptr[-1] != len(targets) or (indptr.diff() < 0).any():
+            raise ValueError("its sources do not divide its synapses")
+        starts = torch.zeros(len(targets) + 1, dtype=torch.bool)
+        starts[indptr] = True
+        if ((targets[1:] < targets[:-1]) & ~starts[1 : len(targets)]).any():
+            raise ValueError("its targets are not sorted")
+        _check_range(targets, "targets", "N", neurons)
+        given = _values(weights, "weights", len(targets), len(indptr) - 1, weights.device)
+        return _record(indptr, targets, given, delays, neurons)
+
+    @classmethod
+    def join(cls, parts: Sequence[Synapses]) -> Synapses:
+        """All synapses of several records in one. Of one pair, those of an earlier record come first.
+
+        Where a weight or delay for each source, or one for all, says what the parts say, the result has that. Weights of
+        which a gradient is wanted stay apart.
+
+        Args:
+            parts: at least one record; of the same sources, neurons, device and dtype.
+
+        Raises:
+            TypeError: if one is no record of synapses.
+            ValueError: if they do not belong together.
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError(
+                "parts must be at least one record of synapses, got none; pass Synapses.from_coo([], [], 0.0, ...)"
+            )
+        for part in parts:
+            if not isinstance(part, cls):
+                raise TypeError(f"parts must be records of synapses, got {type(part).__name__}; build them with Synapses")
+        kinds = [
+            (p.neurons, p.sources, str(p.targets.device), p.weights.dtype, "none" if p.delays is None else "in ms")
+            for p in parts
+        ]
+        for what, *values in zip(("neurons", "sources", "device", "dtype", "delays"), *kinds, strict=True):
+            if len(set(values)) > 1:
+                got = " and ".join(map(str, dict.fromkeys(values)))
+                raise ValueError(f"parts must have the same {what}, got {got}; build them alike")
+        if len(parts) == 1:
+            return parts[0]
+        neurons = parts[0].neurons
+        sources = [part.source_of() for part in parts]
+        targets = torch.cat([part.targets for part in parts])
+        indptr, targets, order = _sort(targets, torch.cat(sources), neurons, parts[0].sources)
+        fans = [part.indptr.diff() > 0 for part in parts]
+        weights = _merge([part.weights for part in parts], fans, sources, order, indptr)
+        delays = None
+        if parts[0].delays is not None:
+            delays = _merge([part.delays for part in parts if part.delays is not None], fans, sources, order, indptr)
+        return _record(indptr, targets, weights, delays, neurons)
+
+    @classmethod
+    def from_coo(cls, targets: Any, sources: Any, weights: Any, delays: Any = None, *, shape: tuple[int, int]) -> Synapses:
+        """Synapses from lists of pairs.
+
+        Args:
+            targets: the post-synaptic neuron of every synapse, from 0 to N - 1, ``[S]``: the rows of a matrix.
+            sources: the source of every synapse, from 0 to K - 1, ``[S]``: its columns.
+            weights: in uS, a number, or one for each synapse ``[S]`` or source ``[K, 1]``. Numbers of Python get PyTorch's
+                default dtype; arrays and tensors keep theirs.
+            delays: in ms, likewise. None: one time step, whatever its length is.
+            shape: ``(N, K)``, as that of a matrix with the weights.
+
+        Raises:
+            TypeError: if indices are no integers, or weights or delays no real numbers.
+            ValueError: if lengths or devices differ, an index is out of range, a weight or delay is not finite, a delay is
+                negative, or the magnitudes of a neuron's weights have no finite sum.
+
+        Example:
+            >>> Synapses.from_coo(targets=[2, 0], sources=[0, 1], weights=0.004, shape=(3, 2)).to_dense().tolist()[2]
+            [0.004000000189989805, 0.0]
+        """
+        neurons, count_sources = _check_shape(shape)
+        named = {"targets": targets, "sources": sources, "weights": weights, "delays": delays}
+        device = _device_of(named)
+        rows, columns = (_indices(named[name], name, device) for name in ("targets", "sources"))
+        if len(rows) != len(columns):
+            raise ValueError(f"targets and sources must be of one length, got {len(rows)} and {len(columns)}; give pairs")
+        _check_range(rows, "targets", "N", neurons)
+        _check_range(columns, "sources", "K", count_sources)
+        given = _values(weights, "weights", len(rows), count_sources, device)
+        taken = None if delays is None else _values(delays, "delays", len(rows), count_sources, device)
+        indptr, ordered, order = _sort(rows, columns, neurons, count_sources)
+        return _record(indptr, ordered, _permute(given, order), _permute(taken, order), neurons)
+
+    @classmethod
+    def from_torch(cls, matrix: Tensor, delays: Any = None) -> Synapses:
+        """Synapses from a matrix of weights.
+
+        Every value that a sparse matrix stores is a synapse, also 0, and several ones of a place are several synapses. A
+        sparse leaf that requires grad gets a sparse gradient of the same layout, with the same places. Of a dense matrix,
+        every entry is a synapse.
+
+        Args:
+            matrix: in uS, ``[N, K]``, rows post-synaptic: dense, or a sparse one of the layout COO, CSR or CSC.
+            delays: in ms, a number or, of a sparse matrix, one for each stored value, in the order of the matrix; of a
+                dense one, one for each source ``[K]`` or entry ``[N, K]``. None: one time step, whatever its length is.
+
+        Raises:
+            TypeError: if it is no such matrix.
+            ValueError: as :meth:`from_coo` does.
+
+        Example:
+            >>> Synapses.from_torch(torch.tensor([[0.0, 0.5], [0.25, 0.0]]).to_sparse()).weights.tolist()
+            [0.25, 0.5]
+        """
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix must be a torch.Tensor, got {type(matrix).__name__}; use from_scipy or torch.as_tensor")
+        if matrix.layout not in (torch.strided, torch.sparse_coo, *_COMPRESSED) or matrix.is_nested:
+            raise TypeError(
+                f"matrix must be dense, or sparse with the layout COO, CSR or CSC, got {matrix.layout}; use .to_sparse_coo()"
+            )
+        _check_floating(matrix, "matrix")
+        if matrix.dim() != 2 or matrix.dense_dim() not in (0, 2):
+            raise ValueError(f"matrix must be [N, K], rows post-synaptic, got shape {list(matrix.shape)}; reshape it")
+        neurons, sources = _check_shape(matrix.shape)
+        device = _device_of({"matrix": matrix, "delays": delays})
+        if matrix.layout is torch.strided:
+            return cls._of_dense(matrix, delays, device)
+        with torch.no_grad():
+            stored, rows, columns = _stored(matrix)
+            taken = None if delays is None else _values(delays, "delays", len(stored), sources, device)
+            indptr, targets, order = _sort(rows, columns, neurons, sources)
+        weights: Any = _Stored.apply(matrix, order) if is_tracked(matrix) else _permute(stored, order)  # type: ignore[no-untyped-call]
+        return _record(indptr, targets, weights, _permute(taken, order), neurons)
+
+    @classmethod
+    def _of_dense(cls, matrix: Tensor, delays: Any, device: torch.device) -> Synapses:
+        neurons, sources = matrix.shape
+        taken = None
+        if delays is not None:
+            taken = _to_tensor(delays, "delays", device)
+            if taken.shape == matrix.shape:
+                taken = taken.t().reshape(-1)
+            elif taken.shape == (sources,):
+                taken = taken.unsqueeze(1)
+            elif taken.numel() != 1 or taken.dim() > 1:
+                raise ValueError(
+                    f"delays must be a number, [K]=[{sources}] or [N, K]={list(matrix.shape)} for a dense matrix, got shape "
+                    f"{list(taken.shape)}; pass one number to share it"
+                )
+            taken = taken.reshape(1) if taken.dim() == 0 else taken
+        indptr = torch.arange(sources + 1, device=device) * neurons
+        targets = torch.arange(neurons, dtype=torch.int32, device=device).repeat(sources)
+        return _record(indptr, targets, matrix.t().reshape(-1), taken, neurons)
+
+    @classmethod
+    def fixed_probability(
+        cls,
+        sources: int,
+        neurons: int,
+        probability: float,
+        weight: float | Tensor | Law,
+        delay: float | Tensor | Law | None = None,
+        *,
+        seed: int,
+        autapses: bool = True,
+        only: tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Synapses:
+        """Random synapses: each pair of a source and a neuron has one with the same probability.
+
+        The synapses onto a neuron, their weights and their delays follow from the arguments and the number of the neuron
+        alone, on every machine: processes that make the synapses of some neurons each make the same network together. The
+        time is proportional to the synapses that are made. Projections of one network need different seeds: with the same
+        one, neurons of the same number get the same sources.
+
+        Args:
+            sources: K.
+            neurons: N.
+            probability: from 0 to 1.
+            weight: in uS: a number, a distribution to draw the weight of each synapse from (:class:`Uniform`,
+                :class:`Normal`, :class:`LogNormal`), or a tensor with one for each source ``[K, 1]`` or for all ``[1]``.
+            delay: in ms, likewise. None: one time step, whatever its length is.
+            seed: from 0 to 2**64 - 1.
+            autapses: whether neuron ``n`` may have a synapse from source ``n``.
+            only: ``(begin, end)`` makes the synapses onto the neurons ``begin`` to ``end - 1`` alone; they keep their
+                numbers.
+            dtype: of weights that are numbers or drawn, None for PyTorch's default.
+
+        Raises:
+            TypeError: if an argument is of the wrong type.
+            ValueError: if a value is out of range, or as :meth:`from_coo` does.
+
+        Example:
+            >>> Synapses.fixed_probability(4000, 4000, 0.02, 0.004, 0.3, seed=1, autapses=False)
+            Synapses(4,000 sources -> 4,000 neurons, 319,236 synapses, weights 0.004 uS, delays 0.3 ms, 4 bytes a synapse)
+        """
+        if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
+            raise TypeError(
+                f"probability must be a number from 0 to 1, got {type(probability).__name__}; pass a Python float"
+            )
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability must be a number from 0 to 1, got {probability!r:.50}; divide percents by 100")
+        wanted = _Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
+        return _draw(wanted, float(probability), -1, False, True)
+
+    @classmethod
+    def fixed_number(
+        cls,
+        sources: int,
+        neurons: int,
+        number: int,
+        weight: float | Tensor | Law,
+        delay: float | Tensor | Law | None = None,
+        *,
+        seed: int,
+        per: Literal["target", "source"] = "target",
+        replace: bool = False,
+        autapses: bool = True,
+        only: tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Synapses:
+        """Random synapses: each neuron has the same number of them, or each source has.
+
+        What :meth:`fixed_probability` says of seeds and processes holds here as well. With ``per="source"``, a process
+        draws the targets of all synapses, and keeps those that it makes.
+
+        Args:
+            sources: K.
+            neurons: N.
+            number: of synapses of each neuron or source.
+            weight: as in :meth:`fixed_probability`.
+            delay: as in :meth:`fixed_probability`.
+            seed: from 0 to 2**64 - 1.
+            per: ``"target"`` or ``"source"``: what has this number of synapses.
+            replace: whether a pair may have several synapses.
+            autapses: as in :meth:`fixed_probability`.
+            only: as in :meth:`fixed_probability`.
+            dtype: as in :meth:`fixed_probability`.
+
+        Raises:
+            TypeError: if an argument is of the wrong type.
+            ValueError: if a value is out of range, or as :meth:`from_coo` does.
+
+        Example:
+            >>> Synapses.fixed_number(1000, 10, 80, Normal(0.006, 0.002, low=0.0), Uniform(0.2, 2.0), seed=1).count
+            800
+        """
+        number = check_int(number, "number", 0, MOST)
+        if not is_one_of(per, ("target", "source")):
+            raise ValueError(f"per must be 'target' or 'source', got {per!r:.200}")
+        check_flag(replace, "replace")
+        wanted = _Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
+        most = (wanted.sources if per == "target" else wanted.neurons) - (not wanted.autapses)
+        if number > (most if not replace else MOST if most > 0 else 0):
+            what = "sources" if per == "target" else "neurons"
+            raise ValueError(
+                f"number must be at most {max(most, 0)}, the {what} to choose from, got {number}"
+                + ("; pass replace=True for several synapses of a pair" if most > 0 else "; pass more of them")
+            )
+        return _draw(wanted, 0.0, number, replace, per == "target")
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, delays: Any = None) -> Synapses:
+        """Synapses from a sparse matrix or array of SciPy; every stored value is one.
+
+        Args:
+            matrix: in uS, ``[N, K]``, rows post-synaptic, of any format and of a floating dtype, which the weights keep.
+            delays: in ms, a number or one for each stored value, in the order of ``matrix.tocoo()``. None: one time step,
+                whatever its length is.
+
+        Raises:
+            TypeError: if it is no such matrix.
+            ValueError: as :meth:`from_coo` does.
+
+        Example:
+            >>> import scipy.sparse
+            >>> Synapses.from_scipy(scipy.sparse.csr_array([[0.0, 0.5], [0.25, 0.0]]), delays=1.5).targets.tolist()
+            [1, 0]
+        """
+        if not hasattr(matrix, "tocoo"):
+            raise TypeError(
+                f"matrix must be a sparse matrix of SciPy, got {type(matrix).__name__}; use from_torch(torch.as_tensor(...))"
+            )
+        if len(matrix.shape) != 2:
+            raise ValueError(f"matrix must be [N, K], rows post-synaptic, got shape {list(matrix.shape)}; reshape it")
+        entries = matrix.tocoo()
+        if entries.data.dtype.kind != "f":
+            raise TypeError(f"matrix must be of a floating dtype, got {entries.data.dtype}; use .astype(numpy.float32)")
+        return cls.from_coo(
+            entries.row, entries.col, entries.data, delays, shape=(int(entries.shape[0]), int(entries.shape[1]))
+        )
+
+
+class _Stored(torch.autograd.Function):
+    """The stored values of a sparse matrix in another order; the gradient is a matrix with the same places.
+
+    It has the layout of the matrix, but for CSC, of which PyTorch accumulates no gradients: it has COO.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, order: Tensor | None) -> Tensor:
+        if matrix.layout is torch.sparse_csr:
+            values, *places = matrix.values(), matrix.crow_indices(), matrix.col_indices()
+            ctx.coalesced = None
+        else:
+            values, *pairs = _stored(matrix)
+            places = [torch.stack(pairs)]
+            ctx.coalesced = matrix.layout is torch.sparse_coo and matrix.is_coalesced()
+        ctx.save_for_backward(order, *places)
+        ctx.shape = matrix.shape
+        return values.clone() if order is None else values[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        order, *places = ctx.saved_tensors
+        values = grad if order is None else torch.zeros_like(grad).index_copy(0, order, grad)
+        if ctx.coalesced is None:
+            return torch.sparse_csr_tensor(places[0], places[1], values, ctx.shape, check_invariants=False), None
+        matrix = torch.sparse_coo_tensor(places[0], values, ctx.shape, is_coalesced=ctx.coalesced, check_invariants=False)
+        return matrix, None
+
+
+def _stored(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The values, rows and columns that a sparse matrix stores, in its own order."""
+    if matrix.layout is torch.sparse_coo:
+        rows, columns = matrix._indices()
+        return matrix._values(), rows, columns
+    by_row = matrix.layout is torch.sparse_csr
+    starts = matrix.crow_indices() if by_row else matrix.ccol_indices()
+    inner = (matrix.col_indices() if by_row else matrix.row_indices()).long()
+    each = torch.arange(len(starts) - 1, device=matrix.device)
+    outer = torch.repeat_interleave(each, starts.diff(), output_size=len(inner))
+    return (matrix.values(), outer, inner) if by_row else (matrix.values(), inner, outer)
+
+
+def _sort(targets: Tensor, sources: Tensor, neurons: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``indptr`` and int32 targets by source, then target, and the order that does it: None where it was so."""
+    key = sources * neurons + targets
+    order = None
+    if len(key) > 1 and bool((key[1:] < key[:-1]).any()):
+        key, order = torch.sort(key, stable=True)
+        sources, targets = sources[order], targets[order]
+    del key
+    indptr = torch.searchsorted(sources.contiguous(), torch.arange(count + 1, device=sources.device))
+    return indptr, targets.to(torch.int32).contiguous(), order
+
+
+def _permute(values: Any, order: Tensor | None) -> Any:
+    """A tensor of values in another order, if each synapse has one; None of None."""
+    if values is None or order is None or values.dim() == 2 or values.shape[0] != len(order):
+        return values
+    return values.index_select(0, order)
+
+
+def _record(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor | None, neurons: int) -> Synapses:
+    """The record of what is sorted, after a look at every number."""
+    low, high = _limits(weights)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"weights must be finite, got {_example(weights)}; correct them where they come from")
+    limit = torch.finfo(torch.float64 if weights.dtype == torch.float64 else torch.float32).max
+    if max(-low, high) > limit / max(len(targets), 1):
+        synapses = Synapses(indptr, targets, weights, None, neurons, 0.0, 0.0)
+        each = _each(weights.detach(), synapses.source_of())
+        sums = torch.zeros(neurons, dtype=torch.float64, device=targets.device)
+        sums.index_add_(0, targets.long(), each.double().abs())
+        for neuron in (sums > limit).nonzero()[:1].flatten().tolist():
+            raise ValueError(
+                f"weights must have a finite sum of magnitudes for each neuron, at most {limit:.3g} uS, got more for neuron "
+                f"{neuron}; check their unit, which is uS"
+            )
+    shortest = longest = 0.0
+    if delays is not None:
+        if is_tracked(delays):
+            raise ValueError("delays take no gradient, got a tensor that requires grad; pass .detach()")
+        delays = delays.detach().to(torch.float32)
+        shortest, longest = _limits(delays)
+        if not (math.isfinite(shortest) and math.isfinite(longest)):
+            raise ValueError(f"delays must be finite, got {_example(delays)}; correct them where they come from")
+        if shortest < 0:
+            raise ValueError(f"delays must not be negative, got {shortest:g} ms; correct its sign")
+        if shortest == longest and delays.numel() > 1:
+            delays = delays.flatten()[:1].clone()
+        if not delays.numel():
+            delays = delays.new_zeros(1)
+    return Synapses(indptr, targets, weights, delays, neurons, shortest + 0.0, longest + 0.0)
+
+
+def _single(number: float) -> float:
+    """A number rounded to the 24 bits of float32, in operations that a compiler follows."""
+    shift = math.ldexp(1.5, math.frexp(number)[1] + 28)
+    return (number + shift) - shift
+
+
+def _limits(values: Tensor) -> tuple[float, float]:
+    """The least and the greatest number, NaN if there is one; 0 and 0 of none."""
+    if not values.numel():
+        return 0.0, 0.0
+    low, high = torch.stack(torch.aminmax(values.detach())).tolist()
+    return low, high
+
+
+def _example(values: Tensor) -> float:
+    flat = values.detach().flatten()
+    return float(flat[~torch.isfinite(flat)][0])
+
+
+def _each(values: Tensor, sources: Tensor) -> Tensor:
+    """``[S]`` from ``[S]``, ``[K, 1]`` or ``[1]``."""
+    return values.flatten().index_select(0, sources) if values.dim() == 2 else values.expand(sources.shape)
+
+
+def _merge(values: list[Tensor], fans: list[Tensor], sources: list[Tensor], order: Tensor | None, indptr: Tensor) -> Tensor:
+    """One tensor that says what those of several parts say, as small as can be.
+
+    Args:
+        values: of each part, ``[S']``, ``[K, 1]`` or ``[1]``.
+        fans: which sources have synapses in each part, ``[K]``.
+        sources: of the synapses of each part, ``[S']``.
+        order: that sorts all of them.
+        indptr: of the result.
+    """
+    shared = [value.dim() == 2 or value.shape[0] == 1 for value in values]
+    if all(shared) and all(value is values[0] for value in values):
+        return values[0]
+    tracked = any(map(is_tracked, values))
+    if all(shared):
+        together, taken, apart = values[0].new_zeros(fans[0].shape), torch.zeros_like(fans[0]), True
+        for value, fan in zip(values, fans, strict=True):
+            rows = (value[:, 0] if value.dim() == 2 else value).expand(fan.shape)
+            clash = taken & fan
+            apart = apart and not bool((clash if tracked else clash & (rows != together)).any())
+            together, taken = torch.where(fan & ~taken, rows, together), taken | fan
+        if apart and tracked:
+            return together.unsqueeze(1)
+        if apart:
+            used = together[taken]
+            if not len(used) or bool((used == used[0]).all()):
+                return (used if len(used) else values[0].flatten())[:1].clone()
+            return torch.where(taken, together, used[0]).unsqueeze(1)
+    each: Tensor = _permute(torch.cat([_each(value, source) for value, source in zip(values, sources, strict=True)]), order)
+    if tracked or not len(each):
+        return each
+    if bool((each == each[0]).all()):
+        return each[:1].clone()
+    fan_out = indptr.diff()
+    if len(fan_out) < len(each):
+        rows = torch.where(fan_out > 0, each[indptr[:-1].clamp(max=len(each) - 1)], each[0])
+        if bool((each == torch.repeat_interleave(rows, fan_out, output_size=len(each))).all()):
+            return rows.unsqueeze(1)
+    return each
+
+
+def _describe(weights: Tensor) -> str:
+    """What a user sees of weights."""
+    if type(weights) not in (Tensor, torch.nn.Parameter) or weights.device.type == "meta" or is_watched():
+        return f"{list(weights.shape)} of {str(weights.dtype).removeprefix('torch.')}"
+    return _span(*_limits(weights), "uS")
+
+
+def _span(low: float, high: float, unit: str) -> str:
+    return f"{low:.4g} {unit}" if low == high else f"{low:.4g} to {high:.4g} {unit}"
+
+
+def _check_shape(shape: Any) -> tuple[int, int]:
+    """N and K."""
+    if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 2:
+        raise TypeError(
+            f"shape must be (N, K), the numbers of neurons and of sources, got {shape!r:.200}; pass a pair of ints"
+        )
+    neurons, sources = shape
+    return check_int(neurons, "N", 0, MOST), check_int(sources, "K", 0, MOST)
+
+
+def _device_of(named: dict[str, Any]) -> torch.device:
+    """Where the tensors with axes are, else the CPU."""
+    found = {name: value.device for name, value in named.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if len(set(found.values())) > 1:
+        got = ", ".join(f"{name} on {str(device)!r}" for name, device in found.items())
+        raise ValueError(f"all tensors must be on one device, got {got}; move them with .to(device)")
+    return next(iter(found.values()), torch.device("cpu"))
+
+
+def _array(value: Any, name: str) -> Any:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise TypeError(f"{name} must be a tensor, an array or a list, got {type(value).__name__} ({error})") from None
+
+
+def _indices(value: Any, name: str, device: torch.device) -> Tensor:
+    """int64 ``[S]`` from a tensor, an array or a list."""
+    if not isinstance(value, Tensor):
+        array = _array(value, name)
+        array = array if array.size else array.astype(np.int64)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers, got {array.dtype}; use numpy.asarray(..., dtype=numpy.int64)")
+        value = torch.from_numpy(array.astype(np.int64))
+    if value.layout is not torch.strided or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got a tensor of {value.dtype}, {value.layout}; use .long()")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must be one index for each synapse, got shape {list(value.shape)}; use .flatten()")
+    return torch.as_tensor(value, dtype=torch.int64, device=device)
+
+
+def _check_range(indices: Tensor, name: str, size: str, most: int) -> None:
+    low, high = _limits(indices)
+    if indices.numel() and not (low >= 0 and high < most):
+        raise ValueError(
+            f"{name} must be from 0 to {size} - 1 = {most - 1}, got {int(low if low < 0 else high)}; correct "
+            "them, or shape=(N, K)"
+        )
+
+
+def _check_floating(value: Tensor, name: str) -> None:
+    if value.dtype not in FLOATING:
+        way_out = ".real" if value.is_complex() else ".float()"
+        raise TypeError(f"{name} must be of a floating dtype of 16 bits or more, got {value.dtype}; use {way_out}")
+
+
+def _to_tensor(value: Any, name: str, device: torch.device) -> Tensor:
+    """A floating tensor from a tensor, an array, a list or a number; what is a tensor is the same one."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense, got {value.layout}; use .to_dense(), or from_torch for a matrix")
+        _check_floating(value, name)
+        moved: Tensor = value.to(device)
+        return moved
+    array = _array(value, name)
+    if array.dtype.kind not in "fiu" or (array.dtype.kind != "f" and isinstance(value, np.ndarray) and value.size):
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}; use numbers, or an array of a floating dtype")
+    keeps = isinstance(value, np.ndarray) and array.dtype.itemsize in (2, 4, 8) and array.dtype.kind == "f"
+    dtype = None if keeps else torch.float64 if array.dtype.itemsize > 8 else torch.get_default_dtype()
+    plain = np.array(array, dtype=array.dtype.newbyteorder("=") if keeps else np.float64)
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(plain).to(device=device, dtype=dtype)
+
+
+def _values(value: Any, name: str, count: int, sources: int, device: torch.device) -> Tensor:
+    """A floating tensor ``[S]``, ``[K, 1]`` or ``[1]``."""
+    values = _to_tensor(value, name, device)
+    values = values.reshape(1) if values.dim() == 0 else values
+    if values.shape not in ((1,), (count,), (sources, 1)):
+        raise ValueError(
+            f"{name} must be one number, one for each of S={count} synapses [{count}] or of K={sources} sources "
+            f"[{sources}, 1], got shape {list(values.shape)}; pass one number to share it"
+        )
+    return values
+
+
+def _read_member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+    """Read one array. Memory is taken for it only if the file is as long as its header says."""
+    with file.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_column, kind = read_header[version](member)
+        size = kind.itemsize * math.prod(shape)
+        if kind.hasobject or size > info.file_size or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError(f"{info.filename} is {kind} of shape {list(shape)}, in {info.file_size:,} bytes")
+        array = np.empty(size, np.uint8)
+        for begin in range(0, size, PIECE_BYTES):
+            piece = array[begin : begin + PIECE_BYTES]
+            piece[:] = np.frombuffer(member.read(len(piece)), np.uint8)
+        if member.read(1):  # at the end of the data, zipfile compares its checksum
+            raise ValueError(f"{info.filename} is longer than its shape")
+    return array.view(kind).reshape(shape, order="F" if by_column else "C")
+
+
+class _Wanted(NamedTuple):
+    """What the two constructors of random synapses have in common."""
+
+    sources: Any
+    neurons: Any
+    weight: Any
+    delay: Any
+    seed: Any
+    autapses: Any
+    only: Any
+    dtype: Any
+
+    def checked(self) -> _Wanted:
+        """The same, with all its numbers as Python's own and ``only`` as two of them."""
+        sources, neurons = check_int(self.sources, "sources", 0, MOST), check_int(self.neurons, "neurons", 0, MOST)
+        check_flag(self.autapses, "autapses")
+        if not self.autapses and sources != neurons:
+            raise ValueError(
+                f"autapses=False needs sources that are the neurons, got {sources} sources and {neurons} neurons; leave "
+                "it out"
+            )
+        dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32, torch.float64 or None, got {dtype!r:.50}; use .to() for others")
+        only = (0, neurons) if self.only is None else self.only
+        if isinstance(only, str) or not isinstance(only, Sequence) or len(only) != 2:
+            raise TypeError(f"only must be (begin, end) or None, got {self.only!r:.200}; pass a pair of ints")
+        begin, end = check_int(only[0], "only[0]", 0, neurons), check_int(only[1], "only[1]", 0, neurons)
+        if begin > end:
+            raise ValueError(f"only must be (begin, end) with begin <= end, got {(begin, end)}; swap them")
+        _check_law(self.weight, "weight")
+        _check_law(self.delay, "delay")
+        seed = check_int(self.seed, "seed", 0, 2**64 - 1)
+        return _Wanted(sources, neurons, self.weight, self.delay, seed, self.autapses, (begin, end), dtype)
+
+
+def _check_law(law: Any, name: str) -> None:
+    """Whether values of a distribution can be drawn; a delay's must not be negative. Other values are not looked at."""
+    if not isinstance(law, Law):
+        return
+    for field, value in law._asdict().items():
+        if value is None and field in ("low", "high") and isinstance(law, Normal):
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must have numbers, got {law!r:.200}; pass Python floats")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must have finite numbers, got {law!r:.200}; leave a limit out that is none")
+    low, high = _limits_of(law)
+    if not low <= high or getattr(law, "std", 0) < 0 or (isinstance(law, LogNormal) and law.mean == 0):
+        raise ValueError(
+            f"{name} must have low <= high, std >= 0 and, if logarithmic, a mean that is not 0, got {law!r:.200}; correct it"
+        )
+    if isinstance(law, Normal):
+        between = NormalDist(law.mean, law.std) if law.std > 0 else None
+        share = between.cdf(high) - between.cdf(low) if between else float(low <= law.mean <= high)
+        if share < LEAST_SHARE:
+            raise ValueError(
+                f"{name} must have limits that leave more than {LEAST_SHARE:g} of the distribution, got {law!r:.200}; widen "
+                "them"
+            )
+    if name == "delay" and low < 0:
+        raise ValueError(f"delay must have no negative values, got {law!r:.200}; pass low=, at least one time step")
+
+
+def _limits_of(law: Law) -> tuple[float, float]:
+    if isinstance(law, Uniform):
+        return law.low, law.high
+    if isinstance(law, Normal):
+        return -math.inf if law.low is None else law.low, math.inf if law.high is None else law.high
+    return (0.0, math.inf) if law.mean > 0 else (-math.inf, 0.0)
+
+
+def _prepared(law: Any) -> Any:
+    """A distribution as the loops take it."""
+    from ..backend.cpu import draws
+
+    if not isinstance(law, Law):
+        return np.zeros(7)
+    low, high = _limits_of(law)
+    kind = {Uniform: draws.UNIFORM, Normal: draws.NORMAL, LogNormal: draws.LOG_NORMAL}[type(law)]
+    if not isinstance(law, Uniform) and law.std == 0:
+        kind, first, second = draws.UNIFORM, law.mean, law.mean
+    else:
+        first, second = law[:2]
+    prepared = np.array([kind, first, second, low, high, 0.0, 0.0])
+    draws.prepare_kernel(prepared)
+    return prepared
+
+
+def _draw(wanted: _Wanted, probability: float, number: int, replace: bool, by_target: bool) -> Synapses:
+    """Count the synapses of every source, then draw them once more and write each to its place: no memory but the result.
+
+    Threads share the neurons whose partners are drawn, and know from the counts where each one's synapses go.
+    """
+    from ..backend.cpu import draws
+
+    sources, neurons, weight, delay, seed, autapses, (begin, end), dtype = wanted
+    key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
+    span = (begin, end) if by_target else (0, sources if begin < end else 0)
+    threads = max(1, min(torch.get_num_threads(), (span[1] - span[0]) // 256))
+    edges = [span[0] + (span[1] - span[0]) * i // threads for i in range(threads + 1)]
+    places = np.zeros((threads, sources), np.int64)
+
+    def connect(thread: int, targets: Any) -> None:
+        first, last, out = edges[thread], edges[thread + 1], places[thread]
+        if by_target:
+            draws.onto_targets_kernel(first, last, key, probability, number, replace, autapses, out, targets)
+        else:
+            draws.from_sources_kernel(first, last, key, number, replace, autapses, neurons, begin, end, out, targets)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda thread: connect(thread, np.empty(0, np.int32)), range(threads)))
+        indptr = np.zeros(sources + 1, np.int64)
+        np.cumsum(places.sum(0), out=indptr[1:])
+        places[:] = np.cumsum(places, axis=0) - places + indptr[:-1]
+        count = int(indptr[-1])
+        targets = np.empty(count, np.int32)
+        list(pool.map(lambda thread: connect(thread, targets), range(threads)))
+        weights = np.empty(count if isinstance(weight, Law) else 0, np.float64 if dtype == torch.float64 else np.float32)
+        delays = np.empty(count if isinstance(delay, Law) else 0, np.float32)
+        if len(weights) or len(delays):
+            laws = _prepared(weight), _prepared(delay)
+            cuts = np.searchsorted(indptr, [count * i // threads for i in range(threads + 1)]).tolist()
+            cuts[-1] = sources
+
+            def draw(thread: int) -> None:
+                draws.values_kernel(cuts[thread], cuts[thread + 1], key, indptr, targets, weights, delays, *laws)
+
+            list(pool.map(draw, range(threads)))
+
+    def values(given: Any, name: str, drawn: Any) -> Tensor:
+        if isinstance(given, Law):
+            return torch.from_numpy(drawn)
+        if not isinstance(given, Tensor):
+            given = _to_tensor(given, name, torch.device("cpu")).to(dtype)
+        return _values(given, name, count, sources, torch.device("cpu"))
+
+    taken = None if delay is None else values(delay, "delay", delays)
+    return _record(torch.from_numpy(indptr), torch.from_numpy(targets), values(weight, "weight", weights), taken, neurons)
+
+
+# an exported program that takes or returns one can be saved, and torch.load(weights_only=True) reads what holds one
+torch.utils._pytree._register_namedtuple(Synapses, serialized_type_name="coba_triton.Synapses")
+torch.serialization.add_safe_globals([Synapses])
