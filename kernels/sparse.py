@@ -236,7 +236,7 @@ def sparse_forward_kernel(
     BLOCK: tl.constexpr, FIELDS: tl.constexpr, SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr,
     DELAY: tl.constexpr, TOGETHER: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One of the programs ``(parts, B)`` owns a batch row, or several share it ``TOGETHER``, with tiles of ``BLOCK`` neurons.
+    """A program of ``(parts, B)`` owns a batch row, or several share it ``TOGETHER``, with tiles of ``BLOCK`` neurons.
 
     ``window`` steps are integrated, the spikes of all programs listed; then the programs share out the list and add its
     synapses into the ring, from whose slot ``first`` on sums are taken, a slot a step. ``final`` has the initial state when
