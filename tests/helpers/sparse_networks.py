@@ -70,7 +70,7 @@ def projection(
     return Projection(indptr, targets.int(), weights, delays, grid)
 
 
-class Synapses:
+class Connected:
     """A projection, a number for each synapse."""
 
     def __init__(self, projection: Projection) -> None:
@@ -118,8 +118,8 @@ class SparseProblem:
     history: Tensor
 
     @property
-    def recurrent(self) -> Synapses:
-        return Synapses(self.net.recurrent)
+    def recurrent(self) -> Connected:
+        return Connected(self.net.recurrent)
 
     def table(self) -> Constants:
         """The constants, as the reference takes them."""
@@ -155,7 +155,7 @@ class SparseProblem:
         if self.net.inputs is None:
             zeros = torch.zeros_like(self.state[0])
             return Drive(zeros, zeros)
-        inputs, x = Synapses(self.net.inputs), self.x[t].to(self.state.dtype)
+        inputs, x = Connected(self.net.inputs), self.x[t].to(self.state.dtype)
         largest = x.abs().amax(1, keepdim=True).double()
         finite = torch.isfinite(largest)
         unit = 2.0 ** torch.ceil(torch.log2(torch.where(finite, largest, 1.0).clamp(min=1.0)))
@@ -165,7 +165,7 @@ class SparseProblem:
     def expected_gradients(self, loss: dict[str, Tensor], method: str, samples: int) -> dict[str, Tensor]:
         """Autograd's, of sums of floats."""
         net, recurrent = self.net, self.recurrent
-        inputs = None if net.inputs is None else Synapses(net.inputs)
+        inputs = None if net.inputs is None else Connected(net.inputs)
         batch, neurons, longest = self.state.shape[1], net.neurons, net.longest
         leaves = {
             "x": self.x,
@@ -179,7 +179,7 @@ class SparseProblem:
         c = Constants(*(row.view(batch, neurons) for row in leaves["constants"]))
         group = torch.arange(batch) // (batch // samples)
 
-        def drive(synapses: Synapses, values: Tensor, weights: Tensor) -> Drive:
+        def drive(synapses: Connected, values: Tensor, weights: Tensor) -> Drive:
             rows = [synapses.float_drive(values[b : b + 1], weights[group[b]], neurons) for b in range(batch)]
             return Drive(torch.cat([row.e for row in rows]), torch.cat([row.i for row in rows]))
 

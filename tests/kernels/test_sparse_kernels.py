@@ -16,16 +16,18 @@ import torch
 import triton
 from torch import Tensor
 
+from coba_triton import CobaLIFParameters, Synapses, coba_lif_integral
 from coba_triton import kernels as kernels_package
 from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import sparse as sparse_kernels
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.ops.call import Outputs, Projection
 from coba_triton.ops.grid import Grid
+from coba_triton.tools.problems import DT, VALUES
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import all_programs_at_once
 from helpers.marks import slow
-from helpers.sparse_networks import SparseProblem, Synapses, sparse_network_problem
+from helpers.sparse_networks import Connected, SparseProblem, sparse_network_problem
 
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="threads stand for programs in Triton's interpreter only"
@@ -348,7 +350,7 @@ def test_sums_are_exact_in_any_order(device) -> None:
     expected = case.run()
     case.net = case.net._replace(recurrent=turned)
     assert_same_bits(case.run().values(), expected.values())
-    synapses = Synapses(turned)
+    synapses = Connected(turned)
     other = torch.zeros(20).index_add(0, synapses.targets, synapses.weights)
     assert not torch.equal(other, torch.zeros(20).index_add(0, synapses.targets.flip(0), synapses.weights.flip(0)))
 
@@ -412,3 +414,62 @@ def test_planted_barrier_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch) 
         if not all(torch.equal(ours[name], expected[name]) for name in expected):
             return
     pytest.fail("no schedule showed the planted bug")
+
+
+# Through the public function
+
+
+def network(dtype: torch.dtype = torch.float32, per_neuron: bool = False) -> tuple[Any, ...]:
+    """Input, both kinds of synapses, and parameters."""
+    g = torch.Generator().manual_seed(2)
+    neurons, inputs = 40, 9
+
+    def draw(sources: int, count: int, scale: float, delays: Tensor | None) -> Synapses:
+        source, target = (torch.randint(size, (count,), generator=g) for size in (sources, neurons))
+        weights = (torch.randn(count, generator=g) * scale).to(dtype)
+        return Synapses.from_coo(target, source, weights, delays, shape=(neurons, sources))
+
+    delays = DT * torch.randint(2, 7, (400,), generator=g)
+    x = ((torch.rand(40, 2, inputs, generator=g) < 0.3) * torch.tensor([0.5, 3.0]).view(2, 1)).to(dtype)
+    p = CobaLIFParameters(**(VALUES | {"alpha": 10.0, "refractory": 2.5 * DT}))
+    if per_neuron:
+        p = p._replace(v_thresh=VALUES["v_thresh"] - 0.05 * torch.rand(neurons, generator=g).to(dtype))
+    return x, draw(inputs, 120, 0.1, None), draw(neurons, 400, 0.03, delays), p
+
+
+@pytest.mark.parametrize("spike_dtype", [None, "bits"])
+@pytest.mark.parametrize("order", ["decay_first", "jump_first"])
+def test_the_public_function_has_the_references_bits(order: str, spike_dtype: Any, device) -> None:
+    """In blocks of 32 steps, and in two calls that go on from each other."""
+    x, inputs, recurrent, p = network(per_neuron=order == "jump_first")
+    options: dict[str, Any] = {"order": order, "spike_dtype": spike_dtype}
+    expected, final = coba_lif_integral(x, None, inputs, recurrent, p, DT, backend="reference", **options)
+    assert expected.any() and final.history.any()
+    ours, after = coba_lif_integral(x, None, inputs, recurrent, p, DT, backend="triton", block_steps=32, **options)
+    assert_same_bits([ours, *after], [expected, *final])
+    _, between = coba_lif_integral(x[:3], None, inputs, recurrent, p, DT, backend="triton", **options)
+    _, after = coba_lif_integral(x[3:], between, inputs, recurrent, p, DT, backend="triton", **options)
+    assert_same_bits(after, final)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record_states", [False, True])
+def test_gradients_of_the_public_function(record_states: bool, device) -> None:
+    """By input, weights and a parameter in float64, to 1e-8, in two blocks."""
+    grads = []
+    for backend in ("triton", "reference"):
+        x, inputs, recurrent, p = network(torch.float64)
+        v_thresh = torch.tensor(p.v_thresh, dtype=torch.float64)
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, inputs.weights, recurrent.weights, v_thresh)]
+        x, by_input, by_recurrent, v_thresh = leaves
+        synapses = inputs.with_weights(by_input), recurrent.with_weights(by_recurrent)
+        options = {} if backend == "reference" else {"block_steps": 32}
+        spikes, after = coba_lif_integral(
+            x, None, *synapses, p._replace(v_thresh=v_thresh), DT, backend=backend, record_states=record_states, **options
+        )
+        loss = torch.randn(spikes.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        total = (spikes * loss).sum() + after.v.square().sum() + after.g_e.sum() + after.history.sum()
+        grads.append(torch.autograd.grad(total, leaves))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.any()
+        assert (ours - theirs).abs().max() <= 1e-8 * theirs.abs().max()
