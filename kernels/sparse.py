@@ -132,7 +132,7 @@ def deliver(
             tl.atomic_add(sums_ptr + place, amount, mask=mask, sem="relaxed", scope="gpu")
 
 
-@triton.jit(do_not_specialize=["K", "B", "N", "limit", "begin", "row_stride", "source_stride"])
+@triton.jit(do_not_specialize=["K", "B", "N", "limit", "begin", "row_stride", "source_stride", "per_ms"])
 def scatter_kernel(
     values_ptr, lists_ptr, counts_ptr, sums_ptr, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scales_ptr,
     K, B, N, limit, begin, row_stride, source_stride, per_ms,
@@ -228,7 +228,9 @@ def take(ring_ptr, slot, cells, mask, R, M):
     return e, i
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "R", "first", "window", "constants_stride", "states_stride", "spin_limit"])
+@triton.jit(
+    do_not_specialize=["T", "B", "N", "R", "first", "window", "constants_stride", "states_stride", "spin_limit", "per_ms"]
+)  # fmt: skip
 def sparse_forward_kernel(
     drive_ptr, ring_ptr, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scales_ptr, constants_ptr, final_ptr,
     lists_ptr, counts_ptr, arrived_ptr, failed_ptr, spikes_ptr, words_ptr, states_ptr,
@@ -358,7 +360,7 @@ def send_back(
     return total
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "window", "constants_stride", "spin_limit"])
+@triton.jit(do_not_specialize=["T", "B", "N", "window", "constants_stride", "spin_limit", "per_ms"])
 def sparse_backward_kernel(
     trajectory_ptr, words_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, indptr_ptr, targets_ptr, weights_ptr,
     delays_ptr, lam_ptr, adjoints_ptr, grad_constants_ptr, arrived_ptr, failed_ptr,
@@ -432,7 +434,7 @@ def sparse_backward_kernel(
             tl.store(failed_ptr, 1)
 
 
-@triton.jit(do_not_specialize=["K", "B", "N", "begin"])
+@triton.jit(do_not_specialize=["K", "B", "N", "begin", "per_ms"])
 def source_gradient_kernel(
     indptr_ptr, targets_ptr, weights_ptr, delays_ptr, adjoints_ptr, grad_ptr, K, B, N, begin, per_ms,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, WEIGHT: tl.constexpr, DELAY: tl.constexpr,
@@ -452,7 +454,7 @@ def source_gradient_kernel(
     tl.store(grad_ptr + row * K + sources, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["E", "K", "B", "N", "S", "rows", "begin"])
+@triton.jit(do_not_specialize=["E", "K", "B", "N", "S", "rows", "begin", "per_ms"])
 def synapse_gradient_kernel(
     values_ptr, lists_ptr, counts_ptr, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, adjoints_ptr, grad_ptr,
     E, K, B, N, S, rows, begin, per_ms,
