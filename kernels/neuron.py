@@ -129,6 +129,13 @@ def no_sums(zeros):
 
 
 @triton.jit
+def sums_of(fields):
+    return Sums(
+        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6], fields[7], fields[8]
+    )  # fmt: skip
+
+
+@triton.jit
 def state_of(fields):
     return State(fields[0], fields[1], fields[2])
 

@@ -175,14 +175,11 @@ def first_drive(first_ptr, t, cells, M, mask):
 
 
 @triton.jit
-def forward_tile(
-    t, row, s, word, recurrent, next_list_ptr, next_count, c, neurons, mask,
-    drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS: tl.constexpr, JUMP_FIRST: tl.constexpr,
+def step_cells(
+    t, cells, s, word, drive, recurrent, c, mask, spikes_ptr, words_ptr, states_ptr, T, M, states_stride,
+    FIELDS: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One step of one row's tile of neurons: integrate, fire, append the spikes to the next list."""
-    M = B * N
-    cells = row * N + neurons
-    drive = Drive(tl.load(drive_ptr + t * M + cells, mask=mask), tl.load(drive_ptr + (T + t) * M + cells, mask=mask))
+    """One step of some cells: integrate, fire, and store what was asked for; returns who spiked, the state and the word."""
     _, spike, s = advance(s, drive, recurrent, None, mask, c, JUMP_FIRST)
     if spikes_ptr is not None:
         tl.store(spikes_ptr + t * M + cells, convert_spike(spike, spikes_ptr.dtype.element_ty), mask=mask)
@@ -193,6 +190,22 @@ def forward_tile(
         if ((t + 1) % 32 == 0) | (t + 1 == T):
             tl.store(words_ptr + (t // 32) * M + cells, word, mask=mask)
             word = tl.zeros_like(word)
+    return spike, s, word
+
+
+@triton.jit
+def forward_tile(
+    t, row, s, word, recurrent, next_list_ptr, next_count, c, neurons, mask,
+    drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS: tl.constexpr, JUMP_FIRST: tl.constexpr,
+):  # fmt: skip
+    """One step of one row's tile of neurons: integrate, fire, append the spikes to the next list."""
+    M = B * N
+    cells = row * N + neurons
+    drive = Drive(tl.load(drive_ptr + t * M + cells, mask=mask), tl.load(drive_ptr + (T + t) * M + cells, mask=mask))
+    spike, s, word = step_cells(
+        t, cells, s, word, drive, recurrent, c, mask, spikes_ptr, words_ptr, states_ptr, T, M, states_stride,
+        FIELDS, JUMP_FIRST,
+    )  # fmt: skip
     next_count = compact(spike, next_count, next_list_ptr, neurons.to(tl.int32))
     return s, word, next_count
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..kernels import feed_forward, recurrent
-from ..ops.call import Block, Call, Incoming, Network, Outputs, Saved, Sweep, kept_count
+from ..kernels import feed_forward, recurrent, sparse
+from ..ops.call import (
+    Block,
+    Call,
+    Incoming,
+    Network,
+    Outputs,
+    Projection,
+    Saved,
+    SparseNetwork,
+    SparseSweep,
+    Sweep,
+    kept_count,
+)
+from ..ops.spikes import unpack_spikes
 from ..tuning.tables import Parameters, launch_parameters
 
 # Steps whose inputs are on their way while as many are computed.
@@ -332,7 +345,7 @@ def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out
 
 
 def _launch_driven(
-    net: Network,
+    net: Network | SparseNetwork,
     drive: Tensor,
     recurrent_drive: Tensor,
     state: Tensor,
@@ -425,3 +438,274 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
 def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.add_products`. A matrix product, events or not."""
     sums.addmm_(sources.t().to(rows.dtype), rows)
+
+
+# Neurons of a program of a sparse network, at most, and the synapses of a source that it reads together.
+SPARSE_TILE = 256
+SYNAPSES_TOGETHER = 32
+# Steps between two meetings of the programs of a row, at most.
+SPARSE_WINDOW = 16
+# Rows of more neurons are shared by several programs.
+ONE_PROGRAM_FORWARD = 1024
+ONE_PROGRAM_BACKWARD = 256
+# Programs of a row, whatever its size is; None for as many as its size and the device ask for.
+PROGRAMS_PER_ROW: int | None = None
+
+
+def _mode(numbers: Tensor | None) -> int:
+    """How a kernel finds the weight or the delay of a synapse: one of all, one of each source, or one of each synapse."""
+    if numbers is None:
+        return 0
+    return 1 if numbers.dim() == 2 else 0 if numbers.shape[0] == 1 else 2
+
+
+def _programs_per_row(neurons: int, batch: int, device: torch.device, most: int) -> int:
+    """Programs that share a batch row of a sparse network. Rows of up to ``most`` neurons have one program."""
+    tiles = _cdiv(neurons, _sparse_tile(neurons))
+    if PROGRAMS_PER_ROW is not None:
+        return min(tiles, PROGRAMS_PER_ROW)
+    if neurons <= most or triton.knobs.runtime.interpret:  # the interpreter has one program at a time
+        return 1
+    return max(1, min(tiles, resident_programs(device) // batch))
+
+
+def _sparse_tile(neurons: int) -> int:
+    """Neurons that a program integrates together, one a thread."""
+    return max(threads_per_warp(), min(SPARSE_TILE, _power_of_2(neurons)))
+
+
+def _window(net: SparseNetwork, steps: int) -> int:
+    """Steps that neurons go on alone: no spike arrives sooner, and entries of a list of spikes have 32 bits."""
+    return max(1, min(net.shortest, SPARSE_WINDOW, steps, (2**31 - 1) // net.neurons))
+
+
+class _Meeting(NamedTuple):
+    """How the programs of a batch row wait for each other: whether they do, and what they count in."""
+
+    together: bool
+    arrived: Tensor | None
+    failed: Tensor | None
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, programs: int, batch: int, device: torch.device) -> _Meeting:
+        if programs == 1:
+            return cls(False, None, None, {})
+        arrived, failed = (torch.zeros(size, dtype=torch.int32, device=device) for size in (batch, 1))
+        return cls(True, arrived, failed, {"launch_cooperative_grid": True})
+
+    def check(self, programs: int) -> None:
+        """Raise, on the device, if a program gave up; the host does not wait for it."""
+        if self.failed is not None:
+            torch._assert_async(
+                self.failed == 0,
+                f"sparse network: a program waited for another of its batch row for more than {SPIN_LIMIT} looks and gave "
+                f"up; expected all {programs} programs to run at once; pass backend='reference'",
+            )
+
+
+def _events(sources: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of sources ``[R, K]`` as the kernels read them, and the lists ``[R, K]`` and counts ``[R]`` of those not 0."""
+    rows, count = sources.shape
+    values = _kernel_view(sources)
+    lists = torch.empty(rows, count, dtype=torch.int32, device=sources.device)
+    counts = torch.empty(rows, dtype=torch.int32, device=sources.device)
+    block = min(1024, _power_of_2(count))
+    _launch(
+        recurrent.compact_kernel, (rows,), sources.device, _warps_for(block),
+        values, lists, counts, count, *values.stride(), BLOCK=block,
+    )  # fmt: skip
+    return values, lists, counts
+
+
+def _scatter(net: SparseNetwork, sums: Tensor, sources: Tensor, begin: int) -> None:
+    """Add to the ``sums [2, L, B, N]`` of L steps what the ``sources [t, B, N]`` of the steps from ``begin`` on send."""
+    if sources.shape[0] == 0 or len(net.recurrent.targets) == 0:
+        return
+    _, limit, batch, neurons = sums.shape
+    indptr, targets, weights, delays, grid = net.recurrent
+    values, lists, counts = _events(sources.flatten(0, 1))
+    num_warps = 4
+    together = SYNAPSES_TOGETHER
+    _launch(
+        sparse.scatter_kernel, (len(values),), sums.device, num_warps,
+        values, lists, counts, sums, indptr, targets, weights, delays, grid.scales,
+        neurons, batch, neurons, limit, begin, *values.stride(), net.per_ms,
+        SOURCES=num_warps * threads_per_warp() // together, LANES=together, WEIGHT=_mode(weights), DELAY=_mode(delays),
+    )  # fmt: skip
+
+
+def _sparse_projection(net: SparseNetwork, x: Tensor, drive: Tensor | None) -> Tensor | None:
+    """The input's drive ``[2, t, B, N]``: the given one, or that of ``x`` through its sparse synapses, if there are any."""
+    if drive is not None or net.inputs is None:
+        return drive
+    steps, batch, inputs = x.shape
+    indptr, targets, weights, _, grid = net.inputs
+    drive = net.constants.new_zeros(2, steps, batch, net.neurons)
+    if inputs == 0:
+        return drive
+    sums = torch.zeros(drive.shape, dtype=grid.sums, device=drive.device)
+    values, lists, counts = _events(x.reshape(-1, inputs))
+    num_warps = 4
+    threads, together = num_warps * threads_per_warp(), SYNAPSES_TOGETHER
+    _launch(
+        sparse.sparse_projection_kernel, (len(values),), drive.device, num_warps,
+        values, lists, counts, sums, drive, indptr, targets, weights, grid.scales,
+        inputs, net.neurons, len(values), *values.stride(),
+        BLOCK=threads, SOURCES=threads // together, LANES=together, WEIGHT=_mode(weights),
+    )  # fmt: skip
+    return drive
+
+
+def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_ring`. The ring is ``[2, R, B, N]``."""
+    sums = net.recurrent.grid.sums
+    ring = torch.zeros(2, *history.shape, dtype=sums, device=history.device)
+    _scatter(net, ring, history, -net.longest)
+    return ring
+
+
+def sparse_block(
+    net: SparseNetwork,
+    ring: Tensor,
+    start: int,
+    x: Tensor,
+    drive: Tensor | None,
+    state: Tensor,
+    out: Outputs,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_block`. One launch, after that of the input's projection."""
+    spikes, words, states, _ = out
+    steps, batch = x.shape[:2]
+    if states is not None and chosen is not None:
+        every = state.new_empty(len(state), steps, *state.shape[1:])
+        final = sparse_block(net, ring, start, x, drive, state, Outputs(spikes, words, every))
+        states.copy_(every.flatten(2)[..., chosen])
+        return final
+    neurons, device = net.neurons, state.device
+    indptr, targets, weights, delays, grid = net.recurrent
+    drive = _sparse_projection(net, x, drive)
+    final = state.clone(memory_format=torch.contiguous_format)
+    window, block = _window(net, steps), _sparse_tile(neurons)
+    programs = _programs_per_row(neurons, batch, device, ONE_PROGRAM_FORWARD)
+    meeting = _Meeting.of(programs, batch, device)
+    counts = torch.zeros(2, batch, dtype=torch.int32, device=device) if meeting.together else None
+    _launch(
+        sparse.sparse_forward_kernel, (programs, batch), device, block // threads_per_warp(),
+        drive, ring, indptr, targets, weights, delays, grid.scales, net.constants, final,
+        torch.empty(batch, window * neurons, dtype=torch.int32, device=device), counts, meeting.arrived, meeting.failed,
+        _kernel_view(spikes), words, states,
+        steps, batch, neurons, net.longest, start % net.longest, window,
+        net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT, net.per_ms,
+        BLOCK=block, FIELDS=len(state), SOURCES=_cdiv(block, SYNAPSES_TOGETHER), LANES=SYNAPSES_TOGETHER,
+        WEIGHT=_mode(weights), DELAY=_mode(delays), TOGETHER=meeting.together,
+        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, **meeting.options,
+    )  # fmt: skip
+    meeting.check(programs * batch)
+    return final
+
+
+def sparse_backward_block(
+    net: SparseNetwork,
+    ring: Tensor,
+    x: Tensor,
+    drive: Tensor | None,
+    state: Tensor,
+    words: Tensor,
+    grad_spikes: Tensor | None,
+    grad_states: Tensor | None,
+    sweep: SparseSweep,
+    adjoints: Tensor,
+    grad_x: Tensor | None,
+) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_backward_block`. One launch replays, and one goes back."""
+    steps, batch = x.shape[:2]
+    neurons, device = net.neurons, state.device
+    indptr, targets, weights, delays, grid = net.recurrent
+    words = words.contiguous()
+    spikes = unpack_spikes(words, steps, torch.uint8)
+    # with the spikes known, all that arrives in the block is a sum of what is under way and of what they send
+    sums = torch.zeros(2, steps, batch, neurons, dtype=ring.dtype, device=device)
+    sums[:, : net.longest] = ring[:, :steps]
+    _scatter(net, sums, spikes, 0)
+    recurrent_drive = sums.to(net.constants.dtype) * grid.scales[2:].view(2, 1, 1, 1)
+    del sums
+    drive = _sparse_projection(net, x, drive)
+    kept = kept_count(len(state))
+    trajectory = state.new_empty(kept + 2, steps, batch, neurons)
+    drive = torch.zeros_like(recurrent_drive) if drive is None else drive
+    _launch_driven(net, drive, recurrent_drive, state.contiguous(), words, trajectory=trajectory)
+    block = _sparse_tile(neurons)
+    programs = _programs_per_row(neurons, batch, device, ONE_PROGRAM_BACKWARD)
+    meeting = _Meeting.of(programs, batch, device)
+    _launch(
+        sparse.sparse_backward_kernel, (programs, batch), device, block // threads_per_warp(),
+        trajectory, words, net.constants, _contiguous(grad_spikes), _contiguous(grad_states), indptr, targets, weights,
+        delays, sweep.lam, adjoints, sweep.sums, meeting.arrived, meeting.failed,
+        steps, batch, neurons, _window(net, steps), net.constants.stride(0), SPIN_LIMIT, net.per_ms,
+        BLOCK=block, KEPT=kept, UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        TOGETHER=meeting.together, PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+        METHOD=sweep.method, **meeting.options,
+    )  # fmt: skip
+    meeting.check(programs * batch)
+    if sweep.recurrent is not None:
+        _add_synapse_gradient(net, net.recurrent, sweep.recurrent, spikes, adjoints, 0)
+    if net.inputs is not None:
+        if sweep.inputs is not None:
+            _add_synapse_gradient(net, net.inputs, sweep.inputs, x, adjoints, 0)
+        if grad_x is not None:
+            _fill_source_gradient(net, net.inputs, grad_x, adjoints, 0)
+
+
+def sparse_history_gradient(
+    net: SparseNetwork, history: Tensor, adjoints: Tensor, grad_history: Tensor, sweep: SparseSweep
+) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_history_gradient`."""
+    _fill_source_gradient(net, net.recurrent, grad_history, adjoints, -net.longest)
+    if sweep.recurrent is not None:
+        _add_synapse_gradient(net, net.recurrent, sweep.recurrent, history, adjoints, -net.longest)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _fill_source_gradient(net: SparseNetwork, projection: Projection, grad: Tensor, adjoints: Tensor, begin: int) -> None:
+    """Fill ``grad [t, B, K]``, by the values of sources in the steps from ``begin`` on, from ``adjoints [L, B, 2, N]``."""
+    steps, batch, sources = grad.shape
+    if grad.numel() == 0:
+        return
+    indptr, targets, weights, delays, _ = projection
+    filled = grad if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
+    num_warps = 4
+    block = num_warps * threads_per_warp()
+    _launch(
+        sparse.source_gradient_kernel, (steps * batch, _cdiv(sources, block)), grad.device, num_warps,
+        indptr, targets, weights, delays, adjoints, filled, sources, batch, net.neurons, begin, net.per_ms,
+        BLOCK=block, UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+    )  # fmt: skip
+    if filled is not grad:
+        grad.copy_(filled)
+
+
+def _add_synapse_gradient(
+    net: SparseNetwork, projection: Projection, grad: Tensor, sources: Tensor, adjoints: Tensor, begin: int
+) -> None:
+    """Add to ``grad [samples, S]`` what the ``sources [t, B, K]`` of the steps from ``begin`` on make of the adjoints."""
+    steps, batch, count = sources.shape
+    if grad.numel() == 0 or sources.numel() == 0:
+        return
+    indptr, targets, weights, delays, _ = projection
+    samples, synapses = grad.shape
+    rows = batch // samples
+    # a row for each sample and source, of its values in all steps and rows of the batch
+    by_source = sources.unflatten(1, (samples, rows)).permute(1, 3, 0, 2).contiguous()
+    values, lists, counts = _events(by_source.view(samples * count, steps * rows))
+    num_warps = 1 if synapses <= 64 * count else 4
+    _launch(
+        sparse.synapse_gradient_kernel, (samples * count,), grad.device, num_warps,
+        values, lists, counts, indptr, targets, weights, delays, adjoints, grad,
+        steps * rows, count, batch, net.neurons, synapses, rows, begin, net.per_ms,
+        BLOCK=num_warps * threads_per_warp(), UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+    )  # fmt: skip

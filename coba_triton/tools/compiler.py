@@ -23,7 +23,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from ..backend import choose
 from ..backend import triton as triton_backend
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
-from ..kernels import feed_forward, recurrent
+from ..kernels import feed_forward, recurrent, sparse
 from ..neuron.records import CobaLIFParameters
 from ..tuning import tables
 
@@ -41,6 +41,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 TRITON_FUNCTIONS = {
     **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
@@ -48,6 +49,8 @@ TRITON_FUNCTIONS = {
     "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
     "recurrent_backward_kernel": (recurrent, "backward_kernel"),
     **{name: (recurrent, name) for name in ("compact_kernel", "projection_kernel", "driven_kernel")},
+    **{name: (sparse, name) for name in ("scatter_kernel", "sparse_projection_kernel", "sparse_forward_kernel")},
+    **{name: (sparse, name) for name in ("sparse_backward_kernel", "source_gradient_kernel", "synapse_gradient_kernel")},
 }
 
 Launch = tuple[ASTSource, dict[str, Any]]
@@ -75,6 +78,8 @@ class Recorder:
                 elif value is None or name in meta:
                     signature[name] = "constexpr"
                     constants[name] = value
+                elif isinstance(value, float):
+                    signature[name] = "fp32"
                 else:
                     signature[name] = "i32" if abs(value) < 2**31 else "i64"
                 # these attributes are part of a kernel's key in Triton's cache; before 3.7 only words had them

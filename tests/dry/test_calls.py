@@ -17,15 +17,33 @@ import torch
 import triton
 
 import dry
-from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, coba_lif_feed_forward_integral, coba_lif_integral
+from coba_triton import (
+    CobaLIF,
+    CobaLIFParameters,
+    CobaLIFRecurrent,
+    Synapses,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+)
 from coba_triton.backend import triton as triton_backend
-from coba_triton.kernels import feed_forward, recurrent
+from coba_triton.kernels import feed_forward, recurrent, sparse
 from coba_triton.tools.problems import sparse_problem
 
 P = CobaLIFParameters()
 X = torch.zeros(40, 3, 64)
 LEAF = torch.zeros(40, 3, 64, requires_grad=True)
 W_IN, W_REC = torch.zeros(100, 64), torch.zeros(100, 100)
+TARGETS = torch.arange(2000)
+FROM_INPUTS = Synapses.from_coo(TARGETS % 100, TARGETS % 64, torch.ones(2000), shape=(100, 64))
+FEW = Synapses.from_coo(TARGETS % 100, TARGETS % 100, torch.ones(2000), shape=(100, 100))
+SYNAPSES = Synapses.from_coo(TARGETS % 1999, TARGETS, torch.ones(2000), 0.3, shape=(2000, 2000))
+FROM_INPUTS_TO_MANY = Synapses.from_coo(TARGETS, TARGETS % 64, torch.ones(2000), shape=(2000, 64))
+
+
+def learned(synapses: Synapses) -> Synapses:
+    return synapses.with_weights(synapses.weights.clone().requires_grad_())
+
+
 CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "feed-forward": (
         lambda: coba_lif_feed_forward_integral(X, None, P, 0.1, backend="triton"), {"forward_kernel": 1},
@@ -50,6 +68,24 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "recurrent, dense": (
         lambda: coba_lif_integral(X, None, W_IN, W_REC, P, 0.1, backend="triton", path="dense"),
         {"compact_kernel": 1, "projection_kernel": 1, "driven_kernel": 40},
+    ),
+    "sparse": (
+        lambda: coba_lif_integral(X, None, FROM_INPUTS, FEW, P, 0.1, backend="triton"),
+        {"compact_kernel": 2, "scatter_kernel": 1, "sparse_projection_kernel": 1, "sparse_forward_kernel": 1},
+    ),
+    "sparse, in two blocks": (
+        lambda: coba_lif_integral(X, None, FROM_INPUTS_TO_MANY, SYNAPSES, P, 0.1, backend="triton", block_steps=32),
+        {"compact_kernel": 3, "scatter_kernel": 1, "sparse_projection_kernel": 2, "sparse_forward_kernel": 2},
+    ),
+    "sparse, training": (
+        lambda: coba_lif_integral(
+            LEAF, None, learned(FROM_INPUTS_TO_MANY), learned(SYNAPSES), P, 0.1, backend="triton", block_steps=32
+        )[0].sum().backward(),
+        {
+            "compact_kernel": 3 + 2 * 5 + 1, "scatter_kernel": 1 + 2 * 2, "sparse_projection_kernel": 4,
+            "sparse_forward_kernel": 2, "driven_kernel": 2, "sparse_backward_kernel": 2, "synapse_gradient_kernel": 5,
+            "source_gradient_kernel": 3,
+        },
     ),
     "recurrent module, training": (
         lambda: CobaLIFRecurrent(64, 100, dt=0.1, backend="triton")(X)[0].sum().backward(),
@@ -83,11 +119,11 @@ def test_the_host_takes_the_compiled_kernel_that_triton_would_take() -> None:
     """What is kept is found by dtypes, alignment and widths: other values of the numbers compile nothing, these do."""
     kernels = [
         kernel
-        for module in (feed_forward, recurrent)
+        for module in (feed_forward, recurrent, sparse)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
     ]
-    assert len(kernels) == 8
+    assert len(kernels) == 14
     for kernel in kernels:
         numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
         assert numbers and all(p.do_not_specialize for p in numbers), kernel

@@ -16,7 +16,7 @@ import triton
 
 from coba_triton.tools.compiler import TARGETS
 from programs import budgets
-from programs.compile_targets import RECURRENT_SPECIMENS, SPECIMENS, specimens
+from programs.compile_targets import RECURRENT_SPECIMENS, SPARSE_SPECIMENS, SPECIMENS, specimens
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,6 +64,20 @@ def test_recurrent_kernels_compile_without_spills(target: str, specimen: str, ma
         assert (row["stack"], row["spills"], row.get("fused", 0)) == (0, 0, 0), row
 
 
+@pytest.mark.parametrize(("target", "specimen"), [(t, s) for t in TARGETS for s in specimens(t) if s in SPARSE_SPECIMENS])
+def test_sparse_kernels_compile_without_spills(target: str, specimen: str, matrix) -> None:
+    rows = matrix[target, specimen]
+    options = SPARSE_SPECIMENS[specimen]
+    expected = {"compact_kernel", "scatter_kernel", "sparse_forward_kernel"}
+    if options.get("inputs", 40):
+        expected.add("sparse_projection_kernel")
+    if options.get("train"):
+        expected |= {"driven_kernel", "sparse_backward_kernel", "source_gradient_kernel", "synapse_gradient_kernel"}
+    assert {row["kernel"] for row in rows} == expected
+    for row in rows:
+        assert (row["stack"], row["spills"], row.get("fused", 0)) == (0, 0, 0), row
+
+
 @pytest.mark.parametrize("target", budgets.BUDGETED)
 def test_no_figure_is_worse_than_its_budget(target: str, rows) -> None:
     """Registers, occupancy, and the instructions and bytes of the time loops are those of ``budgets.json``, or better."""
@@ -75,10 +89,13 @@ def test_no_figure_is_worse_than_its_budget(target: str, rows) -> None:
     assert not worse, "\n".join(["`make budgets` accepts these figures, and shows them:", *worse])
 
 
-def test_only_gradients_by_bfloat16_have_other_ptx_for_sm_90_than_for_sm_80(rows) -> None:
+def test_only_conversions_of_bfloat16_have_other_ptx_for_sm_90_than_for_sm_80(rows) -> None:
     """So ``compiled/`` is executed as for sm_80, and what differs also as for sm_90."""
     code = [{(row["specimen"], row["kernel"]): row["ptx"] for row in rows[target]} for target in ("sm_80", "sm_90")]
-    assert {key for key in code[0] if code[0][key] != code[1][key]} == {("training heaviside bfloat16", "backward_kernel")}
+    assert {key for key in code[0] if code[0][key] != code[1][key]} == {
+        ("training heaviside bfloat16", "backward_kernel"),
+        ("sparse 256 everything", "sparse_projection_kernel"),
+    }
 
 
 def test_a_worse_figure_is_told_from_a_better_one() -> None:

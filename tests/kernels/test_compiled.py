@@ -55,6 +55,13 @@ def test_kernels_where_sm_90_compiles_differently() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_sparse_kernels(arch: int) -> None:
+    """Of sparse networks; atomic operations and what is held in registers differ between these GPUs."""
+    execute(arch, "test_sparse_kernels.py")
+
+
+@pytest.mark.slow
 def test_the_executor() -> None:
     execute(80, "test_ptxsim.py")
 

@@ -142,7 +142,8 @@ def measure(target: str) -> Iterator[dict[str, Any]]:
             constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
             # what one thread does in an iteration of the time loop: STEPS steps of its share of the program's neurons
             threads = compiled.metadata.num_warps * TARGETS[target].warp_size
-            distinct[compiled.hash] = compiled, constants.get("STEPS", 1) * max(1, constants["BLOCK"] // threads)
+            neurons = max(1, constants.get("BLOCK", threads) // threads)
+            distinct[compiled.hash] = compiled, constants.get("STEPS", 1) * neurons
     kernels = [compiled for compiled, _ in distinct.values()]
     if target in NVIDIA:
         listings = disassemble([compiled.asm["cubin"] for compiled in kernels], NVIDIA[target])

@@ -12,6 +12,10 @@ import triton
 from triton.compiler import ASTSource, CompiledKernel
 
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral, coba_lif_integral
+from coba_triton.backend import triton as triton_backend
+from coba_triton.neuron.records import Constants, Sums
+from coba_triton.ops.call import Outputs, Projection, SparseNetwork, SparseSweep
+from coba_triton.ops.grid import Grid
 from coba_triton.tools.compiler import TARGETS, recorded
 
 
@@ -136,6 +140,106 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
 }
 
 
+def run_sparse(
+    *,
+    neurons: int,
+    dtype: torch.dtype = F32,
+    batch: int = 2,
+    inputs: int = 40,
+    input_dtype: torch.dtype | None = None,
+    fan_out: int = 100,
+    sums: torch.dtype = torch.int64,
+    shortest: int = 2,
+    per: str = "synapse",
+    train: bool = False,
+    per_neuron: bool = False,
+    record_states: bool = False,
+    packed: bool = False,
+    fields: int = 3,
+    method: str = "super",
+    jump_first: bool = False,
+) -> None:
+    """Call the backend as the operators of sparse networks do: a block forward and, when training, back."""
+    steps, longest = 34, 20
+
+    def projection(sources: int, delays: bool) -> Projection:
+        synapses = sources * fan_out
+        shape = {"synapse": (synapses,), "source": (sources, 1), "network": (1,)}[per]
+        return Projection(
+            torch.arange(0, synapses + 1, fan_out),
+            torch.zeros(synapses, dtype=torch.int32),
+            torch.zeros(shape, dtype=dtype),
+            torch.zeros(shape) if delays else None,
+            Grid(torch.ones(4, dtype=dtype), sums),
+        )
+
+    recurrent, from_inputs = projection(neurons, True), projection(inputs, False) if inputs else None
+    constants = torch.zeros(len(Constants._fields), batch * neurons if per_neuron else 1, dtype=dtype)
+    names = SparseNetwork._fields
+    values = (neurons, None, from_inputs, recurrent, 10.0, shortest, longest, constants, jump_first, triton_backend)
+    given = ("neurons", "input_weights", "inputs", "recurrent", "per_ms", "shortest", "longest")
+    known = dict(zip((*given, "constants", "jump_first", "backend"), values, strict=True))
+    net = SparseNetwork(*(known.get(name) for name in names))
+    x = torch.zeros(steps, batch, inputs, dtype=input_dtype or dtype)
+    shape = steps, batch, neurons
+    state, words = torch.zeros(fields, batch, neurons, dtype=dtype), torch.zeros(2, batch, neurons, dtype=torch.int32)
+    states = torch.zeros(fields, *shape, dtype=dtype) if record_states else None
+    history = torch.zeros(longest, batch, neurons, dtype=dtype)
+    ring = triton_backend.sparse_ring(net, history)
+    spikes = None if packed else torch.zeros(shape, dtype=dtype)
+    out = Outputs(spikes, words if packed or train else None, states)
+    triton_backend.sparse_block(net, ring, 0, x, None, state, out)
+    if not train:
+        return
+    adjoints = torch.zeros(steps + longest, batch, 2, neurons, dtype=dtype)
+    sweep = SparseSweep(
+        method,
+        1,
+        torch.zeros_like(state),
+        torch.zeros(len(Sums._fields), batch * neurons, dtype=dtype) if per_neuron else None,
+        torch.zeros(1, len(recurrent.targets), dtype=dtype),
+        torch.zeros(1, len(from_inputs.targets), dtype=dtype) if from_inputs else None,
+    )
+    grad_x = torch.zeros(x.shape, dtype=dtype) if inputs else None
+    triton_backend.sparse_backward_block(
+        net, ring, x, None, state, words, torch.zeros(shape, dtype=dtype), states, sweep, adjoints, grad_x
+    )
+    triton_backend.sparse_history_gradient(net, history, adjoints[:longest], torch.zeros_like(history), sweep)
+
+
+SPARSE_SPECIMENS: dict[str, dict[str, Any]] = {
+    "sparse 200": {"neurons": 200, "train": True},
+    "sparse 200 narrow packed": {"neurons": 200, "sums": torch.int32, "packed": True, "per": "network", "inputs": 0},
+    "sparse 200 float64": {"neurons": 200, "train": True, "dtype": F64, "method": "triangle"},
+    "sparse 256 everything": {
+        "neurons": 256,
+        "train": True,
+        "record_states": True,
+        "per_neuron": True,
+        "packed": True,
+        "fields": 4,
+        "method": "circ",
+        "jump_first": True,
+        "input_dtype": torch.bfloat16,
+    },
+    "sparse 4000": {"neurons": 4000, "batch": 1, "train": True},
+    "sparse 4000 narrow by source": {"neurons": 4000, "batch": 1, "sums": torch.int32, "per": "source", "train": True},
+    "sparse 4000 float64 everything": {
+        "neurons": 4000,
+        "batch": 1,
+        "train": True,
+        "dtype": F64,
+        "record_states": True,
+        "per_neuron": True,
+        "packed": True,
+        "fields": 4,
+        "method": "circ",
+        "input_dtype": torch.float16,
+    },
+    "sparse 4000, many rows, uint8": {"neurons": 4000, "batch": 200, "fan_out": 4, "input_dtype": torch.bool},
+}
+
+
 # Launches every kernel at least once with every dtype and on every path: enough where nothing but a compiler differs.
 FEW = (
     "inference",
@@ -152,13 +256,17 @@ FEW = (
     "recurrent 256 float64",
     "recurrent 1024 sliced",
     "recurrent 256 dense",
+    "sparse 200 narrow packed",
+    "sparse 256 everything",
+    "sparse 4000 narrow by source",
+    "sparse 4000 float64 everything",
 )
 LESS_USED = ("sm_100", "gfx1100")
 
 
 def specimens(target: str) -> list[str]:
     """What is compiled for a target: everything, or for those without budgets each kernel, dtype and path."""
-    return [name for name in [*SPECIMENS, *RECURRENT_SPECIMENS] if name in FEW or target not in LESS_USED]
+    return [name for name in [*SPECIMENS, *RECURRENT_SPECIMENS, *SPARSE_SPECIMENS] if name in FEW or target not in LESS_USED]
 
 
 def launches(name: str, target: str) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
@@ -166,8 +274,10 @@ def launches(name: str, target: str) -> dict[str, tuple[ASTSource, dict[str, Any
     with recorded(target) as recorders:
         if name in SPECIMENS:
             run(**SPECIMENS[name])
-        else:
+        elif name in RECURRENT_SPECIMENS:
             run_recurrent(**RECURRENT_SPECIMENS[name])
+        else:
+            run_sparse(**SPARSE_SPECIMENS[name])
     return {kernel: recorder.launches[0] for kernel, recorder in recorders.items() if recorder.launches}
 
 

@@ -34,6 +34,8 @@ SHARED = "tests/kernels/test_recurrent.py"
 RECURRENT = [*PYTEST, SHARED, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"]
 RECURRENT += ["-k", "triton or recurrent_kernels"]
 CPU_RECURRENT = [*PYTEST, SHARED, "tests/backend/test_cpu_recurrent.py", "-m", "not slow", "-k", "cpu"]
+SPARSE = [*PYTEST, "tests/kernels/test_sparse_kernels.py", "-m", "not slow"]
+EXECUTED_SPARSE = [argument.replace("test_kernels", "test_sparse_kernels") for argument in EXECUTED[:-1]]
 # What reaches the code of an area, by layer: arguments of Python.
 AREAS: dict[str, dict[str, list[str]]] = {
     "neuron": {"equations": EQUATIONS},
@@ -61,6 +63,7 @@ AREAS: dict[str, dict[str, list[str]]] = {
         "executed": [*EXECUTED, "recurrent or slices or tile"],
         "CPU path": CPU_RECURRENT,
     },
+    "sparse": {"interpreter": SPARSE, "executed": EXECUTED_SPARSE},
     "CPU feed-forward": {
         "CPU path": [*PYTEST, *CPU_TESTS, "-m", "not slow", "-k", "not triton"],
     },
@@ -112,6 +115,14 @@ def recurrent(edits: dict[str, str]) -> Mutant:
     return Mutant("recurrent", "kernels/recurrent.py", edits)
 
 
+def sparse(edits: dict[str, str]) -> Mutant:
+    return Mutant("sparse", "kernels/sparse.py", edits)
+
+
+def sparse_launch(edits: dict[str, str]) -> Mutant:
+    return Mutant("sparse", "coba_triton/backend/triton.py", edits)
+
+
 def launch(edits: dict[str, str]) -> Mutant:
     return Mutant("feed-forward", "coba_triton/backend/triton.py", edits)
 
@@ -128,6 +139,9 @@ def cpu_rows(edits: dict[str, str]) -> Mutant:
     return Mutant("CPU feed-forward", "coba_triton/backend/cpu/rows.py", edits)
 
 
+SUMS_BARRIER = "tl.debug_barrier()  # the sums are complete before any thread takes them"
+CLEARED = "tl.store(place{}, zeros, mask=mask)"
+ARRIVAL = "slot = sent + load_steps(delays_ptr, source, synapse, mask, per_ms, DELAY)"
 SPIKE = "spike = fire(excess(u, c), left)"
 CURRENT = "{}g_e * (c.e_rev_E - s.v)) + {}g_i * (c.e_rev_I - s.v))"
 OWN_NEURONS = "neurons = tl.program_id(0).to(tl.int64) * {} + tl.arange(0, BLOCK)"
@@ -184,6 +198,50 @@ MUTANTS = {
     ),
     "exchange with a single buffer": recurrent(
         {"slot = (t % 2) * B + row": "slot = row", "slot = ((t + 1) % 2) * B + row": "slot = row"}
+    ),
+    "sparse: a delay is one step too short": sparse({ARRIVAL: f"{ARRIVAL} - 1"}),
+    "sparse: delays are cut off, not rounded": sparse(
+        {"((steps + 8388608.0) - 8388608.0).to(tl.int32)": "steps.to(tl.int32)"}
+    ),
+    "sparse: a slot of the ring is not cleared": sparse({CLEARED.format(" + R * M"): "pass"}),
+    "sparse: the last synapse of a source is left out": sparse(
+        {"mask = synapse < end[:, None]": "mask = synapse < end[:, None] - 1"}
+    ),
+    "sparse: only the first synapses of a source are sent": sparse(
+        {"for offset in range(0, longest, LANES):": "for offset in range(0, tl.minimum(longest, LANES), LANES):"}
+    ),
+    "sparse: signs are swapped": sparse(
+        {"tl.where(weight < 0.0, limit, 0) + slot": "tl.where(weight > 0.0, limit, 0) + slot"}
+    ),
+    "sparse: inhibitory weights have the excitatory scale": sparse({"tl.where(weight < 0.0, scale_i, scale_e)": "scale_e"}),
+    "sparse: the ring is one slot too long": sparse(
+        {"tl.where(slot >= R, slot - R, slot)": "tl.where(slot > R, slot - R, slot)"}
+    ),
+    "sparse: a delivery wraps one slot too late": sparse(
+        {"slot = tl.where(slot >= limit, slot - limit, slot)": "slot = tl.where(slot > limit, slot - limit, slot)"}
+    ),
+    "sparse: an integer is cut off, not rounded": sparse({"nearest(size * scale)": "(size * scale)"}),
+    "sparse: negative values of a history add": sparse({"tl.where(value < 0.0, -amount, amount)": "amount"}),
+    "sparse: no barrier after the sums": sparse({SUMS_BARRIER: "pass"}),
+    "sparse: a meeting orders nothing": sparse({'sem="release"': 'sem="relaxed"', 'sem="acquire"': 'sem="relaxed"'}),
+    "sparse: a meeting's target is one short": sparse(
+        {"(arrived < target)": "(arrived < target - 1)", "return arrived >= target": "return arrived >= target - 1"}
+    ),
+    "sparse: a list's own counter is cleared": sparse({"(1 - counter) * B": "counter * B"}),
+    "sparse: a begun word is lost": sparse({"mask=begun)": "mask=begun & (end < 0))"}),
+    "sparse: a coarser grid is not made finer again": sparse(
+        {"tl.load(scales_ptr + 2 + sign).to(tl.float64) * unit": "tl.load(scales_ptr + 2 + sign).to(tl.float64)"}
+    ),
+    "sparse: the gradient is read a step late": sparse(
+        {"arrival = sent + load_steps(delays_ptr, held": "arrival = sent + 1 + load_steps(delays_ptr, held"}
+    ),
+    "sparse: inhibitory weights keep the gradient's sign": sparse({"tl.where(weight < 0.0, -total, total)": "total"}),
+    "sparse: the gradient forgets who fired": sparse({"other=0.0) * value,)": "other=0.0),)"}),
+    "sparse: windows longer than the shortest delay": sparse_launch(
+        {"min(net.shortest, SPARSE_WINDOW": "min(net.shortest + 1, SPARSE_WINDOW"}
+    ),
+    "sparse: rows of a sample are strided": sparse_launch(
+        {"permute(1, 3, 0, 2).contiguous()": "permute(1, 3, 2, 0).contiguous()"}
     ),
     "spikes before a block from the wrong bit": blocks({">> (WORD_BITS - 1)) & 1": ">> (WORD_BITS - 2)) & 1"}),
     "inhibitory weights keep the gradient's sign": blocks({BY_SIGN.format("-"): BY_SIGN.format("+")}),
