@@ -25,7 +25,7 @@ with silent_start():
         default_bio_state,
     )
     from .ops.spikes import pack_spikes, unpack_spikes
-    from .ops.synapses import Synapses
+    from .ops.synapses import LogNormal, Normal, Synapses, Uniform
     from .pynn.parameters import from_pynn, to_pynn
     from .stream.events import read_events
     from .stream.results import Result, open_result
@@ -56,12 +56,15 @@ __all__ = [
     "CobaLIFRefractoryState",
     "CobaLIFState",
     "EventSource",
+    "LogNormal",
     "MemorySink",
+    "Normal",
     "NpzSink",
     "PoissonSource",
     "Record",
     "Result",
     "Synapses",
+    "Uniform",
     "ZarrSink",
     "__version__",
     "check",

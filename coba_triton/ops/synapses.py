@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,12 +19,48 @@ from torch import Tensor
 
 from ..common.files import local_path, reason, written_whole
 from .tensors import FLOATING, is_tracked, is_watched
-from .validation import check_dt, check_int
+from .validation import check_dt, check_flag, check_int, is_one_of
 
 MOST = 2**31 - 1  # sources, and neurons
+LEAST_SHARE = 1e-6  # of a normal distribution between its limits
 FORMAT = "coba_triton.Synapses 1"
 PIECE_BYTES = 2**24  # bytes that are read from a file at a time
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc)
+
+
+class Uniform(NamedTuple):
+    """Values that are equally probable from ``low`` to ``high``."""
+
+    low: float
+    high: float
+
+
+class Normal(NamedTuple):
+    """Normally distributed values. Where there are limits, no value is beyond: the rest keeps its distribution.
+
+    Attributes:
+        mean, std: of the distribution without limits.
+        low, high: the limits, None for none.
+    """
+
+    mean: float
+    std: float
+    low: float | None = None
+    high: float | None = None
+
+
+class LogNormal(NamedTuple):
+    """Values whose logarithm is normally distributed; with a negative mean, their negatives.
+
+    Attributes:
+        mean, std: of the values themselves, not of their logarithm.
+    """
+
+    mean: float
+    std: float
+
+
+Law: TypeAlias = Uniform | Normal | LogNormal
 
 
 class Synapses(NamedTuple):
@@ -29,6 +68,7 @@ class Synapses(NamedTuple):
 
     The constructors check and sort what they get: :meth:`from_coo`, :meth:`from_torch` and :meth:`from_scipy`. Gradients
     flow back from the weights to what was given; what is in order already is the field itself, so that a leaf stays a leaf.
+    :meth:`fixed_probability` and :meth:`fixed_number` draw random synapses.
 
     A synapse needs 4 bytes for its target, and the bytes of a weight and of a delay where it has its own.
 
@@ -369,6 +409,113 @@ class Synapses(NamedTuple):
         return _record(indptr, targets, matrix.t().reshape(-1), taken, neurons)
 
     @classmethod
+    def fixed_probability(
+        cls,
+        sources: int,
+        neurons: int,
+        probability: float,
+        weight: float | Tensor | Law,
+        delay: float | Tensor | Law | None = None,
+        *,
+        seed: int,
+        autapses: bool = True,
+        only: tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Synapses:
+        """Random synapses: each pair of a source and a neuron has one with the same probability.
+
+        The synapses onto a neuron, their weights and their delays follow from the arguments and the number of the neuron
+        alone, on every machine: processes that make the synapses of some neurons each make the same network together. The
+        time is proportional to the synapses that are made. Projections of one network need different seeds: with the same
+        one, neurons of the same number get the same sources.
+
+        Args:
+            sources: K.
+            neurons: N.
+            probability: from 0 to 1.
+            weight: in uS: a number, a distribution to draw the weight of each synapse from (:class:`Uniform`,
+                :class:`Normal`, :class:`LogNormal`), or a tensor with one for each source ``[K, 1]`` or for all ``[1]``.
+            delay: in ms, likewise. None: one time step, whatever its length is.
+            seed: from 0 to 2**64 - 1.
+            autapses: whether neuron ``n`` may have a synapse from source ``n``.
+            only: ``(begin, end)`` makes the synapses onto the neurons ``begin`` to ``end - 1`` alone; they keep their
+                numbers.
+            dtype: of weights that are numbers or drawn, None for PyTorch's default.
+
+        Raises:
+            TypeError: if an argument is of the wrong type.
+            ValueError: if a value is out of range, or as :meth:`from_coo` does.
+
+        Example:
+            >>> Synapses.fixed_probability(4000, 4000, 0.02, 0.004, 0.3, seed=1, autapses=False)
+            Synapses(4,000 sources -> 4,000 neurons, 319,236 synapses, weights 0.004 uS, delays 0.3 ms, 4 bytes a synapse)
+        """
+        if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
+            raise TypeError(
+                f"probability must be a number from 0 to 1, got {type(probability).__name__}; pass a Python float"
+            )
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability must be a number from 0 to 1, got {probability!r:.50}; divide percents by 100")
+        wanted = _Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
+        return _draw(wanted, float(probability), -1, False, True)
+
+    @classmethod
+    def fixed_number(
+        cls,
+        sources: int,
+        neurons: int,
+        number: int,
+        weight: float | Tensor | Law,
+        delay: float | Tensor | Law | None = None,
+        *,
+        seed: int,
+        per: Literal["target", "source"] = "target",
+        replace: bool = False,
+        autapses: bool = True,
+        only: tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Synapses:
+        """Random synapses: each neuron has the same number of them, or each source has.
+
+        What :meth:`fixed_probability` says of seeds and processes holds here as well. With ``per="source"``, a process
+        draws the targets of all synapses, and keeps those that it makes.
+
+        Args:
+            sources: K.
+            neurons: N.
+            number: of synapses of each neuron or source.
+            weight: as in :meth:`fixed_probability`.
+            delay: as in :meth:`fixed_probability`.
+            seed: from 0 to 2**64 - 1.
+            per: ``"target"`` or ``"source"``: what has this number of synapses.
+            replace: whether a pair may have several synapses.
+            autapses: as in :meth:`fixed_probability`.
+            only: as in :meth:`fixed_probability`.
+            dtype: as in :meth:`fixed_probability`.
+
+        Raises:
+            TypeError: if an argument is of the wrong type.
+            ValueError: if a value is out of range, or as :meth:`from_coo` does.
+
+        Example:
+            >>> Synapses.fixed_number(1000, 10, 80, Normal(0.006, 0.002, low=0.0), Uniform(0.2, 2.0), seed=1).count
+            800
+        """
+        number = check_int(number, "number", 0, MOST)
+        if not is_one_of(per, ("target", "source")):
+            raise ValueError(f"per must be 'target' or 'source', got {per!r:.200}")
+        check_flag(replace, "replace")
+        wanted = _Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
+        most = (wanted.sources if per == "target" else wanted.neurons) - (not wanted.autapses)
+        if number > (most if not replace else MOST if most > 0 else 0):
+            what = "sources" if per == "target" else "neurons"
+            raise ValueError(
+                f"number must be at most {max(most, 0)}, the {what} to choose from, got {number}"
+                + ("; pass replace=True for several synapses of a pair" if most > 0 else "; pass more of them")
+            )
+        return _draw(wanted, 0.0, number, replace, per == "target")
+
+    @classmethod
     def from_scipy(cls, matrix: Any, delays: Any = None) -> Synapses:
         """Synapses from a sparse matrix or array of SciPy; every stored value is one.
 
@@ -547,7 +694,7 @@ def _merge(values: list[Tensor], fans: list[Tensor], sources: list[Tensor], orde
                 return (used if len(used) else values[0].flatten())[:1].clone()
             return torch.where(taken, together, used[0]).unsqueeze(1)
     each: Tensor = _permute(torch.cat([_each(value, source) for value, source in zip(values, sources, strict=True)]), order)
-    if tracked:
+    if tracked or not len(each):
         return each
     if bool((each == each[0]).all()):
         return each[:1].clone()
@@ -672,6 +819,147 @@ def _read_member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
         if member.read(1):  # at the end of the data, zipfile compares its checksum
             raise ValueError(f"{info.filename} is longer than its shape")
     return array.view(kind).reshape(shape, order="F" if by_column else "C")
+
+
+class _Wanted(NamedTuple):
+    """What the two constructors of random synapses have in common."""
+
+    sources: Any
+    neurons: Any
+    weight: Any
+    delay: Any
+    seed: Any
+    autapses: Any
+    only: Any
+    dtype: Any
+
+    def checked(self) -> _Wanted:
+        """The same, with all its numbers as Python's own and ``only`` as two of them."""
+        sources, neurons = check_int(self.sources, "sources", 0, MOST), check_int(self.neurons, "neurons", 0, MOST)
+        check_flag(self.autapses, "autapses")
+        if not self.autapses and sources != neurons:
+            raise ValueError(
+                f"autapses=False needs sources that are the neurons, got {sources} sources and {neurons} neurons; leave "
+                "it out"
+            )
+        dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32, torch.float64 or None, got {dtype!r:.50}; use .to() for others")
+        only = (0, neurons) if self.only is None else self.only
+        if isinstance(only, str) or not isinstance(only, Sequence) or len(only) != 2:
+            raise TypeError(f"only must be (begin, end) or None, got {self.only!r:.200}; pass a pair of ints")
+        begin, end = check_int(only[0], "only[0]", 0, neurons), check_int(only[1], "only[1]", 0, neurons)
+        if begin > end:
+            raise ValueError(f"only must be (begin, end) with begin <= end, got {(begin, end)}; swap them")
+        _check_law(self.weight, "weight")
+        _check_law(self.delay, "delay")
+        seed = check_int(self.seed, "seed", 0, 2**64 - 1)
+        return _Wanted(sources, neurons, self.weight, self.delay, seed, self.autapses, (begin, end), dtype)
+
+
+def _check_law(law: Any, name: str) -> None:
+    """Whether values of a distribution can be drawn; a delay's must not be negative. Other values are not looked at."""
+    if not isinstance(law, Law):
+        return
+    for field, value in law._asdict().items():
+        if value is None and field in ("low", "high") and isinstance(law, Normal):
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must have numbers, got {law!r:.200}; pass Python floats")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must have finite numbers, got {law!r:.200}; leave a limit out that is none")
+    low, high = _limits_of(law)
+    if not low <= high or getattr(law, "std", 0) < 0 or (isinstance(law, LogNormal) and law.mean == 0):
+        raise ValueError(
+            f"{name} must have low <= high, std >= 0 and, if logarithmic, a mean that is not 0, got {law!r:.200}; correct it"
+        )
+    if isinstance(law, Normal):
+        between = NormalDist(law.mean, law.std) if law.std > 0 else None
+        share = between.cdf(high) - between.cdf(low) if between else float(low <= law.mean <= high)
+        if share < LEAST_SHARE:
+            raise ValueError(
+                f"{name} must have limits that leave more than {LEAST_SHARE:g} of the distribution, got {law!r:.200}; widen "
+                "them"
+            )
+    if name == "delay" and low < 0:
+        raise ValueError(f"delay must have no negative values, got {law!r:.200}; pass low=, at least one time step")
+
+
+def _limits_of(law: Law) -> tuple[float, float]:
+    if isinstance(law, Uniform):
+        return law.low, law.high
+    if isinstance(law, Normal):
+        return -math.inf if law.low is None else law.low, math.inf if law.high is None else law.high
+    return (0.0, math.inf) if law.mean > 0 else (-math.inf, 0.0)
+
+
+def _prepared(law: Any) -> Any:
+    """A distribution as the loops take it."""
+    from ..backend.cpu import draws
+
+    if not isinstance(law, Law):
+        return np.zeros(7)
+    low, high = _limits_of(law)
+    kind = {Uniform: draws.UNIFORM, Normal: draws.NORMAL, LogNormal: draws.LOG_NORMAL}[type(law)]
+    if not isinstance(law, Uniform) and law.std == 0:
+        kind, first, second = draws.UNIFORM, law.mean, law.mean
+    else:
+        first, second = law[:2]
+    prepared = np.array([kind, first, second, low, high, 0.0, 0.0])
+    draws.prepare_kernel(prepared)
+    return prepared
+
+
+def _draw(wanted: _Wanted, probability: float, number: int, replace: bool, by_target: bool) -> Synapses:
+    """Count the synapses of every source, then draw them once more and write each to its place: no memory but the result.
+
+    Threads share the neurons whose partners are drawn, and know from the counts where each one's synapses go.
+    """
+    from ..backend.cpu import draws
+
+    sources, neurons, weight, delay, seed, autapses, (begin, end), dtype = wanted
+    key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
+    span = (begin, end) if by_target else (0, sources if begin < end else 0)
+    threads = max(1, min(torch.get_num_threads(), (span[1] - span[0]) // 256))
+    edges = [span[0] + (span[1] - span[0]) * i // threads for i in range(threads + 1)]
+    places = np.zeros((threads, sources), np.int64)
+
+    def connect(thread: int, targets: Any) -> None:
+        first, last, out = edges[thread], edges[thread + 1], places[thread]
+        if by_target:
+            draws.onto_targets_kernel(first, last, key, probability, number, replace, autapses, out, targets)
+        else:
+            draws.from_sources_kernel(first, last, key, number, replace, autapses, neurons, begin, end, out, targets)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda thread: connect(thread, np.empty(0, np.int32)), range(threads)))
+        indptr = np.zeros(sources + 1, np.int64)
+        np.cumsum(places.sum(0), out=indptr[1:])
+        places[:] = np.cumsum(places, axis=0) - places + indptr[:-1]
+        count = int(indptr[-1])
+        targets = np.empty(count, np.int32)
+        list(pool.map(lambda thread: connect(thread, targets), range(threads)))
+        weights = np.empty(count if isinstance(weight, Law) else 0, np.float64 if dtype == torch.float64 else np.float32)
+        delays = np.empty(count if isinstance(delay, Law) else 0, np.float32)
+        if len(weights) or len(delays):
+            laws = _prepared(weight), _prepared(delay)
+            cuts = np.searchsorted(indptr, [count * i // threads for i in range(threads + 1)]).tolist()
+            cuts[-1] = sources
+
+            def draw(thread: int) -> None:
+                draws.values_kernel(cuts[thread], cuts[thread + 1], key, indptr, targets, weights, delays, *laws)
+
+            list(pool.map(draw, range(threads)))
+
+    def values(given: Any, name: str, drawn: Any) -> Tensor:
+        if isinstance(given, Law):
+            return torch.from_numpy(drawn)
+        if not isinstance(given, Tensor):
+            given = _to_tensor(given, name, torch.device("cpu")).to(dtype)
+        return _values(given, name, count, sources, torch.device("cpu"))
+
+    taken = None if delay is None else values(delay, "delay", delays)
+    return _record(torch.from_numpy(indptr), torch.from_numpy(targets), values(weight, "weight", weights), taken, neurons)
 
 
 # an exported program that takes or returns one can be saved, and torch.load(weights_only=True) reads what holds one

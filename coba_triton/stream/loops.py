@@ -13,49 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
-from ..backend.cpu.numba_bridge import OPTIONS, entry_point
+from ..backend.cpu.draws import DRAWS, exponential_gaps
+from ..backend.cpu.numba_bridge import entry_point
 
-DRAWS = 16  # counters in one vectorised batch; each gives two gaps
 _HIGH = np.uint64(32)
-_LN2 = 0.6931471805599453
-_SQRT_HALF = 0.7071067811865476
-
-
-@numba.njit(inline="always", **OPTIONS)
-def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Philox4x32-10: four random words from a counter of four words and a key of two, all uint32."""
-    for _ in range(10):
-        a = np.uint64(0xD2511F53) * np.uint64(c0)
-        b = np.uint64(0xCD9E8D57) * np.uint64(c2)
-        c0, c1, c2, c3 = np.uint32(b >> _HIGH) ^ c1 ^ k0, np.uint32(b), np.uint32(a >> _HIGH) ^ c3 ^ k1, np.uint32(a)
-        k0 = np.uint32(k0 + np.uint32(0x9E3779B9))
-        k1 = np.uint32(k1 + np.uint32(0xBB67AE85))
-    return c0, c1, c2, c3
-
-
-@numba.njit(inline="always", **OPTIONS)
-def exponential_gaps(gaps: Any, words: Any, first: Any, stream: Any, low: Any, high: Any, k0: Any, k1: Any) -> None:
-    """Fill ``gaps [2 DRAWS]`` with ``-log(u)``, u uniform in (0, 1) with 52 bits."""
-    for i in range(DRAWS):
-        a, b, c, d = philox(np.uint32(first + np.uint32(i)), stream, low, high, k0, k1)
-        words[i] = (np.uint64(a) << _HIGH) | np.uint64(b)
-        words[DRAWS + i] = (np.uint64(c) << _HIGH) | np.uint64(d)
-    bits = gaps.view(np.uint64)
-    for i in range(2 * DRAWS):
-        gaps[i] = (np.float64(np.int64(words[i] >> np.uint64(12))) + 0.5) * 2.0**-52
-    for i in range(2 * DRAWS):  # u = m 2^e with m in [1/2, 1)
-        words[i] = bits[i] >> np.uint64(52)
-        bits[i] = (bits[i] & np.uint64(0x000FFFFFFFFFFFFF)) | np.uint64(0x3FE0000000000000)
-    for i in range(2 * DRAWS):  # log m = log(1/2) / 2 + 2 artanh(s); |s| < 0.172, so the series is short
-        s = (gaps[i] - _SQRT_HALF) / (gaps[i] + _SQRT_HALF)
-        q = s * s
-        series = (((1 / 23 * q + 1 / 21) * q + 1 / 19) * q + 1 / 17) * q + 1 / 15
-        series = (((series * q + 1 / 13) * q + 1 / 11) * q + 1 / 9) * q + 1 / 7
-        series = ((series * q + 1 / 5) * q + 1 / 3) * q + 1.0
-        gaps[i] = -((np.float64(np.int64(words[i])) - 1022.5) * _LN2 + 2.0 * s * series)
 
 
 def poisson_fill(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from coba_triton import CobaLIF, PoissonSource, Record, simulate, stream_blocks
-from coba_triton.stream.loops import philox
+from coba_triton.backend.cpu.draws import philox
 
 STEPS = 700
 
