@@ -499,13 +499,7 @@ def coba_lif_integral(
     dt = validation.check_dt(dt)
     validation.check_path(path, time_blocks.PATHS)
     if is_sparse(input_weights, recurrent_weights, delay):
-        wiring = connect(
-            input_tensor[0] if len(input_tensor) else input_tensor.new_empty(input_tensor.shape[1:]),
-            input_weights,
-            recurrent_weights,
-            delay,
-            dt,
-        )
+        wiring = connect(input_tensor, input_weights, recurrent_weights, delay, dt)
         call = Call(backend, order == "jump_first", p.method, None, record_states, block_steps, path)
         return _sparse_integral(input_tensor, state, wiring, p, dt, call, spike_dtype, out)
     initial = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
@@ -591,10 +585,12 @@ def connections(wiring: Wiring, constants: Tensor, dt: float) -> Connections:
     inputs, recurrent = wiring.inputs, wiring.recurrent
     input_weights, weights = (w.weights if isinstance(w, Synapses) else w for w in (inputs, recurrent))
     own = input_weights.to(constants.dtype)
-    delays = recurrent.delays
+    delays, sparse = recurrent.delays, isinstance(inputs, Synapses)
     return Connections(
-        None if isinstance(inputs, Synapses) else own,
-        *((inputs.indptr, inputs.targets, own) if isinstance(inputs, Synapses) else (None,) * 3),
+        None if sparse else own,
+        inputs.indptr if isinstance(inputs, Synapses) else None,
+        inputs.targets if isinstance(inputs, Synapses) else None,
+        own if sparse else None,
         recurrent.indptr,
         recurrent.targets,
         weights.to(constants.dtype),
@@ -679,7 +675,7 @@ def _run_sparse_reference(
         columns = zip(*trace, strict=True) if trace else ((),) * len(s)
         s = recurrent_state(*(_stack(list(column), own) for column, own in zip(columns, s, strict=True)))
     else:
-        s = recurrent_state(*(torch.clone(field) for field in s))
+        s = recurrent_state(*(torch.clone(torch.as_tensor(field)) for field in s))
     return rows, s if wiring.longest == 1 else recurrent_state(*s, history.clone())
 
 
@@ -694,6 +690,4 @@ def _reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> refer
     steps = torch.ones_like(sources)
     if synapses.delays is not None:
         steps = torch.round(each(synapses.delays) * torch.tensor(1 / dt, dtype=torch.float32)).long()
-    return reference.SparseWeights(
-        sources, synapses.targets.long(), each(weights), steps, grid.scales.unbind(), synapses.neurons
-    )
+    return reference.SparseWeights(sources, synapses.targets.long(), each(weights), steps, grid.scales, synapses.neurons)

@@ -37,6 +37,7 @@ from .functional import (
 )
 from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, FeedForwardState, RecurrentState, numbers_of
 from .ops import validation
+from .ops.synapses import Synapses
 from .ops.tensors import known
 from .ops.validation import SpikeDtype
 
@@ -99,7 +100,8 @@ class _Neurons(nn.Module):
         return self.dtype if other else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        numbers = [self._buffers.get(name) for name in self._numbers]
+        # what is not to be rounded
+        numbers = [self._buffers.get(name) for name in (*self._numbers, "delay", "input_delays", "recurrent_delays")]
 
         def convert(tensor: Tensor) -> Tensor:
             if not any(tensor is number for number in numbers):
@@ -136,15 +138,60 @@ class _RecurrentNeurons(_Neurons):
     input_weights: nn.Parameter
     recurrent_weights: nn.Parameter
 
-    def __init__(self, input_size: int, hidden_size: int, p: Any, dt: float, autapses: bool, learn: Collection[str]) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        p: Any,
+        dt: float,
+        autapses: bool,
+        learn: Collection[str],
+        given: tuple[Any, Any],
+        delay: Any,
+    ) -> None:
         super().__init__(p, dt, learn)
         self.input_size = input_size = validation.check_int(input_size, "input_size", 0)
         self.hidden_size = hidden_size = validation.check_int(hidden_size, "hidden_size")
         validation.check_flag(autapses, "autapses")
         self.autapses = autapses
-        self.input_weights = nn.Parameter(torch.empty(hidden_size, input_size))
-        self.recurrent_weights = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.reset_parameters()
+        self._sparse: dict[str, tuple[float, float]] = {}
+        for name, inputs, weights in zip(("input", "recurrent"), (input_size, hidden_size), given, strict=True):
+            self._hold(name, weights, hidden_size, inputs)
+        if delay is not None:
+            if "recurrent" in self._sparse:
+                raise ValueError("delay is for dense recurrent weights, got sparse ones, which have delays of their own")
+            connect_delay = torch.as_tensor(delay, dtype=torch.float32)
+            self.register_buffer("delay", connect_delay)
+        else:
+            self.delay = None
+        with torch.no_grad():
+            self._draw([name for name, weights in zip(("input", "recurrent"), given, strict=True) if weights is None])
+
+    def _hold(self, name: str, weights: Any, neurons: int, inputs: int) -> None:
+        """Weights as a parameter, and the rest of sparse synapses as buffers."""
+        if weights is None:
+            weights = torch.empty(neurons, inputs)
+        if isinstance(weights, Tensor) and weights.layout is not torch.strided:
+            weights = Synapses.from_torch(weights)
+        if not isinstance(weights, Tensor | Synapses):
+            raise TypeError(
+                f"{name}_weights must be a torch.Tensor or coba_triton.Synapses, got {type(weights).__name__}; use "
+                "torch.as_tensor, or Synapses.from_coo"
+            )
+        shape = [weights.neurons, weights.sources] if isinstance(weights, Synapses) else list(weights.shape)
+        if shape != [neurons, inputs]:
+            raise ValueError(
+                f"{name}_weights must be [{neurons}, {inputs}] for input_size={self.input_size} and "
+                f"hidden_size={self.hidden_size}, got {shape}"
+            )
+        values = weights
+        if isinstance(weights, Synapses):
+            self._sparse[name] = weights.shortest, weights.longest
+            for part in ("indptr", "targets", "delays"):
+                self.register_buffer(f"{name}_{part}", getattr(weights, part))
+            values = weights.weights
+        own = values if isinstance(values, nn.Parameter) else nn.Parameter(values.detach())
+        self.register_parameter(f"{name}_weights", own)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: normal around 0, with a standard deviation of ``sqrt(2 pi) g_l / fan_in``.
@@ -154,25 +201,42 @@ class _RecurrentNeurons(_Neurons):
         ``fan_in`` and not to its square root.
         """
         with torch.no_grad():
-            leak = torch.as_tensor(self.p.g_l).float().mean()
-            for weights in (self.input_weights, self.recurrent_weights):
-                weights.normal_().mul_(leak * math.sqrt(2 * math.pi) / max(weights.shape[1], 1))
-            if not self.autapses:
-                self.recurrent_weights.fill_diagonal_(0)
+            self._draw(("input", "recurrent"))
 
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        """Both matrices; without autapses the diagonal of the second is 0 in use, and so is its gradient."""
+    def _draw(self, names: Collection[str]) -> None:
+        leak = torch.as_tensor(self.p.g_l).float().mean()
+        for name in names:
+            weights = getattr(self, f"{name}_weights")
+            fan_in = weights.shape[1] if name not in self._sparse else getattr(self, f"{name}_targets").shape[0]
+            fan_in = fan_in if name not in self._sparse else fan_in / self.hidden_size
+            weights.normal_().mul_(leak * math.sqrt(2 * math.pi) / max(fan_in, 1))
+            if name == "recurrent" and not self.autapses and name not in self._sparse:
+                weights.fill_diagonal_(0)
+
+    def _synapses(self, name: str) -> Synapses:
+        parts = (getattr(self, f"{name}_{part}") for part in ("indptr", "targets", "weights", "delays"))
+        return Synapses(*parts, self.hidden_size, *self._sparse[name])
+
+    def _weights(self) -> tuple[Tensor | Synapses, Tensor | Synapses]:
+        """Matrices or synapses; without autapses the diagonal of a recurrent matrix is 0 in use, and so is its gradient."""
+        return (
+            self._synapses("input") if "input" in self._sparse else self.input_weights,
+            self._synapses("recurrent") if "recurrent" in self._sparse else self._recurrent_matrix(),
+        )
+
+    def _recurrent_matrix(self) -> Tensor:
         recurrent = self.recurrent_weights
         if self.autapses:
-            return self.input_weights, recurrent
+            return recurrent
         if validation.exports_to_onnx():  # which has no other form of it; this one takes longer
             diagonal = torch.eye(self.hidden_size, dtype=torch.bool, device=recurrent.device)
-            return self.input_weights, recurrent.masked_fill(diagonal, 0.0)
-        return self.input_weights, torch.diagonal_scatter(recurrent, recurrent.new_zeros(self.hidden_size))
+            return recurrent.masked_fill(diagonal, 0.0)
+        return torch.diagonal_scatter(recurrent, recurrent.new_zeros(self.hidden_size))
 
     def extra_repr(self) -> str:
         autapses = ", autapses=True" if self.autapses else ""
-        return f"{self.input_size}, {self.hidden_size}, {super().extra_repr()}{autapses}"
+        sparse = "".join(f", {name}={self._synapses(name)!r}" for name in self._sparse)
+        return f"{self.input_size}, {self.hidden_size}, {super().extra_repr()}{autapses}{sparse}"
 
 
 class _WholeSequence(nn.Module):
@@ -246,8 +310,13 @@ class CobaLIFCell(_RecurrentNeurons):
         p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
         dt: time step in ms.
         autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
-            no gradient, and is taken as 0 whatever is written to it.
+            no gradient, and is taken as 0 whatever is written to it. Sparse synapses are taken as they are.
         learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        input_weights: instead of drawn ones, a matrix ``[N, I]``, or :class:`coba_triton.Synapses` or a matrix of a sparse
+            layout, of which the weights become a parameter and the rest buffers.
+        recurrent_weights: likewise, ``[N, N]``.
+        delay: of the synapses of a recurrent matrix in ms, one number or one for each source; None: one step. Sparse
+            synapses have delays of their own.
 
     Attributes:
         input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Drawn
@@ -279,11 +348,14 @@ class CobaLIFCell(_RecurrentNeurons):
         *,
         autapses: bool = False,
         learn: Collection[str] = (),
+        input_weights: Any = None,
+        recurrent_weights: Any = None,
+        delay: Any = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, p, dt, autapses, learn)
+        super().__init__(input_size, hidden_size, p, dt, autapses, learn, (input_weights, recurrent_weights), delay)
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, RecurrentState]:
-        return coba_lif_step(input_tensor, state, *self._weights(), self._parameters_for(), self.dt)
+        return coba_lif_step(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, delay=self.delay)
 
 
 class CobaLIF(_WholeSequence, _Neurons):
@@ -353,8 +425,13 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         dt: time step in ms.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
         autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
-            no gradient, and is taken as 0 whatever is written to it.
+            no gradient, and is taken as 0 whatever is written to it. Sparse synapses are taken as they are.
         learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        input_weights: instead of drawn ones, a matrix ``[N, I]``, or :class:`coba_triton.Synapses` or a matrix of a sparse
+            layout, of which the weights become a parameter and the rest buffers.
+        recurrent_weights: likewise, ``[N, N]``.
+        delay: of the synapses of a recurrent matrix in ms, one number or one for each source; None: one step. Sparse
+            synapses have delays of their own.
         order: ``decay_first`` or ``jump_first``.
         backend: which implementation computes.
         block_steps: steps in one launch; None for all of them.
@@ -396,11 +473,15 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         backend: str = "auto",
         block_steps: int | None = None,
         spike_dtype: SpikeDtype = None,
+        input_weights: Any = None,
+        recurrent_weights: Any = None,
+        delay: Any = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, p, dt, autapses, learn)
+        super().__init__(input_size, hidden_size, p, dt, autapses, learn, (input_weights, recurrent_weights), delay)
         self._set_options(
             record_states=record_states, order=order, backend=backend, block_steps=block_steps, spike_dtype=spike_dtype
         )
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, RecurrentState]:
-        return coba_lif_integral(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, **self._options())
+        options = self._options() | {"delay": self.delay}
+        return coba_lif_integral(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, **options)

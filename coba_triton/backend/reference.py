@@ -157,7 +157,7 @@ class _ExactSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        weights, values, targets, scale, ctx.neurons = inputs
+        weights, values, targets, _, ctx.neurons = inputs
         ctx.save_for_backward(weights, values, targets)
         ctx.save_for_forward(weights, values, targets)
 
@@ -176,7 +176,8 @@ class _ExactSum(torch.autograd.Function):
             terms = terms + weights_tangent * values
         if values_tangent is not None:
             terms = terms + weights * values_tangent
-        return values.new_zeros(*values.shape[:-1], ctx.neurons).index_add(-1, targets, terms)
+        tangent: Tensor = values.new_zeros(*values.shape[:-1], ctx.neurons).index_add(-1, targets, terms)
+        return tangent
 
 
 class SparseWeights(NamedTuple):
@@ -202,7 +203,7 @@ class SparseWeights(NamedTuple):
 def exact_drive(w: SparseWeights, values: Tensor, unit: Any = 1.0) -> Drive:
     """The drive of the ``values [*batch, S]`` that arrive at the synapses; ``unit``: of which values are fractions."""
     excitatory, inhibitory = (
-        _ExactSum.apply(relu(weights), values, w.targets, scale / unit, w.neurons)
+        _ExactSum.apply(relu(weights), values, w.targets, scale / unit, w.neurons)  # type: ignore[no-untyped-call]
         for weights, scale in ((w.weights, w.scales[0]), (-w.weights, w.scales[1]))
     )
     return Drive(excitatory, inhibitory)

@@ -47,7 +47,7 @@ def forward(
     start: int = 0,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """Simulate ``x [T, B, I]`` from the ``ring`` of sums under way and the ``state [F, B, N]``; returns the state at the end.
+    """Simulate ``x [T, B, I]`` from the ``ring`` of sums under way and the ``state [F, B, N]``; returns the last state.
 
     Fill the outputs that are there; a checkpoint is the state before a block. ``start``: steps since the ring was made.
     With ``chosen [K]``, ascending indices into the neurons of all rows, the recorded states are theirs alone, ``[F, T, K]``.

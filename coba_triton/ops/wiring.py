@@ -36,7 +36,7 @@ def is_sparse(input_weights: Any, recurrent_weights: Any, delay: Any = None) -> 
 
 
 def connect(x: Tensor, input_weights: Any, recurrent_weights: Any, delay: Any, dt: float) -> Wiring:
-    """Check the synapses for an input ``x [*batch, I]``; matrices of a sparse layout become records."""
+    """Check the synapses for an input ``x [..., I]``; matrices of a sparse layout become records."""
     if isinstance(recurrent_weights, Synapses) and delay is not None:
         raise ValueError(
             "delay is for a matrix of recurrent weights, got one beside Synapses, which have delays of their own; leave "
@@ -59,7 +59,7 @@ def check_matrix(weights: Tensor, name: str) -> None:
 
 
 def check_synapses(inputs: Any, recurrent: Any, x: Tensor) -> None:
-    """The synapses of a population for an input ``x [*batch, I]``; dense weights of inputs are a matrix ``[N, I]``."""
+    """The synapses of a population for an input ``x [..., I]``; dense weights of inputs are a matrix ``[N, I]``."""
     for name, synapses in (("input_weights", inputs), ("recurrent_weights", recurrent)):
         if not isinstance(synapses, Tensor | Synapses):
             raise TypeError(

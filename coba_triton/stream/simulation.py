@@ -734,7 +734,7 @@ def _check_record(record: Any) -> None:
 
 
 def _check_spikes(state: Any) -> None:
-    """Refuse numbers under way that are no spikes, in the initial state of a network with delays: results keep bits of them."""
+    """Refuse an initial state with delays in which other numbers than spikes are under way: results keep bits of them."""
     if isinstance(state, CobaLIFDelayState) and not bool(((state.history == 0) | (state.history == 1)).all()):
         wrong = state.history[(state.history != 0) & (state.history != 1)]
         raise ValueError(

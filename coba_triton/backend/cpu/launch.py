@@ -106,7 +106,7 @@ def _split_rows(rows: int, work: int, most: int | None = None) -> list[tuple[int
     return list(itertools.pairwise(rows * thread // threads for thread in range(threads + 1)))
 
 
-def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[int, int]]) -> None:
+def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[int, ...]]) -> None:
     """Run ``kernel`` over every share of the neurons or rows: the first share in this thread, and each other in its own."""
     first, *rest = shares
     jobs = [pool(os.getpid(), len(rest)).submit(kernel, *args, *share) for share in rest]

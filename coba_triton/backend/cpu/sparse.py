@@ -160,7 +160,7 @@ def take(tile: Any, at: int, sums: Any, begin: int, n: int, inverse: Any) -> Non
 
 @compiled
 def append(events: Any, count: int, fired: Any, first: int) -> int:
-    """Append the neurons that fired to a list, from ``first`` on; ``fired`` are bytes, a multiple of 8. Returns its length."""
+    """Append the neurons that fired, from ``first`` on, to a list; returns its length. ``fired``: a multiple of 8 bytes."""
     eights = fired.view(np.uint64)
     for k in range(len(eights)):
         if eights[k] != 0:
@@ -218,7 +218,7 @@ def block_kernel() -> Any:
             borrow(counts),
             borrow(arrived),
         )
-        batch, longest, _, neurons = ring.shape
+        _, longest, _, neurons = ring.shape
         sources = incoming.splits.shape[1]
         if parts == 1:  # a thread has rows of its own
             lists = np.empty((2, 1, together, neurons), np.int32)

@@ -1,8 +1,8 @@
 """The backward of populations with sparse synapses, on the CPU.
 
 What the spikes of a neuron are worth is a sum over its synapses in every step. The rows of a batch go through it side by
-side, ``LANES`` in a group: a synapse is read once for all of them, and what it adds is a few vector operations. With few rows,
-a group is a single one.
+side, ``LANES`` in a group: a synapse is read once for all of them, and what it adds is a few vector operations. Where there
+are few rows, a group is a single one.
 
 Within a group, a cell is a neuron in a lane: number ``neuron * lanes + lane``. Cells are in tiles as neurons are elsewhere.
 A group's sums do not depend on how many threads there are.
@@ -216,7 +216,8 @@ def backward_block_kernel(method: str) -> Any:
     digest = sources()
 
     def backward_block(
-        x: Strided, inputs: Paths, input_drive: Any, synapses: Paths, scales: Any, ring: Any, shared: Any, per_neuron: Any, state: Any,
+        x: Strided, inputs: Paths, input_drive: Any, synapses: Paths, scales: Any, ring: Any, shared: Any,
+        per_neuron: Any, state: Any,
         words: Any, grad_spikes: Any, grad_states: Any, lam: Any, grad_constants: Any, adjoints: Any, grad_x: Any,
         jump_first: bool, holds: bool | None, steps: int, by_weights: Any, by_inputs: Any, lanes: int, rows: int,
         first: int, number: int,
