@@ -97,9 +97,9 @@ def simulate(
 ) -> Result:
     """Run a network over a source of any length, with a few blocks of it in memory.
 
-    The network advances block by block and carries its state from one block to the next, with the spikes that are under way
-    if it has delays. Meanwhile a thread reads the next block, and another thread writes the block before. The spikes are those
-    of one call over the whole input.
+    The network advances block by block and carries its state from one block to the next, with what is under way if it has
+    delays. Meanwhile a thread reads the next block, and another thread writes the block before. The spikes are those of one
+    call over the whole input.
 
     A run into a zarr group that is killed loses at most three blocks: two that are computed and one that is written. Call it
     again with the same arguments and ``resume=True``: it goes on from the last finished block, and the result is the same,
@@ -116,7 +116,7 @@ def simulate(
             array, a :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. When a run is resumed, an
             iterable is read from its beginning.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
-        state: initial state, None to start at rest. Where a spike is under way for several steps, ``z`` and ``history`` have to
+        state: initial state, None to start at rest. Where a spike is under way for several steps, ``z`` and ``history`` must
             be spikes, 0 or 1.
         block_steps: how many steps a block has, rounded up to a multiple of 32 and of ``record.every``. None for as many as
             take about 64 MiB, at most 65,536. Input that unconnected neurons can read where it is does not count: a tensor
@@ -356,9 +356,9 @@ class BlockRun:
             self.digests = dict(zip(("input", "recurrent"), map(_digest_of, weights), strict=False))
             if delay is not None:
                 self.digests["delay"] = digest(delay) if isinstance(delay, Tensor) else float(delay)
-            if self.recurrent and is_sparse(*weights, delay):
+            if self.recurrent and is_sparse(weights[0], weights[1], delay):
                 # matrices become records once here, and not for every block
-                self.wiring = connect(first.new_empty(channels), *weights, delay, self.network.dt)
+                self.wiring = connect(first.new_empty(channels), weights[0], weights[1], delay, self.network.dt)
                 self.weights: Any = self.wiring[:2]
             else:  # the kernels read rows of the transposed weights
                 self.weights = tuple(w.t().contiguous().t() for w in weights)
@@ -411,7 +411,7 @@ class BlockRun:
 
     def _weights(self) -> Sequence[Any]:
         """Input and recurrent weights of connected neurons."""
-        return self.network._weights() if self.recurrent else ()  # type: ignore[no-any-return]
+        return self.network._weights() if self.recurrent else ()
 
     def _check_numbers(self) -> None:
         """Refuse numbers that are not finite, and warn of parameters for which the Euler step is too large."""
@@ -647,7 +647,7 @@ class BlockRun:
         words, traces = [], []
         for part in x.split(word_count(max(STATE_BYTES // step, 1)) * WORD_BITS):
             spikes, states = self._integrate(part, self.state, True)
-            past: list[Tensor] = []
+            past: list[Any] = []
             if isinstance(states, CobaLIFDelayState):
                 *states, history = states
                 past = [history]
@@ -735,11 +735,13 @@ def _check_record(record: Any) -> None:
 
 def _check_spikes(state: Any) -> None:
     """Refuse an initial state with delays in which other numbers than spikes are under way: results keep bits of them."""
-    if isinstance(state, CobaLIFDelayState) and not bool(((state.history == 0) | (state.history == 1)).all()):
-        wrong = state.history[(state.history != 0) & (state.history != 1)]
+    if not isinstance(state, CobaLIFDelayState):
+        return
+    history: Any = state.history
+    for wrong in history[(history != 0) & (history != 1)][:1].tolist():
         raise ValueError(
-            f"state.z and state.history must be spikes, 0 or 1, where spikes take several steps, got {wrong[0].item():g}; "
-            "round them, or give 0 for none"
+            f"state.z and state.history must be spikes, 0 or 1, where spikes take several steps, got {wrong:g}; round them, "
+            "or give 0 for none"
         )
 
 

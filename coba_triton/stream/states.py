@@ -23,13 +23,14 @@ def pack_state(state: Any) -> Tensor:
     """The array of a record."""
     if not isinstance(state, CobaLIFDelayState):
         return torch.stack(list(state))
-    *fields, history = state
+    fields: Any = state[:-1]
+    history: Any = state.history
     rows = history_rows(len(history))
     spikes = history.new_zeros(rows * BITS, *history.shape[1:])
     spikes[len(spikes) - len(history) :] = history
     powers = 2.0 ** torch.arange(BITS - 1, -1, -1, dtype=history.dtype, device=history.device)
     words = (spikes.view(rows, BITS, -1) * powers[:, None]).sum(1)  # every partial sum is a whole number below 2**24
-    return torch.cat([torch.stack(fields), words.view(rows, *history.shape[1:])])
+    return torch.cat([torch.stack(list(fields)), words.view(rows, *history.shape[1:])])
 
 
 def unpack_state(array: Tensor, recurrent: bool, longest: int = 1) -> Any:

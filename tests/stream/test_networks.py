@@ -261,7 +261,12 @@ def test_another_delay_of_a_matrix_is_refused(tmp_path: Path) -> None:
     per_source = torch.full((N,), 1.0)
     per_source[3] = 0.5
     with pytest.raises(ValueError, match=r"begun with another configuration: weights.delay was"):
-        run(tmp_path / "run.zarr", network=network(dense, DENSE_INPUT, delay=per_source), source=drive((INPUTS,)), resume=True)
+        run(
+            tmp_path / "run.zarr",
+            network=network(dense, DENSE_INPUT, delay=per_source),
+            source=drive((INPUTS,)),
+            resume=True,
+        )
 
 
 def test_damage_to_the_last_spikes_is_noticed(tmp_path: Path) -> None:
