@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def initial_feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_sh
 
 
 def initial_recurrent_state(
-    x: Tensor, state: Any, input_weights: Tensor, recurrent_weights: Tensor, p: Any, dt: float, step_shape: torch.Size
+    x: Tensor, state: Any, input_weights: Any, recurrent_weights: Any, p: Any, dt: float, step_shape: torch.Size
 ) -> Tensor:
     """Check the arguments of a call; returns its last spikes and its state, ``[1 + F, *batch, N]``."""
     fields = (*RECURRENT_FIELDS, "left") if is_refractory(p, state) else RECURRENT_FIELDS
@@ -171,8 +171,8 @@ def coba_lif_feed_forward_step(
 def coba_lif_step(
     input_tensor: Tensor,
     state: Any,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
+    input_weights: Tensor | Synapses,
+    recurrent_weights: Tensor | Synapses,
     p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
     dt: float = 0.001,
     *,
@@ -214,10 +214,11 @@ def coba_lif_step(
     before = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape)
     dtype = before.dtype
     c = derive_constants(p, dt, dtype, input_tensor.device)
-    w = reference.SplitWeights.of(input_weights.to(dtype), recurrent_weights.to(dtype))
+    given = cast("tuple[Tensor, Tensor]", (input_weights, recurrent_weights))
+    w = reference.SplitWeights.of(*(weights.to(dtype) for weights in given))
     s = recurrent_state(*before.unbind())
     z, *after = _fields_after(reference.recurrent_step(input_tensor.to(dtype), s.z, s, w, c, False, p.method))
-    return z.to(default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))), recurrent_state(z, *after)
+    return z.to(default_spike_dtype(input_tensor, dtype, given)), recurrent_state(z, *after)
 
 
 def check_sequence(
@@ -432,8 +433,8 @@ def _run_operator(
 def coba_lif_integral(
     input_tensor: Tensor,
     state: Any,
-    input_weights: Tensor,
-    recurrent_weights: Tensor,
+    input_weights: Tensor | Synapses,
+    recurrent_weights: Tensor | Synapses,
     p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
     dt: float = 0.001,
     *,
@@ -504,8 +505,9 @@ def coba_lif_integral(
         return _sparse_integral(input_tensor, state, wiring, p, dt, call, spike_dtype, out)
     initial = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
-    weights = input_weights.to(dtype), recurrent_weights.to(dtype)
-    default = default_spike_dtype(input_tensor, dtype, (input_weights, recurrent_weights))
+    given = cast("tuple[Tensor, Tensor]", (input_weights, recurrent_weights))
+    weights = given[0].to(dtype), given[1].to(dtype)
+    default = default_spike_dtype(input_tensor, dtype, given)
     jump_first = order == "jump_first"
     if out is not None:
         wanted = _spikes_format(input_tensor.shape[0], neurons, spike_dtype, default)

@@ -160,8 +160,7 @@ class _RecurrentNeurons(_Neurons):
         if delay is not None:
             if "recurrent" in self._sparse:
                 raise ValueError("delay is for dense recurrent weights, got sparse ones, which have delays of their own")
-            connect_delay = torch.as_tensor(delay, dtype=torch.float32)
-            self.register_buffer("delay", connect_delay)
+            self.register_buffer("delay", torch.as_tensor(delay, dtype=torch.float32))
         else:
             self.delay = None
         with torch.no_grad():
@@ -184,7 +183,7 @@ class _RecurrentNeurons(_Neurons):
                 f"{name}_weights must be [{neurons}, {inputs}] for input_size={self.input_size} and "
                 f"hidden_size={self.hidden_size}, got {shape}"
             )
-        values = weights
+        values: Any = weights
         if isinstance(weights, Synapses):
             self._sparse[name] = weights.shortest, weights.longest
             for part in ("indptr", "targets", "delays"):
@@ -214,8 +213,10 @@ class _RecurrentNeurons(_Neurons):
                 weights.fill_diagonal_(0)
 
     def _synapses(self, name: str) -> Synapses:
-        parts = (getattr(self, f"{name}_{part}") for part in ("indptr", "targets", "weights", "delays"))
-        return Synapses(*parts, self.hidden_size, *self._sparse[name])
+        indptr, targets, weights, delays = (
+            getattr(self, f"{name}_{part}") for part in ("indptr", "targets", "weights", "delays")
+        )
+        return Synapses(indptr, targets, weights, delays, self.hidden_size, *self._sparse[name])
 
     def _weights(self) -> tuple[Tensor | Synapses, Tensor | Synapses]:
         """Matrices or synapses; without autapses the diagonal of a recurrent matrix is 0 in use, and so is its gradient."""

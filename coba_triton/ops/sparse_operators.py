@@ -6,11 +6,12 @@ come in and go out as ``history [R, B, N]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backend.choose import launcher
 from . import sparse_blocks
@@ -97,8 +98,60 @@ def _connected(x: Tensor, history: Tensor, states: tuple[Tensor, ...], to: Conne
     yield _table(to.constants, batch * neurons, (dtype,))
 
 
+# What was found to be in order: of each tensor its version, and what it fits.
+_in_order: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+WAY_OUT = "make synapses with a constructor of coba_triton.Synapses"
+
+
+def _check_once(tensor: Tensor, fits: tuple[Any, ...], check: Callable[[], None]) -> None:
+    """Look at the numbers of a tensor, again only if they change. Those of tensors on a GPU are not waited for."""
+    known = (tensor._version, *fits)
+    if tensor.device.type == "cpu" and tensor.numel() and _in_order.get(tensor) != known:
+        check()
+        _in_order[tensor] = known
+
+
+def _check_wiring(name: str, indptr: Tensor, targets: Tensor, neurons: int) -> None:
+    """Whether kernels stay within arrays."""
+    count = len(targets)
+
+    def check_indptr() -> None:
+        if indptr[0] != 0 or indptr[-1] != count or bool((indptr.diff() < 0).any()):
+            raise ValueError(
+                f"{name}indptr must rise from 0 to the number of targets, {count}, got {int(indptr[0])} to "
+                f"{int(indptr[-1])}; {WAY_OUT}"
+            )
+
+    def check_targets() -> None:
+        low, high = map(int, targets.aminmax())
+        if low < 0 or high >= neurons:
+            raise ValueError(f"{name}targets must be from 0 to {neurons - 1}, got {low} to {high}; {WAY_OUT}")
+
+    _check_once(indptr, (count,), check_indptr)
+    _check_once(targets, (neurons,), check_targets)
+
+
+def _check_steps(to: Connections, longest: int) -> None:
+    """Whether no spike arrives later than the ring is long, nor before its neurons have been computed."""
+
+    def check_delays() -> None:
+        per_ms = torch.tensor(to.per_ms, dtype=torch.float32)
+        low, high = (int(torch.round(delay * per_ms)) for delay in to.delays.aminmax())
+        if low < max(1, to.shortest) or high > longest:
+            raise ValueError(
+                f"delays must be from {max(1, to.shortest)} to {longest} steps, which shortest and the history say, got "
+                f"{low} to {high}; {WAY_OUT}"
+            )
+
+    _check_once(to.delays, (longest, to.shortest, to.per_ms), check_delays)
+
+
 def _network(history: Tensor, to: Connections, call: Call) -> SparseNetwork:
     longest, _, neurons = history.shape
+    if to.input_indptr is not None and to.input_targets is not None:
+        _check_wiring("input_", to.input_indptr, to.input_targets, neurons)
+    _check_wiring("", to.indptr, to.targets, neurons)
+    _check_steps(to, longest)
     return SparseNetwork.of(to, neurons, longest, call.jump_first, launcher(call.backend))
 
 

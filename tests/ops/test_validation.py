@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "rate of a source": (lambda: PoissonSource(float("nan"), 5, (2,)), ValueError, "rate must be finite"),
     "weight of a source": (lambda: PoissonSource(1.0, 5, (2,), weight=float("inf")), ValueError, "weight must be finite"),
     "input sparse": (lambda: ff(X.to_sparse()), TypeError, "must be dense, got torch.sparse_coo; use .to_dense"),
-    "weights sparse": (lambda: rec(w_rec=W_REC.to_sparse()), TypeError, "recurrent_weights must be dense, got torch.sparse"),
+    "weights type with synapses": (lambda: rec(w_in=[[1.0]], delay=1.0), TypeError, "input_weights must be .* got list"),
     "size": (lambda: CobaLIFCell(True, 2), TypeError, "input_size must be .* got bool"),
     "weights type": (lambda: rec(w_in=[[1.0]]), TypeError, "input_weights must be a torch.Tensor, got list"),
     "weights dtype": (lambda: rec(w_rec=W_REC.int()), TypeError, "recurrent_weights must be of a floating dtype"),
