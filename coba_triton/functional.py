@@ -582,6 +582,27 @@ def _initial_sparse_state(
     return torch.cat([missing, sent, initial[:1]]), initial[1:]
 
 
+def connections(wiring: Wiring, constants: Tensor, dt: float) -> Connections:
+    """The synapses of a population as the operators take them, in the dtype of the table of its constants."""
+    inputs, recurrent = wiring.inputs, wiring.recurrent
+    input_weights, weights = (w.weights if isinstance(w, Synapses) else w for w in (inputs, recurrent))
+    own = input_weights.to(constants.dtype)
+    delays, sparse = recurrent.delays, isinstance(inputs, Synapses)
+    return Connections(
+        None if sparse else own,
+        inputs.indptr if isinstance(inputs, Synapses) else None,
+        inputs.targets if isinstance(inputs, Synapses) else None,
+        own if sparse else None,
+        recurrent.indptr,
+        recurrent.targets,
+        weights.to(constants.dtype),
+        numbers_on(constants.device, torch.float32, [dt]) if delays is None else delays,
+        constants,
+        1 / dt,
+        wiring.shortest,
+    )
+
+
 def _sparse_integral(
     x: Tensor, state: Any, wiring: Wiring, p: Any, dt: float, call: Call, spike_dtype: SpikeDtype, out: Tensor | None
 ) -> tuple[Tensor, RecurrentState]:
@@ -604,23 +625,7 @@ def _sparse_integral(
     if backend == "reference":
         rows, final = _run_sparse_reference(x.to(dtype), history, initial, wiring, weights, p, dt, call)
         return _into(out, format_spikes(rows, initial[0], spike_dtype, default)), final
-    delays = recurrent.delays
-    if delays is None:
-        delays = numbers_on(device, torch.float32, [dt])
-    sparse = isinstance(inputs, Synapses)
-    to = Connections(
-        None if sparse else weights[0],
-        inputs.indptr if isinstance(inputs, Synapses) else None,
-        inputs.targets if isinstance(inputs, Synapses) else None,
-        weights[0] if sparse else None,
-        recurrent.indptr,
-        recurrent.targets,
-        weights[1],
-        delays,
-        constants_table(p, dt, dtype, device, neurons),
-        1 / dt,
-        wiring.shortest,
-    )
+    to = connections(wiring, constants_table(p, dt, dtype, device, neurons), dt)
     written = None if spike_dtype == "bits" else spike_dtype or default
     call = call._replace(backend=backend, spike_dtype=written)
     steps, batch, N = x.shape[0], neurons[:-1].numel(), neurons[-1]

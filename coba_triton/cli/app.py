@@ -155,6 +155,14 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
 
 
+def _origin_of(recurrent: dict[str, Any]) -> str:
+    """Where the recurrent synapses come from."""
+    if "projections" in recurrent:
+        count = len(recurrent["projections"])
+        return f"{count} projection{'s' * (count > 1)}"
+    return recurrent.get("file") or f"random, seed {recurrent['seed']}"
+
+
 def _print_summary(summary: dict[str, Any]) -> None:
     rates, backend, recurrent, cv = (summary[key] for key in ("rates_hz", "backend", "recurrent", "interval_cv"))
     simulated = f"{summary['simulated_s']:g} s, dt {summary['dt_ms']:g} ms"
@@ -169,7 +177,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ),
     ]
     if recurrent:
-        origin = recurrent.get("file") or f"random, seed {recurrent['seed']}"
+        origin = _origin_of(recurrent)
         rows.append(("synapses", f"{recurrent['synapses']:,} ({origin})"))
         for name, population in recurrent["populations"].items():
             mean = population["interval_cv"]["mean"]

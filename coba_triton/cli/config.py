@@ -91,8 +91,13 @@ The other inputs have channels. Synapses, random ones or those of a file, lead f
     stop = "50 ms"                        # optional; no spikes from then on
     [input.fan_out]                       # as above, or weights in a file:
     path = "weights.npy"                  # [neurons, channels], relative to this file; positive ones excite
-    array = "x"                           # as above
+    array = "x"                           # as above; or another of the files that the table recurrent may have
     weight = "1 nS"                       # what the number 1 in the file stands for
+    [[input.fan_out]]                     # or one or several projections: see below, without source, delay and autapses
+    receptor = "excitatory"
+    probability = 0.01
+    weight = "100 nS"
+    seed = 3
     [[input.more]]                        # optional, several; other channels, such as inhibitory ones, whose
     spikes = { source = "poisson", seed = 2, channels = 100, rate = "20 Hz" }  # excitatory_fraction is 0
     fan_out = { seed = 3, probability = 0.5, weight = "4 nS", excitatory_fraction = 0.0 }
@@ -109,10 +114,39 @@ With the table ``recurrent`` the neurons are connected to each other, by random 
     excitatory_weight = "0.5 nS"
     inhibitory_weight = "5 nS"
 
+    delay = "1 ms"                        # optional; from the end of a spike's step to that in which it arrives, rounded to
+                                          # steps; one step by default. NEST and Brian2 deliver a step later: add a step to
+                                          # their delays
+
     [recurrent]
     path = "weights.npy"                  # [neurons, neurons], rows post-synaptic; negative weights inhibit
-    array = "x"                           # as above; or an .npz of scipy, or one of row, col and weight of every synapse
-    weight = "1 nS"                       # what the number 1 in the file stands for
+    array = "x"                           # as above; or an .npz of scipy; or one of row, col, weight and, in ms, delay of
+                                          # every synapse; or one that Synapses.save wrote
+    weight = "1 nS"                       # what the number 1 in the file stands for, "1 uS" for Synapses.save
+    delay = "1 ms"                        # optional, as above; not beside delays in the file
+
+Or with projections, each from one population to another::
+
+    [[projection]]
+    source = "excitatory"                 # name of a population, or "all others" for the neurons of none; default: all
+    target = "inhibitory"                 # likewise
+    receptor = "excitatory"               # or "inhibitory"
+    probability = 0.02                    # of a connection from a neuron to another; or number, of synapses:
+    number = 80                           # of every target neuron
+    per = "target"                        # or "source": number is that of every source; default: "target"
+    several = false                       # whether a pair may have several of this number of synapses; default: false
+    autapses = false                      # whether a neuron may have a synapse to itself; default: false
+    weight = "4 nS"                       # or random ones, { law = "uniform", low = "2 nS", high = "6 nS" },
+                                          # { law = "lognormal", mean = "4 nS", std = "2 nS" }, or { law = "normal",
+                                          # mean = "4 nS", std = "1 nS" }, above low = "0 nS" and below high, none by default
+    delay = { law = "uniform", low = "0.5 ms", high = "2 ms" }  # optional; as weight, one step by default
+    seed = 1                              # another one in each projection
+
+    [[projection]]                        # [targets, sources] from a file; keys as in the table recurrent, and
+    source = "excitatory"                 # these two, as above
+    target = "inhibitory"
+    path = "weights.npz"
+    weight = "1 nS"
 
 Then excitation and inhibition are not summed first but kept apart, synapse by synapse: positive weights lead to g_e,
 negative weights to g_i. If every neuron has its own input, this input is the same as without recurrence. It then takes two
@@ -129,7 +163,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -157,7 +191,8 @@ _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s
 _POWER = re.compile(r"\s*(?:\*\*|\^|[⁰¹²³⁴-⁹])\s*")
 _GOOD_POWER = re.compile(r"(?<=[^\W\d])(?:\s*(?:\*\*|\^)\s*-?\d(?!\s*(?:[\d.^]|\*\*))|[⁰¹²³⁴-⁹](?![⁰¹²³⁴-⁹]))")
 _LONGEST = 100  # characters of a quantity
-_UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init"}  # keys of tables that have several forms
+# keys of what has several forms; an item of a list of projections has several, too
+_UNIONS = {"input", "signal", "spikes", "fan_out", "recurrent", "v_init", "weight", "delay", "law"}
 ALL_OTHERS = "all others"  # the name of the neurons that belong to no population
 
 
@@ -425,6 +460,76 @@ class FileSignal(_Table):
     provenance: str | None = None
 
 
+Q = TypeVar("Q")
+
+
+class UniformLaw(_Table, Generic[Q]):
+    """Numbers that are equally probable in a range."""
+
+    law: Literal["uniform"]
+    low: Q
+    high: Q
+
+
+class NormalLaw(_Table, Generic[Q]):
+    """Normally distributed numbers, those within the limits."""
+
+    law: Literal["normal"]
+    mean: Q
+    std: Q
+    low: Q | None = None  # 0 of the unit
+    high: Q | None = None
+
+
+class LogNormalLaw(_Table, Generic[Q]):
+    """Numbers whose logarithm is normally distributed; mean and standard deviation are their own."""
+
+    law: Literal["lognormal"]
+    mean: Q
+    std: Q
+
+
+def _number_form(value: Any) -> str:
+    """Which form it has: one number, or the law of random ones."""
+    return "law" if isinstance(value, dict | _Table) else "one"
+
+
+WeightLaw = Annotated[
+    UniformLaw[Conductance] | NormalLaw[Conductance] | LogNormalLaw[Conductance], Field(discriminator="law")
+]
+DelayLaw = Annotated[UniformLaw[Time] | NormalLaw[Time] | LogNormalLaw[Time], Field(discriminator="law")]
+Weight = Annotated[Annotated[Conductance, Tag("one")] | Annotated[WeightLaw, Tag("law")], Discriminator(_number_form)]
+Delay = Annotated[Annotated[Time, Tag("one")] | Annotated[DelayLaw, Tag("law")], Discriminator(_number_form)]
+
+
+class SparseFanOut(_Table):
+    """Random synapses of one kind onto the neurons of a population, or onto all."""
+
+    target: str | None = None
+    receptor: Literal["excitatory", "inhibitory"]
+    probability: float | None = Field(default=None, gt=0, le=1)
+    number: PositiveInt | None = None
+    per: Literal["target", "source"] = "target"
+    several: bool = False
+    weight: Weight
+    seed: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _check_count(self) -> Self:
+        if (self.probability is None) == (self.number is None):
+            got = "neither" if self.number is None else "both"
+            raise ValueError(f"probability or number says how many synapses there are, got {got}; write one of them")
+        return self
+
+
+class Projection(SparseFanOut):
+    """Random synapses of one kind from one population to another."""
+
+    source: str | None = None
+    delay: Delay | None = None
+    autapses: bool = False
+
+
 class FanOut(_Table):
     """Random weights from the input's channels to the population."""
 
@@ -442,13 +547,34 @@ class FileWeights(_Table):
     weight: Conductance
 
 
+class FileSynapses(FileWeights):
+    """The same for neurons, with a delay if the file has none."""
+
+    delay: PositiveTime | None = None
+
+
+class FileProjection(FileSynapses):
+    """The same from one population to another, ``[targets, sources]``."""
+
+    source: str | None = None
+    target: str | None = None
+
+
 def _weights_form(table: Any) -> str:
-    """Which form a table of weights has: that of a file has a path, the other is random."""
-    return "file" if isinstance(table, FileWeights) or (isinstance(table, dict) and "path" in table) else "random"
+    """Which form a table of weights has: several, that of a file with a path, that of synapses of one kind, or random."""
+    if isinstance(table, list):
+        return "several"
+    if isinstance(table, FileWeights) or (isinstance(table, dict) and "path" in table):
+        return "file"
+    return "one" if isinstance(table, SparseFanOut) or (isinstance(table, dict) and "receptor" in table) else "random"
 
 
 InputWeights = Annotated[
-    Annotated[FanOut, Tag("random")] | Annotated[FileWeights, Tag("file")], Discriminator(_weights_form)
+    Annotated[FanOut, Tag("random")]
+    | Annotated[FileWeights, Tag("file")]
+    | Annotated[SparseFanOut, Tag("one")]
+    | Annotated[list[SparseFanOut], Tag("several")],
+    Discriminator(_weights_form),
 ]
 
 
@@ -518,10 +644,18 @@ class RandomSynapses(_Table):
     excitatory_fraction: float = Field(ge=0, le=1)
     excitatory_weight: Conductance
     inhibitory_weight: Conductance
+    delay: PositiveTime | None = None
+
+
+def _synapses_form(table: Any) -> str:
+    return "file" if _weights_form(table) == "file" else "random"
 
 
 RecurrentWeights = Annotated[
-    Annotated[RandomSynapses, Tag("random")] | Annotated[FileWeights, Tag("file")], Discriminator(_weights_form)
+    Annotated[RandomSynapses, Tag("random")] | Annotated[FileSynapses, Tag("file")], Discriminator(_synapses_form)
+]
+AnyProjection = Annotated[
+    Annotated[Projection, Tag("random")] | Annotated[FileProjection, Tag("file")], Discriminator(_synapses_form)
 ]
 
 
@@ -545,6 +679,7 @@ class Config(_Table):
         PoissonInput | EventsInput | FileInput | RecordingInput | ChannelsInput | NoInput, Field(discriminator="kind")
     ]
     recurrent: RecurrentWeights | None = None
+    projection: list[AnyProjection] = []
     record: Record = Record()
 
     @model_validator(mode="after")
@@ -571,6 +706,45 @@ class Config(_Table):
         for own in (self.neuron, *(population.applied_to(self.neuron) for population in self.population)):
             if own.i_offset and not own.g_l:
                 raise ValueError(f"i_offset needs g_l above 0, got i_offset = {own.i_offset} nA and no leak; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_projections(self) -> Config:
+        if self.projection and self.recurrent is not None:
+            raise ValueError("recurrent and projection both connect the neurons; write one of them")
+        fan_outs: list[Any] = []
+        for group in (self.input, *getattr(self.input, "more", [])):
+            fan_out = getattr(group, "fan_out", None)
+            fan_outs += fan_out if isinstance(fan_out, list) else [fan_out] if isinstance(fan_out, SparseFanOut) else []
+        names = {population.name: 0 for population in self.population}
+        if sum(stop - first for first, stop in (p.neurons for p in self.population)) < self.neuron.count and names:
+            names[ALL_OTHERS] = 0
+        tables = [("input.fan_out", fan_out) for fan_out in fan_outs]
+        tables += [(f"projection.{number}", projection) for number, projection in enumerate(self.projection)]
+        for where, table in tables:
+            for end in ("source", "target"):
+                name = getattr(table, end, None)
+                if name is not None and name not in names:
+                    known = (
+                        f"; the populations are {', '.join(map(repr, names))}" if names else "; there are none, leave it out"
+                    )
+                    raise ValueError(
+                        f"{where}.{end} must be the name of a population, got {name!r}{nearest(name, names) or known}"
+                    )
+        seeds = [table.seed for _, table in tables if isinstance(table, SparseFanOut)]
+        for seed in seeds:
+            if seeds.count(seed) > 1:
+                raise ValueError(
+                    f"seed must be another one in each projection and fan_out, as they would connect neurons of the same "
+                    f"numbers, got {seed} twice; change one"
+                )
+        for where, table in [*tables, ("recurrent", self.recurrent)]:
+            delay = getattr(table, "delay", None)
+            if isinstance(delay, float) and round(delay / self.simulation.dt) < 1:
+                raise ValueError(
+                    f"{where}.delay must be at least one step of dt = {self.simulation.dt} ms, got {delay} ms; lengthen it, "
+                    "or leave it out for one step"
+                )
         return self
 
     @model_validator(mode="after")
@@ -634,11 +808,18 @@ def load(name: str) -> tuple[str, Config]:
         raise UserError(f"{path}: {_sentence(error)}") from None
 
 
+def _is_form(keys: tuple[int | str, ...]) -> bool:
+    """Whether the name of a form follows these keys."""
+    if not keys:
+        return False
+    return keys[-1] in _UNIONS or (isinstance(keys[-1], int) and keys[-2:-1] == ("projection",))
+
+
 def _sentence(error: ValidationError) -> str:
     """The first error in one sentence, and how many more there are."""
     first, *others = error.errors()
     loc = first["loc"]  # after the key of a table with several forms, pydantic puts the form's name; leave that out
-    where = ".".join(str(part) for before, part in zip(("", *loc), loc, strict=False) if before not in _UNIONS)
+    where = ".".join(str(part) for number, part in enumerate(loc) if not _is_form(loc[:number]))
     context = first.get("ctx", {})
     kind = context.get("discriminator", "").strip("'")
     match first["type"]:

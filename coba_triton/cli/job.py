@@ -20,6 +20,7 @@ from coba_triton import (
     CobaLIFState,
     Record,
     Result,
+    Synapses,
     open_result,
     simulate,
 )
@@ -28,10 +29,10 @@ from coba_triton.common.files import reason
 from coba_triton.stream.sinks import Sink
 from coba_triton.stream.sources import Described
 
-from .config import ALL_OTHERS, Config, Neuron, Simulation, Spread
+from .config import Config, Neuron, Simulation, Spread
 from .errors import UserError
 from .inputs import PoissonChannels, PoissonDrive, Source
-from .weights import Recurrent
+from .weights import Recurrent, populations
 
 
 @dataclass(frozen=True)
@@ -152,19 +153,18 @@ def make_network(config: Config, source: Source, recurrent: Recurrent | None) ->
     options: dict[str, Any] = {"order": simulation.order, "backend": simulation.backend}
     if recurrent is None:
         return CobaLIF(p, simulation.dt, **options)
-    network = CobaLIFRecurrent(source.weights.shape[1], config.neuron.count, p, simulation.dt, autapses=True, **options)
-    network.input_weights.data = torch.from_numpy(source.weights)
-    network.recurrent_weights.data = torch.from_numpy(recurrent.weights)
-    return network
+    given = source.weights
+    inputs = given if isinstance(given, Synapses) else torch.from_numpy(given)
+    channels = inputs.sources if isinstance(inputs, Synapses) else inputs.shape[1]
+    options |= {"autapses": True, "input_weights": inputs, "recurrent_weights": recurrent.synapses}
+    return CobaLIFRecurrent(channels, config.neuron.count, p, simulation.dt, **options)
 
 
-def populations(config: Config, recurrent: Recurrent | None) -> dict[str, NDArray[np.int64]]:
+def shown_apart(config: Config, recurrent: Recurrent | None) -> dict[str, NDArray[np.int64]]:
     """The populations that are shown apart: those in the configuration, else neurons by the sign of their synapses."""
     if not config.population:
         return {name: mask.nonzero()[0] for name, mask in recurrent.populations().items()} if recurrent else {}
-    found = {population.name: np.arange(*population.neurons) for population in config.population}
-    others = np.setdiff1d(np.arange(config.neuron.count), np.concatenate(list(found.values())))
-    return found | ({ALL_OTHERS: others} if others.size else {})
+    return populations(config)
 
 
 def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
@@ -174,7 +174,7 @@ def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
         variables=settings.variables if settings.neurons else (),
         neurons=settings.neurons if settings.variables else (),
         every=settings.every,
-        populations=populations(config, recurrent),
+        populations=shown_apart(config, recurrent),
         inputs=True,
     )
 

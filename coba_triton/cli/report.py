@@ -29,7 +29,7 @@ from .config import Config
 from .errors import UserError
 from .inputs import RecordingSource, Source
 from .job import Run
-from .weights import Recurrent
+from .weights import Recurrent, count_synapses
 
 FILES = ("raster.png", "summary.json")
 RESULTS = ("result.zarr", "result.npz")
@@ -163,8 +163,8 @@ def summarize(name: str, config: Config, source: Source, recurrent: Recurrent | 
         "interval_cv": _mean_variation(variation),
         "recurrent": recurrent
         and {
-            "synapses": recurrent.synapses,
-            "input_synapses": int(np.count_nonzero(source.weights)),
+            "synapses": recurrent.synapses.count,
+            "input_synapses": count_synapses(source.weights),
             **recurrent.provenance,
             "populations": {
                 population: {
@@ -198,4 +198,7 @@ def _seeds(settings: dict[str, Any], prefix: str = "") -> dict[str, int]:
             seeds[prefix + key] = value
         elif isinstance(value, dict):
             seeds |= _seeds(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            tables = {str(number): item for number, item in enumerate(value) if isinstance(item, dict)}
+            seeds |= _seeds(tables, f"{prefix}{key}.")
     return seeds

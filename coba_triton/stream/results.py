@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from ..common.files import is_there, local_path, written_whole
-from ..neuron.records import FeedForwardState, RecurrentState, feed_forward_state, recurrent_state
+from ..neuron.records import FeedForwardState, RecurrentState
 from ..ops import validation
 from ..ops.spikes import WORD_BITS, word_count
 from .npz import read_npz
+from .states import unpack_state
 from .store import Array, Store, difference_of
 
 READ_BYTES = 2**24  # bytes of packed spikes that are unpacked at a time
@@ -172,9 +173,11 @@ class Result:
             raise ValueError(
                 "the result has no state; run it for a step at least, and open the parts of a batch by themselves"
             )
-        fields = map(torch.from_numpy, np.array(self._arrays["state"][:]))
-        recurrent = self.attributes["config"]["network"] == "CobaLIFRecurrent"
-        return recurrent_state(*fields) if recurrent else feed_forward_state(*fields)
+        config, array = self.attributes["config"], torch.from_numpy(np.array(self._arrays["state"][:]))
+        state: FeedForwardState | RecurrentState = unpack_state(
+            array, config["network"] == "CobaLIFRecurrent", config.get("longest_delay", 1)
+        )
+        return state
 
     def array(self, name: str) -> Array:
         """A whole array by its name: one that the caller added, a parameter that differs between neurons, ``input_e``, ...

@@ -26,9 +26,10 @@ from torch.optim.swa_utils import AveragedModel
 from ..backend.choose import choose_backend, launcher
 from ..common.files import reason
 from ..common.versions import package_version
-from ..functional import coba_lif_feed_forward_integral, coba_lif_integral, flat_input, kernel_input
+from ..functional import coba_lif_feed_forward_integral, coba_lif_integral, connections, flat_input, kernel_input
 from ..modules import CobaLIF, CobaLIFRecurrent
 from ..neuron.records import (
+    CobaLIFDelayState,
     CobaLIFParameters,
     FeedForwardState,
     State,
@@ -36,14 +37,17 @@ from ..neuron.records import (
     numbers_of,
     recurrent_state,
 )
-from ..ops import time_blocks, validation
-from ..ops.call import Network, Outputs, Weights
+from ..ops import sparse_blocks, time_blocks, validation
+from ..ops.call import Network, Outputs, SparseNetwork, Weights
 from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
+from ..ops.synapses import Synapses
 from ..ops.tensors import is_refractory
+from ..ops.wiring import Wiring, connect, is_sparse
 from .results import Result
 from .sinks import Checkpoint, Header, Sink, open_sink
 from .sources import Blocks, digest
+from .states import pack_state, unpack_state
 from .store import checksum, columns_of
 
 if TYPE_CHECKING:
@@ -93,8 +97,9 @@ def simulate(
 ) -> Result:
     """Run a network over a source of any length, with a few blocks of it in memory.
 
-    The network advances block by block and carries its state from one block to the next. Meanwhile a thread reads the next
-    block, and another thread writes the block before. The spikes are those of one call over the whole input.
+    The network advances block by block and carries its state from one block to the next, with what is under way if it has
+    delays. Meanwhile a thread reads the next block, and another thread writes the block before. The spikes are those of one
+    call over the whole input.
 
     A run into a zarr group that is killed loses at most three blocks: two that are computed and one that is written. Call it
     again with the same arguments and ``resume=True``: it goes on from the last finished block, and the result is the same,
@@ -111,7 +116,8 @@ def simulate(
             array, a :class:`PoissonSource`, or an iterable of chunks, see :func:`stream_blocks`. When a run is resumed, an
             iterable is read from its beginning.
         sink: where the result is kept: None for memory, a path that ends in ``.zarr`` or ``.npz``, or a sink.
-        state: initial state, None to start at rest.
+        state: initial state, None to start at rest. Where a spike is under way for several steps, ``z`` and ``history`` must
+            be spikes, 0 or 1.
         block_steps: how many steps a block has, rounded up to a multiple of 32 and of ``record.every``. None for as many as
             take about 64 MiB, at most 65,536. Input that unconnected neurons can read where it is does not count: a tensor
             or a numpy array in memory, unless its numbers have to be converted or inputs are recorded.
@@ -312,7 +318,8 @@ class BlockRun:
         blocks: the source.
         header: what the sink is told about the run.
         state: the state after the last block that was begun.
-        weights: input and recurrent weights of connected neurons.
+        weights: input and recurrent weights of connected neurons, matrices or :class:`Synapses`.
+        wiring: the same, if there are sparse synapses or delays.
         p: the parameters, detached from autograd.
         neurons: indices of the neurons whose traces are recorded; ``ascending[places]`` are the same.
         ahead: how many blocks are begun before the first of them is finished.
@@ -342,11 +349,19 @@ class BlockRun:
                 f"a step of source must have at least one number, got shape {list(channels)}; leave out axes of size 0"
             )
         first = self.blocks.first.to(self.device)
+        self.wiring: Wiring | None = None
         with torch.no_grad():
-            weights = self.network._weights() if self.recurrent else ()
-            self.digests = [digest(w) for w in weights]
-            # the kernels read rows of the transposed weights; they are transposed once here, and not for every block
-            self.weights: Any = tuple(w.t().contiguous().t() for w in weights)
+            weights = [w.detach() if isinstance(w, Tensor) else w.with_weights(w.weights.detach()) for w in self._weights()]
+            delay = getattr(self.network, "delay", None)
+            self.digests = dict(zip(("input", "recurrent"), map(_digest_of, weights), strict=False))
+            if delay is not None:
+                self.digests["delay"] = digest(delay) if isinstance(delay, Tensor) else float(delay)
+            if self.recurrent and is_sparse(weights[0], weights[1], delay):
+                # matrices become records once here, and not for every block
+                self.wiring = connect(first.new_empty(channels), weights[0], weights[1], delay, self.network.dt)
+                self.weights: Any = self.wiring[:2]
+            else:  # the kernels read rows of the transposed weights
+                self.weights = tuple(w.t().contiguous().t() for w in weights)
             p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
             detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
             self.p: Any = CobaLIFParameters(*detached)
@@ -354,6 +369,7 @@ class BlockRun:
             self.state = self._integrate(first[:0], state, False)[1]
             if state is not None:
                 validation.check_numbers({f"state.{name}": field for name, field in self.state._asdict().items()})
+                _check_spikes(self.state)
         self.shape = self.state.v.shape
         cells = self.shape.numel()
         chosen = validation.check_neurons(record.neurons, cells, "record.neurons")
@@ -376,21 +392,32 @@ class BlockRun:
         self.ahead = 1 if self.backend == "cpu" and not self.recurrent else 0
         if len(self.neurons) and not self.recurrent:
             self.chosen = self._chosen_parameters()
+        self.sparse: SparseNetwork | None = None
+        self.ring: Tensor | None = None  # sums under way, made of the state when they are needed
+        self.since = 0  # steps since they were made, or as many less as have gone round the ring
         if self.recurrent and self.backend != "reference":
-            self.connected = self._connected_network()
+            if self.wiring is None:
+                self.connected = self._connected_network()
+            else:
+                self.sparse = self._sparse_network(self.wiring)
             order = self.neurons.argsort()
             self.ascending, self.places = self.neurons[order], order.argsort()
         if record.inputs and self.recurrent:
-            self.mean_weights = [w.mean(0) for w in (self.weights[0].relu(), (-self.weights[0]).relu())]
+            self.mean_weights = _mean_weights(self.weights[0])
         self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
         self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # _check_numbers has warned of the state at rest
         self.fires_always = False
         self.header = self._header(state, block_steps)
 
+    def _weights(self) -> Sequence[Any]:
+        """Input and recurrent weights of connected neurons."""
+        return self.network._weights() if self.recurrent else ()
+
     def _check_numbers(self) -> None:
         """Refuse numbers that are not finite, and warn of parameters for which the Euler step is too large."""
         numbers = numbers_of(self.p)
-        validation.check_numbers(numbers | dict(zip(("input_weights", "recurrent_weights"), self.weights, strict=False)))
+        weights = [w.weights if isinstance(w, Synapses) else w for w in self.weights]
+        validation.check_numbers(numbers | dict(zip(("input_weights", "recurrent_weights"), weights, strict=False)))
         single = {name: v.item() for name, v in numbers.items() if isinstance(v, Tensor) and not v.dim()}
         validation.warn_if_unstable(self.p._replace(**single), self.network.dt)
 
@@ -412,6 +439,13 @@ class BlockRun:
         uses = (self.blocks.steps or LONG) * self.shape[:-1].numel()
         return Network.of(weights, self.network.order == "jump_first", launcher(self.backend), uses=uses)
 
+    def _sparse_network(self, wiring: Wiring) -> SparseNetwork:
+        """The same for sparse synapses and delays."""
+        constants = constants_table(self.p, self.network.dt, self.state.v.dtype, self.device, self.shape)
+        to = connections(wiring, constants, self.network.dt)
+        jump_first = self.network.order == "jump_first"
+        return SparseNetwork.of(to, self.shape[-1], wiring.longest, jump_first, launcher(self.backend))
+
     def _header(self, state: Any, block_steps: int | None) -> Header:
         """What the sink is told about the run."""
         cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
@@ -432,9 +466,9 @@ class BlockRun:
             "device": self.device.type,
             "state_dtype": str(self.state.v.dtype).removeprefix("torch."),
             "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
-            "weights": dict(zip(("input", "recurrent"), self.digests, strict=False)),
+            "weights": self.digests,
             "source": self.blocks.describe(),
-            "initial_state": None if state is None else digest(torch.stack(list(self.state))),
+            "initial_state": None if state is None else digest(pack_state(self.state)),
             "record": {
                 "spikes": record.spikes,
                 "variables": list(record.variables),
@@ -446,9 +480,11 @@ class BlockRun:
             "block_steps": max(-(-block_steps // whole), 1) * whole,
         }
         if is_refractory(self.p, self.state):
-            config["fields"] = len(self.state)
+            config["fields"] = len(self.state) - isinstance(self.state, CobaLIFDelayState)
         else:  # as in the runs of versions without a refractory period, which can be resumed
             del config["parameters"]["refractory"]
+        if self.wiring is not None and self.wiring.longest > 1:
+            config["longest_delay"] = self.wiring.longest
         arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
         arrays |= {f"population_{number}": members for number, members in enumerate(self.populations.values())}
         return Header(config, columns_of(config), arrays, self.blocks.steps, config["block_steps"], versions())
@@ -468,7 +504,9 @@ class BlockRun:
 
     def load(self, state: Any) -> None:
         """Go on from a checkpoint."""
-        self.state = type(self.state)(*torch.from_numpy(state).to(self.device))
+        longest = 1 if self.wiring is None else self.wiring.longest
+        self.state = unpack_state(torch.from_numpy(state).to(self.device), self.recurrent, longest)
+        self.ring = None
 
     def _integrate(self, x: Tensor, state: Any, record_states: bool, p: Any = None) -> tuple[Tensor, Any]:
         options: dict[str, Any] = {
@@ -516,6 +554,8 @@ class BlockRun:
             flat = flat_input(x, self.shape, before.v.dtype)
             state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
             self.state = feed_forward_state(*state.reshape(-1, *self.shape))
+        elif self.sparse is not None:
+            words, traces = self._connected_sparsely(self.sparse, x)
         elif self.recurrent and self.backend != "reference":
             words, traces = self._connected(x)
         elif self.recurrent and len(self.neurons):
@@ -531,7 +571,7 @@ class BlockRun:
         for job in jobs:
             job.result()
         stop = start + len(x)
-        state = torch.stack(list(after)).cpu().numpy()
+        state = pack_state(after).cpu().numpy()
         self._check(state, x, start, stop)
         if traces is None and len(self.neurons):
             traces = self._chosen_traces(x, before)
@@ -568,6 +608,36 @@ class BlockRun:
         kept = None if traces is None else feed_forward_state(*traces[..., self.places])
         return words.reshape(len(words), *self.shape), kept
 
+    def _connected_sparsely(self, net: SparseNetwork, x: Tensor) -> tuple[Tensor, FeedForwardState | None]:
+        """The same for sparse synapses and delays. The sums under way go on from block to block."""
+        z, v, *others = self.state
+        history = z.unsqueeze(0)
+        if isinstance(self.state, CobaLIFDelayState):
+            *others, history = others
+        fields = [v, *others]
+        steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
+        history = history.reshape(len(history), *rows).contiguous()
+        if self.ring is None:
+            self.ring, self.since = net.backend.sparse_ring(net, history), 0
+        words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
+        traces = z.new_empty(len(fields), steps, len(self.ascending)) if len(self.ascending) else None
+        state = sparse_blocks.forward(
+            net,
+            kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
+            self.ring,
+            torch.stack(fields).reshape(len(fields), *rows),
+            Outputs(words=words, states=traces),
+            time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False),
+            self.since,
+            None if traces is None else self.ascending,
+        )
+        self.since = (self.since + steps) % len(history)
+        history = sparse_blocks.last_spikes(history, words, steps).reshape(len(history), *self.shape)
+        past = (history,) if len(history) > 1 else ()
+        self.state = recurrent_state(history[-1], *state.reshape(-1, *self.shape), *past)
+        kept = None if traces is None else feed_forward_state(*traces[..., self.places])
+        return words.reshape(len(words), *self.shape), kept
+
     def _with_all_states(self, x: Tensor) -> tuple[Tensor, FeedForwardState]:
         """The same for the reference, which records the states of all neurons.
 
@@ -577,7 +647,11 @@ class BlockRun:
         words, traces = [], []
         for part in x.split(word_count(max(STATE_BYTES // step, 1)) * WORD_BITS):
             spikes, states = self._integrate(part, self.state, True)
-            self.state = type(self.state)(*(field[-1].clone() for field in states))
+            past: list[Any] = []
+            if isinstance(states, CobaLIFDelayState):
+                *states, history = states
+                past = [history]
+            self.state = type(self.state)(*(field[-1].clone() for field in states), *past)
             words.append(spikes)
             traces.append([field.flatten(1)[:, self.neurons] for field in states[1:]])
         return torch.cat(words), feed_forward_state(*map(torch.cat, zip(*traces, strict=True)))
@@ -599,7 +673,7 @@ class BlockRun:
     def _mean_inputs(self, x: Tensor) -> tuple[Any, Any]:
         rows = x.reshape(len(x), -1)
         if self.recurrent:
-            rows = x.reshape(len(x), self.shape[:-1].numel(), x.shape[-1]).to(self.weights[0].dtype)
+            rows = x.reshape(len(x), self.shape[:-1].numel(), x.shape[-1]).to(self.mean_weights[0].dtype)
             means = [(rows @ weights).mean(1) for weights in self.mean_weights]
         else:
             rows = rows.to(self.state.v.dtype)
@@ -657,6 +731,38 @@ def _check_record(record: Any) -> None:
             raise TypeError(f"record.populations must have names, got {name!r:.50}; write it in quotes")
     for name in ("spikes", "inputs"):
         validation.check_flag(getattr(record, name), f"record.{name}")
+
+
+def _check_spikes(state: Any) -> None:
+    """Refuse an initial state with delays in which other numbers than spikes are under way: results keep bits of them."""
+    if not isinstance(state, CobaLIFDelayState):
+        return
+    history: Any = state.history
+    for wrong in history[(history != 0) & (history != 1)][:1].tolist():
+        raise ValueError(
+            f"state.z and state.history must be spikes, 0 or 1, where spikes take several steps, got {wrong:g}; round them, "
+            "or give 0 for none"
+        )
+
+
+def _digest_of(weights: Any) -> Any:
+    """A checksum of a matrix of weights, or those of all that sparse synapses are."""
+    if not isinstance(weights, Synapses):
+        return digest(weights)
+    parts = {"indptr": weights.indptr, "targets": weights.targets, "weights": weights.weights, "delays": weights.delays}
+    return {"synapses": weights.count} | {name: None if part is None else digest(part) for name, part in parts.items()}
+
+
+def _mean_weights(weights: Any) -> list[Tensor]:
+    """What a spike of each source adds to the excitatory and the inhibitory conductances, as means over the neurons."""
+    if not isinstance(weights, Synapses):
+        return [w.mean(0) for w in (weights.relu(), (-weights).relu())]
+    sources = weights.source_of()
+    each = weights.weights[sources, 0] if weights.weights.dim() == 2 else weights.weights.expand(weights.count)
+    sums = each.new_zeros(2, weights.sources, dtype=torch.float64)
+    for total, part in zip(sums, (each.relu(), (-each).relu()), strict=True):
+        total.index_add_(0, sources, part.double())
+    return list((sums / max(weights.neurons, 1)).to(each.dtype))
 
 
 def _next_limit(factor: float) -> float:

@@ -7,7 +7,8 @@ Every sink keeps the same result. It has attributes, and these arrays, whose fir
 - ``counts [T, P]`` int32: the spikes of every population in every step, in the order of the attribute ``populations``; the
   arrays ``population_0``, ``population_1``, ... have the members of each;
 - parameters that differ between neurons, by their names, and arrays that the caller added;
-- ``state [F, *neurons]``: the last state (in a zarr group ``[2, F, *neurons]``, see :mod:`coba_triton.stream.store`).
+- ``state [F, *neurons]``: the last state (in a zarr group ``[2, F, *neurons]``, see :mod:`coba_triton.stream.store`), with
+  what is under way, see :mod:`coba_triton.stream.states`.
 """
 
 from __future__ import annotations

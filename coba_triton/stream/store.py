@@ -3,8 +3,9 @@
 The group has the arrays of a result (see :mod:`coba_triton.stream.sinks`), which any zarr reads, and three more:
 
 - ``progress [1]``: the number of finished steps. It is written after everything else of a block.
-- ``state [2, F, *neurons]``: the states after the last two blocks (recurrent: z, v, g_e, g_i; else v, g_e, g_i). The state
-  after block ``k`` is in row ``k % 2``.
+- ``state [2, F, *neurons]``: the states after the last two blocks (recurrent: z, v, g_e, g_i; else v, g_e, g_i; left, where
+  neurons are held after a spike; and where a spike is under way for several steps, the last spikes, see
+  :mod:`coba_triton.stream.states`). The state after block ``k`` is in row ``k % 2``.
 - ``checksums [blocks, C + 4]`` uint64: a row for each block. It has the number of the block's steps, the checksum of its
   input (0 if the source describes itself), the checksum of the state after it, the checksum of its chunk of every column,
   and a seal. The seal is the checksum of the rest of the row, the block's number, and the run's random name.
@@ -88,10 +89,16 @@ def columns_of(config: Mapping[str, Any]) -> dict[str, Column]:
     return columns | {name: Column(1, (), dtype) for name in ("input_e", "input_i") if record["inputs"]}
 
 
+def history_rows(longest: int) -> int:
+    """How many rows of a state have the spikes of the last ``longest`` steps: none if a spike takes one step."""
+    return -(-longest // 24) if longest > 1 else 0
+
+
 def state_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of a state's chunk, ``[1, F, *neurons]``."""
     fields = 4 if config["network"] == "CobaLIFRecurrent" else 3
-    return (1, config.get("fields", fields), *config["neurons"])
+    rows = config.get("fields", fields) + history_rows(config.get("longest_delay", 1))
+    return (1, rows, *config["neurons"])
 
 
 class Fixed(NamedTuple):
@@ -278,8 +285,11 @@ def _check_content(attributes: dict[str, Any]) -> None:
     if set(_is(config["parameters"], dict)) | set(OPTIONAL_PARAMETERS) != set(NUMERIC_PARAMETERS):
         raise ValueError("parameters")
     recurrent = config["network"] == "CobaLIFRecurrent"
-    if config.get("fields", 3 + recurrent) not in (3 + recurrent, 4 + recurrent):  # without or with a refractory period
+    fields, longest = config.get("fields", 3 + recurrent), _size(config.get("longest_delay", 1), 1)
+    if fields not in (3 + recurrent, 4 + recurrent):  # without or with a refractory period
         raise ValueError("fields")
+    if longest > 1 and (not recurrent or fields != 5):  # what is under way comes with a field for the refractory period
+        raise ValueError("longest_delay")
     if attributes["steps"] is not None:
         _size(attributes["steps"])
     _is(attributes["finished"], bool)
