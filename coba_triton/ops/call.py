@@ -346,7 +346,7 @@ class SparseNetwork(NamedTuple):
         inputs = None
         if to.input_indptr is not None and to.input_targets is not None and to.input_values is not None:
             values = to.input_values.contiguous()
-            grid = grid_of(to.input_values, to.input_indptr, to.input_targets, neurons)
+            grid = grid_of(to.input_values, to.input_indptr, to.input_targets, neurons, spikes=False)
             inputs = Projection(to.input_indptr.contiguous(), to.input_targets.contiguous(), values, None, grid)
         grid = grid_of(to.weights, to.indptr, to.targets, neurons)
         recurrent = Projection(
