@@ -238,7 +238,7 @@ def sparse_forward_kernel(
     BLOCK: tl.constexpr, FIELDS: tl.constexpr, SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr,
     DELAY: tl.constexpr, TOGETHER: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """A program of ``(parts, B)`` owns a batch row, or several share it ``TOGETHER``, with tiles of ``BLOCK`` neurons.
+    """A program of ``(B, parts)`` owns a batch row, or several share it ``TOGETHER``, with tiles of ``BLOCK`` neurons.
 
     ``window`` steps are integrated, the spikes of all programs listed; then the programs share out the list and add its
     synapses into the ring, from whose slot ``first`` on sums are taken, a slot a step. ``final`` has the initial state when
@@ -250,9 +250,9 @@ def sparse_forward_kernel(
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
     M = B * N
     dtype: tl.constexpr = constants_ptr.dtype.element_ty
     list_ptr = lists_ptr + row * window * N
@@ -375,9 +375,9 @@ def sparse_backward_kernel(
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
     M = B * N
     meetings = 0
     waiting = True
