@@ -10,7 +10,8 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
   given is shared, not copied;
 - all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
   ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module, and those of
-  integers are held as floating ones. Only a refractory period of 0 is no buffer, but a plain attribute.
+  integers are held as floating ones. Only a refractory period of 0 and a ``conductance_based`` of 1 are no buffers, but
+  plain attributes: what has no such parameter has them.
 
 An input of bool or integers gives spikes in the dtype that the module was last converted to, as ``.half()`` does, so that
 they fit the layer behind; any other input gives spikes in its own.
@@ -65,6 +66,8 @@ class _Neurons(nn.Module):
         given = {name: _floating(value) for name, value in numbers_of(p).items()}
         if not isinstance(given["refractory"], Tensor) and given["refractory"] == 0:
             self.refractory = given.pop("refractory")  # a buffer could be any number, and states would need another field
+        if not isinstance(given["conductance_based"], Tensor) and given["conductance_based"] == 1:
+            self.conductance_based = given.pop("conductance_based")  # so that a state_dict has what it had without it
         self._numbers = tuple(n for n, value in given.items() if n not in learn and not isinstance(value, Tensor))
         for name, value in given.items():
             if name in self._numbers:
