@@ -201,12 +201,19 @@ class _RecurrentNeurons(_Neurons):
         Then one spike of every input opens, on average over the neurons, the leak conductance ``g_l`` in excitatory and
         as much in inhibitory synapses. Conductances do not cancel: those of both signs add up, in proportion to
         ``fan_in`` and not to its square root.
+
+        Where all synapses are currents, ``g_l`` times the distance of ``v_thresh`` from ``v_rest`` stands for ``g_l``: the
+        constant current that would bring a neuron to its threshold.
         """
         with torch.no_grad():
             self._draw(("input", "recurrent"))
 
     def _draw(self, names: Collection[str]) -> None:
-        leak = torch.as_tensor(self.p.g_l).float().mean()
+        p = self.p
+        leak = torch.as_tensor(p.g_l).float().mean()
+        kind = p.conductance_based
+        if isinstance(kind, Tensor) and not kind.is_meta and not kind.any():
+            leak = leak * (torch.as_tensor(p.v_thresh) - p.v_rest).abs().float().mean()
         for name in names:
             weights = getattr(self, f"{name}_weights")
             fan_in = weights.shape[1] if name not in self._sparse else getattr(self, f"{name}_targets").shape[0]

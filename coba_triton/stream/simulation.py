@@ -719,8 +719,8 @@ class BlockRun:
             units = "uS (1 nS is 0.001 uS)" if self.rates[2].any() else "nA (1 pA is 0.001 nA)"
             warnings.warn(
                 f"{always} of {self.shape.numel()} neurons fire in every step ({WORD_BITS} in a row by step {stop}): the "
-                "input or the weights, which are in {units}, are too strong, or v_thresh is too low; make "
-                "them smaller, or raise v_thresh",
+                f"input or the weights, which are in {units}, are too strong, or v_thresh is too low; make them smaller, or "
+                "raise v_thresh",
                 stacklevel=3,
             )
 

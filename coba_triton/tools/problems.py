@@ -112,6 +112,7 @@ def problem(
     *,
     per_neuron: bool = False,
     refractory: bool = False,
+    currents: bool = False,
 ) -> Problem:
     """Make a feed-forward problem.
 
@@ -122,6 +123,7 @@ def problem(
         device: the device of all tensors.
         per_neuron: whether every neuron has its own parameters.
         refractory: whether there is a refractory period, and neurons that are held at the start.
+        currents: whether synapses are currents, with parameters of its own every other neuron's.
     """
     g = torch.Generator().manual_seed(0)
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
@@ -140,6 +142,8 @@ def problem(
         for name, value in VALUES.items()
     }
     fields = [*state, *_held(parameters, torch.as_tensor(state.g_i), per_neuron)] if refractory else state
+    if currents:
+        _use_currents(parameters, per_neuron)
     return Problem(
         x.to(device),
         feed_forward_state(*(torch.as_tensor(field).to(device) for field in fields)),
@@ -153,6 +157,13 @@ def _held(parameters: dict[str, Tensor], like: Tensor, per_neuron: bool) -> list
     each = numbers.expand(like.shape)[(0,) * (like.dim() - parameters["v_thresh"].dim())] if per_neuron else numbers
     parameters["refractory"] = (REFRACTORY / 2 * (each % 5) if per_neuron else torch.tensor(REFRACTORY)).to(like.dtype)
     return [(numbers % 4 * (numbers % 3 == 0)).to(like.dtype)]
+
+
+def _use_currents(parameters: dict[str, Tensor], per_neuron: bool) -> None:
+    """Make synapses currents: those of all neurons, or of every other one."""
+    like = parameters["v_thresh"]
+    each = torch.arange(like.numel()).reshape(like.shape) % 2 if per_neuron else torch.tensor(0)
+    parameters["conductance_based"] = each.to(like.dtype)
 
 
 # More numbers than this are drawn on the device itself, as a CPU would take minutes. They differ between devices.
@@ -208,6 +219,7 @@ def recurrent_problem(
     per_neuron: bool = False,
     binary: bool = True,
     refractory: bool = False,
+    currents: bool = False,
     seed: int = 0,
 ) -> RecurrentProblem:
     """Make a recurrent problem.
@@ -223,6 +235,7 @@ def recurrent_problem(
         per_neuron: whether every neuron has its own parameters.
         binary: whether the input is spikes.
         refractory: whether there is a refractory period, and neurons that are held at the start.
+        currents: whether synapses are currents, with parameters of its own every other neuron's.
         seed: the seed of the random numbers.
     """
     g = torch.Generator().manual_seed(seed)
@@ -245,6 +258,8 @@ def recurrent_problem(
         for name, value in VALUES.items()
     }
     fields = [*state, *_held(parameters, torch.as_tensor(state.g_i), per_neuron)] if refractory else state
+    if currents:
+        _use_currents(parameters, per_neuron)
     return RecurrentProblem(
         x.to(device, dtype),
         recurrent_state(*(torch.as_tensor(field).to(device, dtype) for field in fields)),
