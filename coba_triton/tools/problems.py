@@ -160,10 +160,11 @@ def _held(parameters: dict[str, Tensor], like: Tensor, per_neuron: bool) -> list
 
 
 def _use_currents(parameters: dict[str, Tensor], per_neuron: bool) -> None:
-    """Make synapses currents: those of all neurons, or of every other one."""
-    like = parameters["v_thresh"]
+    """Make synapses currents: those of all neurons, or of every other one, with reversal potentials of about 1 and -1."""
+    like = parameters["e_rev_E"]
     each = torch.arange(like.numel()).reshape(like.shape) % 2 if per_neuron else torch.tensor(0)
     parameters["conductance_based"] = each.to(like.dtype)
+    parameters["e_rev_E"] = torch.where(each == 0, like / VALUES["e_rev_E"], like)
 
 
 # More numbers than this are drawn on the device itself, as a CPU would take minutes. They differ between devices.
