@@ -517,9 +517,7 @@ def _number_form(value: Any) -> str:
     return "law" if isinstance(value, dict | _Table) else "one"
 
 
-WeightLaw = Annotated[
-    UniformLaw[Strength] | NormalLaw[Strength] | LogNormalLaw[Strength], Field(discriminator="law")
-]
+WeightLaw = Annotated[UniformLaw[Strength] | NormalLaw[Strength] | LogNormalLaw[Strength], Field(discriminator="law")]
 DelayLaw = Annotated[UniformLaw[Time] | NormalLaw[Time] | LogNormalLaw[Time], Field(discriminator="law")]
 Weight = Annotated[Annotated[Strength, Tag("one")] | Annotated[WeightLaw, Tag("law")], Discriminator(_number_form)]
 Delay = Annotated[Annotated[Time, Tag("one")] | Annotated[DelayLaw, Tag("law")], Discriminator(_number_form)]

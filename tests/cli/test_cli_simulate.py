@@ -647,7 +647,7 @@ inhibitory_weight = "0.001953125 uS"
 @pytest.mark.parametrize("connected", [False, True])
 def test_synapses_that_are_currents(config: str, tmp_path: Path, connected: bool) -> None:
     change(config, 'e_rev_E = "0 mV"\ne_rev_I = "-80 mV"\n', 'synapses = "current"\n')
-    change(config, '"2000 Hz", weight = "2 nS"', '"2000 Hz", weight = "30 pA"')
+    change(config, '"2000 Hz", weight = "2 nS"', '"2000 Hz", weight = "60 pA"')
     change(config, '"500 Hz", weight = "2 nS"', '"500 Hz", weight = "0.03 nA"')
     if connected:
         change(config, "[input]", """[recurrent]

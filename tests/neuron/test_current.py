@@ -227,7 +227,8 @@ def test_a_single_step_by_hand() -> None:
     """Its derivative by the potential before it has the leak alone."""
     v = torch.tensor([-60.0], dtype=torch.float64, requires_grad=True)
     state = CobaLIFFeedForwardState(v, 0.3, 0.1)
-    _, after = coba_lif_feed_forward_step(torch.zeros(1, dtype=torch.float64), state, CURRENT._replace(method="heaviside"), DT)
+    p = CURRENT._replace(method="heaviside")
+    _, after = coba_lif_feed_forward_step(torch.zeros(1, dtype=torch.float64), state, p, DT)
     current = 0.3 * (1 - DT / 5) - 0.1 * (1 - DT / 8)
     assert after.v.item() == pytest.approx(-60.0 + DT / 0.25 * (0.0125 * -5.0 + current))
     (grad,) = torch.autograd.grad(after.v.sum(), v)
@@ -351,7 +352,9 @@ def test_runs_with_conductances_are_those_of_older_versions(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "unit", "drawn"), [(0, "nA", "pA"), (1, "uS", "nS"), (torch.tensor([0.0, 1.0]), "uS or nA", "nS or pA")], ids=str
+    ("kind", "unit", "drawn"),
+    [(0, "nA", "pA"), (1, "uS", "nS"), (torch.tensor([0.0, 1.0]), "uS or nA", "nS or pA")],
+    ids=str,
 )
 def test_pictures_and_traces_have_the_unit_of_the_synapses(kind, unit, drawn) -> None:
     axes = pytest.importorskip("matplotlib.figure", reason="matplotlib is optional").Figure().add_subplot()
@@ -366,7 +369,8 @@ def test_pictures_and_traces_have_the_unit_of_the_synapses(kind, unit, drawn) ->
     assert axes.get_ylabel() == f"mean input\n({drawn} per ms)"
     pytest.importorskip("neo", reason="neo is optional: pip install 'coba-triton[neo]'")
     v, g_e = result.to_neo().segments[0].analogsignals
-    assert (v.units.dimensionality.string, g_e.units.dimensionality.string) == ("mV", "dimensionless" if "or" in unit else unit)
+    units = "mV", "dimensionless" if "or" in unit else unit
+    assert (v.units.dimensionality.string, g_e.units.dimensionality.string) == units
 
 
 def test_records_of_older_versions_load() -> None:
