@@ -666,8 +666,8 @@ def _run_sparse_reference(
     """The same, step by step in eager PyTorch."""
     c = derive_constants(p, dt, initial.dtype, x.device)
     inputs, recurrent = (
-        _reference_synapses(synapses, own, dt, spikes) if isinstance(synapses, Synapses) else None
-        for synapses, own, spikes in zip(wiring[:2], weights, (False, True), strict=True)
+        _reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None
+        for synapses, own in zip(wiring[:2], weights, strict=True)
     )
     assert recurrent is not None
     rows: list[Tensor] = []
@@ -691,10 +691,10 @@ def _run_sparse_reference(
     return rows, s if wiring.longest == 1 else recurrent_state(*s, history.clone())
 
 
-def _reference_synapses(synapses: Synapses, weights: Tensor, dt: float, spikes: bool) -> reference.SparseWeights:
-    """The synapses one by one. ``spikes``: they carry nothing else."""
+def _reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
+    """The synapses one by one."""
     sources = synapses.source_of()
-    grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons, spikes)
+    grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons, spikes=False)
 
     def each(numbers: Tensor) -> Tensor:
         return numbers[sources, 0] if numbers.dim() == 2 else numbers.expand(synapses.count)

@@ -179,6 +179,13 @@ class TestGrid:
         assert narrow[0].sum() > 20
         assert_same((narrow[0], narrow[1]), (wide[0].detach(), wide[1].detach()))
 
+        graded = CobaLIFDelayState(torch.rand(40), -55.0, 0.0, 0.0, 0.0, torch.rand(3, 2, 40))
+        for weights in (synapses, learned):
+            found = coba_lif_integral(x, graded, inputs, weights, P, DT, backend="cpu")
+            assert_same_bits(
+                found[0].detach(), coba_lif_integral(x, graded, inputs, synapses, P, DT, backend="reference")[0]
+            )
+
     def test_follows_weights_that_change_in_place(self) -> None:
         synapses = draw(10, 10, 30)
         before = grid_of(synapses.weights, synapses.indptr, synapses.targets, 10)
