@@ -323,6 +323,7 @@ inhibitory_weight = "8 nS"
         ('delay = "0.3 ms"', 'delay = "0.04 ms"', "projection.0.delay must be at least one step of dt = 0.1 ms, got 0.04"),
         ('delay = "0.3 ms"', 'delay = "3 mV"', "projection.0.delay: 'mV' does not measure a time; expected a time such as"),
         ('law = "uniform"', 'law = "unifrom"', "projection.1.weight: law must be one of 'uniform', 'normal', 'lognorm"),
+        ('low = "4 nS"', 'low = "10 nS"', "projection.1.weight: low must not be above high, got 0.01 and 0.009"),
         ('low = "4 nS", ', "", 'projection.1.weight: low is missing; add it, such as low = "2 nS"'),
         ('std = "1 ms"', 'sd = "1 ms"', "projection.1.delay: unknown key 'sd'; did you mean 'std'?"),
         ('"2 nS"', '"-2 nS"', "projection.0.weight: must not be negative, got '-2 nS'"),
@@ -340,15 +341,14 @@ def test_message(old: str, new: str, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("number = 3", "number = 5", "projection.1: number must be at most 4, the sources to choose from, got 5"),
-        ('low = "4 nS", high = "9 nS"', 'low = "9 nS", high = "4 nS"', "projection.1: "),
-        ('"2 ms", std = "1 ms", low = "0.5 ms"', '"0.1 ms", std = "0.2 ms"', "projection: a delay must be at least one step of"),
+        ("number = 3", "number = 5", "projection.1: number must be at most 4, the sources to choose from, got 5; write"),
+        ('"2 ms", std = "1 ms", low = "0.5 ms"', '"0.1 ms", std = "0.2 ms"', "projection: a delay must be at least one"),
         ("probability = 0.5", "number = 5", "projection.0: number counts synapses between all neurons and"),
         (FIRST, '[[projection]]\npath = "w.npz"\nweight = "1 nS"\n', "projection.0: row in "),
         (FIRST, '[[projection]]\npath = "w.npz"\nsource = "inhibitory"\nweight = "1 nS"\n', "projection.0: row in "),
         (FIRST, '[[projection]]\npath = "d.npz"\nweight = "1 nS"\n', "projection.0: delay in "),
-        (FIRST, '[[projection]]\npath = "s.npz"\nweight = "1 nS"\n', "projection.0: "),
-        (FIRST, '[[projection]]\npath = "bad.npz"\nweight = "1 nS"\n', "projection.0: "),
+        (FIRST, '[[projection]]\npath = "s.npz"\nweight = "1 nS"\n', "must have the shape [20, 20], rows post-synaptic"),
+        (FIRST, '[[projection]]\npath = "bad.npz"\nweight = "1 nS"\n', "holds no synapses, or is damaged"),
     ],
 )  # fmt: skip
 def test_what_is_found_out_later(
