@@ -555,7 +555,7 @@ def _run_recurrent_operator(
     return _into(out, pack_spikes(spikes) if call.spike_dtype is None else spikes.to(call.spike_dtype)), trace
 
 
-def _initial_sparse_state(
+def initial_sparse_state(
     x: Tensor, state: Any, wiring: Wiring, p: Any, dt: float, step_shape: torch.Size
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a call; returns the spikes of the last D steps, ``[D, *batch, N]``, and its state."""
@@ -607,7 +607,7 @@ def _sparse_integral(
     x: Tensor, state: Any, wiring: Wiring, p: Any, dt: float, call: Call, spike_dtype: SpikeDtype, out: Tensor | None
 ) -> tuple[Tensor, RecurrentState]:
     """:func:`coba_lif_integral` with sparse synapses or delays."""
-    history, initial = _initial_sparse_state(x, state, wiring, p, dt, x.shape[1:])
+    history, initial = initial_sparse_state(x, state, wiring, p, dt, x.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, x.device
     inputs, recurrent = wiring.inputs, wiring.recurrent
     given = [w.weights if isinstance(w, Synapses) else w for w in (inputs, recurrent)]
@@ -656,7 +656,7 @@ def _run_sparse_reference(
     """The same, step by step in eager PyTorch."""
     c = derive_constants(p, dt, initial.dtype, x.device)
     inputs, recurrent = (
-        _reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None
+        reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None
         for synapses, own in zip(wiring[:2], weights, strict=True)
     )
     assert recurrent is not None
@@ -681,7 +681,7 @@ def _run_sparse_reference(
     return rows, s if wiring.longest == 1 else recurrent_state(*s, history.clone())
 
 
-def _reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
+def reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
     """The synapses one by one."""
     sources = synapses.source_of()
     grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons)
