@@ -186,10 +186,12 @@ def coba_lif_step(
         input_tensor: input spikes or currents, ``[*batch, I]``.
         state: ``z`` (last spikes), ``v`` in mV, ``g_e`` and ``g_i`` in uS, each a number or a tensor that broadcasts
             to ``[*batch, N]``; None starts at rest.
-        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory.
-        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic.
+        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Dense or
+            sparse, as in :func:`coba_lif_integral`.
+        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic; likewise.
         p: parameters, see :class:`CobaLIFParameters`.
         dt: time step in ms.
+        delay: as in :func:`coba_lif_integral`.
 
     Returns:
         The spikes, 0 or 1 in the input's floating dtype, and the new state.
@@ -461,13 +463,18 @@ def coba_lif_integral(
     Source: norse's documented ``coba_lif`` equations, doi:10.5281/zenodo.4422025. (The recurrent step of norse 1.x
     drops the input term; this one has it.)
 
+    With sparse synapses or delays, a spike of step ``t`` that has a delay of ``d`` steps is in the sum of step ``t + d``.
+    Sums through sparse synapses are exact and rounded once, so that all backends have the same bits for any weights.
+    ``docs/networks.md`` says how.
+
     Args:
         input_tensor: input spikes or currents, ``[T, *batch, I]``.
         state: ``z`` (last spikes), ``v`` in mV, ``g_e`` and ``g_i`` in uS, each a number or a tensor that broadcasts
             to ``[*batch, N]``; None starts at ``v = v_rest`` without conductance or spikes.
-        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory.
-        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic. Every call of a fused backend transposes it, unless it is
-            the transpose of a contiguous matrix.
+        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Dense,
+            :class:`coba_triton.Synapses` without delays, or a matrix of a sparse layout.
+        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic; dense or sparse as well. Every call of a fused backend
+            transposes a dense one, unless it is the transpose of a contiguous matrix.
         p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the neurons.
         dt: time step in ms.
         order: ``decay_first`` or ``jump_first``.
@@ -481,9 +488,12 @@ def coba_lif_integral(
             (events, several programs a batch row; GPUs only), or ``auto``: events, and on a CPU dense for a block that
             follows one with more than 0.2 spikes per neuron and step. On a GPU no choice waits for a count.
         out: as in :func:`coba_lif_feed_forward_integral`.
+        delay: of the synapses of a recurrent matrix in ms, one number or one for each source ``[N]``; None: one step.
+            :class:`coba_triton.Synapses` have delays of their own.
 
     Returns:
-        Spikes ``[T, *batch, N]`` and the state.
+        Spikes ``[T, *batch, N]`` and the state. If a delay is longer than one step, it is a :class:`CobaLIFDelayState`; its
+        ``history`` is that of the end also where the states of all steps are recorded.
 
     Raises:
         TypeError: if an argument is of the wrong type.

@@ -221,10 +221,10 @@ def take(ring_ptr, slot, cells, mask, R, M):
     """The sums that arrive for some cells, which are cleared for the step that comes R steps later."""
     place = ring_ptr + tl.cast(slot, tl.int64) * M + cells
     e = tl.load(place, mask=mask, other=0, cache_modifier=".cg")
-    i = tl.load(place + R * M, mask=mask, other=0, cache_modifier=".cg")
-    zeros = tl.zeros_like(e)
-    tl.store(place, zeros, mask=mask)
-    tl.store(place + R * M, zeros, mask=mask)
+    tl.store(place, tl.zeros_like(e), mask=mask)
+    place += R * M
+    i = tl.load(place, mask=mask, other=0, cache_modifier=".cg")
+    tl.store(place, tl.zeros_like(i), mask=mask)
     return e, i
 
 
@@ -238,7 +238,7 @@ def sparse_forward_kernel(
     BLOCK: tl.constexpr, FIELDS: tl.constexpr, SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr,
     DELAY: tl.constexpr, TOGETHER: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """A program of ``(parts, B)`` owns a batch row, or several share it ``TOGETHER``, with tiles of ``BLOCK`` neurons.
+    """A program of ``(B, parts)`` owns a batch row, or several share it ``TOGETHER``, with tiles of ``BLOCK`` neurons.
 
     ``window`` steps are integrated, the spikes of all programs listed; then the programs share out the list and add its
     synapses into the ring, from whose slot ``first`` on sums are taken, a slot a step. ``final`` has the initial state when
@@ -250,9 +250,9 @@ def sparse_forward_kernel(
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
     M = B * N
     dtype: tl.constexpr = constants_ptr.dtype.element_ty
     list_ptr = lists_ptr + row * window * N
@@ -268,7 +268,6 @@ def sparse_forward_kernel(
             cells = row * N + neurons
             c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
             s = load_fields(final_ptr + cells, M, mask, FIELDS)
-            unit_e, unit_i = tl.load(scales_ptr + 2), tl.load(scales_ptr + 3)
             word = tl.zeros([BLOCK], tl.int32)
             if words_ptr is not None:
                 begun = tl.where(mask, begin % 32, 0) > 0
@@ -277,7 +276,7 @@ def sparse_forward_kernel(
                 t = tl.cast(begin + step, tl.int64)
                 slot = first + step
                 sum_e, sum_i = take(ring_ptr, tl.where(slot >= R, slot - R, slot), cells, mask, R, M)
-                recurrent = Drive(sum_e.to(dtype) * unit_e, sum_i.to(dtype) * unit_i)
+                recurrent = Drive(sum_e.to(dtype) * tl.load(scales_ptr + 2), sum_i.to(dtype) * tl.load(scales_ptr + 3))
                 if drive_ptr is not None:
                     drive = Drive(
                         tl.load(drive_ptr + t * M + cells, mask=mask), tl.load(drive_ptr + (T + t) * M + cells, mask=mask)
@@ -376,9 +375,9 @@ def sparse_backward_kernel(
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
     M = B * N
     meetings = 0
     waiting = True

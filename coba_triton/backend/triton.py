@@ -592,7 +592,7 @@ def sparse_block(
     meeting = _Meeting.of(programs, batch, device)
     counts = torch.zeros(2, batch, dtype=torch.int32, device=device) if meeting.together else None
     _launch(
-        sparse.sparse_forward_kernel, (programs, batch), device, block // threads_per_warp(),
+        sparse.sparse_forward_kernel, (batch, programs), device, block // threads_per_warp(),
         drive, ring, indptr, targets, weights, delays, grid.scales, net.constants, final,
         torch.empty(batch, window * neurons, dtype=torch.int32, device=device), counts, meeting.arrived, meeting.failed,
         _kernel_view(spikes), words, states,
@@ -640,7 +640,7 @@ def sparse_backward_block(
     programs = _programs_per_row(neurons, batch, device, ONE_PROGRAM_BACKWARD)
     meeting = _Meeting.of(programs, batch, device)
     _launch(
-        sparse.sparse_backward_kernel, (programs, batch), device, block // threads_per_warp(),
+        sparse.sparse_backward_kernel, (batch, programs), device, block // threads_per_warp(),
         trajectory, words, net.constants, _contiguous(grad_spikes), _contiguous(grad_states), indptr, targets, weights,
         delays, sweep.lam, adjoints, sweep.sums, meeting.arrived, meeting.failed,
         steps, batch, neurons, _window(net, steps), net.constants.stride(0), SPIN_LIMIT, net.per_ms,

@@ -140,7 +140,7 @@ def cpu_rows(edits: dict[str, str]) -> Mutant:
 
 
 SUMS_BARRIER = "tl.debug_barrier()  # the sums are complete before any thread takes them"
-CLEARED = "tl.store(place{}, zeros, mask=mask)"
+CLEARED = "tl.store(place, tl.zeros_like(i), mask=mask)"
 ARRIVAL = "slot = sent + load_steps(delays_ptr, source, synapse, mask, per_ms, DELAY)"
 SPIKE = "spike = fire(excess(u, c), left)"
 CURRENT = "{}g_e * (c.e_rev_E - s.v)) + {}g_i * (c.e_rev_I - s.v))"
@@ -203,7 +203,7 @@ MUTANTS = {
     "sparse: delays are cut off, not rounded": sparse(
         {"((steps + 8388608.0) - 8388608.0).to(tl.int32)": "steps.to(tl.int32)"}
     ),
-    "sparse: a slot of the ring is not cleared": sparse({CLEARED.format(" + R * M"): "pass"}),
+    "sparse: a slot of the ring is not cleared": sparse({CLEARED: "pass"}),
     "sparse: the last synapse of a source is left out": sparse(
         {"mask = synapse < end[:, None]": "mask = synapse < end[:, None] - 1"}
     ),
