@@ -606,7 +606,7 @@ def connections(wiring: Wiring, constants: Tensor, dt: float) -> Connections:
         recurrent.indptr,
         recurrent.targets,
         weights.to(constants.dtype),
-        numbers_on(constants.device, torch.float32, [dt]) if delays is None else delays,
+        numbers_on(constants.device, torch.float32, [dt]) if delays is None or not recurrent.count else delays,
         constants,
         1 / dt,
         wiring.shortest,

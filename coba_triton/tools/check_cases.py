@@ -229,9 +229,10 @@ def _networks(backend: str, full: bool, interpreted: bool) -> Iterator[Check]:
             yield case("sparse spike formats", f"{spikes}, delays {delays}", run={"spike_dtype": spikes}, delays=delays)
     for steps, batch, neurons in () if interpreted else ((40, 1, 2500), (9, 1, 1), *([(300, 1, 20000)] if full else [])):
         yield case("sparse sizes", f"{[steps, batch, neurons]}", steps=steps, batch=batch, neurons=neurons, exact=True)
+    steps, neurons = (40, 9) if interpreted else (70, 20)
     for block in (32,) if interpreted else (1, 32, 64):
         yield Check(
-            "sparse chunking", f"70 steps by {block}", lambda d: network_problem(70, 1, 20, device=d),
+            "sparse chunking", f"{steps} steps by {block}", lambda d: network_problem(steps, 1, neurons, device=d),
             Run(backend, {"block_steps": block}), Run(backend, {"block_steps": 96}),
         )  # fmt: skip
     sizes = ((12, 1, 9),) if interpreted else ((37, 2, 30), (20, 19, 12))

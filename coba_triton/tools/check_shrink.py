@@ -21,12 +21,11 @@ SHRINK_RUNS = 150
 SHRINK_SECONDS = 20.0
 
 
+Some = slice | Tensor  # of Tensors: ascending indices
 EVERYTHING = slice(None)
 
 
-def part(
-    case: AnyProblem, steps: int, rows: slice, neurons: slice, inputs: slice, synapses: slice = EVERYTHING
-) -> AnyProblem:
+def part(case: AnyProblem, steps: int, rows: slice, neurons: Some, inputs: slice, synapses: Some = EVERYTHING) -> AnyProblem:
     """The first steps of a problem, for some of its neurons.
 
     ``rows`` and ``inputs`` choose from recurrent problems only, ``synapses`` from sparse ones between neurons.
@@ -56,17 +55,24 @@ def part(
 
 
 def _weights_between(
-    weights: Tensor | Synapses, neurons: slice, sources: slice, synapses: slice = EVERYTHING
+    weights: Tensor | Synapses, neurons: Some, sources: Some, synapses: Some = EVERYTHING
 ) -> Tensor | Synapses:
     """The weights of some sources onto some neurons."""
     if not isinstance(weights, Synapses):
-        return weights[neurons, sources].contiguous()
-    first, last, _ = sources.indices(weights.sources)
-    begin, end, _ = neurons.indices(weights.neurons)
-    source, target = weights.source_of(), weights.targets.long()
+        return weights[neurons][:, sources].contiguous()
+
+    def numbered(size: int, chosen: Some) -> tuple[Tensor, int]:
+        """The new number of each of them, -1 if it is not chosen; and how many are."""
+        numbers = torch.full((size,), -1, device=weights.targets.device)
+        count = len(numbers[chosen])
+        numbers[chosen] = torch.arange(count, device=numbers.device)
+        return numbers, count
+
+    (to, onto), (of, size) = numbered(weights.neurons, neurons), numbered(weights.sources, sources)
+    target, source = to[weights.targets.long()], of[weights.source_of()]
     kept = torch.zeros_like(source, dtype=torch.bool)
     kept[synapses] = True
-    kept &= (first <= source) & (source < last) & (begin <= target) & (target < end)
+    kept &= (target >= 0) & (source >= 0)
 
     def few(values: Tensor) -> Tensor:
         if values.dim() == 2:
@@ -74,8 +80,7 @@ def _weights_between(
         return values if values.shape[0] == 1 else values[kept]
 
     delays = None if weights.delays is None else few(weights.delays)
-    shape = end - begin, last - first
-    return Synapses.from_coo(target[kept] - begin, source[kept] - first, few(weights.weights), delays, shape=shape)
+    return Synapses.from_coo(target[kept], source[kept], few(weights.weights), delays, shape=(onto, size))
 
 
 def flatten(case: AnyProblem) -> AnyProblem:
@@ -97,45 +102,69 @@ def shrink(case: AnyProblem, fails: Callable[[AnyProblem], bool]) -> AnyProblem:
     case = flatten(case)
     left, until = SHRINK_RUNS, time.monotonic() + SHRINK_SECONDS
 
-    def sizes(of: AnyProblem) -> dict[str, int]:
-        found = {"steps": of.x.shape[0], "neurons": torch.as_tensor(of.state.v).shape[-1]}
-        if isinstance(of, Problem):
-            return found
-        found |= {"rows": of.x.shape[1], "inputs": of.x.shape[2]}
-        return found | {"synapses": of.recurrent_weights.count} if isinstance(of, NetworkProblem) else found
-
-    def candidates(axis: str, size: int) -> Iterator[slice | int]:
-        for share in (1, size // 8, size // 2, size - 1):
-            if 0 < share < size:
-                yield share if axis == "steps" else slice(0, share)
-                if axis != "steps":
-                    yield slice(size - share, size)
-        if axis != "steps" and size > 4:
-            yield slice(size // 4, size - size // 4)
-
-    def smaller(of: AnyProblem) -> AnyProblem | None:
+    def smaller(of: AnyProblem, axis: str) -> AnyProblem | None:
         nonlocal left
-        for axis, size in sizes(of).items():
-            for candidate in candidates(axis, size):
-                if left == 0 or time.monotonic() > until:
-                    return None
-                left -= 1
-                arguments: dict[str, Any] = {
-                    "steps": of.x.shape[0], "rows": EVERYTHING, "neurons": EVERYTHING, "inputs": EVERYTHING,
-                } | {axis: candidate}  # fmt: skip
-                try:
-                    tried = part(of, **arguments)
-                    if fails(tried):
-                        return tried
-                except (RuntimeError, ValueError):
-                    continue
+        for candidate in _candidates(of, axis):
+            if left == 0 or time.monotonic() > until:
+                return None
+            left -= 1
+            arguments: dict[str, Any] = {
+                "steps": of.x.shape[0], "rows": EVERYTHING, "neurons": EVERYTHING, "inputs": EVERYTHING,
+            } | {axis: candidate}  # fmt: skip
+            try:
+                tried = part(of, **arguments)
+                if fails(tried):
+                    return tried
+            except (RuntimeError, ValueError):
+                continue
         return None
 
     if not fails(case):
         return case
-    while (found := smaller(case)) is not None:
-        case = found
+    before = None
+    while before is not case:
+        before = case
+        for axis in _sizes(case):
+            while (found := smaller(case, axis)) is not None:
+                case = found
     return case
+
+
+def _sizes(of: AnyProblem) -> dict[str, int]:
+    """What can be left out of a problem, and how much of it there is."""
+    steps, neurons = of.x.shape[0], torch.as_tensor(of.state.v).shape[-1]
+    if isinstance(of, Problem):
+        return {"steps": steps, "neurons": neurons}
+    synapses = {"synapses": of.recurrent_weights.count} if isinstance(of, NetworkProblem) else {}
+    return {"steps": steps, **synapses, "neurons": neurons, "rows": of.x.shape[1], "inputs": of.x.shape[2]}
+
+
+def _candidates(of: AnyProblem, axis: str) -> Iterator[Some | int]:
+    """What might be enough of a problem along an axis."""
+    size = _sizes(of)[axis]
+    if isinstance(of, NetworkProblem):
+        synapses = of.recurrent_weights
+        each = torch.arange(size, device=synapses.targets.device)
+        if axis == "synapses":
+            if size:
+                yield each[:0]
+            for pieces in (2, 4, 8):
+                for number in range(pieces if pieces <= size else 0):
+                    yield each[each * pieces // size != number]
+            if 2 < size < 8:
+                for number in range(size):
+                    yield each[each != number]
+            return
+        connected = torch.cat([synapses.targets.long(), synapses.source_of()]).unique()
+        if axis == "neurons" and 0 < len(connected) < size:
+            yield connected
+    for share in (1, size // 8, size // 2, size - 1):
+        if 0 < share < size:
+            yield share if axis == "steps" else slice(0, share)
+            if axis != "steps":
+                yield slice(size - share, size)
+    if axis != "steps" and size > 4:
+        yield slice(size // 4, size - size // 4)
 
 
 def _literal(value: Any) -> str:

@@ -266,22 +266,29 @@ def run_check(check: Check, device: torch.device) -> CheckResult:
             needs = "no interpreter" if check.gib == math.inf else f"{check.gib:.1f} GiB, {free:.1f} are free"
             return result("skipped", f"needs {needs}")
 
-    def failure(of: AnyProblem) -> str:
+    def failure(of: AnyProblem) -> tuple[str, type[Exception] | None]:
+        """What is wrong, and which error was raised."""
         try:
             found = find_mismatch(of, check)
         except Exception as error:  # whatever a compiler or a driver raises is the result
-            return _first_lines(error)
-        return "" if found is None else str(found)
+            return _first_lines(error), type(error)
+        return "" if found is None else str(found), None
 
     try:
         case = check.build(device)
-        detail = failure(case)
+        detail, raised = failure(case)
         if not detail:
             return result("passed")
         if check.gib:
             return result("failed", detail, snippet(case, check))
-        small = shrink(case, lambda of: bool(failure(of)))
-        return result("failed", failure(small) or detail, snippet(small, check))
+
+        def fails_alike(of: AnyProblem) -> bool:
+            """A part that only raises an error shows no mismatch, and the other way round."""
+            found, error = failure(of)
+            return bool(found) and error is raised
+
+        small = shrink(case, fails_alike)
+        return result("failed", failure(small)[0] or detail, snippet(small, check))
     except Exception as error:  # after a fault on a device, nothing works there any more
         return result("failed", _first_lines(error))
 

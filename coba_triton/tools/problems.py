@@ -329,9 +329,9 @@ def network_problem(
     def rand(*size: int) -> Tensor:
         return torch.rand(*size, generator=g, dtype=torch.float64)
 
-    def weights(*size: int, scale: float) -> Tensor:
+    def weights(*size: int, scale: float, rounded: bool = exact) -> Tensor:
         values = scale * (torch.randn(*size, generator=g, dtype=torch.float64) + 0.3)
-        return torch.round(values * 1024) / 1024 if exact or dense_input else values
+        return torch.round(values * 1024) / 1024 if rounded else values
 
     def synapses(sources: int, shape: tuple[int, ...], scale: float, delay: Any) -> Synapses:
         count = 6 * sources
@@ -345,7 +345,7 @@ def network_problem(
     delay = {"none": None, "one": DT * longest, "mixed": each.float()}[delays]
     recurrent = synapses(neurons, (neurons, 1) if delays == "one" else (count,), 0.15, delay)
     if dense_input:
-        input_weights: Tensor | Synapses = weights(neurons, inputs, scale=0.3).to(device, dtype)
+        input_weights: Tensor | Synapses = weights(neurons, inputs, scale=0.15, rounded=True).to(device, dtype)
     else:
         input_weights = synapses(inputs, (6 * inputs,), 0.3 * max(1.0, neurons / inputs / 6), None)
     x = (rand(steps, batch, inputs) < 0.2).double() * (1 if x_dtype is None else 1 + torch.floor(2 * rand(steps, batch, 1)))

@@ -563,6 +563,16 @@ def test_dense_module_with_a_delay() -> None:
     assert_same_bits(found.detach(), wanted)
 
 
+def test_no_synapses_have_no_delays_to_check() -> None:
+    x, inputs = noise(20, 2, 8), draw(8, 5, 20, scale=0.05)
+    empty = Synapses.from_coo([], [], [], [], shape=(5, 5))
+    assert empty.delays is not None
+    wanted = coba_lif_integral(x, None, inputs, torch.zeros(5, 5), P, DT)
+    assert wanted[0].sum() > 0
+    for backend in ("reference", "cpu"):
+        assert_same(coba_lif_integral(x, None, inputs, empty, P, DT, backend=backend), wanted)
+
+
 # What is refused
 
 
