@@ -694,7 +694,7 @@ def _run_sparse_reference(
 def reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
     """The synapses one by one."""
     sources = synapses.source_of()
-    grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons)
+    grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons, spikes=False)
 
     def each(numbers: Tensor) -> Tensor:
         return numbers[sources, 0] if numbers.dim() == 2 else numbers.expand(synapses.count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class _FannedOut(ABC):
             own = self.weights.weights
             each = (own[sources, 0] if own.dim() == 2 else own.expand(len(sources))).numpy()
             targets, indptr = self.weights.targets.numpy(), self.weights.indptr.numpy()
-            for events, first, last in zip(channels, indptr, indptr[1:], strict=True):
+            for events, (first, last) in zip(channels, itertools.pairwise(indptr), strict=True):
                 np.add.at(net.T, targets[first:last], each[first:last, None] * events)
             return net
         net = np.zeros((stop - start, len(self.weights)), dtype=np.float32)

@@ -341,14 +341,16 @@ class SparseNetwork(NamedTuple):
     backend: Backend
 
     @classmethod
-    def of(cls, to: Connections, neurons: int, longest: int, jump_first: bool, backend: Backend) -> SparseNetwork:
-        """``longest``: R, rows of the history."""
+    def of(cls, to: Connections, history: Tensor, jump_first: bool, backend: Backend) -> SparseNetwork:
+        """The network that goes on after the spikes ``history [R, ..., N]``; its sums may be narrow if these are 0 or 1."""
+        longest, neurons = history.shape[0], history.shape[-1]
+        spikes = history.device.type == "cpu" and bool(((history == 0) | (history == 1)).all())  # a GPU is not waited for
         inputs = None
         if to.input_indptr is not None and to.input_targets is not None and to.input_values is not None:
             values = to.input_values.contiguous()
-            grid = grid_of(to.input_values, to.input_indptr, to.input_targets, neurons)
+            grid = grid_of(to.input_values, to.input_indptr, to.input_targets, neurons, spikes=False)
             inputs = Projection(to.input_indptr.contiguous(), to.input_targets.contiguous(), values, None, grid)
-        grid = grid_of(to.weights, to.indptr, to.targets, neurons)
+        grid = grid_of(to.weights, to.indptr, to.targets, neurons, spikes)
         recurrent = Projection(
             to.indptr.contiguous(), to.targets.contiguous(), to.weights.contiguous(), to.delays.contiguous(), grid
         )

@@ -99,9 +99,13 @@ def _is_exact(weights: Tensor, power: Tensor) -> bool:
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int) -> Grid:
-    """:func:`make_grid`, kept until the weights change. Weights that are learned have int64 sums: no host waits for them."""
-    learned = weights.requires_grad
+def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, spikes: bool = True) -> Grid:
+    """:func:`make_grid`, kept until the weights change.
+
+    Weights that are learned have int64 sums: no host waits for them. So have those that may carry other numbers than
+    ``spikes``, whose products are rounded to the grid: no result depends on the width.
+    """
+    learned = weights.requires_grad or not spikes
     key = (weights._version, len(targets), neurons, learned)
     found = _made.get(weights)
     if found is not None and found[0] == key and found[1] is targets:

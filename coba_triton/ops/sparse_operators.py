@@ -152,7 +152,7 @@ def _network(history: Tensor, to: Connections, call: Call) -> SparseNetwork:
         _check_wiring("input_", to.input_indptr, to.input_targets, neurons)
     _check_wiring("", to.indptr, to.targets, neurons)
     _check_steps(to, longest)
-    return SparseNetwork.of(to, neurons, longest, call.jump_first, launcher(call.backend))
+    return SparseNetwork.of(to, history, call.jump_first, launcher(call.backend))
 
 
 def _check_sparse(x: Tensor, history: Tensor, state: Tensor, to: Connections, call: Call) -> Iterator[Operand]:

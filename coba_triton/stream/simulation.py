@@ -444,7 +444,8 @@ class BlockRun:
         constants = constants_table(self.p, self.network.dt, self.state.v.dtype, self.device, self.shape)
         to = connections(wiring, constants, self.network.dt)
         jump_first = self.network.order == "jump_first"
-        return SparseNetwork.of(to, self.shape[-1], wiring.longest, jump_first, launcher(self.backend))
+        history = getattr(self.state, "history", self.state.z.unsqueeze(0))
+        return SparseNetwork.of(to, history, jump_first, launcher(self.backend))
 
     def _header(self, state: Any, block_steps: int | None) -> Header:
         """What the sink is told about the run."""

@@ -12,11 +12,19 @@ import pytest
 import torch
 from scipy import sparse
 
-from coba_triton import MemorySink, PoissonSource, Result, coba_lif_feed_forward_integral, coba_lif_integral, open_result
-from coba_triton.cli import job, main
+from coba_triton import (
+    MemorySink,
+    PoissonSource,
+    Result,
+    Synapses,
+    coba_lif_feed_forward_integral,
+    coba_lif_integral,
+    open_result,
+)
+from coba_triton.cli import job, main, weights
 from coba_triton.cli.config import Config, FileWeights, RandomSynapses, UserError, builtins, load
 from coba_triton.cli.inputs import open_source
-from coba_triton.cli.weights import Recurrent, draw_recurrent, open_recurrent, read_weights
+from coba_triton.cli.weights import Recurrent, count_synapses, draw_recurrent, open_recurrent, read_synapses
 
 N, CHANNELS, T = 20, 6, 600
 
@@ -53,6 +61,8 @@ neurons = [3, 0]
 variables = ["v", "g_e", "g_i"]
 """
 
+NONE = Recurrent(Synapses.from_coo([], [], 0.0, shape=(N, N)), np.zeros(N, np.int8), {})
+
 pytestmark = pytest.mark.usefixtures("compiles_in_silence")
 
 
@@ -83,8 +93,8 @@ def whole_run(settings: Config) -> tuple[torch.Tensor, Any]:
     return coba_lif_integral(
         torch.from_numpy(source.channels(0, T)),
         None,
-        torch.from_numpy(source.weights),
-        torch.from_numpy(recurrent.weights),
+        torch.from_numpy(source.weights) if isinstance(source.weights, np.ndarray) else source.weights,
+        recurrent.synapses,
         job.parameters(settings),
         0.1,
         backend="reference",
@@ -118,7 +128,7 @@ def test_recurrence_changes_the_spikes(config: str) -> None:
     settings = load(config)[1]
     source = open_source(settings)
     spikes = []
-    for recurrent in (open_recurrent(settings), Recurrent(np.zeros((N, N), np.float32), np.zeros(N, np.int8), {})):
+    for recurrent in (open_recurrent(settings), NONE):
         spikes.append(run(settings, source, recurrent).spikes[:])
     assert not np.array_equal(*spikes)
 
@@ -136,8 +146,7 @@ def test_own_input_is_the_feed_forward_one(config: str) -> None:
     change(config, text, OWN)
     settings = load(config)[1]
     source = open_source(settings)
-    unconnected = Recurrent(np.zeros((N, N), np.float32), np.zeros(N, np.int8), {})
-    alone, connected = (job.run(settings, source, r, MemorySink()).result for r in (None, unconnected))
+    alone, connected = (job.run(settings, source, r, MemorySink()).result for r in (None, NONE))
     assert alone.spikes[:].sum() > 20
     np.testing.assert_array_equal(alone.spikes[:], connected.spikes[:])
     np.testing.assert_array_equal(alone.traces["v"][:], connected.traces["v"][:])
@@ -159,7 +168,9 @@ def test_channels_drive_unconnected_neurons_too(config: str) -> None:
     change(config, random, "")
     settings = load(config)[1]
     source = open_source(settings)
-    np.testing.assert_array_equal(source.read(0, T), source.channels(0, T) @ source.weights.T)  # exact weights
+    assert isinstance(source.weights, Synapses)
+    exact = source.channels(0, T) @ source.weights.to_dense().numpy().T
+    np.testing.assert_array_equal(source.read(0, T), exact)
     np.testing.assert_array_equal(source.read(130, 170), source.read(0, T)[130:170])
 
 
@@ -188,13 +199,13 @@ SYNAPSES = RandomSynapses(
 def test_random_synapses() -> None:
     neurons = 1000
     drawn = draw_recurrent(SYNAPSES, neurons)
-    w = drawn.weights
+    w = drawn.synapses.to_dense().numpy()
     assert (w.shape, w.dtype) == ((neurons, neurons), np.float32)
     assert set(np.unique(w[:, :800])) == {np.float32(0), np.float32(0.002)}  # columns are pre-synaptic
     assert set(np.unique(w[:, 800:])) == {np.float32(0), np.float32(-0.01)}
     assert not w.diagonal().any()
     pairs = neurons * (neurons - 1)
-    assert abs(drawn.synapses - 0.1 * pairs) < 5 * math.sqrt(pairs * 0.1 * 0.9)
+    assert abs(drawn.synapses.count - 0.1 * pairs) < 5 * math.sqrt(pairs * 0.1 * 0.9)
     per_neuron = np.count_nonzero(w, axis=1)
     assert per_neuron.std() == pytest.approx(math.sqrt(neurons * 0.1 * 0.9), rel=0.15)
     assert {name: int(mask.sum()) for name, mask in drawn.populations().items()} == {
@@ -203,10 +214,18 @@ def test_random_synapses() -> None:
     }
 
 
-def test_random_synapses_depend_on_the_seed_only() -> None:
-    other = SYNAPSES.model_copy(update={"seed": 2})
-    np.testing.assert_array_equal(draw_recurrent(SYNAPSES, 50).weights, draw_recurrent(SYNAPSES, 50).weights)
-    assert (draw_recurrent(SYNAPSES, 50).weights != draw_recurrent(other, 50).weights).any()
+def test_random_synapses_depend_on_the_seed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pairs are drawn at a time: one call of the generator for the whole matrix has the same numbers."""
+    first = draw_recurrent(SYNAPSES, 51).synapses
+    for pairs in (1, 51 * 7, 10**6):
+        monkeypatch.setattr(weights, "PAIRS", pairs)
+        assert torch.equal(draw_recurrent(SYNAPSES, 51).synapses.to_dense(), first.to_dense())
+    other = draw_recurrent(SYNAPSES.model_copy(update={"seed": 2}), 51).synapses
+    assert (first.to_dense() != other.to_dense()).any()
+    connected = np.random.default_rng(1).random((51, 51), dtype=np.float32) < 0.1
+    np.fill_diagonal(connected, False)
+    np.testing.assert_array_equal(first.to_dense() != 0, connected)
+    assert first.weights.shape == (51, 1)  # one weight for each source
 
 
 @pytest.mark.parametrize(("fraction", "names"), [(0.0, ["inhibitory"]), (1.0, ["excitatory"])])
@@ -233,11 +252,12 @@ def test_weights_from_a_file(tmp_path: Path, form: str) -> None:
         half = weight / 2  # listed twice: they add up
         np.savez(path, row=np.tile(row, 2), col=np.tile(col, 2), **{form: np.concatenate([half, half])})
     settings = {"path": str(path), "weight": "2 nS", "array": "w" if form == "npz" else None}
-    w = read_weights(FileWeights.model_validate(settings), (3, 3), "recurrent")
-    np.testing.assert_array_equal(w, (DENSE * 0.002).astype(np.float32))
+    found = read_synapses(FileWeights.model_validate(settings), (3, 3), "recurrent")
+    np.testing.assert_array_equal(found.to_dense().numpy(), (DENSE * 0.002).astype(np.float32))
+    assert found.count == (2 if form in ("weight", "data") else 1) * np.count_nonzero(DENSE)
     if form not in ("npy", "npz", "weight", "data"):
         with pytest.raises(UserError, match=re.escape("recurrent: " + str(path) + " must have the shape [3, 4]")):
-            read_weights(FileWeights.model_validate(settings), (3, 4), "recurrent")
+            read_synapses(FileWeights.model_validate(settings), (3, 4), "recurrent")
 
 
 def test_populations_of_a_file_follow_the_signs(config: str, tmp_path: Path) -> None:
@@ -326,8 +346,8 @@ def test_summary_and_table(config: str, tmp_path: Path, capsys: pytest.CaptureFi
     settings = load(config)[1]
     network = open_recurrent(settings)
     assert network is not None
-    assert recurrent["synapses"] == np.count_nonzero(network.weights)
-    assert recurrent["input_synapses"] == np.count_nonzero(open_source(settings).weights)
+    assert recurrent["synapses"] == network.synapses.count
+    assert recurrent["input_synapses"] == count_synapses(open_source(settings).weights) > 0
     assert recurrent["seed"] == 1
     assert summary["seeds"] == {"recurrent.seed": 1, "input.spikes.seed": 2}
     assert summary["config"]["notes"] == ["a note"]
@@ -408,14 +428,16 @@ fan_out = { seed = 8, probability = 0.9, weight = "1 nS", excitatory_fraction = 
     source = open_source(load(config)[1])
     other = PoissonSource(900.0, T, 3, 0.1, seed=9)[:].numpy()
     np.testing.assert_array_equal(source.channels(0, T), np.concatenate([only.channels(0, T), other], axis=1))
-    np.testing.assert_array_equal(source.weights[:, :CHANNELS], only.weights)
-    assert source.weights.shape == (N, CHANNELS + 3) and source.weights[:, CHANNELS:].max() <= 0 > source.weights.min()
+    assert isinstance(source.weights, Synapses) and isinstance(only.weights, Synapses)
+    dense = source.weights.to_dense()
+    assert torch.equal(dense[:, :CHANNELS], only.weights.to_dense())
+    assert dense.shape == (N, CHANNELS + 3) and dense[:, CHANNELS:].max() <= 0 > dense[:, CHANNELS:].min()
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
     result = open_result(tmp_path / "out" / "result.zarr")
     p, recurrent = job.parameters(load(config)[1]), open_recurrent(load(config)[1])
     assert recurrent is not None
-    weights = torch.from_numpy(source.weights), torch.from_numpy(recurrent.weights)
-    spikes, _ = coba_lif_integral(torch.from_numpy(source.channels(0, T)), None, *weights, p, 0.1, path="events")
+    x = torch.from_numpy(source.channels(0, T))
+    spikes, _ = coba_lif_integral(x, None, source.weights, recurrent.synapses, p, 0.1, backend="reference")
     np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
 
 
@@ -440,8 +462,8 @@ def test_no_input(connected: bool, config: str, tmp_path: Path) -> None:
     if connected:
         recurrent = open_recurrent(settings)
         assert recurrent is not None
-        weights = torch.zeros(N, 0), torch.from_numpy(recurrent.weights)
-        spikes = coba_lif_integral(torch.zeros(T, 0), state, *weights, p, 0.1)[0]
+        to = torch.zeros(N, 0)
+        spikes = coba_lif_integral(torch.zeros(T, 0), state, to, recurrent.synapses.to_dense(), p, 0.1)[0]
     else:
         spikes = coba_lif_feed_forward_integral(torch.zeros(T, N), state, p, 0.1)[0]
     np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())

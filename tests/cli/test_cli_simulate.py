@@ -626,7 +626,7 @@ inhibitory_weight = "0.001953125 uS"
     if connected:
         recurrent = open_recurrent(settings)
         assert recurrent is not None
-        weights = torch.from_numpy(source.weights), torch.from_numpy(recurrent.weights)
+        weights = source.weights, recurrent.synapses
         x = torch.from_numpy(source.channels(0, T))
         spikes, states = coba_lif_integral(
             x, CobaLIFState(0.0, start, 0.0, 0.0), *weights, p, 0.1, backend="reference", record_states=True

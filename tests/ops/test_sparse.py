@@ -179,6 +179,13 @@ class TestGrid:
         assert narrow[0].sum() > 20
         assert_same((narrow[0], narrow[1]), (wide[0].detach(), wide[1].detach()))
 
+        graded = CobaLIFDelayState(torch.rand(40), -55.0, 0.0, 0.0, 0.0, torch.rand(3, 2, 40))
+        for weights in (synapses, learned):
+            found = coba_lif_integral(x, graded, inputs, weights, P, DT, backend="cpu")
+            assert_same_bits(
+                found[0].detach(), coba_lif_integral(x, graded, inputs, synapses, P, DT, backend="reference")[0]
+            )
+
     @pytest.mark.parametrize("sign", [1, -1])
     @pytest.mark.parametrize("learned", [False, True])
     @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -18,10 +18,11 @@ import numpy as np
 from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
 from .meeting import meet
-from .numba_bridge import borrow, compiled, converted, entry_point, sources
-from .recurrent import INPUT, compact, drive_at
+from .numba_bridge import borrow, compiled, converted, entry_point, prefetch_line, sources
+from .recurrent import INPUT, compact, count_nonzero, drive_at
 from .rows import (
     LEFT,
+    LINE,
     ROW,
     STATE,
     TILE,
@@ -44,6 +45,8 @@ from .rows import (
 
 # Steps that are computed together at the most: their spikes are kept in lists.
 MOST_TOGETHER = 32
+# Bytes of a source's targets that are asked for while those of the one before are read.
+MOST_AHEAD = 1024
 TILE_SIZE = INPUT + 2 * ROW
 
 
@@ -248,6 +251,36 @@ def append(events: Any, count: int, fired: Any, first: int) -> int:
     return count
 
 
+@compiled
+def any_input(x: Strided, begin: int, count: int, first: int, sources: int, buffer: Any, bits: Any) -> bool:
+    """Whether any of the ``sources`` from ``first`` on sends something in ``count`` steps."""
+    for t in range(begin, begin + count):
+        values = row_of(buffer, bits, x, t, first, sources)[:sources]
+        if count_nonzero(values) > 0:
+            return True
+    return False
+
+
+@compiled
+def receive(inbox: Any, neurons: int, w: Wires, part: int, values: Any, events: Any) -> Any:
+    """Add up what a row of inputs sends; returns the unit of the sums: 0 without events, NaN if a value is not finite."""
+    count = compact(events, values)
+    unit = unit_of(values) if count > 0 else 0.0
+    if unit > 0.0:
+        for k in range(count):
+            send_value(inbox, neurons, w, events[k], part, values[events[k]], unit, 0)
+    return unit
+
+
+@compiled
+def ask_for_targets(w: Wires, source: int, part: int) -> None:
+    """Ask for the targets of a source ahead of their use."""
+    data = w.targets.view(np.uint8)
+    first, last = 4 * w.splits[part, source], 4 * w.splits[part + 1, source]
+    for index in range(first, min(last, first + MOST_AHEAD), LINE):
+        prefetch_line(data, index)
+
+
 @functools.cache
 def ring_kernel() -> Any:
     """What the values of the last steps have under way, for the batch rows from ``first`` to ``last``."""
@@ -300,8 +333,6 @@ def block_kernel() -> Any:
         for row in range(first, last):
             cells = row * neurons
             sums = ring[row].reshape(-1)
-            chosen_first = np.searchsorted(chosen, cells + own_first)
-            chosen_last = np.searchsorted(chosen, cells + own_last)
             for k in range(len(tiles)):
                 begin = own_first + k * TILE
                 n = min(TILE, own_last - begin)
@@ -309,64 +340,68 @@ def block_kernel() -> Any:
                 load_state(tiles[k], STATE, LEFT, state, 0, 1, cells + begin, n, len(state))
             slot = start % longest
             for begin_t in range(0, steps, together):
-                end_t = min(begin_t + together, steps)
+                count = min(together, steps - begin_t)
                 side = meetings % 2
-                for t in range(begin_t, end_t):
-                    unit = 0.0
-                    if inbox.size > 0:
-                        values = row_of(buffer, bits, x, t, row * sources, sources)[:sources]
-                        count = compact(events, values)
-                        if count > 0:
-                            unit = unit_of(values)
-                            for k in range(count):
-                                if unit == unit:
-                                    send_value(inbox, neurons, incoming, events[k], part, values[events[k]], unit, 0)
-                    at = slot + t - begin_t
-                    at = 2 * neurons * (at - longest if at >= longest else at)
-                    found = 0
-                    for k in range(len(tiles)):
-                        tile = tiles[k]
-                        begin = own_first + k * TILE
-                        n = min(TILE, own_last - begin)
-                        cell = cells + begin
-                        if input_drive.size > 0:
-                            tile[INPUT : INPUT + n] = input_drive[0, t, row, begin : begin + n]
-                            tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, row, begin : begin + n]
-                        elif unit != 0:
-                            take(tile, INPUT, inbox, begin, n, incoming.scales[2] * unit)
-                            take(tile, INPUT + ROW, inbox, neurons + begin, n, incoming.scales[3] * unit)
-                        prefetch(spikes, t + 1, cell, n)
-                        e = sums[at + begin : at + begin + n]
-                        i = sums[at + neurons + begin : at + neurons + begin + n]
-                        if unit == 0 and input_drive.size == 0:
-                            step_sums(tile, fired[k], e, i, w.scales[2], w.scales[3], jump_first, c, holds, None)
+                counts[side, part, :count] = 0
+                # a tile goes through all steps at once, unless the input of each step has to be added up before
+                by_tiles = not (inbox.size > 0 and any_input(x, begin_t, count, row * sources, sources, buffer, bits))
+                unit = 0.0
+                for i in range(count * len(tiles)):
+                    k, t = (i // count, i % count) if by_tiles else (i % len(tiles), i // len(tiles))
+                    now = begin_t + t
+                    if k == 0 and not by_tiles:
+                        values = row_of(buffer, bits, x, now, row * sources, sources)[:sources]
+                        unit = receive(inbox, neurons, incoming, part, values, events)
+                    tile = tiles[k]
+                    begin = own_first + k * TILE
+                    n = min(TILE, own_last - begin)
+                    cell = cells + begin
+                    if input_drive.size > 0:
+                        tile[INPUT : INPUT + n] = input_drive[0, now, row, begin : begin + n]
+                        tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, now, row, begin : begin + n]
+                    elif unit != 0:
+                        take(tile, INPUT, inbox, begin, n, incoming.scales[2] * unit)
+                        take(tile, INPUT + ROW, inbox, neurons + begin, n, incoming.scales[3] * unit)
+                    prefetch(spikes, now + 1, cell, n)
+                    at = slot + t
+                    at = 2 * neurons * (at - longest if at >= longest else at) + begin
+                    e, inhibitory = sums[at : at + n], sums[at + neurons : at + neurons + n]
+                    if unit == 0 and input_drive.size == 0:
+                        step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, None)
+                    else:
+                        step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, True)
+                    found = counts[side, part, t]
+                    counts[side, part, t] = append(
+                        lists[side, part, t], found, fired[k, : (n + 7) // 8 * 8], begin
+                    )  # fmt: skip
+                    if spikes.data.size > 0:
+                        to = now * spikes.stride_t + cell
+                        if spikes.itemsize == 1:
+                            spikes.data[to : to + n] = fired[k, :n]
                         else:
-                            step_sums(tile, fired[k], e, i, w.scales[2], w.scales[3], jump_first, c, holds, True)
-                        found = append(lists[side, part, t - begin_t], found, fired[k, : (n + 7) // 8 * 8], begin)
-                        if spikes.data.size > 0:
-                            to = t * spikes.stride_t + cell
-                            if spikes.itemsize == 1:
-                                spikes.data[to : to + n] = fired[k, :n]
-                            else:
-                                expand(spikes.data, spikes.itemsize, one, to, fired[k], n)
-                        if words.size > 0:
-                            pack(words[t // 32, cell : cell + n], fired[k], t % 32, n)
-                        if states.size > 0 and chosen.size == 0:
-                            store_state(tile, states, t, steps, cell, n, len(state))
-                    counts[side, part, t - begin_t] = found
-                    for k in range(chosen_first, chosen_last):
-                        n = chosen[k] - cells - own_first
-                        for field in range(len(state)):
-                            states[field * steps + t, k] = tiles[n // TILE, row_of_field(STATE, LEFT, field) + n % TILE]
+                            expand(spikes.data, spikes.itemsize, one, to, fired[k], n)
+                    if words.size > 0:
+                        pack(words[now // 32, cell : cell + n], fired[k], now % 32, n)
+                    if states.size > 0 and chosen.size == 0:
+                        store_state(tile, states, now, steps, cell, n, len(state))
+                    elif states.size > 0:
+                        last = np.searchsorted(chosen, cell + n)
+                        for k_chosen in range(np.searchsorted(chosen, cell), last):
+                            for field in range(len(state)):
+                                value = tile[row_of_field(STATE, LEFT, field) + chosen[k_chosen] - cell]
+                                states[field * steps + now, k_chosen] = value
                 meetings += 1
                 meet(arrived, parts, meetings)
-                for t in range(end_t - begin_t):
-                    now = slot + t
-                    now = now - longest if now >= longest else now
+                for t in range(count):
+                    at = slot + t
+                    at = at - longest if at >= longest else at
                     for other in range(parts):
-                        for k in range(counts[side, other, t]):
-                            send(sums, now, longest, neurons, w, lists[side, other, t, k], part)
-                slot = (slot + end_t - begin_t) % longest
+                        listed = lists[side, other, t, : counts[side, other, t]]
+                        for k in range(len(listed)):
+                            if k + 1 < len(listed):
+                                ask_for_targets(w, listed[k + 1], part)
+                            send(sums, at, longest, neurons, w, listed[k], part)
+                slot = (slot + count) % longest
             for k in range(len(tiles)):
                 begin = own_first + k * TILE
                 store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, own_last - begin), len(state))
