@@ -303,6 +303,26 @@ def test_threads_share_a_row(delays: Any, batch: int, threads: int, monkeypatch:
     assert 0.001 < alone[0].mean() < 0.5
 
 
+def test_threads_share_the_synapses_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two records with one tensor of sources, each has its own targets."""
+    from coba_triton.backend.cpu import launch
+
+    monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
+    x, start, inputs, recurrent, p, _ = case(neurons=300, batch=1, count=6000, delays=0.4)
+    mirrored = 299 - recurrent.targets
+    order = torch.argsort(recurrent.source_of() * 300 + mirrored, stable=True)
+    other = recurrent._replace(targets=mirrored[order])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for synapses in (recurrent, other):
+            wanted = coba_lif_integral(x, start, inputs, synapses, p, DT, backend="reference")
+            assert wanted[0].sum() > 0
+            assert_same(coba_lif_integral(x, start, inputs, synapses, p, DT, backend="cpu"), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_out_and_packed_spikes() -> None:
     x, start, inputs, recurrent, p, _ = case(delays="mixed", steps=70)
     spikes, state = coba_lif_integral(x, start, inputs, recurrent, p, DT)
