@@ -208,6 +208,7 @@ def coba_lif_step(
     validation.check_input(input_tensor, "[*batch, I]", 1)
     dt = validation.check_dt(dt)
     if is_sparse(input_weights, recurrent_weights, delay):
+        validation.check_not_exported()
         wiring = connect(input_tensor, input_weights, recurrent_weights, delay, dt)
         spikes, done = _sparse_integral(
             input_tensor.unsqueeze(0), state, wiring, p, dt, Call("reference", method=p.method), None, None
@@ -510,6 +511,7 @@ def coba_lif_integral(
     dt = validation.check_dt(dt)
     validation.check_path(path, time_blocks.PATHS)
     if is_sparse(input_weights, recurrent_weights, delay):
+        validation.check_not_exported()
         wiring = connect(input_tensor, input_weights, recurrent_weights, delay, dt)
         call = Call(backend, order == "jump_first", p.method, None, record_states, block_steps, path)
         return _sparse_integral(input_tensor, state, wiring, p, dt, call, spike_dtype, out)
@@ -630,7 +632,6 @@ def _sparse_integral(
     if call.path not in ("auto", "events"):
         raise ValueError(f"path {call.path!r} is for dense weights, got sparse synapses or delays; pass path='auto'")
     backend = choose_backend(call.backend, device)
-    validation.check_exported(backend)
     weights = [w.to(dtype) for w in given]
     if backend == "reference":
         rows, final = _run_sparse_reference(x.to(dtype), history, initial, wiring, weights, p, dt, call)
