@@ -295,6 +295,19 @@ def test_a_warmup_of_another_dtype() -> None:
         coba_triton.warmup([torch.float16])
 
 
+def test_kernels_are_compiled_anew_where_code_that_they_take_has_changed() -> None:
+    """The digest that is part of a kernel's key covers every module from which another one of the folder takes code."""
+    folder = Path(numba_bridge.__file__).parent
+    kernels = [path for path in folder.glob("*.py") if "sources()" in path.read_text() and path.stem != "numba_bridge"]
+    assert len(kernels) >= 4
+    taken: set[str] = set()
+    while kernels:
+        imported = set(re.findall(r"^from \.(\w+) import", kernels.pop().read_text(), re.M)) - {"cache"}
+        kernels += [folder / f"{name}.py" for name in imported - taken]
+        taken |= imported
+    assert taken == set(numba_bridge.SHARED)
+
+
 @pytest.fixture
 def twice(tmp_path, monkeypatch) -> Callable[[], Any]:
     """Makes dispatchers, as processes have them, of a kernel that takes no time to compile; its code is in ``cache``."""

@@ -343,11 +343,11 @@ MUTANTS = {
 
 
 def plant(mutant: Mutant | None, folder: Path) -> None:
-    """A copy of the sources, with the bug."""
+    """A copy of the sources, with the bug, and of the kernels' machine code, which serves where the bug is elsewhere."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("*.pyc"))
         else:
             shutil.copy(source, folder / name)
     if mutant:

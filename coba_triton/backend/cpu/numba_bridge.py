@@ -148,9 +148,13 @@ event.register("numba:compile", _Report())
 
 
 @functools.cache
+# Modules of this folder from which kernels of other ones take code.
+SHARED = ("numba_bridge", "rows", "recurrent", "sparse", "lanes", "meeting")
+
+
 def sources() -> str:
     """Digest of what kernels take from other files, whose changes Numba's disk cache does not see."""
     neuron = Path(str(step.__file__)).parent
     here = Path(__file__).parent
-    files = [*sorted(neuron.glob("*.py")), *(here / f"{name}.py" for name in ("numba_bridge", "rows", "feed_forward"))]
+    files = [*sorted(neuron.glob("*.py")), *(here / f"{name}.py" for name in SHARED)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
