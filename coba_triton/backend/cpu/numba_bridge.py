@@ -147,11 +147,11 @@ class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
 event.register("numba:compile", _Report())
 
 
-@functools.cache
 # Modules of this folder from which kernels of other ones take code.
 SHARED = ("numba_bridge", "rows", "recurrent", "sparse", "lanes", "meeting")
 
 
+@functools.cache
 def sources() -> str:
     """Digest of what kernels take from other files, whose changes Numba's disk cache does not see."""
     neuron = Path(str(step.__file__)).parent
