@@ -20,6 +20,7 @@ import dry
 from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, coba_lif_feed_forward_integral, coba_lif_integral
 from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import feed_forward, recurrent, sparse
+from coba_triton.tools import compiler
 from coba_triton.tools.problems import sparse_problem
 from programs.compile_targets import run_sparse
 
@@ -126,6 +127,20 @@ def test_torch_compile_takes_a_backend_that_is_a_gpus(kind: str) -> None:
     dry.launches()
     compiled(torch.zeros(40, 3, 64, requires_grad=True)).sum().backward()
     assert {"forward_kernel", "backward_kernel"} <= set(dry.launches())
+
+
+def test_the_kernels_of_sparse_networks_are_compiled_ahead() -> None:
+    """Each of them, for sums of both widths; launches are recorded in a process of its own, as a command does it."""
+    program = (
+        "import torch; from coba_triton.tools import compiler\n"
+        "for kernel, (source, _) in compiler.launches_of('sm_90', [(100, 3)], torch.float32).values():\n"
+        "    print(kernel, source.signature.get('ring_ptr'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = {tuple(line.split()) for line in done.stdout.splitlines()}
+    names = [name for name, (module, _) in compiler.TRITON_FUNCTIONS.items() if module is sparse]
+    assert len(names) == 6 and set(names) <= {name for name, _ in found}
+    assert {pointer for name, pointer in found if name == "sparse_forward_kernel"} == {"*i32", "*i64"}
 
 
 def test_what_is_compiled_ahead_is_found_in_the_cache(tmp_path: Path) -> None:
