@@ -229,19 +229,25 @@ def test_the_refractory_period_has_nests_number_of_steps(t_ref: float) -> None:
     assert longer[0] == longer[1] == math.ceil(t_ref / 0.1 - 1e-6)
 
 
-def test_names_defaults_and_units_are_pynns() -> None:
+@pytest.mark.parametrize("model", ["IF_cond_exp", "IF_curr_exp"])
+def test_names_defaults_and_units_are_pynns(model: str) -> None:
     cells = pytest.importorskip("pyNN.standardmodels.cells", reason="PyNN is optional: pip install pynn")
-    assert cells.IF_cond_exp.default_parameters == DEFAULTS["IF_cond_exp"]
-    units = {name: cells.IF_cond_exp.units[name] for name in DEFAULTS["IF_cond_exp"]}
+    cell = getattr(cells, model)
+    assert cell.default_parameters == DEFAULTS[model]
+    units = {name: cell.units[name] for name in DEFAULTS[model]}
     potentials = dict.fromkeys(("v_rest", "e_rev_E", "e_rev_I", "v_thresh", "v_reset"), "mV")
+    potentials = {name: unit for name, unit in potentials.items() if name in DEFAULTS[model]}
     times = dict.fromkeys(("tau_m", "tau_refrac", "tau_syn_E", "tau_syn_I"), "ms")
     assert units == potentials | times | {"cm": "nF", "i_offset": "nA"}
 
 
-def test_pynn_translates_to_nest_as_we_do() -> None:
+@pytest.mark.parametrize(
+    ("p", "pynn", "nest"), [(BRETTE, "IF_cond_exp", "iaf_cond_exp"), (CUBA, "IF_curr_exp", "iaf_psc_exp")]
+)
+def test_pynn_translates_to_nest_as_we_do(p: CobaLIFParameters, pynn: str, nest: str) -> None:
     pytest.importorskip("nest", reason="NEST is optional: pip install nest-simulator")
     cells = pytest.importorskip("pyNN.nest", reason="PyNN is optional: pip install pynn").standardmodels.cells
-    native = cells.IF_cond_exp(**to_pynn(BRETTE)).native_parameters
+    native = getattr(cells, pynn)(**to_pynn(p, pynn)).native_parameters
     native.shape = (1,)
     native.evaluate(simplify=True)
-    assert native.as_dict() == pytest.approx(to_pynn(BRETTE, "iaf_cond_exp"))
+    assert native.as_dict() == pytest.approx(to_pynn(p, nest))
