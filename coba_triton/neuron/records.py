@@ -1,7 +1,8 @@
 """The neuron's records: its states, its parameters with their defaults, and the constants of one step.
 
 Units: ms for time, mV for potentials, nF for capacitance, uS for conductances (so that uS * mV = nA and
-nA / nF = mV / ms). Any other consistent system works as well: the arithmetic knows no units.
+nA / nF = mV / ms). Where synapses are currents, nA stands for uS. Any other consistent system works as well: the
+arithmetic knows no units.
 
 Source: norse's documented ``coba_lif`` equations (Pehle and Pedersen 2021, doi:10.5281/zenodo.4422025), a
 conductance-based leaky integrate-and-fire neuron with exponential synapses as in Brette et al. 2007. With a constant of 0

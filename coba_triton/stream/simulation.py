@@ -68,7 +68,7 @@ class Record:
 
     Attributes:
         spikes: whether to keep all spikes, with one bit for each neuron and step.
-        variables: which traces to keep: ``v`` (mV), ``g_e``, ``g_i`` (uS).
+        variables: which traces to keep: ``v`` (mV), ``g_e``, ``g_i`` (uS, or nA where synapses are currents).
         neurons: the neurons whose traces are kept; if the neurons have several axes, they are counted over all axes.
         every: n, to keep the traces at the end of every n-th step only: at the times ``n dt``, ``2 n dt``, ...
         populations: neurons (a slice, a range, or indices) by name; the spikes of each population are counted in every step.
