@@ -35,8 +35,6 @@ from helpers.bits import assert_same_bits
 DT = 0.1
 CURRENT = CobaLIFParameters(1 / 5, 1 / 8, 1 / 0.25, 0.0125, -1.0, 1.0, -65.0, -65.0, -50.0, conductance_based=0)
 BACKENDS = ["cpu", pytest.param("triton", marks=pytest.mark.slow)]
-# small ones run in Triton's interpreter each time
-FAST = ["cpu", "triton"]
 
 
 def where(backend: str, device: torch.device) -> torch.device:
@@ -74,7 +72,7 @@ def test_currents_do_not_depend_on_the_potential() -> None:
     assert moved[1].tolist() == pytest.approx([DT / 0.25 * 0.5 * 80.0, 0.0])
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("order", ["decay_first", "jump_first"])
 @pytest.mark.parametrize(
     ("dtype", "per_neuron", "shape"),
@@ -98,6 +96,19 @@ def test_unconnected_neurons_have_the_bits_of_the_reference(backend, order, dtyp
     assert_same_bits([final[0], *final[1]], [theirs[0], *(field[-1] for field in theirs[1:])])
 
 
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_few_neurons_on_triton(connected, device) -> None:
+    """Small enough for Triton's interpreter: bits of a mixed population, and its gradients in float64."""
+    make: Any = recurrent_problem if connected else problem
+    sizes: Any = (24, 2, 9) if connected else (12, (5,))
+    case = make(*sizes, torch.float64, device, per_neuron=True, currents=True)
+    (ours, grads), (theirs, their_grads) = (case.gradients(name) for name in ("triton", "reference"))
+    assert_same_bits(ours, theirs)
+    assert ours[0].any()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, their_grads[name], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("order", ["decay_first", "jump_first"])
 @pytest.mark.parametrize("record_states", [False, True])
 @pytest.mark.parametrize("number", [0.0, 0.3, 1.7])
@@ -111,7 +122,7 @@ def test_gradients_have_autograd_s_bits_for_any_number(number, record_states, or
         assert_same_bits([found[name]], [expected[name]])
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("path", ["events", "dense", "sliced"])
 @pytest.mark.parametrize(("dtype", "per_neuron"), [(torch.float32, False), (torch.float64, True)], ids=str)
 def test_recurrent_networks_have_the_bits_of_the_reference(backend, path, dtype, per_neuron, device) -> None:

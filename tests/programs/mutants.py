@@ -30,7 +30,7 @@ PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"
 EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]
 EQUATIONS = [*PYTEST, "tests/backend/test_reference.py", "tests/neuron/test_one_truth.py"]
 CPU_TESTS = ["tests/kernels/test_feed_forward_kernels.py", "tests/backend/test_cpu.py"]
-CURRENT_TESTS = ["tests/neuron/test_one_truth.py", "tests/neuron/test_current.py", "-m", "not slow", "-k"]
+CURRENT_TESTS = ["tests/neuron/test_current.py", "-m", "not slow", "-k"]
 SHARED = "tests/kernels/test_recurrent.py"
 RECURRENT = [*PYTEST, SHARED, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"]
 RECURRENT += ["-k", "triton or recurrent_kernels"]
@@ -48,10 +48,15 @@ AREAS: dict[str, dict[str, list[str]]] = {
         "CPU path": [*PYTEST, "tests/neuron/test_refractory.py", "-m", "not slow", "-k", "cpu"],
     },
     "current": {
-        "equations": [*PYTEST, *CURRENT_TESTS, "not triton and not cpu"],
-        "interpreter": [*PYTEST, *CURRENT_TESTS, "triton"],
+        "equations": [
+            *PYTEST,
+            "tests/neuron/test_one_truth.py",
+            *CURRENT_TESTS,
+            "adjoint or single or (pulse and reference)",
+        ],
+        "interpreter": [*PYTEST, *CURRENT_TESTS, "few and triton"],
         "executed": [*EXECUTED, "currents"],
-        "CPU path": [*PYTEST, *CURRENT_TESTS, "cpu or autograd"],
+        "CPU path": [*PYTEST, *CURRENT_TESTS, "autograd_s_bits or (unconnected and cpu)"],
     },
     "adjoint": {
         "equations": EQUATIONS,
