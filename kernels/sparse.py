@@ -255,6 +255,8 @@ def sparse_forward_kernel(
     parts = tl.num_programs(1)
     M = B * N
     dtype: tl.constexpr = constants_ptr.dtype.element_ty
+    # beside constants that take many registers there are none for addresses that are the same in each step
+    FRUGAL: tl.constexpr = PER_NEURON or dtype == tl.float64
     list_ptr = lists_ptr + row * window * N
     meetings = 0
     waiting = True
@@ -268,15 +270,19 @@ def sparse_forward_kernel(
             cells = row * N + neurons
             c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
             s = load_fields(final_ptr + cells, M, mask, FIELDS)
+            if FRUGAL:
+                unit_e, unit_i = tl.load(scales_ptr + 2), tl.load(scales_ptr + 3)
             word = tl.zeros([BLOCK], tl.int32)
             if words_ptr is not None:
                 begun = tl.where(mask, begin % 32, 0) > 0
                 word = tl.load(words_ptr + (begin // 32) * M + cells, mask=begun, other=0)
-            for step in range(0, end - begin):
+            for step in tl.range(0, end - begin, disable_licm=FRUGAL):
                 t = tl.cast(begin + step, tl.int64)
                 slot = first + step
                 sum_e, sum_i = take(ring_ptr, tl.where(slot >= R, slot - R, slot), cells, mask, R, M)
-                recurrent = Drive(sum_e.to(dtype) * tl.load(scales_ptr + 2), sum_i.to(dtype) * tl.load(scales_ptr + 3))
+                if not FRUGAL:
+                    unit_e, unit_i = tl.load(scales_ptr + 2), tl.load(scales_ptr + 3)
+                recurrent = Drive(sum_e.to(dtype) * unit_e, sum_i.to(dtype) * unit_i)
                 if drive_ptr is not None:
                     drive = Drive(
                         tl.load(drive_ptr + t * M + cells, mask=mask), tl.load(drive_ptr + (T + t) * M + cells, mask=mask)
