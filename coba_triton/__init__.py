@@ -26,7 +26,7 @@ with silent_start():
     )
     from .ops.spikes import pack_spikes, unpack_spikes
     from .ops.synapses import LogNormal, Normal, Synapses, Uniform
-    from .pynn.parameters import from_pynn, to_pynn
+    from .parameter_sets import from_pynn, to_pynn
     from .stream.events import read_events
     from .stream.results import Result, open_result
     from .stream.simulation import Record, simulate

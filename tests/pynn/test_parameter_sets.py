@@ -18,7 +18,7 @@ from coba_triton import (
     to_pynn,
 )
 from coba_triton.neuron.records import NUMERIC_PARAMETERS
-from coba_triton.pynn.parameters import DEFAULTS
+from coba_triton.parameter_sets import DEFAULTS
 
 MODELS = ("IF_cond_exp", "iaf_cond_exp")
 BRETTE_PYNN = dict(cm=0.2, tau_m=20.0, v_rest=-60.0, v_thresh=-50.0, v_reset=-60.0, tau_syn_E=5.0, tau_syn_I=10.0)

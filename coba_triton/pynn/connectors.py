@@ -1,0 +1,128 @@
+"""Connectors that are PyNN's, and draw or list all synapses at once where the result need not be PyNN's number by number.
+
+A connector that was given a generator of random numbers asks it for the numbers that PyNN's own one asks for, in its order:
+the network is then the same in every simulator. Without one, the synapses follow from ``setup(rng_seed=...)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pyNN import connectors, random
+from pyNN.connectors import (
+    ArrayConnector,
+    CloneConnector,
+    CSAConnector,
+    DisplacementDependentProbabilityConnector,
+    DistanceDependentProbabilityConnector,
+    FixedNumberPostConnector,
+    FixedNumberPreConnector,
+    FixedTotalNumberConnector,
+    FromFileConnector,
+    FromListConnector,
+    IndexBasedProbabilityConnector,
+    SmallWorldConnector,
+)
+
+from ..ops.synapses import Synapses
+from . import simulator
+from .engine import Array
+
+__all__ = [
+    "AllToAllConnector",
+    "ArrayConnector",
+    "CSAConnector",
+    "CloneConnector",
+    "DisplacementDependentProbabilityConnector",
+    "DistanceDependentProbabilityConnector",
+    "FixedNumberPostConnector",
+    "FixedNumberPreConnector",
+    "FixedProbabilityConnector",
+    "FixedTotalNumberConnector",
+    "FromFileConnector",
+    "FromListConnector",
+    "IndexBasedProbabilityConnector",
+    "OneToOneConnector",
+    "SmallWorldConnector",
+]
+
+
+def plain_parameters(connector: Any, projection: Any) -> dict[str, Any] | None:
+    """The weight and the delay of all synapses; None where they are not one number each."""
+    if connector.callback is not None and connector.callback.__class__.__name__ == "function":
+        return None
+    space = projection.synapse_type.native_parameters
+    space.shape = projection.shape
+    if not all(lazy.is_homogeneous for _, lazy in space.items()):
+        return None
+    return {name: lazy.evaluate(simplify=True) for name, lazy in space.items()}
+
+
+def connect_all(connector: Any, projection: Any, pre: Array, post: Array, parameters: dict[str, Any]) -> None:
+    projection.connect_arrays(pre, post, connector.location_selector, **parameters)
+    if connector.callback is not None:
+        connector.callback(1.0)
+
+
+class AllToAllConnector(connectors.AllToAllConnector):
+    __doc__ = connectors.AllToAllConnector.__doc__
+
+    def connect(self, projection: Any) -> None:
+        parameters = plain_parameters(self, projection)
+        if parameters is None or self.allow_self_connections not in (True, False):
+            super().connect(projection)
+            return
+        pre, post = projection.shape
+        sources, targets = np.tile(np.arange(pre), post), np.repeat(np.arange(post), pre)
+        if not self.allow_self_connections:
+            ids = (cells.all_cells.astype(np.int64) for cells in (projection.pre, projection.post))
+            of_source, of_target = ids
+            others = of_source[sources] != of_target[targets]
+            sources, targets = sources[others], targets[others]
+        connect_all(self, projection, sources, targets, parameters)
+
+
+class OneToOneConnector(connectors.OneToOneConnector):
+    __doc__ = connectors.OneToOneConnector.__doc__
+
+    def connect(self, projection: Any) -> None:
+        parameters = plain_parameters(self, projection)
+        if parameters is None:
+            super().connect(projection)
+            return
+        each = np.arange(min(projection.shape))
+        connect_all(self, projection, each, each, parameters)
+
+
+class FixedProbabilityConnector(connectors.FixedProbabilityConnector):
+    __doc__ = connectors.FixedProbabilityConnector.__doc__
+
+    def __init__(
+        self,
+        p_connect: float,
+        allow_self_connections: Any = True,
+        location_selector: Any = None,
+        rng: Any = None,
+        safe: bool = True,
+        callback: Any = None,
+    ) -> None:
+        super().__init__(p_connect, allow_self_connections, location_selector, rng, safe, callback)
+        self._drawn_here = rng is None
+
+    def connect(self, projection: Any) -> None:
+        parameters = plain_parameters(self, projection)
+        if parameters is None or self.allow_self_connections is not True:
+            super().connect(projection)
+            return
+        pre, post = projection.shape
+        if self._drawn_here:
+            seed = simulator.state.engine.seed * 2**20 + projection.number
+            drawn = Synapses.fixed_probability(pre, post, self.p_connect, 0.0, seed=seed % 2**64)
+            sources, targets = drawn.source_of().numpy(), drawn.targets.numpy()
+        else:  # a column of numbers for each target, as PyNN's own connector asks for
+            whole = random.RandomDistribution("uniform", (0, 1), rng=self.rng)
+            columns = [np.flatnonzero(whole.next(pre) < self.p_connect) for _ in range(post)]
+            sources = np.concatenate([np.empty(0, np.int64), *columns])
+            targets = np.repeat(np.arange(post), [len(column) for column in columns])
+        connect_all(self, projection, sources, targets, parameters)
