@@ -46,9 +46,9 @@ def setup(timestep: float = DEFAULT_TIMESTEP, min_delay: Any = DEFAULT_MIN_DELAY
     state.clear(timestep, **{own: extra_params[name] for name, own in OPTIONS.items() if name in extra_params})
     torch.set_num_threads(int(extra_params.get("threads") or state.threads))
     if min_delay != "auto":
-        state.min_delay = float(min_delay)
+        state.least_delay = float(min_delay)
     if extra_params.get("max_delay", "auto") != "auto":
-        state.max_delay = float(extra_params["max_delay"])
+        state.greatest_delay = float(extra_params["max_delay"])
     logger.info("forward Euler with a step of %g ms; the first run may compile kernels, which are kept on disk", timestep)
     return state.mpi_rank
 

@@ -111,7 +111,9 @@ class Population(_Cells, common.Population):
         space = self.celltype.native_parameters
         space.shape = (self.size,)
         space.evaluate(simplify=False)
-        self.parameters: dict[str, Array] = {name: np.array(values) for name, values in space.as_dict().items()}
+        self.parameters: dict[str, Array] = {
+            name: np.broadcast_to(values, (self.size,)).copy() for name, values in space.as_dict().items()
+        }
         check_values(self.celltype, self.parameters)
         self._first_number = state.id_counter
         self.is_source = kind in SOURCES

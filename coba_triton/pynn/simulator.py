@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from pyNN import common
 
@@ -14,9 +16,6 @@ from .engine import Engine
 logger = logging.getLogger("coba_triton")
 
 name = "coba_triton"
-
-# A delay that nothing is longer than, where setup() was told no greatest delay.
-NO_LIMIT = 1e12
 
 
 class ID(int, common.IDMixin):
@@ -28,7 +27,7 @@ class State(common.control.BaseState):
 
     Attributes:
         dt: the time step in ms.
-        min_delay, max_delay: in ms, as setup() was told.
+        least_delay, greatest_delay: in ms, as setup() was told; None for those of the synapses that there are.
         engine: the network that runs.
         id_counter: the number of the next cell; cells count from 0 through all populations.
         projection_counter, current_counter: the numbers of the next projection and of the next current source.
@@ -47,12 +46,28 @@ class State(common.control.BaseState):
         """The time in ms: a count of steps, never a running sum."""
         return round(self.engine.now * self.dt, 12)
 
+    @property
+    def min_delay(self) -> float:
+        """The shortest delay in ms, as setup() was told or as the synapses have it."""
+        return self._delay(self.least_delay, np.min)
+
+    @property
+    def max_delay(self) -> float:
+        """The longest delay in ms, as setup() was told or as the synapses have it."""
+        return self._delay(self.greatest_delay, np.max)
+
+    def _delay(self, given: float | None, limit: Callable[[Any], Any]) -> float:
+        if given is not None:
+            return given
+        found = [limit(projection.delays) for projection in self.engine.projections if len(projection)]
+        return float(limit(found)) if found else self.dt
+
     def clear(self, dt: float, **options: Any) -> None:
         """Begin a new network; ``options`` are those of the engine."""
         self.dt = float(dt)
         self.engine = Engine(self.dt, **options)
-        self.min_delay: float = self.dt
-        self.max_delay: float = NO_LIMIT
+        self.least_delay: float | None = None
+        self.greatest_delay: float | None = None
         self.recorders = set()
         self.write_on_end = []
         self.id_counter = 0

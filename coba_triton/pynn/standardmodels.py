@@ -89,7 +89,8 @@ class StaticSynapse(synapses.StaticSynapse):
     translations = _same_names(synapses.StaticSynapse)
 
     def _get_minimum_delay(self) -> float:
-        return simulator.state.min_delay
+        state = simulator.state
+        return state.dt if state.least_delay is None else state.least_delay
 
 
 _HAVE = (
