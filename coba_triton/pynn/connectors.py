@@ -6,6 +6,7 @@ the network is then the same in every simulator. Without one, the synapses follo
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from pyNN.connectors import (
 from ..ops.synapses import Synapses
 from . import simulator
 from .engine import Array
+
+ONE = {"low": 0, "high": 1}
 
 __all__ = [
     "AllToAllConnector",
@@ -120,9 +123,12 @@ class FixedProbabilityConnector(connectors.FixedProbabilityConnector):
             seed = simulator.state.engine.seed * 2**20 + projection.number
             drawn = Synapses.fixed_probability(pre, post, self.p_connect, 0.0, seed=seed % 2**64)
             sources, targets = drawn.source_of().numpy(), drawn.targets.numpy()
-        else:  # a column of numbers for each target, as PyNN's own connector asks for
-            whole = random.RandomDistribution("uniform", (0, 1), rng=self.rng)
-            columns = [np.flatnonzero(whole.next(pre) < self.p_connect) for _ in range(post)]
+        elif type(self.rng) is not random.NumpyRNG:
+            super().connect(projection)
+            return
+        else:  # a column of numbers for each target; PyNN's own connector draws them from a copy of the generator, too
+            rng = deepcopy(self.rng)
+            columns = [np.flatnonzero(rng.next(pre, "uniform", ONE) < self.p_connect) for _ in range(post)]
             sources = np.concatenate([np.empty(0, np.int64), *columns])
             targets = np.repeat(np.arange(post), [len(column) for column in columns])
         connect_all(self, projection, sources, targets, parameters)
