@@ -21,6 +21,12 @@ class Assembly(common.Assembly):
 
     _simulator = simulator
 
+    @property
+    def receptor_types(self) -> list[str]:
+        """Those that all populations have, in the order of the first one: excitatory before inhibitory."""
+        first, *others = (population.celltype.receptor_types for population in self.populations)
+        return [name for name in first if all(name in known for known in others)]
+
 
 class _OfView(MutableMapping[str, Any]):
     """The initial values of the cells of a view."""

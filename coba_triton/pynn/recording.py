@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import neo
 import numpy as np
 from pyNN import recording
 
 from . import simulator
 from .engine import FIELDS, Array
+
+
+def _only(names: list[str], whole: Any) -> Any:
+    """A segment with some of the variables."""
+    part = neo.Segment(name=whole.name, description=whole.description, rec_datetime=whole.rec_datetime, **whole.annotations)
+    if "spikes" in names:
+        part.spiketrains = whole.spiketrains
+    part.analogsignals = [signal for signal in whole.analogsignals if signal.name in names]
+    return part
 
 
 class Recorder(recording.Recorder):
@@ -103,6 +113,19 @@ class Recorder(recording.Recorder):
         counts = np.bincount(cells, minlength=self.population.size)
         first = int(self.population.first_id)
         return {int(cell): int(counts[int(cell) - first]) for cell in self.filter_recorded(variable, filter_ids)}
+
+    def get(self, variables: Any, *arguments: Any, **options: Any) -> Any:
+        """The recorded data as a Neo block.
+
+        PyNN takes all signals out of earlier segments, for good, if it is asked for some variables: it gets all here, and
+        what was not asked for is left out of the block.
+        """
+        if isinstance(variables, str) and variables == "all" or not any(True for _ in self.cache):
+            return super().get(variables, *arguments, **options)
+        names = [variables] if isinstance(variables, str) else list(variables)
+        block = super().get("all", *arguments, **options)
+        block.segments = [_only(names, segment) for segment in block.segments]
+        return block
 
     # What the simulator tells
 

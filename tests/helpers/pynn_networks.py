@@ -44,6 +44,16 @@ def imposed(sim: Any, dt: float, early: float = 0.0) -> np.ndarray:
     return np.stack([np.asarray(segment.filter(name=name)[0].magnitude) for name in names])
 
 
+def signal(cells: Any, name: str, segment: int = 0) -> np.ndarray:
+    """The samples of a recorded variable, ``[samples, cells]``."""
+    return np.asarray(cells.get_data().segments[segment].filter(name=name)[0].magnitude)
+
+
+def spike_times(cells: Any, segment: int = 0) -> list[list[float]]:
+    """The times of the recorded spikes of every cell in ms."""
+    return [train.magnitude.tolist() for train in cells.get_data().segments[segment].spiketrains]
+
+
 if __name__ == "__main__":
     import pyNN.nest
 

@@ -1,0 +1,102 @@
+"""A network against its equations, written out step by step in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
+
+from pyNN.parameters import Sequence
+
+from helpers.pynn_networks import signal, spike_times
+
+import coba_triton.pynn as sim
+
+DT, STEPS, N, K = 0.1, 1500, 12, 5
+
+
+def draw(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    uniform = rng.uniform
+    cells = dict(
+        cm=uniform(0.15, 0.3, N), tau_m=uniform(10, 25, N), tau_refrac=rng.integers(0, 50, N) * DT, i_offset=uniform(0, 0.15, N),
+        tau_syn_E=uniform(3, 6, N), tau_syn_I=uniform(5, 12, N), v_rest=uniform(-66, -60, N), v_reset=uniform(-70, -60, N),
+        v_thresh=uniform(-52, -48, N), e_rev_E=uniform(-5, 5, N), e_rev_I=uniform(-90, -75, N),
+    )  # fmt: skip
+    there = {"inner": rng.random((2, N, N)) < 0.3, "outer": rng.random((2, K, N)) < 0.5}
+    weights = {name: uniform(0, 0.01, value.shape) for name, value in there.items()}
+    delays = {name: rng.integers(1, 40, value.shape) for name, value in there.items()}
+    trains = np.sort(rng.integers(0, STEPS, (K, 60)), 1)
+    return dict(cells=cells, there=there, weights=weights, delays=delays, trains=trains, v=uniform(-65, -55, N))
+
+
+def by_hand(net: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Potentials, conductances and spikes of every sample."""
+    p = net["cells"]
+    g_l = p["cm"] / p["tau_m"]
+    held = np.ceil(p["tau_refrac"] / DT - 1e-6)
+    arriving = np.zeros((STEPS + 50, 2, N))
+
+    def send(kind: str, source: int, sample: int) -> None:
+        for sign in (0, 1):
+            for target in np.flatnonzero(net["there"][kind][sign, source]):
+                at = sample + net["delays"][kind][sign, source, target]
+                arriving[at, sign, target] += net["weights"][kind][sign, source, target]
+
+    for source, train in enumerate(net["trains"]):
+        for sample in train:
+            send("outer", source, sample)
+    v, g, left = net["v"].copy(), np.zeros((2, N)), np.zeros(N)
+    tau = np.stack([p["tau_syn_E"], p["tau_syn_I"]])
+    vs, gs, spikes = [v], [], []
+    for step in range(STEPS + 1):
+        g = g - DT / tau * g + arriving[step]
+        gs.append(g)
+        if step == STEPS:
+            break
+        current = g_l * (p["v_rest"] - v) + g[0] * (p["e_rev_E"] - v) + g[1] * (p["e_rev_I"] - v) + p["i_offset"]
+        u = v + DT / p["cm"] * current
+        z = (u > p["v_thresh"]) & (left <= 0)
+        v = np.where(z | (left > 0), p["v_reset"], u)
+        left = np.where(z, held, np.maximum(left - 1, 0))
+        vs.append(v)
+        for cell in np.flatnonzero(z):
+            spikes.append((step + 1, cell))
+            send("inner", cell, step + 1)
+    return np.array(vs), np.array(gs)[:, 0], np.array(gs)[:, 1], np.array(spikes)
+
+
+def by_pynn(net: dict[str, np.ndarray], pieces: int) -> tuple[np.ndarray, ...]:
+    sim.setup(timestep=DT)
+    cells = sim.Population(N, sim.IF_cond_exp(**net["cells"]), initial_values={"v": net["v"]})
+    sources = sim.Population(K, sim.SpikeSourceArray(spike_times=[Sequence(train * DT) for train in net["trains"]]))
+    for kind, pre in (("inner", cells), ("outer", sources)):
+        for sign, receptor in enumerate(("excitatory", "inhibitory")):
+            synapses = [
+                (i, j, net["weights"][kind][sign, i, j], net["delays"][kind][sign, i, j] * DT)
+                for i, j in np.argwhere(net["there"][kind][sign])
+            ]
+            sim.Projection(pre, cells, sim.FromListConnector(synapses), sim.StaticSynapse(), receptor_type=receptor)
+    cells.record(["spikes", "v", "gsyn_exc", "gsyn_inh"])
+    for _ in range(pieces):
+        sim.run(STEPS * DT / pieces)
+    found = [(round(time / DT), cell) for cell, train in enumerate(spike_times(cells)) for time in train]
+    return *(signal(cells, name) for name in ("v", "gsyn_exc", "gsyn_inh")), np.array(sorted(found))
+
+
+@pytest.mark.parametrize("pieces", [1, 30])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_sample(seed: int, pieces: int) -> None:
+    net = draw(seed)
+    expected, found = by_hand(net), by_pynn(net, pieces)
+    assert len(expected[3]) > 50
+    np.testing.assert_array_equal(found[3], expected[3])
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-15)
+
+
+def test_a_run_may_be_cut_anywhere() -> None:
+    net = draw(2)
+    for one, other in zip(by_pynn(net, 1), by_pynn(net, 300), strict=True):
+        np.testing.assert_array_equal(one, other)
