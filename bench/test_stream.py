@@ -122,24 +122,25 @@ def test_unconnected(tmp_path: Path, weight: float, block_steps: int) -> None:
     compare(f"{times * steps} steps of 1000 neurons at {rate:.0f} Hz in blocks of {block_steps}", runs, times * x.numel())
 
 
-def test_cobanet(tmp_path: Path) -> None:
-    """The built-in configuration for 30 s: 4000 connected neurons with Poisson input.
+def test_va(tmp_path: Path) -> None:
+    """The built-in configuration for 30 s: 4000 connected neurons that keep themselves going.
 
     Spikes and counts are recorded, and in another run also the traces of three neurons. The kernels alone get the first 6 s
     of the input from memory, five times.
     """
-    times, config = 5, load("cobanet")[1]
+    times, config = 5, load("va")[1]
     config = config.model_copy(update={"simulation": config.simulation.model_copy(update={"duration": times * 6000.0})})
     source, recurrent = open_source(config), open_recurrent(config)
     network = job.make_network(config, source, recurrent)
     feed = job.Feed(source.channels, config.simulation.steps)
     x = feed[: config.simulation.steps // times]
+    assert recurrent is not None
+    weights, initial = (source.weights, recurrent.synapses), job.initial_state(config, True, torch.device("cpu"))
     traced = job.what_to_record(config, recurrent)
     spikes_only = dataclasses.replace(traced, neurons=(), inputs=False)
 
     def kernels() -> Tensor:
-        weights = network.get_parameter("input_weights"), network.get_parameter("recurrent_weights")
-        first = state = None
+        first, state = None, initial
         with torch.no_grad():
             for _ in range(times):
                 spikes, state = coba_lif_integral(x, state, *weights, network.p, network.dt, spike_dtype="bits")
@@ -149,7 +150,7 @@ def test_cobanet(tmp_path: Path) -> None:
 
     def streamed(record: Record) -> Result:
         sink = ZarrSink(tmp_path / "run.zarr", overwrite=True)
-        return simulate(network, feed, sink=sink, record=record, progress=False)
+        return simulate(network, feed, sink=sink, state=initial, record=record, progress=False)
 
     assert torch.equal(words(streamed(traced))[: len(x) // 32], kernels())
     runs = {
@@ -157,4 +158,4 @@ def test_cobanet(tmp_path: Path) -> None:
         "to zarr": lambda: streamed(spikes_only),
         "to zarr, traces": lambda: streamed(traced),
     }
-    compare(f"{times * len(x)} steps of cobanet", runs, times * len(x) * config.neuron.count)
+    compare(f"{times * len(x)} steps of va", runs, times * len(x) * config.neuron.count)

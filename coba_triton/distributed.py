@@ -36,6 +36,7 @@ from .ops.constants import constants_table, derive_constants
 from .ops.operators import recurrent_forward
 from .ops.spikes import pack_spikes
 from .ops.validation import SpikeDtype
+from .ops.wiring import is_sparse
 
 Group = Any  # torch.distributed.ProcessGroup, which a build of torch without torch.distributed has not
 
@@ -254,7 +255,7 @@ def coba_lif_integral(
     Args:
         input_tensor: input spikes or currents, ``[T, *batch, I]``, the same on all ranks.
         state: of the owned neurons, ``[*batch, n]`` a field; None starts at rest.
-        input_weights: in uS, ``[n, I]``: the rows of the owned neurons.
+        input_weights: in uS, ``[n, I]``: the rows of the owned neurons. Neither these nor the recurrent ones may be sparse.
         recurrent_weights: in uS, ``[n, N]``: the rows of the owned neurons, a column for every neuron of the network. Every
             call of a fused backend transposes it, unless it is the transpose of a contiguous matrix.
         p: parameters, see :class:`CobaLIFParameters`; tensors broadcast over the owned neurons.
@@ -353,6 +354,12 @@ def coba_lif_integral(
 def _check_rows(ranks: _Ranks, input_weights: Any, recurrent_weights: Any) -> None:
     """Both matrices have a row for each of the neurons that this rank owns."""
     for name, weights in (("input_weights", input_weights), ("recurrent_weights", recurrent_weights)):
+        if is_sparse(weights, None):
+            got = str(weights.layout) if isinstance(weights, Tensor) else "Synapses"
+            raise TypeError(
+                f"{name} must be dense where ranks share the neurons, got {got}; give the dense rows that this rank owns, "
+                "or run the network in one process with coba_triton.coba_lif_integral"
+            )
         if not isinstance(weights, Tensor) or weights.dim() != 2:
             got = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
             raise TypeError(f"{name} must be a matrix, the rows of the neurons that this rank owns, got {got}")

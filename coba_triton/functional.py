@@ -208,6 +208,7 @@ def coba_lif_step(
     validation.check_input(input_tensor, "[*batch, I]", 1)
     dt = validation.check_dt(dt)
     if is_sparse(input_weights, recurrent_weights, delay):
+        validation.check_not_exported()
         wiring = connect(input_tensor, input_weights, recurrent_weights, delay, dt)
         spikes, done = _sparse_integral(
             input_tensor.unsqueeze(0), state, wiring, p, dt, Call("reference", method=p.method), None, None
@@ -510,6 +511,7 @@ def coba_lif_integral(
     dt = validation.check_dt(dt)
     validation.check_path(path, time_blocks.PATHS)
     if is_sparse(input_weights, recurrent_weights, delay):
+        validation.check_not_exported()
         wiring = connect(input_tensor, input_weights, recurrent_weights, delay, dt)
         call = Call(backend, order == "jump_first", p.method, None, record_states, block_steps, path)
         return _sparse_integral(input_tensor, state, wiring, p, dt, call, spike_dtype, out)
@@ -565,7 +567,7 @@ def _run_recurrent_operator(
     return _into(out, pack_spikes(spikes) if call.spike_dtype is None else spikes.to(call.spike_dtype)), trace
 
 
-def _initial_sparse_state(
+def initial_sparse_state(
     x: Tensor, state: Any, wiring: Wiring, p: Any, dt: float, step_shape: torch.Size
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a call; returns the spikes of the last D steps, ``[D, *batch, N]``, and its state."""
@@ -606,7 +608,7 @@ def connections(wiring: Wiring, constants: Tensor, dt: float) -> Connections:
         recurrent.indptr,
         recurrent.targets,
         weights.to(constants.dtype),
-        numbers_on(constants.device, torch.float32, [dt]) if delays is None else delays,
+        numbers_on(constants.device, torch.float32, [dt]) if delays is None or not recurrent.count else delays,
         constants,
         1 / dt,
         wiring.shortest,
@@ -617,7 +619,7 @@ def _sparse_integral(
     x: Tensor, state: Any, wiring: Wiring, p: Any, dt: float, call: Call, spike_dtype: SpikeDtype, out: Tensor | None
 ) -> tuple[Tensor, RecurrentState]:
     """:func:`coba_lif_integral` with sparse synapses or delays."""
-    history, initial = _initial_sparse_state(x, state, wiring, p, dt, x.shape[1:])
+    history, initial = initial_sparse_state(x, state, wiring, p, dt, x.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, x.device
     inputs, recurrent = wiring.inputs, wiring.recurrent
     given = [w.weights if isinstance(w, Synapses) else w for w in (inputs, recurrent)]
@@ -630,7 +632,6 @@ def _sparse_integral(
     if call.path not in ("auto", "events"):
         raise ValueError(f"path {call.path!r} is for dense weights, got sparse synapses or delays; pass path='auto'")
     backend = choose_backend(call.backend, device)
-    validation.check_exported(backend)
     weights = [w.to(dtype) for w in given]
     if backend == "reference":
         rows, final = _run_sparse_reference(x.to(dtype), history, initial, wiring, weights, p, dt, call)
@@ -666,7 +667,7 @@ def _run_sparse_reference(
     """The same, step by step in eager PyTorch."""
     c = derive_constants(p, dt, initial.dtype, x.device)
     inputs, recurrent = (
-        _reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None
+        reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None
         for synapses, own in zip(wiring[:2], weights, strict=True)
     )
     assert recurrent is not None
@@ -691,7 +692,7 @@ def _run_sparse_reference(
     return rows, s if wiring.longest == 1 else recurrent_state(*s, history.clone())
 
 
-def _reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
+def reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
     """The synapses one by one."""
     sources = synapses.source_of()
     grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons, spikes=False)

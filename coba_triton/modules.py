@@ -16,8 +16,9 @@ An input of bool or integers gives spikes in the dtype that the module was last 
 they fit the layer behind; any other input gives spikes in its own.
 
 ``torch.fx`` traces them as calls of :mod:`coba_triton.functional`, one node each. ONNX takes them with
-``backend="reference"``, for one length of the input. Opacus refuses modules that have buffers: it works with
-``grad_sample_mode="no_op"`` and the gradients of every sample from ``torch.func.vmap(torch.func.grad(...))``.
+``backend="reference"``, for one length of the input, if their weights are dense and have no delays. Opacus refuses modules
+that have buffers: it works with ``grad_sample_mode="no_op"`` and the gradients of every sample from
+``torch.func.vmap(torch.func.grad(...))``.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from coba_triton import (
     CobaLIFState,
     PoissonSource,
     Record,
+    Synapses,
     coba_lif_integral,
     distributed,
     open_result,
@@ -245,6 +246,14 @@ def refusal(group: Any, changes: list[dict[str, Any]]) -> str:
     return "nothing"
 
 
+def synapses(x: Tensor) -> Synapses:
+    return Synapses.from_torch(x)
+
+
+def layout(x: Tensor) -> Tensor:
+    return x.to_sparse()
+
+
 def rows(x: Tensor) -> Tensor:
     return x[:-1]
 
@@ -277,13 +286,35 @@ def requiring(x: Tensor) -> Tensor:
                 r"ValueError: recurrent_weights must be the 5 rows 6 to 10 on rank 1 of 2, as .* \[4, 11\]; take the rows",
             ],
         ),
+        (
+            [{"recurrent_weights": synapses}] * 2,
+            ["TypeError: recurrent_weights must be dense where ranks share the neurons, got Synapses; give the dense rows"]
+            * 2,
+        ),
+        (
+            [{"input_weights": layout}, {"input_weights": layout}],
+            ["TypeError: input_weights must be dense where ranks share the neurons, got torch.sparse_coo; give the dense"]
+            * 2,
+        ),
         ([{"order": "sideways"}, {}], ["ValueError: order must be 'decay_first'", "RuntimeError: rank 0 refused"]),
         (
             [{"recurrent_weights": columns}, {}],
             ["ValueError: input_weights must be the 5 rows 0 to 4 on rank 0 of 2", "RuntimeError: rank 0 refused"],
         ),
     ],
-    ids=["steps", "order", "backend", "blocks", "gradient", "shared gradient", "rows", "argument", "columns"],
+    ids=[
+        "steps",
+        "order",
+        "backend",
+        "blocks",
+        "gradient",
+        "shared gradient",
+        "rows",
+        "synapses",
+        "layout",
+        "argument",
+        "columns",
+    ],
 )
 def test_what_ranks_disagree_on_is_refused_by_all(ranks: Ranks, changes: list[Any], messages: list[str]) -> None:
     for got, expected in zip(ranks(2, refusal, changes), messages, strict=True):

@@ -21,6 +21,7 @@ from coba_triton import (
     CobaLIFParameters,
     CobaLIFRecurrent,
     CobaLIFState,
+    Synapses,
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
     coba_lif_integral,
@@ -527,6 +528,23 @@ def test_export_to_onnx(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             Exception, match="backend 'cpu' runs one operator for all steps, which has no ONNX form; export w"
         ):
             torch.export.export(fused, (x,), strict=strict)
+
+
+@pytest.mark.parametrize("kind", ["synapses", "layout", "delay", "cell"])
+def test_sparse_synapses_are_not_exported_to_onnx(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(4, B, INPUTS)
+    matrix = torch.full((5, 5), 0.5)
+    given = {"synapses": Synapses.from_torch(matrix), "layout": matrix.to_sparse(), "delay": None}
+    options: dict[str, Any] = (
+        {"delay": 0.3} if kind == "delay" else {"recurrent_weights": given.get(kind, given["synapses"])}
+    )
+    layer: nn.Module = CobaLIFRecurrent(INPUTS, 5, dt=0.1, backend="reference", **options)
+    if kind == "cell":
+        layer, x = CobaLIFCell(INPUTS, 5, dt=0.1, **options), x[0]
+    layer(x)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(Exception, match=r"an ONNX file needs dense weights without delays, got sparse synapses or delays"):
+        torch.export.export(layer, (x,), strict=False)
 
 
 def test_onnx_runtime(tmp_path: Any) -> None:

@@ -463,7 +463,18 @@ class FileSignal(_Table):
 Q = TypeVar("Q")
 
 
-class UniformLaw(_Table, Generic[Q]):
+class _Law(_Table):
+    """A distribution, perhaps between two limits."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        low, high = getattr(self, "low", None), getattr(self, "high", None)
+        if high is not None and high < (low or 0):
+            raise ValueError(f"low must not be above high, got {low or 0} and {high}, in uS or ms; exchange them")
+        return self
+
+
+class UniformLaw(_Law, Generic[Q]):
     """Numbers that are equally probable in a range."""
 
     law: Literal["uniform"]
@@ -471,7 +482,7 @@ class UniformLaw(_Table, Generic[Q]):
     high: Q
 
 
-class NormalLaw(_Table, Generic[Q]):
+class NormalLaw(_Law, Generic[Q]):
     """Normally distributed numbers, those within the limits."""
 
     law: Literal["normal"]
@@ -481,7 +492,7 @@ class NormalLaw(_Table, Generic[Q]):
     high: Q | None = None
 
 
-class LogNormalLaw(_Table, Generic[Q]):
+class LogNormalLaw(_Law, Generic[Q]):
     """Numbers whose logarithm is normally distributed; mean and standard deviation are their own."""
 
     law: Literal["lognormal"]

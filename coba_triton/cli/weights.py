@@ -185,7 +185,8 @@ def _told(key: str) -> Iterator[None]:
     try:
         yield
     except (OverflowError, ValueError) as error:
-        raise UserError(f"{key}: {error}") from None
+        what = str(error).replace("pass replace=True", "write several = true")
+        raise UserError(f"{key}: {what}") from None
 
 
 def _unfit(path: Path, found: tuple[int, ...], shape: tuple[int, int], key: str) -> UserError:

@@ -178,7 +178,7 @@ class Synapses(NamedTuple):
         Raises:
             ValueError: if the shortest one is below one step.
         """
-        if self.delays is None:
+        if self.delays is None or not self.count:
             return 1, 1
         per_ms = _single(1.0 / check_dt(dt))
         shortest, longest = round(_single(self.shortest * per_ms)), round(_single(self.longest * per_ms))

@@ -329,6 +329,15 @@ def exports_to_onnx() -> bool:
 exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
 
 
+def check_not_exported() -> None:
+    """An ONNX file holds no sparse synapses and no delays."""
+    if exports_to_onnx():
+        raise RuntimeError(
+            "an ONNX file needs dense weights without delays, got sparse synapses or delays, whose exact sums have no ONNX "
+            "form; export a module with dense weights, and leave delay= away"
+        )
+
+
 def check_exported(backend: str) -> None:
     """What an ONNX file can hold."""
     if exports_to_onnx() and backend != "reference":

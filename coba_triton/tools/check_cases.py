@@ -15,9 +15,9 @@ from torch import Tensor
 from ..neuron.records import CobaLIFFeedForwardState
 from ..neuron.surrogate import SURROGATES
 from ..ops.validation import ORDERS
-from .problems import VALUES, Problem, RecurrentProblem, problem, recurrent_problem
+from .problems import DELAYS, VALUES, NetworkProblem, Problem, RecurrentProblem, network_problem, problem, recurrent_problem
 
-AnyProblem = Problem | RecurrentProblem
+AnyProblem = Problem | RecurrentProblem | NetworkProblem
 Builder = Callable[[torch.device], AnyProblem]
 LEVELS = ("quick", "full")
 
@@ -189,8 +189,62 @@ def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
             "recurrent gradients", f"super float32 {neurons} neurons {path}",
             lambda d, n=neurons: recurrent_problem(34, 2, n, device=d), gradients=True, path=path,
         )  # fmt: skip
+    yield from _networks(backend, full, interpreted)
     if full:
         yield from _far(backend, interpreted)
+
+
+def _networks(backend: str, full: bool, interpreted: bool) -> Iterator[Check]:
+    """Cases with sparse synapses and delays. Their sums are exact on any weights, so all bits must be equal."""
+    f32, f64 = torch.float32, torch.float64
+
+    def case(group: str, name: str, gradients: bool = False, run: dict[str, Any] | None = None, **options: Any) -> Check:
+        options = {"steps": 12 if interpreted else 40, "batch": 2, "neurons": 20 if interpreted else 60} | options
+
+        def build(device: torch.device) -> AnyProblem:
+            return network_problem(**options, device=device)
+
+        return Check(group, name, build, Run(backend, run or {}), Run("reference", run or {}), gradients)
+
+    # every kind of delays, of input and of weights; in the quick level, these decide whether there is a refractory period
+    every = [*itertools.product(DELAYS, (False, True), (False, True))]
+    for number, (delays, dense, exact) in enumerate(every[1::9] if interpreted else every):
+        settings: Any = itertools.product((f32, f64), ORDERS, (False, True), (False, True))
+        if not full or interpreted:
+            settings = [(f32, ORDERS[number % 2], number % 3 == 0, dense != exact)]
+        for dtype, order, record, refractory in settings:
+            words = (
+                f"{dtype} {order}, delays {delays}, {'dense' if dense else 'sparse'} input, {'exact' if exact else 'any'} "
+                f"weights{', refractory' if refractory else ''}{', recorded' if record else ''}"
+            )
+            yield case(
+                "sparse forward", words, run={"order": order, "record_states": record}, dtype=dtype,
+                delays=delays, dense_input=dense, exact=exact, refractory=refractory,
+            )  # fmt: skip
+    for delays in () if interpreted else ("none", "mixed"):
+        for kind in (torch.bool, torch.uint8, torch.float16):
+            yield case("sparse input dtypes", f"{kind}, delays {delays}", delays=delays, x_dtype=kind)
+        yield case("sparse input dtypes", f"any numbers, delays {delays}", delays=delays, graded=True)
+        for spikes in (torch.bool, "bits"):
+            yield case("sparse spike formats", f"{spikes}, delays {delays}", run={"spike_dtype": spikes}, delays=delays)
+    for steps, batch, neurons in () if interpreted else ((40, 1, 2500), (9, 1, 1), *([(300, 1, 20000)] if full else [])):
+        yield case("sparse sizes", f"{[steps, batch, neurons]}", steps=steps, batch=batch, neurons=neurons, exact=True)
+    steps, neurons = (40, 9) if interpreted else (70, 20)
+    for block in (32,) if interpreted else (1, 32, 64):
+        yield Check(
+            "sparse chunking", f"{steps} steps by {block}", lambda d: network_problem(steps, 1, neurons, device=d),
+            Run(backend, {"block_steps": block}), Run(backend, {"block_steps": 96}),
+        )  # fmt: skip
+    sizes = ((12, 1, 9),) if interpreted else ((37, 2, 30), (20, 19, 12))
+    for (steps, batch, neurons), delays in itertools.product(sizes, ("mixed",) if interpreted else DELAYS):
+        orders = ORDERS if full else ORDERS[batch % 2 : batch % 2 + 1]
+        for order, method in itertools.product(orders, SURROGATES if full and not interpreted else ("super",)):
+            yield case(
+                "sparse gradients", f"{[steps, batch, neurons]} {method} float64 {order}, delays {delays}",
+                gradients=True, run={"order": order, "method": method}, steps=steps, batch=batch, neurons=neurons,
+                dtype=f64, delays=delays, per_neuron=True, refractory=True, graded=delays == "one",
+                dense_input=delays == "none" and batch == 2,
+            )  # fmt: skip
 
 
 def _far(backend: str, interpreted: bool) -> Iterator[Check]:

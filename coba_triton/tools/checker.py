@@ -14,13 +14,15 @@ from torch import Tensor
 from .. import functional
 from ..backend import reference
 from ..backend.choose import choose_backend, triton_device_type
-from ..neuron.records import CobaLIFParameters, feed_forward_state, numbers_of, recurrent_state
+from ..neuron.records import CobaLIFDelayState, CobaLIFParameters, Drive, feed_forward_state, numbers_of, recurrent_state
 from ..ops import validation
 from ..ops.constants import derive_constants
+from ..ops.synapses import Synapses
 from ..ops.tensors import is_refractory
+from ..ops.wiring import connect, is_sparse
 from .check_cases import LEVELS, AnyProblem, Check, Run, generate
 from .check_shrink import flatten, shrink, snippet
-from .problems import VALUES, Problem, RecurrentProblem
+from .problems import VALUES, NetworkProblem, Problem, RecurrentProblem
 
 # Surrogates that use no exponential and no square root. The last bits of those differ between devices.
 EXACT_SURROGATES = ("super", "triangle", "heaviside")
@@ -162,9 +164,10 @@ def find_mismatch(case: AnyProblem, check: Check) -> Mismatch | None:
     (ours, our_grads), (theirs, their_grads) = (
         case.results(run.backend, check.gradients, **run.options) for run in (check.ours, check.theirs)
     )
+    # a part of a network whose delays are all one step has no history at the end, though it began with one
     names = ["spikes", *(f"state.{name}" for name in case.state._fields)]
     pairs: list[tuple[str, Tensor, Tensor, float]] = [
-        (name, one, other, 0.0) for name, one, other in zip(names, ours, theirs, strict=True)
+        (name, one, other, 0.0) for name, (one, other) in zip(names, zip(ours, theirs, strict=True), strict=False)
     ]
     method, same_run = check.ours.options.get("method", "super"), check.ours == check.theirs
     for name, grad in our_grads.items():
@@ -179,25 +182,24 @@ def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
     A sum of n terms may be wrong by ``n 2^-24`` of the sum of their magnitudes. A spike may differ if the potential is so
     close to the threshold.
     """
-    assert isinstance(case, RecurrentProblem)
+    assert not isinstance(case, Problem)
     options = check.ours.options | {"record_states": True}
     order, method = options.get("order", "decay_first"), options.get("method", "super")
     _, trace = case.run(check.ours.backend, **options)
-    before = type(trace)(
-        *(torch.cat([torch.as_tensor(initial)[None], after[:-1]]) for initial, after in zip(case.state, trace, strict=True))
-    )
-    z, v, g_e, g_i = before[:4]
+    steps = [name for name in trace._fields if name != "history"]  # the others have a row for each step
+    initial = {name: torch.as_tensor(getattr(case.state, name)) for name in steps}
+    before = recurrent_state(*(torch.cat([initial[name][None], getattr(trace, name)[:-1]]) for name in steps))
+    z, v, g_e, g_i = map(torch.as_tensor, before[:4])
     dtype = trace.v.dtype
     c = derive_constants(case.record(method), case.dt, dtype, case.x.device)
-    weights = reference.SplitWeights.of(case.input_weights, case.recurrent_weights)
     x = case.x.to(dtype)
     jump_first = order == "jump_first"
     never = c._replace(v_thresh=torch.full_like(c.v_thresh, math.inf))
-    fired, after, _ = reference.recurrent_step(x, z, before, weights, c, jump_first, method)
-    _, unreset, _ = reference.recurrent_step(x, z, before, weights, never, jump_first, method)
+    drives, magnitude = _drives_of_steps(case, x, z, trace)
+    fired, after, _ = reference.step(before, *drives, c, jump_first, method)
+    _, unreset, _ = reference.step(before, *drives, never, jump_first, method)
     ulp = torch.finfo(dtype).eps / 2
     terms = x.shape[-1] + trace.v.shape[-1] + 4
-    magnitude = x.abs() @ case.input_weights.abs().t() + z.abs() @ case.recurrent_weights.abs().t()
     bounds = {
         name: terms * ulp * magnitude + 4 * ulp * (magnitude + old.abs()) for name, old in (("g_e", g_e), ("g_i", g_i))
     }
@@ -212,6 +214,33 @@ def _mismatch_of_a_step(case: AnyProblem, check: Check) -> Mismatch | None:
         return found
     same = trace.z == fired
     return compare("state.v", torch.where(same, trace.v, after.v), after.v, reach)
+
+
+def _drives_of_steps(
+    case: RecurrentProblem | NetworkProblem, x: Tensor, z: Tensor, trace: Any
+) -> tuple[tuple[Drive, Drive], Tensor]:
+    """The two drives of every step, ``[T, B, N]``, from the spikes before it; and the sum of their terms' magnitudes."""
+    if isinstance(case, RecurrentProblem):
+        w = reference.SplitWeights.of(case.input_weights, case.recurrent_weights)
+        drives = Drive(x @ w.input_e, x @ w.input_i), Drive(z @ w.recurrent_e, z @ w.recurrent_i)
+        return drives, x.abs() @ case.input_weights.abs().t() + z.abs() @ case.recurrent_weights.abs().t()
+    dense = case.input_weights
+    assert isinstance(dense, Tensor)  # sums of sparse inputs are exact
+    own = dense.mT
+    longest = case.recurrent_weights.check_delays(case.dt)[1]
+    sent = torch.cat([_history(case, longest), trace.z])
+    synapses = functional.reference_synapses(case.recurrent_weights, case.recurrent_weights.weights, case.dt)
+    each = [reference.recurrent_drive(synapses, sent[t : t + longest]) for t in range(len(x))]
+    recurrent = Drive(*(torch.stack(signed) for signed in zip(*each, strict=True)))
+    drives = Drive(x @ torch.relu(own), x @ torch.relu(-own)), recurrent
+    return drives, x.abs() @ own.abs() + recurrent.e + recurrent.i
+
+
+def _history(case: NetworkProblem, longest: int) -> Tensor:
+    """The spikes of the last steps before the first one, ``[longest, B, N]``."""
+    if isinstance(case.state, CobaLIFDelayState):
+        return torch.as_tensor(case.state.history)[-longest:]
+    return torch.as_tensor(case.state.z)[None]
 
 
 def _free_gib(device: torch.device) -> float:
@@ -237,22 +266,29 @@ def run_check(check: Check, device: torch.device) -> CheckResult:
             needs = "no interpreter" if check.gib == math.inf else f"{check.gib:.1f} GiB, {free:.1f} are free"
             return result("skipped", f"needs {needs}")
 
-    def failure(of: AnyProblem) -> str:
+    def failure(of: AnyProblem) -> tuple[str, type[Exception] | None]:
+        """What is wrong, and which error was raised."""
         try:
             found = find_mismatch(of, check)
         except Exception as error:  # whatever a compiler or a driver raises is the result
-            return _first_lines(error)
-        return "" if found is None else str(found)
+            return _first_lines(error), type(error)
+        return "" if found is None else str(found), None
 
     try:
         case = check.build(device)
-        detail = failure(case)
+        detail, raised = failure(case)
         if not detail:
             return result("passed")
         if check.gib:
             return result("failed", detail, snippet(case, check))
-        small = shrink(case, lambda of: bool(failure(of)))
-        return result("failed", failure(small) or detail, snippet(small, check))
+
+        def fails_alike(of: AnyProblem) -> bool:
+            """A part that only raises an error shows no mismatch, and the other way round."""
+            found, error = failure(of)
+            return bool(found) and error is raised
+
+        small = shrink(case, fails_alike)
+        return result("failed", failure(small)[0] or detail, snippet(small, check))
     except Exception as error:  # after a fault on a device, nothing works there any more
         return result("failed", _first_lines(error))
 
@@ -318,11 +354,16 @@ def _grid(x: Tensor) -> int:
     return int((exponent - 53 + torch.log2((whole & -whole).double()).int()).min())
 
 
-def sums_are_exact(case: RecurrentProblem) -> bool:
-    """Whether the sums over synapses are exact in every order: all terms are multiples of one number, and small enough."""
+def sums_are_exact(case: RecurrentProblem | NetworkProblem) -> bool:
+    """Whether the sums over synapses are exact in every order: all terms are multiples of one number, and small enough.
+
+    Sums of sparse synapses always are.
+    """
     digits = 53 if torch.as_tensor(case.state.v).dtype == torch.float64 else 24
     sources = ((case.input_weights, case.x), (case.recurrent_weights, torch.as_tensor(case.state.z)))
     for weights, x in sources:
+        if isinstance(weights, Synapses):
+            continue
         reach = (x.double().abs() @ weights.double().abs().t()).max() if x.numel() and weights.numel() else torch.zeros(())
         if x is not case.x:
             reach = torch.maximum(reach, weights.double().abs().sum(1).max()) if weights.numel() else reach
@@ -331,7 +372,7 @@ def sums_are_exact(case: RecurrentProblem) -> bool:
     return True
 
 
-def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, p: Any, dt: float) -> AnyProblem:
+def _user_problem(x: Tensor, state: Any, weights: tuple[Any, Any] | None, p: Any, dt: float, delay: Any) -> AnyProblem:
     """Make a problem of the user's arguments, after the checks that the public functions do."""
     validation.check_parameters(p)
     if isinstance(p.alpha, Tensor) and p.alpha.dim():
@@ -352,6 +393,16 @@ def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, 
         initial = feed_forward_state(*tensors.clone())
         return flatten(Problem(given, initial, parameters, alpha, dt))
     validation.check_input(x, "[T, *batch, I]", 2)
+    if is_sparse(*weights, delay):
+        wiring = connect(x, *weights, delay, dt)
+        history, tensors = (t.detach() for t in functional.initial_sparse_state(x, state, wiring, p, dt, x.shape[1:]))
+        past = (history.clone(),) if wiring.longest > 1 else ()
+        before = recurrent_state(history[-1].clone(), *tensors.clone(), *past)
+        inputs, synapses = wiring.inputs, wiring.recurrent.to(tensors.dtype)
+        own = inputs.to(tensors.dtype)
+        own = own.with_weights(own.weights.detach()) if isinstance(own, Synapses) else own.detach()
+        synapses = synapses.with_weights(synapses.weights.detach())
+        return flatten(NetworkProblem(x.detach(), before, own, synapses, parameters, alpha, dt))
     tensors = functional.initial_recurrent_state(x, state, *weights, p, dt, x.shape[1:]).detach()
     before = recurrent_state(*tensors.clone())
     w_in, w_rec = (w.to(tensors.dtype) for w in weights)
@@ -360,7 +411,7 @@ def _user_problem(x: Tensor, state: Any, weights: tuple[Tensor, Tensor] | None, 
 
 def _user_checks(case: AnyProblem, backend: str, options: dict[str, Any]) -> list[Check]:
     theirs = {name: value for name, value in options.items() if name not in ("path", "block_steps")}
-    exact = not isinstance(case, RecurrentProblem) or sums_are_exact(case)
+    exact = isinstance(case, Problem) or sums_are_exact(case)
     ours, theirs_run = Run(backend, options), Run("reference", theirs)
     forward = Check("your input", "forward", lambda _: case, ours, theirs_run, bits=exact)
     repeat = Check("your input", "two runs", lambda _: case, ours, ours, gradients=True)
@@ -370,8 +421,8 @@ def _user_checks(case: AnyProblem, backend: str, options: dict[str, Any]) -> lis
 def check(
     input_tensor: Tensor | None = None,
     state: Any = None,
-    input_weights: Tensor | None = None,
-    recurrent_weights: Tensor | None = None,
+    input_weights: Tensor | Synapses | None = None,
+    recurrent_weights: Tensor | Synapses | None = None,
     p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
     dt: float = 0.001,
     *,
@@ -384,17 +435,17 @@ def check(
 ) -> Report:
     """Compare a backend with the reference, on generated cases or on your own input.
 
-    A feed-forward run must have the same bits as the reference, and so must a recurrent run whose sums of weights are exact.
-    With other weights every step is compared by itself, from the backend's state before it, within the rounding of its sums.
-    Two runs of the backend must have the same bits. Gradients must have the same bits as autograd's where the operations are
-    the same; elsewhere they must agree within the rounding of their sums.
+    A feed-forward run must have the same bits as the reference, and so must a recurrent run whose sums of weights are exact,
+    as those of sparse synapses always are. With other weights every step is compared by itself, from the backend's state
+    before it, within the rounding of its sums. Two runs of the backend must have the same bits. Gradients must have the same
+    bits as autograd's where the operations are the same; elsewhere they must agree within the rounding of their sums.
 
     Args:
         input_tensor: your input, as :func:`coba_triton.coba_lif_feed_forward_integral` takes it, or with weights as
             :func:`coba_triton.coba_lif_integral` takes it; None for the generated cases.
         state: the initial state for your input.
-        input_weights: weights for your input, ``[N, I]`` in uS.
-        recurrent_weights: recurrent weights for your input, ``[N, N]`` in uS.
+        input_weights: weights for your input, ``[N, I]`` in uS, or sparse synapses.
+        recurrent_weights: recurrent weights for your input, ``[N, N]`` in uS, or sparse synapses.
         p: parameters for your input; ``alpha`` must be one number.
         dt: time step for your input, in ms.
         backend: the backend to check: ``auto``, ``triton`` or ``cpu``.
@@ -403,7 +454,7 @@ def check(
         level: ``quick`` or ``full``, for the generated cases.
         only: run only those generated cases whose names contain this text.
         show: called after every case with its result and the number of all cases.
-        **options: keywords of the function for your input, such as ``order`` or ``path``.
+        **options: keywords of the function for your input, such as ``order``, ``path`` or ``delay``.
 
     Returns:
         A report. ``report.ok`` says whether everything agrees. ``print(report)`` shows what does not, with programs for the
@@ -427,7 +478,7 @@ def check(
         if (input_weights is None) != (recurrent_weights is None):
             raise ValueError("input_weights and recurrent_weights must be given together; pass both, or none")
         weights = None if input_weights is None or recurrent_weights is None else (input_weights, recurrent_weights)
-        case = _user_problem(input_tensor, state, weights, p, dt)
+        case = _user_problem(input_tensor, state, weights, p, dt, options.pop("delay", None))
         backend, device = resolve(backend, input_tensor.device)
         checks = _user_checks(case, backend, {"method": p.method} | options)
     results = []

@@ -6,6 +6,7 @@ The environment variable ``TRITON_INTERPRET`` must not be set.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import subprocess
 import tempfile
@@ -25,6 +26,7 @@ from ..backend import triton as triton_backend
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
 from ..kernels import feed_forward, recurrent, sparse
 from ..neuron.records import CobaLIFParameters
+from ..ops.synapses import Synapses
 from ..tuning import tables
 
 TARGETS = {
@@ -200,7 +202,10 @@ MOST_CONNECTED = 2**13
 
 
 def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """The usual calls: both kinds of networks, inference with every spike format, and training with shared parameters."""
+    """The usual calls: all kinds of networks, inference with every spike format, and training with shared parameters.
+
+    Sparse ones have a refractory period and one delay, and either a weight of each synapse or one of each source.
+    """
     options: dict[str, Any] = {"dt": 0.1, "backend": "triton"}
     connected = neurons <= MOST_CONNECTED
     x = torch.zeros(33, batch, neurons, dtype=dtype)
@@ -221,6 +226,37 @@ def _calls(neurons: int, batch: int, dtype: torch.dtype) -> Iterator[Callable[[]
         if connected:
             leaves = [weights.detach().requires_grad_() for weights in (w_in, w_rec)]
             yield functools.partial(train, coba_lif_integral, inputs, None, *leaves, p)
+    if connected:
+        yield from _sparse_calls(inputs, neurons, train, options)
+
+
+# Synapses of a source in the sparse networks whose launches are recorded.
+FAN_OUT = 100
+
+
+def _sparse_calls(
+    inputs: torch.Tensor, neurons: int, train: Callable[..., None], options: dict[str, Any]
+) -> Iterator[Callable[[], Any]]:
+    """The usual calls of networks with sparse synapses."""
+    dtype, fan_out = inputs.dtype, min(neurons, FAN_OUT)
+
+    def synapses(sources: int, weights: torch.Tensor, delay: float | None) -> Synapses:
+        targets = torch.arange(fan_out, dtype=torch.int32).repeat(sources)
+        delays = None if delay is None else torch.tensor([delay])
+        indptr = torch.arange(sources + 1) * fan_out
+        return Synapses(indptr, targets, weights, delays, neurons, delay or 0.0, delay or 0.0)
+
+    incoming = synapses(inputs.shape[-1], torch.ones(1, dtype=dtype), None)
+    each = torch.ones(neurons * fan_out, dtype=dtype)
+    each[:1] = 2.0**-40  # with which 32 bits do not hold the sums
+    formats: tuple[Any, ...] = (None, torch.bool, torch.uint8, "bits")
+    p = CobaLIFParameters(refractory=2.0)
+    for spike_dtype, weights in itertools.product(formats, (each, torch.ones(neurons, 1, dtype=dtype))):
+        recurrent = synapses(neurons, weights, 1.5)
+        yield functools.partial(coba_lif_integral, inputs, None, incoming, recurrent, p, spike_dtype=spike_dtype, **options)
+    learned = incoming.with_weights(torch.ones(incoming.count, dtype=dtype, requires_grad=True))
+    recurrent = synapses(neurons, each.clone().requires_grad_(), 1.5)
+    yield functools.partial(train, coba_lif_integral, inputs, None, learned, recurrent, p)
 
 
 def launches_of(target: str, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> dict[str, tuple[str, Launch]]:

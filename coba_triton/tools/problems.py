@@ -1,7 +1,7 @@
 """Random problems for checks, tuning, benchmarks and tests.
 
-In :func:`problem` and :func:`recurrent_problem` neurons fire often, and every surrogate derivative matters. In
-:func:`sparse_problem` they fire about as often as in simulated networks of the brain. :data:`CASES` are timed.
+In :func:`problem`, :func:`recurrent_problem` and :func:`network_problem` neurons fire often, and every surrogate derivative
+matters. In :func:`sparse_problem` they fire about as often as in simulated networks of the brain. :data:`CASES` are timed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..neuron.records import (
     feed_forward_state,
     recurrent_state,
 )
+from ..ops.synapses import Synapses
 
 DT = 0.01
 VALUES = {
@@ -250,6 +251,122 @@ def recurrent_problem(
         recurrent_state(*(torch.as_tensor(field).to(device, dtype) for field in fields)),
         weights(neurons, inputs).to(device),
         weights(neurons, neurons).to(device),
+        {name: value.to(device, dtype) for name, value in parameters.items()},
+    )
+
+
+@dataclass
+class NetworkProblem(_Runs):
+    """The arguments of a run through sparse synapses."""
+
+    x: Tensor
+    state: RecurrentState
+    input_weights: Tensor | Synapses
+    recurrent_weights: Synapses
+    parameters: dict[str, Tensor]
+    alpha: float = 5.0
+    dt: float = DT
+
+    def leaves(self) -> dict[str, Tensor]:
+        inputs = self.input_weights
+        return {
+            "x": self.x,
+            **self.state._asdict(),
+            "input_weights": inputs.weights if isinstance(inputs, Synapses) else inputs,
+            "recurrent_weights": self.recurrent_weights.weights,
+            **self.parameters,
+        }
+
+    def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
+        p = self.record(options.pop("method", "super"))
+        weights = self.input_weights, self.recurrent_weights
+        return coba_lif_integral(self.x, self.state, *weights, p, self.dt, backend=backend, **options)
+
+
+# The longest delays of a network problem in steps; one of its synapses has it.
+DELAYS = {"none": 1, "one": 3, "mixed": 9}
+
+
+def network_problem(
+    steps: int,
+    batch: int,
+    neurons: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    inputs: int = 6,
+    delays: str = "mixed",
+    dense_input: bool = False,
+    exact: bool = False,
+    per_neuron: bool = False,
+    refractory: bool = False,
+    x_dtype: torch.dtype | None = None,
+    graded: bool = False,
+    seed: int = 0,
+) -> NetworkProblem:
+    """Make a problem of sparse synapses: about six a source, several of some pairs.
+
+    Args:
+        steps: T.
+        batch: B.
+        neurons: N.
+        dtype: dtype of the state and the weights, float32 or float64.
+        device: the device of all tensors.
+        inputs: I.
+        delays: ``none``; ``one``, which all synapses have, while every source has one weight; or ``mixed``, where every
+            synapse has a delay and a weight of its own.
+        dense_input: whether the weights of the input are a matrix. They are multiples of 2^-10 then.
+        exact: whether all weights are multiples of 2^-10, so that sums of 32 bits hold them.
+        per_neuron: whether every neuron has its own parameters.
+        refractory: whether there is a refractory period.
+        x_dtype: dtype of the input, that of the state by default. An input of integers has counts of spikes.
+        graded: whether the input is any numbers.
+        seed: the seed of the random numbers.
+    """
+    g = torch.Generator().manual_seed(seed)
+    longest = DELAYS[delays]
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, generator=g, dtype=torch.float64)
+
+    def weights(*size: int, scale: float, rounded: bool = exact) -> Tensor:
+        values = scale * (torch.randn(*size, generator=g, dtype=torch.float64) + 0.3)
+        return torch.round(values * 1024) / 1024 if rounded else values
+
+    def synapses(sources: int, shape: tuple[int, ...], scale: float, delay: Any) -> Synapses:
+        count = 6 * sources
+        source, target = (torch.randint(size, (count,), generator=g) for size in (sources, neurons))
+        own = weights(*shape, scale=scale).to(dtype)
+        return Synapses.from_coo(target, source, own, delay, shape=(neurons, sources)).to(device)
+
+    count = 6 * neurons
+    each = DT * (1 + torch.randint(longest, (count,), generator=g)).clamp(max=longest)
+    each[:1] = DT * longest
+    delay = {"none": None, "one": DT * longest, "mixed": each.float()}[delays]
+    recurrent = synapses(neurons, (neurons, 1) if delays == "one" else (count,), 0.15, delay)
+    if dense_input:
+        input_weights: Tensor | Synapses = weights(neurons, inputs, scale=0.15, rounded=True).to(device, dtype)
+    else:
+        input_weights = synapses(inputs, (6 * inputs,), 0.3 * max(1.0, neurons / inputs / 6), None)
+    x = (rand(steps, batch, inputs) < 0.2).double() * (1 if x_dtype is None else 1 + torch.floor(2 * rand(steps, batch, 1)))
+    x = x if not graded else 2 * rand(steps, batch, inputs) - 0.5
+    history = (rand(longest, batch, neurons) < 0.2).double()
+    state = [history[-1], -0.2 + 0.05 * (rand(batch, neurons) - 0.5), 0.2 * rand(batch, neurons), 0.2 * rand(batch, neurons)]
+    parameters = {
+        name: value * (1 + 0.05 * (rand(neurons) - 0.5)) if per_neuron else torch.tensor(value, dtype=torch.float64)
+        for name, value in VALUES.items()
+    }
+    if refractory:
+        state += _held(parameters, state[-1], per_neuron)
+    elif longest > 1:
+        state.append(torch.zeros_like(history[-1]))
+    if longest > 1:
+        state.append(history)
+    return NetworkProblem(
+        x.to(device, dtype if x_dtype is None else x_dtype),
+        recurrent_state(*(field.to(device, dtype) for field in state)),
+        input_weights,
+        recurrent,
         {name: value.to(device, dtype) for name, value in parameters.items()},
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ..backend.choose import logger
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
 from ..neuron.records import CobaLIFParameters
 from ..ops.constants import constants_table
+from ..ops.synapses import Synapses
 
 
 @contextmanager
@@ -36,7 +39,10 @@ def warmup(
 ) -> None:
     """Compile the CPU kernels now instead of at their first call, and say so on standard error.
 
-    It takes some seconds, once: the code is kept on the disk, and later processes load it.
+    It takes a minute or so, once: the code is kept on the disk, and later processes load it. Of networks with sparse
+    synapses or delays, it compiles the kernels for float32: with and without a refractory period, for sums of 32 and of 64
+    bits, and in training those that learn weights. A sparse network in float64 compiles its own at their first call, and so
+    do the constructors of random synapses.
 
     Args:
         dtypes: dtypes of state and arithmetic, ``torch.float32`` or ``torch.float64``.
@@ -66,6 +72,7 @@ def warmup(
                     spikes.sum().backward()
             if dtype == torch.float32:  # the kernels of a long run check only float32 input while they read it
                 _warm_up_streams(constants_table(p, 1.0, dtype, x.device, x.shape[2:]), x.detach()[0])
+                _warm_up_synapses(p, train)
 
 
 def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
@@ -76,3 +83,20 @@ def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
         for job in stream.submit(x, torch.empty(1, x.shape[1], dtype=torch.int32), lanes(x.shape[1]))[1]:
             job.result()
     row_sums(x)
+
+
+def _warm_up_synapses(p: CobaLIFParameters, train: bool) -> None:
+    """Compile the kernels of sparse networks. Sums have 32 bits where these hold all weights, unless weights are learned."""
+    from ..backend.cpu.sparse import splits_kernel
+
+    x = torch.zeros(1, 1, 2)
+    inputs = Synapses.from_coo([0, 1], [0, 1], 1.0, shape=(2, 2))
+    for refractory, weights in itertools.product((0.0, 1.0), ((1.0, 1.0), (1.0, 1e-9))):
+        recurrent = Synapses.from_coo([0, 1], [1, 0], torch.tensor(weights), shape=(2, 2))
+        coba_lif_integral(x, None, inputs, recurrent, p._replace(refractory=refractory), backend="cpu")
+    for refractory in (0.0, 1.0) if train else ():
+        learned = inputs.with_weights(torch.ones(2, requires_grad=True))
+        spikes, _ = coba_lif_integral(x, None, learned, learned, p._replace(refractory=refractory), backend="cpu")
+        spikes.sum().backward()
+    indptr, targets = inputs.indptr.numpy(), inputs.targets.numpy()  # of threads that share a batch row
+    splits_kernel()(indptr, targets, np.arange(2), np.empty((2, 2), np.int64))

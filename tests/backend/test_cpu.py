@@ -28,7 +28,7 @@ from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
 from coba_triton.backend.cpu import cache as _kernel_cache
 from coba_triton.backend.cpu import feed_forward as kernels
 from coba_triton.backend.cpu import numba_bridge, rows
-from coba_triton.tools.problems import Problem, problem, recurrent_problem
+from coba_triton.tools.problems import Problem, network_problem, problem, recurrent_problem
 from helpers.bits import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,6 +274,15 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
         for case in (problem(40, (5,), per_neuron=per_neuron), recurrent_problem(40, 2, 5, per_neuron=per_neuron)):
             case.x.requires_grad_()
             case.run("cpu")[0].sum().backward()
+        sparse = [{"delays": "none"}, {"delays": "none", "refractory": True}, {"exact": True}, {"neurons": 600, "batch": 1}]
+        for options in sparse:
+            network = network_problem(**{"steps": 40, "batch": 2, "neurons": 5, "per_neuron": per_neuron} | options)
+            network.run("cpu", spike_dtype="bits")
+            recurrent = network.recurrent_weights
+            recurrent.weights.requires_grad_()
+            for spikes in (network.run("cpu")[0], network.run("cpu", record_states=True)[0]):
+                spikes.sum().backward()
+            assert recurrent.weights.grad is not None
         p = coba_triton.CobaLIFParameters(v_rest=torch.full((5,), -20.0) if per_neuron else -20.0)
         for name, x in (("a", torch.zeros(40, 5)), ("b", torch.zeros(40, 5, dtype=torch.bool))):
             sink = tmp_path / f"{name}.zarr"
@@ -284,6 +293,19 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
 def test_a_warmup_of_another_dtype() -> None:
     with pytest.raises(ValueError, match=r"dtypes must be torch.float32 or torch.float64, got torch.float16; .*half"):
         coba_triton.warmup([torch.float16])
+
+
+def test_kernels_are_compiled_anew_where_code_that_they_take_has_changed() -> None:
+    """The digest that is part of a kernel's key covers every module from which another one of the folder takes code."""
+    folder = Path(numba_bridge.__file__).parent
+    kernels = [path for path in folder.glob("*.py") if "sources()" in path.read_text() and path.stem != "numba_bridge"]
+    assert len(kernels) >= 4
+    taken: set[str] = set()
+    while kernels:
+        imported = set(re.findall(r"^from \.(\w+) import", kernels.pop().read_text(), re.M)) - {"cache"}
+        kernels += [folder / f"{name}.py" for name in imported - taken]
+        taken |= imported
+    assert taken == set(numba_bridge.SHARED)
 
 
 @pytest.fixture

@@ -217,9 +217,9 @@ def test_table_and_list(config: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert printed.err == ""
     assert main(["simulate", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("cobanet  4000 connected neurons")
-    assert lines[1].startswith("ecg      a real ECG")
-    assert lines[2].startswith("poisson  neurons with")
+    assert lines[0].startswith("ecg      a real ECG")
+    assert lines[1].startswith("poisson  neurons with")
+    assert lines[2].startswith("va       4000 connected neurons")
 
 
 def test_progress_bar_on_a_terminal(

@@ -18,6 +18,7 @@ from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import sparse as sparse_kernels
 from coba_triton.ops.call import Outputs
 from helpers.bits import assert_same_bits
+from helpers.sparse_memory import sparse_zeros
 from helpers.sparse_networks import SparseProblem, sparse_network_problem
 
 F64 = torch.float64
@@ -215,3 +216,51 @@ def test_no_output_but_the_state() -> None:
     ring = triton_backend.sparse_ring(case.net, case.history)
     final = triton_backend.sparse_block(case.net, ring, 0, case.x, case.drive, case.state, Outputs())
     assert_same_bits([final], [case.expected()["final"]])
+
+
+# The axis along which an argument has the rows of the batch.
+ROWS = {
+    "sparse_forward_kernel": {
+        **{"drive_ptr": 2, "ring_ptr": 2, "final_ptr": 1, "lists_ptr": 0},
+        **{"spikes_ptr": 1, "words_ptr": 1, "states_ptr": 2},
+    },
+    "sparse_backward_kernel": {
+        **{"trajectory_ptr": 2, "words_ptr": 1, "grad_spikes_ptr": 1, "grad_states_ptr": 2},
+        **{"lam_ptr": 1, "adjoints_ptr": 1, "grad_constants_ptr": 1},
+    },
+}
+
+
+def test_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of 2^21 rows has the bits of that row alone, forward and back; drives and adjoints have 2^31 elements."""
+    rows, launch, compared = 2**21, triton_backend._launch, []
+
+    def launch_both(kernel: Any, grid: tuple[int, ...], device: Any, num_warps: int, *args: Any, **meta: Any) -> None:
+        axes = ROWS.get(kernel.__name__)
+        large: list[Any] = []
+        for name, value in zip(kernel.arg_names, args, strict=False):
+            if axes is None or not isinstance(value, torch.Tensor) or name not in axes:
+                large.append(rows if name == "B" else value * rows if name == "states_stride" else value)
+                continue
+            shape = list(value.shape)
+            shape[axes[name]] *= rows
+            many = sparse_zeros(torch.Size(shape).numel(), value.dtype).view(shape)
+            many.narrow(axes[name], shape[axes[name]] - value.shape[axes[name]], value.shape[axes[name]]).copy_(value)
+            large.append(many)
+        launch(kernel, grid, device, num_warps, *args, **meta)
+        if axes is None:
+            return
+        with ptxsim.install(arch=ptxsim.current_options().arch, race=False, first_block=(rows - 1, 0, 0), blocks=(1, 1, 1)):
+            launch(kernel, (rows, 1), device, num_warps, *large, **meta)
+        for name, alone, many in zip(kernel.arg_names, args, large, strict=False):
+            if name in axes:
+                last = many.narrow(axes[name], many.shape[axes[name]] - alone.shape[axes[name]], alone.shape[axes[name]])
+                assert torch.equal(last.nan_to_num(), alone.nan_to_num()), (kernel.__name__, name)
+                if many.numel() > 2**31:
+                    compared.append(name)
+
+    case = problem(steps=33, neurons=32, batch=1, delays=(1, 1))
+    together(monkeypatch, 1)
+    monkeypatch.setattr(triton_backend, "_launch", launch_both)
+    case.gradients(case.random_loss(), "super", 1, ())
+    assert {"drive_ptr", "states_ptr", "trajectory_ptr", "adjoints_ptr"} <= set(compared)

@@ -17,33 +17,17 @@ import torch
 import triton
 
 import dry
-from coba_triton import (
-    CobaLIF,
-    CobaLIFParameters,
-    CobaLIFRecurrent,
-    Synapses,
-    coba_lif_feed_forward_integral,
-    coba_lif_integral,
-)
+from coba_triton import CobaLIF, CobaLIFParameters, CobaLIFRecurrent, coba_lif_feed_forward_integral, coba_lif_integral
 from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import feed_forward, recurrent, sparse
+from coba_triton.tools import compiler
 from coba_triton.tools.problems import sparse_problem
+from programs.compile_targets import run_sparse
 
 P = CobaLIFParameters()
 X = torch.zeros(40, 3, 64)
 LEAF = torch.zeros(40, 3, 64, requires_grad=True)
 W_IN, W_REC = torch.zeros(100, 64), torch.zeros(100, 100)
-TARGETS = torch.arange(2000)
-FROM_INPUTS = Synapses.from_coo(TARGETS % 100, TARGETS % 64, torch.ones(2000), shape=(100, 64))
-FEW = Synapses.from_coo(TARGETS % 100, TARGETS % 100, torch.ones(2000), shape=(100, 100))
-SYNAPSES = Synapses.from_coo(TARGETS % 1999, TARGETS, torch.ones(2000), 0.3, shape=(2000, 2000))
-FROM_INPUTS_TO_MANY = Synapses.from_coo(TARGETS, TARGETS % 64, torch.ones(2000), shape=(2000, 64))
-
-
-def learned(synapses: Synapses) -> Synapses:
-    return synapses.with_weights(synapses.weights.clone().requires_grad_())
-
-
 CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "feed-forward": (
         lambda: coba_lif_feed_forward_integral(X, None, P, 0.1, backend="triton"), {"forward_kernel": 1},
@@ -70,21 +54,14 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
         {"compact_kernel": 1, "projection_kernel": 1, "driven_kernel": 40},
     ),
     "sparse": (
-        lambda: coba_lif_integral(X, None, FROM_INPUTS, FEW, P, 0.1, backend="triton"),
+        lambda: run_sparse(neurons=100),
         {"compact_kernel": 2, "scatter_kernel": 1, "sparse_projection_kernel": 1, "sparse_forward_kernel": 1},
     ),
-    "sparse, in two blocks": (
-        lambda: coba_lif_integral(X, None, FROM_INPUTS_TO_MANY, SYNAPSES, P, 0.1, backend="triton", block_steps=32),
-        {"compact_kernel": 3, "scatter_kernel": 1, "sparse_projection_kernel": 2, "sparse_forward_kernel": 2},
-    ),
     "sparse, training": (
-        lambda: coba_lif_integral(
-            LEAF, None, learned(FROM_INPUTS_TO_MANY), learned(SYNAPSES), P, 0.1, backend="triton", block_steps=32
-        )[0].sum().backward(),
+        lambda: run_sparse(neurons=2000, train=True),
         {
-            "compact_kernel": 3 + 2 * 5 + 1, "scatter_kernel": 1 + 2 * 2, "sparse_projection_kernel": 4,
-            "sparse_forward_kernel": 2, "driven_kernel": 2, "sparse_backward_kernel": 2, "synapse_gradient_kernel": 5,
-            "source_gradient_kernel": 3,
+            "compact_kernel": 7, "scatter_kernel": 2, "sparse_projection_kernel": 2, "sparse_forward_kernel": 1,
+            "driven_kernel": 1, "sparse_backward_kernel": 1, "synapse_gradient_kernel": 3, "source_gradient_kernel": 2,
         },
     ),
     "recurrent module, training": (
@@ -150,6 +127,20 @@ def test_torch_compile_takes_a_backend_that_is_a_gpus(kind: str) -> None:
     dry.launches()
     compiled(torch.zeros(40, 3, 64, requires_grad=True)).sum().backward()
     assert {"forward_kernel", "backward_kernel"} <= set(dry.launches())
+
+
+def test_the_kernels_of_sparse_networks_are_compiled_ahead() -> None:
+    """Each of them, for sums of both widths; launches are recorded in a process of its own, as a command does it."""
+    program = (
+        "import torch; from coba_triton.tools import compiler\n"
+        "for kernel, (source, _) in compiler.launches_of('sm_90', [(100, 3)], torch.float32).values():\n"
+        "    print(kernel, source.signature.get('ring_ptr'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = {tuple(line.split()) for line in done.stdout.splitlines()}
+    names = [name for name, (module, _) in compiler.TRITON_FUNCTIONS.items() if module is sparse]
+    assert len(names) == 6 and set(names) <= {name for name, _ in found}
+    assert {pointer for name, pointer in found if name == "sparse_forward_kernel"} == {"*i32", "*i64"}
 
 
 def test_what_is_compiled_ahead_is_found_in_the_cache(tmp_path: Path) -> None:

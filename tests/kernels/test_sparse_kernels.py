@@ -270,7 +270,7 @@ def test_synapses_of_nobody(device) -> None:
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     "super": {"case": {}},
-    "sparse input, samples": {"case": {"inputs": 20, "size": 0.1, "batch": 4}, "samples": 2},
+    "sparse input, samples": {"case": {"inputs": 20, "size": 0.1, "batch": 4, "graded": True}, "samples": 2},
     "graded, jump first": {"case": {"graded": True, "jump_first": True, "per_neuron": True}, "samples": 2},
     "refractory": {"case": {"refractory": True, "per": "source"}},
     "of the network": {"case": {"per": "network", "size": 0.03, "delays": (1, 1)}},

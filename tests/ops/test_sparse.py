@@ -186,6 +186,25 @@ class TestGrid:
                 found[0].detach(), coba_lif_integral(x, graded, inputs, synapses, P, DT, backend="reference")[0]
             )
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize("learned", [False, True])
+    @pytest.mark.parametrize("backend", ["reference", "cpu"])
+    def test_the_largest_sum_fits(self, backend: str, learned: bool, sign: int) -> None:
+        """All synapses of a neuron deliver in one step: 32-bit sums and 64-bit ones hold what arrives."""
+        neurons = 40
+        matrix = torch.zeros(neurons, neurons)
+        matrix[0] = 0.75 * sign  # of few bits: 40 of them are the largest sum of their grid
+        synapses = Synapses.from_torch(matrix.to_sparse())
+        synapses = synapses.with_weights(synapses.weights.clone().requires_grad_(learned))
+        grid = grid_of(synapses.weights, synapses.indptr, synapses.targets, neurons)
+        assert grid.sums == (torch.int64 if learned else torch.int32)
+        start = CobaLIFState(torch.ones(1, neurons), -60.0, 0.0, 0.0)
+        x = torch.zeros(1, 1, 0)
+        p = P._replace(tau_syn_exc_inv=0.0, tau_syn_inh_inv=0.0)
+        _, state = coba_lif_integral(x, start, torch.zeros(neurons, 0), synapses, p, DT, backend=backend)
+        received, other = (state.g_e, state.g_i)[::sign]
+        assert received[0, 0] == 0.75 * neurons and received[0, 1:].eq(0).all() and other.eq(0).all()
+
     def test_follows_weights_that_change_in_place(self) -> None:
         synapses = draw(10, 10, 30)
         before = grid_of(synapses.weights, synapses.indptr, synapses.targets, 10)
@@ -282,6 +301,26 @@ def test_threads_share_a_row(delays: Any, batch: int, threads: int, monkeypatch:
     finally:
         torch.set_num_threads(before)
     assert 0.001 < alone[0].mean() < 0.5
+
+
+def test_threads_share_the_synapses_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two records with one tensor of sources, each has its own targets."""
+    from coba_triton.backend.cpu import launch
+
+    monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
+    x, start, inputs, recurrent, p, _ = case(neurons=300, batch=1, count=6000, delays=0.4)
+    mirrored = 299 - recurrent.targets
+    order = torch.argsort(recurrent.source_of() * 300 + mirrored, stable=True)
+    other = recurrent._replace(targets=mirrored[order])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for synapses in (recurrent, other):
+            wanted = coba_lif_integral(x, start, inputs, synapses, p, DT, backend="reference")
+            assert wanted[0].sum() > 0
+            assert_same(coba_lif_integral(x, start, inputs, synapses, p, DT, backend="cpu"), wanted)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_out_and_packed_spikes() -> None:
@@ -391,6 +430,19 @@ def test_shared_weights(shape: str) -> None:
     if shape == "source":
         sums = torch.zeros(37, dtype=torch.float64).index_add(0, recurrent.source_of(), found[1][1])[:, None]
     torch.testing.assert_close(found[0][1], sums)
+
+
+def test_a_weight_of_0_has_no_gradient() -> None:
+    """It is of neither sign. Its neighbours have the gradient that they have without it."""
+    x, _, inputs, recurrent, p, _ = case(dtype=torch.float64, batch=18, delays="mixed", steps=40)
+    silent = torch.arange(recurrent.count) % 3 == 0
+    weights = torch.where(silent, 0.0, recurrent.weights)
+    for backend in ("reference", "cpu"):
+        leaves = [weights.clone().requires_grad_(), torch.where(inputs.weights > 0, inputs.weights, 0.0).requires_grad_()]
+        synapses = inputs.with_weights(leaves[1]), recurrent.with_weights(leaves[0])
+        spikes, _ = coba_lif_integral(x, None, *synapses, p._replace(alpha=0.5), DT, backend=backend)
+        for leaf, grad in zip(leaves, torch.autograd.grad(spikes.sum(), leaves), strict=True):
+            assert grad[leaf == 0].eq(0).all() and grad[leaf != 0].ne(0).any(), backend
 
 
 def test_sparse_leaves_get_sparse_gradients() -> None:
@@ -570,6 +622,16 @@ def test_dense_module_with_a_delay() -> None:
     assert_same_bits(found.detach(), wanted)
 
 
+def test_no_synapses_have_no_delays_to_check() -> None:
+    x, inputs = noise(20, 2, 8), draw(8, 5, 20, scale=0.05)
+    empty = Synapses.from_coo([], [], [], [], shape=(5, 5))
+    assert empty.delays is not None
+    wanted = coba_lif_integral(x, None, inputs, torch.zeros(5, 5), P, DT)
+    assert wanted[0].sum() > 0
+    for backend in ("reference", "cpu"):
+        assert_same(coba_lif_integral(x, None, inputs, empty, P, DT, backend=backend), wanted)
+
+
 # What is refused
 
 
@@ -622,3 +684,19 @@ def test_operators_refuse_what_would_be_read_past_its_end() -> None:
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 small(recurrent=wrong)
+
+
+def test_what_changes_in_place_is_looked_at_again() -> None:
+    synapses = draw(5, 5, 9, 0.3)._replace(delays=torch.full((9,), 0.3))
+    small(recurrent=synapses)
+    assert synapses.delays is not None
+    for tensor, wrong, message in (
+        (synapses.targets, 7, "targets must be from 0 to 4"),
+        (synapses.delays, 5.0, "delays must be from"),
+    ):
+        before = tensor.clone()
+        tensor.fill_(wrong)
+        with pytest.raises(ValueError, match=message):
+            small(recurrent=synapses)
+        tensor.copy_(before)
+        small(recurrent=synapses)

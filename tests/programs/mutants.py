@@ -36,6 +36,7 @@ RECURRENT += ["-k", "triton or recurrent_kernels"]
 CPU_RECURRENT = [*PYTEST, SHARED, "tests/backend/test_cpu_recurrent.py", "-m", "not slow", "-k", "cpu"]
 SPARSE = [*PYTEST, "tests/kernels/test_sparse_kernels.py", "-m", "not slow"]
 EXECUTED_SPARSE = [argument.replace("test_kernels", "test_sparse_kernels") for argument in EXECUTED[:-1]]
+SYNAPSES = [*PYTEST, "tests/ops/test_sparse.py", "-m", "not slow"]
 # What reaches the code of an area, by layer: arguments of Python.
 AREAS: dict[str, dict[str, list[str]]] = {
     "neuron": {"equations": EQUATIONS},
@@ -68,6 +69,11 @@ AREAS: dict[str, dict[str, list[str]]] = {
         "CPU path": [*PYTEST, *CPU_TESTS, "-m", "not slow", "-k", "not triton"],
     },
     "CPU recurrent": {"CPU path": CPU_RECURRENT},
+    "CPU sparse": {"CPU path": SYNAPSES},
+    "synapses": {
+        "equations": [*SYNAPSES, "-k", "TestEquations or TestGrid or reference or refuse"],
+        "CPU path": [*SYNAPSES, "-k", "not TestEquations and not TestGrid"],
+    },
 }
 
 
@@ -139,6 +145,14 @@ def cpu_rows(edits: dict[str, str]) -> Mutant:
     return Mutant("CPU feed-forward", "coba_triton/backend/cpu/rows.py", edits)
 
 
+def cpu_sparse(edits: dict[str, str], file: str = "sparse.py") -> Mutant:
+    return Mutant("CPU sparse", f"coba_triton/backend/cpu/{file}", edits)
+
+
+def synapses(file: str, edits: dict[str, str]) -> Mutant:
+    return Mutant("synapses", f"coba_triton/{file}", edits)
+
+
 SUMS_BARRIER = "tl.debug_barrier()  # the sums are complete before any thread takes them"
 CLEARED = "tl.store(place, tl.zeros_like(i), mask=mask)"
 ARRIVAL = "slot = sent + load_steps(delays_ptr, source, synapse, mask, per_ms, DELAY)"
@@ -152,6 +166,10 @@ ADJOINT_BARRIER = "tl.debug_barrier()  # the adjoints of all neurons are written
 BY_SIGN = "(weights > 0) * excitatory {} (weights < 0) * inhibitory"
 KEPT_LEFT = "left = left_at(frame, {}FRAME_LEFT, j, holds)\n        a ="
 STORED_SPIKE = "z: Any = 1.0 if (words[j] >> {}) & 1 else 0.0"
+ROW_OF_CELLS = "cells[k * lanes + {}] = row[k]"
+CARRIED = "[max(0, len(sent) - longest{}) : -1]{}"
+LAST_SYNAPSE = "first, last = w.splits[part, source], w.splits[part + 1, source]"
+IN_HISTORY = "by_spikes[begin - here.start :] += grad_history[begin - first : here.stop - first]"
 
 MUTANTS = {
     "a potential on the threshold spikes": neuron({"z = x > 0.0": "z = x >= 0.0"}),
@@ -243,6 +261,59 @@ MUTANTS = {
     "sparse: rows of a sample are strided": sparse_launch(
         {"permute(1, 3, 0, 2).contiguous()": "permute(1, 3, 2, 0).contiguous()"}
     ),
+    "CPU sparse: a delay is one step too short": cpu_sparse(
+        {"int(np.rint(w.delays[index] * w.per_ms))": "int(np.rint(w.delays[index] * w.per_ms)) - 1"}
+    ),
+    "CPU sparse: a slot of the ring is not cleared": cpu_sparse({"        e[j] = 0\n        i[j] = 0": "        i[j] = 0"}),
+    "CPU sparse: a held neuron spikes": cpu_sparse({SPIKE: "spike = excess(u, c) > 0.0"}),
+    "CPU sparse: the last synapse of a source is left out": cpu_sparse({LAST_SYNAPSE: f"{LAST_SYNAPSE} - 1"}),
+    "CPU sparse: signs are swapped": cpu_sparse({"1 if weight < 0 else 0": "0 if weight < 0 else 1"}),
+    "CPU sparse: the unit of graded inputs is forgotten": cpu_sparse(
+        {"incoming.scales[2] * unit": "incoming.scales[2]", "incoming.scales[3] * unit": "incoming.scales[3]"}
+    ),
+    "CPU sparse: every block begins with the first slot": cpu_sparse({"slot = start % longest": "slot = 0"}),
+    "CPU sparse: a thread's synapses begin one neuron late": cpu_sparse({"bounds[p])": "bounds[p] + 1)"}),
+    "CPU sparse: threads do not meet": cpu_sparse({"if threads > 1:": "if threads > 99:"}, "meeting.py"),
+    "CPU sparse: more steps together than the shortest delay has": cpu_sparse(
+        {"min(net.shortest, sparse.MOST_TOGETHER)": "min(net.shortest + 1, sparse.MOST_TOGETHER)"}, "launch.py"
+    ),
+    "CPU sparse: lanes are mixed up": cpu_sparse(
+        {ROW_OF_CELLS.format("lane"): ROW_OF_CELLS.format("(lanes - 1 - lane)")}, "sparse_backward.py"
+    ),
+    "CPU sparse: lanes forget what they had added": cpu_sparse(
+        {"return builder.fadd(total, builder.fmul(every, loaded))": "return builder.fmul(every, loaded)"}, "lanes.py"
+    ),
+    "CPU sparse: a weight of 0 has a gradient": cpu_sparse(
+        {"if paths.magnitudes[s] == 0:": "if paths.magnitudes[s] < 0:"}, "sparse_backward.py"
+    ),
+    "CPU sparse: inhibitory weights keep the gradient's sign": cpu_sparse(
+        {"by_weight[s] = -by_weight[s]": "by_weight[s] = by_weight[s]"}, "sparse_backward.py"
+    ),
+    "synapses: a spike arrives one step late": synapses(
+        "backend/reference.py", {"len(history) - w.steps]": "len(history) - 1 - w.steps]"}
+    ),
+    "synapses: 64-bit sums on a grid two bits too fine": synapses("ops/grid.py", {"torch.int64: 62": "torch.int64: 64"}),
+    "synapses: 32-bit sums on a grid two bits too fine": synapses("ops/grid.py", {"torch.int32: 30": "torch.int32: 32"}),
+    "synapses: 32-bit sums of weights that are not exact": synapses(
+        "ops/grid.py", {"return bool((scaled == torch.round(scaled)).all())": "return True"}
+    ),
+    "synapses: the grid of weights that have changed": synapses("ops/grid.py", {"key = (weights._version, ": "key = (0, "}),
+    "synapses: spikes under way are lost between calls": synapses(
+        "functional.py", {CARRIED.format("", ""): CARRIED.format("", " * 0")}
+    ),
+    "synapses: the oldest spikes under way are lost between calls": synapses(
+        "functional.py", {CARRIED.format("", ""): CARRIED.format(" + 2", "")}
+    ),
+    "synapses: a matrix loses its delay": synapses(
+        "ops/wiring.py", {'delay if name == "recurrent_weights" else None': "None"}
+    ),
+    "synapses: spikes in the last history have no gradient": synapses("ops/sparse_blocks.py", {IN_HISTORY: "pass"}),
+    "synapses: what arrives after a block has no gradient": synapses(
+        "ops/sparse_blocks.py", {"later = adjoints[:longest].clone()": "later = torch.zeros_like(adjoints[:longest])"}
+    ),
+    "synapses: what has changed is not looked at again": synapses(
+        "ops/sparse_operators.py", {"known = (tensor._version, *fits)": "known = fits"}
+    ),
     "spikes before a block from the wrong bit": blocks({">> (WORD_BITS - 1)) & 1": ">> (WORD_BITS - 2)) & 1"}),
     "inhibitory weights keep the gradient's sign": blocks({BY_SIGN.format("-"): BY_SIGN.format("+")}),
     "a held neuron spikes": refractory("coba_triton/neuron/step.py", {"z = z & (left <= 0.0)": "z = z"}),
@@ -272,11 +343,11 @@ MUTANTS = {
 
 
 def plant(mutant: Mutant | None, folder: Path) -> None:
-    """A copy of the sources, with the bug."""
+    """A copy of the sources, with the bug, and of the kernels' machine code, which serves where the bug is elsewhere."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("*.pyc"))
         else:
             shutil.copy(source, folder / name)
     if mutant:

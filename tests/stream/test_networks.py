@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coba_triton import (
+    CobaLIF,
     CobaLIFRecurrent,
     EventSource,
     NpzSink,
@@ -353,3 +354,42 @@ def test_unconnected_sources_and_silent_networks() -> None:
     result = simulate(net, torch.zeros(100, 0), record=Record(inputs=True), progress=False)
     assert not result.spikes[:].any()
     assert not result.array("input_e").any()
+
+
+@pytest.mark.parametrize("kind", ["held", "dense input"])
+def test_kernels_for_gpus_keep_the_same_bits(kind: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    x = drive((INPUTS,), 200)[:]
+    one, other = (
+        simulate(network(backend=backend, **KINDS[kind]), x, block_steps=64, record=RECORD, progress=False)
+        for backend in ("triton", "reference")
+    )
+    assert one.spikes[:].sum() > 20
+    np.testing.assert_array_equal(one.spikes[:], other.spikes[:])
+    np.testing.assert_array_equal(one.traces["v"][:], other.traces["v"][:])
+    assert_fields_equal(one.state, other.state)
+
+
+def test_results_of_parts_of_a_batch_are_read_as_one(tmp_path: Path) -> None:
+    net = network(p=HELD)
+    source = PoissonSource(600.0, T, (4, INPUTS), 0.1, seed=2)
+    expected = simulate(net, source, progress=False)
+    assert expected.spikes[:].sum() > 50
+    for part in (0, 1):
+        rows = slice(2 * part, 2 * part + 2)
+        source = PoissonSource(600.0, T, (4, INPUTS), 0.1, seed=2, rows=rows)
+        simulate(net, source, sink=tmp_path / f"{part}.zarr", progress=False)
+    joined = open_result([tmp_path / "0.zarr", tmp_path / "1.zarr"])
+    np.testing.assert_array_equal(joined.spikes[:], expected.spikes[:])
+    assert_fields_equal(joined.state, expected.state)
+
+
+def test_graded_input_loses_nothing_where_weights_are_round() -> None:
+    """Sums of 32 bits would be exact for these weights, but not for these inputs."""
+    inputs = Synapses.from_coo(range(N), range(N), 1.0, shape=(N, N))
+    x = torch.rand(40, N, generator=torch.Generator().manual_seed(0)) * 2e-4
+    none = Synapses.from_coo([], [], 0.0, delays=1.0, shape=(N, N))
+    net = CobaLIFRecurrent(N, N, NEURON, 0.1, input_weights=inputs, recurrent_weights=none)
+    alone = simulate(CobaLIF(NEURON, 0.1), x, record=Record(neurons=range(N)), progress=False)
+    connected = simulate(net, x, record=Record(neurons=range(N)), progress=False)
+    np.testing.assert_array_equal(connected.traces["v"][:], alone.traces["v"][:])

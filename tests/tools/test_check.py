@@ -11,20 +11,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import coba_triton
-from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters
+from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, Synapses
 from coba_triton.backend.cpu import launch as cpu_launch
 from coba_triton.cli import main
 from coba_triton.tools import check_process, checker
 from coba_triton.tools.check_cases import Check, Run
-from coba_triton.tools.check_shrink import shrink
+from coba_triton.tools.check_shrink import part, shrink
 from coba_triton.tools.checker import find_mismatch, sums_are_exact
-from coba_triton.tools.problems import problem, recurrent_problem
+from coba_triton.tools.problems import DT, NetworkProblem, network_problem, problem, recurrent_problem
 
 CPU = torch.device("cpu")
 
@@ -35,9 +36,15 @@ def test_every_quick_case_has_a_name_of_its_own_and_builds() -> None:
         names = [f"{check.group}, {check.name}" for check in checks]
         assert len(set(names)) == len(names)
         assert {check.ours.backend for check in checks} == {backend}
-    assert {"forward", "gradients", "chunking", "determinism", "recurrent forward", "recurrent gradients"} <= {
-        check.group for check in checks
-    }
+    assert {
+        "forward",
+        "gradients",
+        "chunking",
+        "determinism",
+        "recurrent forward",
+        "sparse forward",
+        "sparse gradients",
+    } <= {check.group for check in checks}
 
 
 @pytest.mark.slow
@@ -57,7 +64,7 @@ def test_quick_level_passes(backend, monkeypatch) -> None:
         monkeypatch.setattr(checker, "generate", every_third)
     report = coba_triton.check(backend=backend, device="cpu")
     assert report.ok, str(report)
-    assert len({result.group for result in report.results}) == 16
+    assert len({result.group for result in report.results}) == (22 if backend == "cpu" else 19)
     assert not any(result.status == "skipped" for result in report.results)
 
 
@@ -132,6 +139,79 @@ def test_a_planted_recurrent_bug_is_found_on_any_weights(monkeypatch) -> None:
     assert not report.ok
 
 
+def plant_early_arrivals(monkeypatch) -> None:
+    """What a spike sends over five steps or more arrives one step too early."""
+    original = cpu_launch.sparse_block
+
+    def spoiled(net, *others):
+        delays = net.recurrent.delays
+        early = None if delays is None else torch.where(delays > 4.5 * DT, delays - DT, delays)
+        return original(net._replace(recurrent=net.recurrent._replace(delays=early)), *others)
+
+    monkeypatch.setattr(cpu_launch, "sparse_block", spoiled)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_planted_wrong_delay_is_found_and_shrunk(monkeypatch, kind) -> None:
+    """Few synapses are left: the one with the delay, and what lets its source fire."""
+    only = f"delays mixed, {kind} input, any weights"
+    assert coba_triton.check(backend="cpu", device="cpu", only=only).ok
+    plant_early_arrivals(monkeypatch)
+    report = coba_triton.check(backend="cpu", device="cpu", only=only)
+    (failed,) = report.failures
+    assert not report.ok and failed.group == "sparse forward" and "state." in failed.detail
+    (line,) = [line for line in failed.snippet.splitlines() if "recurrent_weights=" in line]
+    synapses = eval(line.strip().removeprefix("recurrent_weights=").rstrip(","), {"torch": torch, "Synapses": Synapses})
+    assert 1 <= synapses.count <= 3 and synapses.neurons <= 4 and synapses.longest > 4.5 * DT
+    assert ("input_weights=Synapses" in failed.snippet) == (kind == "sparse")
+    assert "differs" in shown_by(failed.snippet)
+    monkeypatch.undo()
+    assert "differs" not in shown_by(failed.snippet)
+
+
+def test_a_planted_wrong_gradient_by_synapses_is_found_and_shown(monkeypatch) -> None:
+    def spoil(result, net, ring, x, drive, state, words, grad_spikes, grad_states, sweep, *others):
+        sweep.recurrent[:, -1] *= 1 + 1e-6
+
+    plant(monkeypatch, cpu_launch, "sparse_backward_block", spoil)
+    report = coba_triton.check(backend="cpu", device="cpu", only="sparse gradients, [37, 2, 30] super float64 decay_first")
+    assert report.failures
+    for failed in report.failures:
+        assert failed.detail.startswith("gradient by recurrent_weights[") and ", allowed are " in failed.detail
+        assert "recurrent_weights differs" in shown_by(failed.snippet)
+
+
+def test_your_own_sparse_network(monkeypatch) -> None:
+    """Any weights have exact sums; only those of a dense matrix of inputs have not, and are compared step by step."""
+    g = torch.Generator().manual_seed(0)
+    x = (torch.rand(40, 2, 2, 5, generator=g) < 0.3).float()
+    p = CobaLIFParameters(refractory=0.3)
+    synapses = [
+        Synapses.from_coo(
+            torch.arange(30) % 7, torch.arange(30) % sources, torch.randn(30, generator=g), delays, shape=(7, sources)
+        )
+        for sources, delays in ((5, None), (7, 0.2 + 0.1 * (torch.arange(30) % 4)))
+    ]
+    report = coba_triton.check(x, None, *synapses, p, 0.1, backend="cpu")
+    assert report.ok and [result.name for result in report.results] == ["forward", "two runs", "gradients"]
+    dense = 0.3 * torch.randn(7, 5, generator=g)
+    report = coba_triton.check(x, None, dense, synapses[1], p, 0.1, backend="cpu")
+    assert report.ok and [result.name for result in report.results] == ["forward", "two runs"]
+    matrix = torch.randn(7, 7, generator=g)
+    report = coba_triton.check(x, None, synapses[0], matrix, p, 0.1, backend="cpu", delay=0.3)
+    assert report.ok and len(report.results) == 3
+
+    def spoil(result, net, ring, start, x, drive, state, out, *others):
+        if out.states is not None:
+            out.states[1] += 2e-4
+        return result
+
+    plant(monkeypatch, cpu_launch, "sparse_block", spoil)
+    report = coba_triton.check(x, None, dense, synapses[1], p, 0.1, backend="cpu")
+    assert [failed.name for failed in report.failures] == ["forward"]
+    assert "state.g_e" in report.failures[0].detail
+
+
 def test_your_own_input() -> None:
     x = torch.randn(20, 3, 5)
     p = CobaLIFParameters(v_thresh=torch.linspace(-15.0, -10.0, 5), c_m_inv=torch.tensor(4.0, requires_grad=True))
@@ -156,6 +236,10 @@ def test_your_own_input_that_fails(monkeypatch) -> None:
 def test_sums_are_exact() -> None:
     assert sums_are_exact(recurrent_problem(5, 2, 30))
     assert not sums_are_exact(recurrent_problem(5, 2, 30, exact=False))
+    sparse = network_problem(5, 2, 30)
+    assert sums_are_exact(sparse) and sums_are_exact(network_problem(5, 2, 30, dense_input=True))
+    sparse.input_weights = torch.rand(30, 6)
+    assert not sums_are_exact(sparse)
     wide = recurrent_problem(5, 2, 30)
     wide.recurrent_weights[0, 0] = 2.0**15  # 2^15 and multiples of 2^-10 take 25 bits
     assert not sums_are_exact(wide)
@@ -173,6 +257,35 @@ def test_shrinking_keeps_what_fails() -> None:
     recurrent.state.v[1, 11] = 7.0
     small = shrink(recurrent, fails)
     assert small.x.shape == (3, 1, 1) and small.input_weights.shape == (1, 1) and small.recurrent_weights.shape == (1, 1)
+    network = network_problem(50, 3, 20, per_neuron=True, refractory=True)
+    network.state.v[1, 11] = 7.0
+    small = shrink(network, fails)
+    assert isinstance(small, NetworkProblem) and small.x.shape == (3, 1, 1) and small.state.history.shape == (9, 1, 1)
+    assert small.recurrent_weights.count <= 1 and small.recurrent_weights.neurons == small.input_weights.neurons == 1
+
+
+def test_a_part_of_a_network_has_the_synapses_between_its_neurons() -> None:
+    case = network_problem(5, 2, 30, dense_input=True)
+    chosen = part(case, 4, slice(1, 2), slice(10, 25), slice(2, 5))
+    assert isinstance(chosen, NetworkProblem) and isinstance(chosen.input_weights, torch.Tensor)
+    assert torch.equal(chosen.recurrent_weights.to_dense(), case.recurrent_weights.to_dense()[10:25, 10:25])
+    assert torch.equal(chosen.input_weights, case.input_weights[10:25, 2:5])
+    few = part(case, 4, slice(None), slice(None), slice(None), slice(3, 40)).recurrent_weights
+    whole = case.recurrent_weights
+    assert torch.equal(few.weights, whole.weights[3:40]) and torch.equal(few.delays, whole.delays[3:40])
+    assert torch.equal(few.targets, whole.targets[3:40]) and torch.equal(few.source_of(), whole.source_of()[3:40])
+
+
+def test_quick_cases_of_sparse_networks_are_lively() -> None:
+    """Neurons fire, and their synapses decide when."""
+    checks = [check for check in checker.select("cpu", CPU, "quick", "sparse ") if "[9, 1, 1]" not in check.name]
+    assert len(checks) > 25
+    for check in checks:
+        case = check.build(CPU)
+        spikes, _ = case.run("cpu")
+        silent = replace(case, recurrent_weights=case.recurrent_weights.with_weights(0 * case.recurrent_weights.weights))
+        assert 0.02 < spikes.float().mean() < 0.9, check.name
+        assert (spikes != silent.run("cpu")[0]).float().mean() > 0.01, check.name
 
 
 def test_mismatches_say_where() -> None:

@@ -496,13 +496,14 @@ def _split_synapses(synapses: Projection, neurons: int, parts: int, share: int) 
     """Where the synapses of every source onto the neurons of each part begin and end, int64 ``[parts + 1, K]``."""
     if parts == 1:
         return np.stack([_array(synapses.indptr[:-1]), _array(synapses.indptr[1:])])
-    key = (parts, share, synapses.indptr._version)
+    targets = synapses.targets
+    key = (parts, share, neurons, synapses.indptr._version, targets._version)
     kept = _splits.get(synapses.indptr)
-    if kept is None or kept[0] != key:
+    if kept is None or kept[0] != key or kept[2] is not targets:
         bounds = np.minimum(np.arange(parts + 1) * share, neurons)
         splits = np.empty((parts + 1, len(synapses.indptr) - 1), np.int64)
-        sparse.splits_kernel()(_array(synapses.indptr), _array(synapses.targets), bounds, splits)
-        kept = _splits[synapses.indptr] = (key, splits)
+        sparse.splits_kernel()(_array(synapses.indptr), _array(targets), bounds, splits)
+        kept = _splits[synapses.indptr] = (key, splits, targets)
     return kept[1]
 
 

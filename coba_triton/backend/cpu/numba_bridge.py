@@ -147,10 +147,14 @@ class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
 event.register("numba:compile", _Report())
 
 
+# Modules of this folder from which kernels of other ones take code.
+SHARED = ("numba_bridge", "rows", "recurrent", "sparse", "lanes", "meeting")
+
+
 @functools.cache
 def sources() -> str:
     """Digest of what kernels take from other files, whose changes Numba's disk cache does not see."""
     neuron = Path(str(step.__file__)).parent
     here = Path(__file__).parent
-    files = [*sorted(neuron.glob("*.py")), *(here / f"{name}.py" for name in ("numba_bridge", "rows", "feed_forward"))]
+    files = [*sorted(neuron.glob("*.py")), *(here / f"{name}.py" for name in SHARED)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
