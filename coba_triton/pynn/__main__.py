@@ -10,7 +10,9 @@ from . import setup as setup  # without PyNN this says what to install
 def main() -> None:
     """Run the script that the command line names, as if it had been started itself."""
     if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m coba_triton.pynn SCRIPT ARGS; a script with get_simulator has coba_triton as ARGS")
+        raise SystemExit(
+            "usage: python -m coba_triton.pynn SCRIPT ARGS; a script with get_simulator has coba_triton as ARGS"
+        )
     del sys.argv[0]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

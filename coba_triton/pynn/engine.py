@@ -471,7 +471,9 @@ class Engine:
             for number, (source, lag) in enumerate(zip(keys // span, keys % span, strict=True)):
                 self._channels.setdefault(int(lag), np.full(self.sources, -1))[source] = number
             shape = self.neurons, len(keys)
-            self._input = inputs = _shared(Synapses.from_coo(post[outer], channel, weights[outer], shape=shape)).to(self.device)
+            self._input = inputs = _shared(Synapses.from_coo(post[outer], channel, weights[outer], shape=shape)).to(
+                self.device
+            )
         wiring = Wiring(inputs, recurrent.to(self.device), shortest, longest)
         history = torch.zeros(longest, 1, self.neurons, dtype=self.dtype, device=self.device)
         self._net = SparseNetwork.of(connections(wiring, self._table, 1.0), history, False, self.backend)

@@ -138,7 +138,9 @@ class Projection(common.Projection):
         if location_selector is not None:
             raise NotImplementedError("neurons of coba_triton.pynn have no locations; leave location_selector out")
         if pre.size and not (pre.min() >= 0 and pre.max() < self.pre.size):
-            raise errors.ConnectionError(f"there is no cell of index {pre.max()} among the {self.pre.size} of {self.pre.label}")
+            raise errors.ConnectionError(
+                f"there is no cell of index {pre.max()} among the {self.pre.size} of {self.pre.label}"
+            )
         self._parts.append((pre, post, np.asarray(weight, np.float64), np.asarray(delay, np.float64)))
 
     def _put_together(self) -> None:

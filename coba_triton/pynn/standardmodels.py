@@ -33,7 +33,9 @@ def check_values(celltype: Any, parameters: dict[str, Array]) -> None:
         if values.dtype == object:
             continue
         if not np.isfinite(values).all():
-            raise errors.InvalidParameterValueError(f"{name} of {kind} must be finite, got {values[~np.isfinite(values)][0]}")
+            raise errors.InvalidParameterValueError(
+                f"{name} of {kind} must be finite, got {values[~np.isfinite(values)][0]}"
+            )
         low = values.min() if values.size else np.inf
         if name in MUST_BE_POSITIVE and not low > 0:
             raise errors.InvalidParameterValueError(f"{name} of {kind} must be positive, got {low:g}")

@@ -36,9 +36,7 @@ def test_first_arrival_of_a_source(pieces: int) -> None:
     assert not signal(cells, "gsyn_inh").any()
 
 
-@pytest.mark.parametrize(
-    ("time", "sample"), [(0.0, 10), (0.1, 11), (1.0, 20), (1.04, 21), (1.06, 21), (1.1, 21), (0.3, 13)]
-)
+@pytest.mark.parametrize(("time", "sample"), [(0.0, 10), (0.1, 11), (1.0, 20), (1.04, 21), (1.06, 21), (1.1, 21), (0.3, 13)])
 def test_sources_off_the_grid_are_recorded_as_given_and_arrive_at_the_next_step(time: float, sample: int) -> None:
     sources, cells = one_synapse([time], 1.0)
     sim.run(4.0)
