@@ -16,7 +16,7 @@ if find_spec("pyNN") is not None:
     from . import api
     from .api import *  # noqa: F403 - PyNN's names
 
-    __all__ += api.__all__  # noqa: PLE0605 - the names of PyNN are listed there
+    __all__ += api.__all__
     sys.modules["pyNN.coba_triton"] = sys.modules[__name__]
     pyNN.coba_triton = sys.modules[__name__]
 else:

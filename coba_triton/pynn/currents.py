@@ -126,7 +126,7 @@ class ACSource(_Source, electrodes.ACSource):
     def shape_of(self, steps: Array) -> Array:
         values = self._values
         turns = (steps * self._step - values["start"]) * values["frequency"] / 1000.0 + values["phase"] / 360.0
-        return values["offset"] + values["amplitude"] * np.sin(2.0 * np.pi * turns)
+        return np.asarray(values["offset"] + values["amplitude"] * np.sin(2.0 * np.pi * turns))
 
 
 class StepCurrentSource(_Source, electrodes.StepCurrentSource):
@@ -161,8 +161,8 @@ class NoisyCurrentSource(_Source, electrodes.NoisyCurrentSource):
     translations = _same_names(electrodes.NoisyCurrentSource)
 
     def __init__(self, **parameters: Any) -> None:
-        self._draws = np.empty(0)
-        self._rng = None
+        self._draws: Array = np.empty(0)
+        self._rng: np.random.Generator | None = None
         super().__init__(**{"dt": simulator.state.dt, **parameters})
 
     def _checked(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +180,8 @@ class NoisyCurrentSource(_Source, electrodes.NoisyCurrentSource):
 
     def shape_of(self, steps: Array) -> Array:
         values = self._values
-        interval = (steps - self._step_of(values["start"])) // round(values["dt"] / self._step)
-        number = np.maximum(interval, 0).astype(np.int64)
+        start, stop = self._step_of(values["start"]), self._step_of(values["stop"])
+        number = (np.clip(steps, start, max(start, stop - 1)) - start).astype(np.int64) // round(values["dt"] / self._step)
         most = int(number.max(initial=0)) + 1
         if self._rng is None:  # numbers follow from the seed, the source and the segment alone
             seed = [self._engine.seed, 2**32 - 1 - self._number, self._segment]
@@ -190,4 +190,4 @@ class NoisyCurrentSource(_Source, electrodes.NoisyCurrentSource):
         if most > len(self._draws):
             more = self._rng.standard_normal(max(most - len(self._draws), 1024))
             self._draws = np.append(self._draws, more)
-        return values["mean"] + values["stdev"] * self._draws[number]
+        return np.asarray(values["mean"] + values["stdev"] * self._draws[number])

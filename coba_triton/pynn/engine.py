@@ -11,8 +11,8 @@ channels, and from ``pending``: what was under way when synapses changed, which 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,8 +28,6 @@ from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
 from ..ops.synapses import Synapses
 from ..ops.wiring import Wiring
-
-logger = logging.getLogger("coba_triton")
 
 Array = NDArray[Any]
 Model = Callable[[Mapping[str, Tensor]], CobaLIFParameters]
@@ -202,8 +200,10 @@ class Engine:
         self._since = 0
         self._peeked = None
         self.spikes, self.sent = Events(), Events()
-        for trains in [*(trains for _, trains in self.trains), *self.currents]:
+        for _, trains in self.trains:
             trains.begin(segment)
+        for current in self.currents:
+            current.begin(segment)
 
     # Running
 
@@ -252,7 +252,7 @@ class Engine:
                     words = torch.zeros(word_count(count), 1, self.neurons, dtype=torch.int32, device=self.device)
                 else:
                     spikes = torch.empty(count, 1, self.neurons, dtype=torch.uint8, device=self.device)
-            for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+            for begin, end in itertools.pairwise(cuts):
                 net = net._replace(constants=self._constants(currents, begin))
                 part = None if x is None else x[begin:end]
                 drive = self._drive(part, end - begin) if self._has_drive() else None
@@ -334,14 +334,14 @@ class Engine:
             return None
         channels = self._input.sources
         steps, sources = self._under_way
-        places = [np.empty(0, np.int64)]
+        found = [np.empty(0, np.int64)]
         for delay, channel_of in self._channels.items():
             begin, end = np.searchsorted(steps, [self.now - delay, self.now + count - delay])
             if begin < end:
                 channel = channel_of[sources[begin:end]]
                 there = channel >= 0
-                places.append((steps[begin:end][there] + delay - self.now) * channels + channel[there])
-        places, counts = np.unique(np.concatenate(places), return_counts=True)
+                found.append((steps[begin:end][there] + delay - self.now) * channels + channel[there])
+        places, counts = np.unique(np.concatenate(found), return_counts=True)
         if not len(places):
             return None
         rows = np.zeros(count * channels, np.uint8 if counts.max() < 256 else np.float64)

@@ -212,14 +212,12 @@ class Projection(common.Projection):
 
     def _values(self, name: str) -> Array:
         columns = {
-            "presynaptic_index": lambda: self.pre_indices,
-            "postsynaptic_index": lambda: self.post_indices,
-            "weight": lambda: self.weights,
-            "delay": lambda: self.delays,
-        }
+            "presynaptic_index": "pre_indices", "postsynaptic_index": "post_indices", "weight": "weights", "delay": "delays",
+        }  # fmt: skip
         if name not in columns:
             raise errors.NonExistentParameterError(name, "StaticSynapse", ["weight", "delay"])
-        return columns[name]()
+        values: Array = getattr(self, columns[name])
+        return values
 
     def _get_attributes_as_list(self, names: list[str]) -> list[tuple[Any, ...]]:
         return list(zip(*(self._values(name).tolist() for name in names), strict=True))

@@ -120,7 +120,7 @@ class Recorder(recording.Recorder):
         PyNN takes all signals out of earlier segments, for good, if it is asked for some variables: it gets all here, and
         what was not asked for is left out of the block.
         """
-        if isinstance(variables, str) and variables == "all" or not any(True for _ in self.cache):
+        if (isinstance(variables, str) and variables == "all") or not any(True for _ in self.cache):
             return super().get(variables, *arguments, **options)
         names = [variables] if isinstance(variables, str) else list(variables)
         block = super().get("all", *arguments, **options)

@@ -68,8 +68,8 @@ class State(common.control.BaseState):
         self.engine = Engine(self.dt, **options)
         self.least_delay: float | None = None
         self.greatest_delay: float | None = None
-        self.recorders = set()
-        self.write_on_end = []
+        self.recorders: set[Any] = set()
+        self.write_on_end: list[Any] = []
         self.id_counter = 0
         self.projection_counter = 0
         self.current_counter = 0

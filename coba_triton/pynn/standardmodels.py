@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from pyNN import errors
-from pyNN.standardmodels import StandardCellType, build_translations, cells, electrodes, receptors, synapses
+from pyNN.standardmodels import StandardCellType, build_translations, cells, receptors, synapses
 
 from ..parameter_sets import from_pynn
 from . import simulator
@@ -127,4 +127,4 @@ MISSING = _missing()
 AVAILABLE = {model.__name__: model for model in (*MODELS, *SOURCES, StaticSynapse)}
 globals().update(MISSING)
 
-__all__ = ["StandardCellType", *AVAILABLE, *MISSING]  # noqa: PLE0604 - the names of classes
+__all__ = ["StandardCellType", *AVAILABLE, *MISSING]

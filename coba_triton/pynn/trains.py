@@ -1,4 +1,4 @@
-"""What sources of spikes send: times in ms, in continuous time. A spike arrives at the first sample that is not before it."""
+"""What sources of spikes send: times in ms, in continuous time. A spike is sent at the first sample not before it."""
 
 from __future__ import annotations
 

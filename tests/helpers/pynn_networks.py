@@ -1,7 +1,7 @@
 """Networks in PyNN's language, for any simulator of PyNN.
 
-``python pynn_networks.py FILE`` writes what NEST makes of :func:`imposed` to the file that the tests compare with. It was made
-with NEST 3.10.0 and PyNN 0.13.0.
+``python pynn_networks.py FILE`` writes what NEST makes of :func:`imposed` to the file that the tests compare with. It was
+made with NEST 3.10.0 and PyNN 0.13.0.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
 import coba_triton.pynn as sim
-
 from helpers.pynn_networks import STEPS, imposed
 
 NEST = Path(__file__).with_name("nest_imposed.npz")

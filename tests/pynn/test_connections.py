@@ -12,9 +12,8 @@ pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[p
 from pyNN import connectors
 from pyNN.random import NumpyRNG, RandomDistribution
 
-from helpers.pynn_networks import signal
-
 import coba_triton.pynn as sim
+from helpers.pynn_networks import signal
 
 
 @pytest.fixture

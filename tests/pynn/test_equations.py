@@ -9,9 +9,8 @@ pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[p
 
 from pyNN.parameters import Sequence
 
-from helpers.pynn_networks import signal, spike_times
-
 import coba_triton.pynn as sim
+from helpers.pynn_networks import signal, spike_times
 
 DT, STEPS, N, K = 0.1, 1500, 12, 5
 
@@ -20,7 +19,8 @@ def draw(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     uniform = rng.uniform
     cells = dict(
-        cm=uniform(0.15, 0.3, N), tau_m=uniform(10, 25, N), tau_refrac=rng.integers(0, 50, N) * DT, i_offset=uniform(0, 0.15, N),
+        cm=uniform(0.15, 0.3, N), tau_m=uniform(10, 25, N), tau_refrac=rng.integers(0, 50, N) * DT,
+        i_offset=uniform(0, 0.15, N),
         tau_syn_E=uniform(3, 6, N), tau_syn_I=uniform(5, 12, N), v_rest=uniform(-66, -60, N), v_reset=uniform(-70, -60, N),
         v_thresh=uniform(-52, -48, N), e_rev_E=uniform(-5, 5, N), e_rev_I=uniform(-90, -75, N),
     )  # fmt: skip

@@ -12,9 +12,8 @@ pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[p
 
 from pyNN.errors import RecordingError
 
-from helpers.pynn_networks import signal, spike_times
-
 import coba_triton.pynn as sim
+from helpers.pynn_networks import signal, spike_times
 
 
 def firing(size: int = 4, timestep: float = 0.1):

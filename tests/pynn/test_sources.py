@@ -9,9 +9,8 @@ import pytest
 
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
-from helpers.pynn_networks import signal, spike_times
-
 import coba_triton.pynn as sim
+from helpers.pynn_networks import signal, spike_times
 
 
 def poisson(pieces: int = 1, seed: int = 42, steps: int = 3000, **parameters: Any) -> list[list[float]]:

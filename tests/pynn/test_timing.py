@@ -7,9 +7,8 @@ import pytest
 
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
-from helpers.pynn_networks import signal, spike_times
-
 import coba_triton.pynn as sim
+from helpers.pynn_networks import signal, spike_times
 
 W = 0.0123
 
