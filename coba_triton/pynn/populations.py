@@ -111,8 +111,8 @@ class Population(_Cells, common.Population):
         kind = type(self.celltype)
         if kind not in MODELS and kind not in SOURCES:
             raise errors.InvalidModelError(
-                f"a population must be of a cell type of coba_triton.pynn, got {kind.__module__}.{kind.__name__}; take "
-                "IF_cond_exp, SpikeSourceArray or SpikeSourcePoisson from coba_triton.pynn"
+                f"a population must be of a cell type of coba_triton.pynn, got {kind.__module__}.{kind.__name__}; take one "
+                f"of {', '.join(model.__name__ for model in (*MODELS, *SOURCES))} from coba_triton.pynn"
             )
         space = self.celltype.native_parameters
         space.shape = (self.size,)
@@ -148,7 +148,7 @@ class Population(_Cells, common.Population):
         changed = self.celltype.trains(self._first_number, new)
         self.parameters.update(new)
         if isinstance(self.trains, DrawnTrains):
-            self.trains.adopt(changed)
+            self.trains.adopt(changed, self._engine.now * self._engine.dt)
         else:
             self._engine.replace_trains(self.trains, changed)
             self.trains = changed

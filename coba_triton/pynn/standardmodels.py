@@ -14,9 +14,9 @@ from pyNN.standardmodels import StandardCellType, build_translations, cells, rec
 from ..parameter_sets import from_pynn
 from . import simulator
 from .engine import Array, Model
-from .trains import ListedTrains, PoissonTrains
+from .trains import DrawnTrains, GammaTrains, ListedTrains, PoissonTrains, RefractoryPoissonTrains
 
-MUST_BE_POSITIVE = ("cm", "tau_m", "tau_syn_E", "tau_syn_I")
+MUST_BE_POSITIVE = ("cm", "tau_m", "tau_syn_E", "tau_syn_I", "alpha", "beta")
 MUST_NOT_BE_NEGATIVE = ("tau_refrac", "rate", "duration")
 
 
@@ -69,20 +69,50 @@ class SpikeSourceArray(cells.SpikeSourceArray):
         return ListedTrains(every, simulator.state.dt)
 
 
-class SpikeSourcePoisson(cells.SpikeSourcePoisson):
-    __doc__ = cells.SpikeSourcePoisson.__doc__
+class _Drawn:
+    """A source that draws its spikes."""
 
-    translations = _same_names(cells.SpikeSourcePoisson)
+    kind: type[DrawnTrains]
 
-    def trains(self, number: int, parameters: dict[str, Array]) -> PoissonTrains:
+    def trains(self, number: int, parameters: dict[str, Array]) -> DrawnTrains:
         """What a population of such sources sends; ``number`` is that of its first cell."""
         engine = simulator.state.engine
-        trains = PoissonTrains((engine.seed, number), engine.dt, engine.segment)
-        trains.rate, trains.start, trains.duration = (parameters[name] for name in ("rate", "start", "duration"))
+        trains = self.kind((engine.seed, number), engine.dt, engine.segment)
+        vars(trains).update(parameters)
         return trains
 
 
-SOURCES = (SpikeSourceArray, SpikeSourcePoisson)
+class SpikeSourcePoisson(_Drawn, cells.SpikeSourcePoisson):
+    __doc__ = cells.SpikeSourcePoisson.__doc__
+
+    translations = _same_names(cells.SpikeSourcePoisson)
+    kind = PoissonTrains
+
+
+class SpikeSourcePoissonRefractory(_Drawn, cells.SpikeSourcePoissonRefractory):
+    __doc__ = cells.SpikeSourcePoissonRefractory.__doc__
+
+    translations = _same_names(cells.SpikeSourcePoissonRefractory)
+    kind = RefractoryPoissonTrains
+
+    def trains(self, number: int, parameters: dict[str, Array]) -> DrawnTrains:
+        rate, silent = parameters["rate"], parameters["tau_refrac"]
+        if (rate * silent >= 1000.0).any():
+            raise errors.InvalidParameterValueError(
+                f"rate of SpikeSourcePoissonRefractory must be below 1 / tau_refrac, got {rate.max():g} Hz and up to "
+                f"{silent.max():g} ms"
+            )
+        return super().trains(number, parameters)
+
+
+class SpikeSourceGamma(_Drawn, cells.SpikeSourceGamma):
+    __doc__ = cells.SpikeSourceGamma.__doc__
+
+    translations = _same_names(cells.SpikeSourceGamma)
+    kind = GammaTrains
+
+
+SOURCES = (SpikeSourceArray, SpikeSourcePoisson, SpikeSourcePoissonRefractory, SpikeSourceGamma)
 
 
 class StaticSynapse(synapses.StaticSynapse):
@@ -96,8 +126,8 @@ class StaticSynapse(synapses.StaticSynapse):
 
 
 _HAVE = (
-    "coba_triton has the cell types IF_cond_exp, SpikeSourceArray and SpikeSourcePoisson, the synapse type StaticSynapse, "
-    "and the current sources DCSource, StepCurrentSource, ACSource and NoisyCurrentSource"
+    f"coba_triton has the cell types {', '.join(model.__name__ for model in (*MODELS, *SOURCES))}, the synapse type "
+    "StaticSynapse, and the current sources DCSource, StepCurrentSource, ACSource and NoisyCurrentSource"
 )
 
 

@@ -60,8 +60,8 @@ class DrawnTrains:
     def begin(self, segment: int) -> None:
         self._segment, self._changes, self._window = segment, 0, -1
 
-    def adopt(self, other: DrawnTrains) -> None:
-        """Take the parameters of ``other`` from now on."""
+    def adopt(self, other: DrawnTrains, now: float) -> None:
+        """Take the parameters of ``other`` from ``now`` on, in ms."""
         vars(self).update({name: value for name, value in vars(other).items() if not name.startswith("_")})
         self._changes += 1
         self._window = -1
@@ -106,3 +106,68 @@ class PoissonTrains(DrawnTrains):
         counts = rng.poisson(self.rate * span / 1000.0)
         sources = np.repeat(np.arange(len(counts)), counts)
         return sources, low[sources] + span[sources] * (1.0 - rng.random(len(sources)))
+
+
+class RenewalTrains(DrawnTrains):
+    """Spikes after intervals that are independent of each other. After a change of parameters an interval begins.
+
+    Attributes:
+        start: when the first interval begins, of each source, in ms.
+        duration: in ms.
+    """
+
+    start: Array
+    duration: Array
+
+    def __init__(self, key: tuple[int, ...], dt: float, segment: int) -> None:
+        super().__init__(key, dt, segment)
+        self._now = 0.0
+        self._rng: np.random.Generator | None = None
+        self._next = np.empty(0)
+
+    def intervals(self, rng: np.random.Generator, sources: Array) -> Array:
+        """An interval in ms for each of these sources."""
+        raise NotImplementedError(f"{type(self).__name__} must say how intervals are drawn")
+
+    def begin(self, segment: int) -> None:
+        super().begin(segment)
+        self._now, self._rng = 0.0, None
+
+    def adopt(self, other: DrawnTrains, now: float) -> None:
+        super().adopt(other, now)
+        self._now, self._rng = now, None
+
+    def draw(self, rng: np.random.Generator, begin: float, end: float) -> tuple[Array, Array]:
+        if self._rng is None:  # windows come one after the other
+            self._rng = rng
+            self._next = np.maximum(self.start, self._now) + self.intervals(rng, np.arange(len(self.start)))
+        found: list[tuple[Array, Array]] = [(np.empty(0, np.int64), np.empty(0))]
+        stop = np.minimum(self.start + self.duration, end)
+        while len(ready := np.flatnonzero(self._next <= stop)):
+            found.append((ready, self._next[ready]))
+            self._next[ready] += self.intervals(self._rng, ready)
+        sources, times = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return sources, times
+
+
+class GammaTrains(RenewalTrains):
+    """Intervals of a gamma distribution, of the shape ``alpha`` and the rate ``beta`` in Hz."""
+
+    alpha: Array
+    beta: Array
+
+    def intervals(self, rng: np.random.Generator, sources: Array) -> Array:
+        return rng.gamma(self.alpha[sources], 1000.0 / self.beta[sources])
+
+
+class RefractoryPoissonTrains(RenewalTrains):
+    """Poisson processes that are silent for ``tau_refrac`` ms after a spike; ``rate`` in Hz is that of the result."""
+
+    rate: Array
+    tau_refrac: Array
+
+    def intervals(self, rng: np.random.Generator, sources: Array) -> Array:
+        with np.errstate(divide="ignore"):
+            mean = 1000.0 / self.rate[sources] - self.tau_refrac[sources]
+        drawn = rng.standard_exponential(len(sources))
+        return self.tau_refrac[sources] + mean * drawn

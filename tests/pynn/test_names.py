@@ -61,7 +61,7 @@ def test_the_names_of_pynn_are_there() -> None:
     bases = {"AbstractRNG", "Connector", "FixedNumberConnector", "MapConnector", "MockCurrentSource"}
     assert names - set(vars(sim)) == bases | {"state"}
     assert all(hasattr(sim, name) for name in sim.__all__)
-    assert sim.list_standard_models() == ["IF_cond_exp", "SpikeSourceArray", "SpikeSourcePoisson"]
+    assert {"IF_cond_exp", "SpikeSourceArray", "SpikeSourcePoisson", "SpikeSourceGamma"} <= {*sim.list_standard_models()}
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,12 @@ def test_spike_times_that_cannot_be_sent(times: list[float]) -> None:
         sources.set(spike_times=times)
 
 
-def test_rates_are_not_negative() -> None:
+def test_rates_are_not_negative_nor_too_high() -> None:
     sim.setup()
+    with pytest.raises(
+        errors.InvalidParameterValueError, match="rate of SpikeSourcePoissonRefractory must be below 1 / tau"
+    ):
+        sim.Population(2, sim.SpikeSourcePoissonRefractory(rate=200.0, tau_refrac=5.0))
     with pytest.raises(errors.InvalidParameterValueError, match="rate of SpikeSourcePoisson must not be negative, got -5"):
         sim.Population(2, sim.SpikeSourcePoisson(rate=-5.0))
 

@@ -88,3 +88,38 @@ def test_populations_draw_other_spikes() -> None:
         sources.record("spikes")
     sim.run(200.0)
     assert spike_times(both[0]) != spike_times(both[1])
+
+
+def renewal(pieces: int) -> tuple[list[list[float]], list[list[float]]]:
+    sim.setup(timestep=0.1)
+    gamma = sim.Population(40, sim.SpikeSourceGamma(alpha=4, beta=400.0, start=20.0))
+    silent = sim.Population(40, sim.SpikeSourcePoissonRefractory(rate=100.0, tau_refrac=6.0, duration=900.0))
+    for sources in (gamma, silent):
+        sources.record("spikes")
+    for _ in range(pieces):
+        sim.run(1000.0 / pieces)
+    return spike_times(gamma), spike_times(silent)
+
+
+def test_intervals_are_of_their_distributions() -> None:
+    gamma, silent = renewal(1)
+    assert (gamma, silent) == renewal(100)
+    intervals = np.concatenate([np.diff(train) for train in gamma])
+    assert intervals.mean() == pytest.approx(10.0, rel=0.03) and intervals.std() == pytest.approx(5.0, rel=0.05)
+    assert min(train[0] for train in gamma) > 20.0
+    intervals = np.concatenate([np.diff(train) for train in silent])
+    assert intervals.min() >= 6.0 and max(map(max, silent)) <= 900.0
+    assert intervals.mean() == pytest.approx(10.0, rel=0.03) and intervals.std() == pytest.approx(4.0, rel=0.05)
+
+
+def test_intervals_begin_anew_with_other_parameters() -> None:
+    sim.setup(timestep=0.1)
+    sources = sim.Population(20, sim.SpikeSourceGamma(alpha=2, beta=100.0))
+    sources.record("spikes")
+    sim.run(157.3)
+    before = spike_times(sources)
+    sources.set(alpha=5, beta=5000.0)
+    sim.run(100.0)
+    for old, new in zip(before, spike_times(sources), strict=True):
+        assert new[: len(old)] == old and new[len(old)] > 157.3
+        assert np.diff(new[len(old) :]).mean() == pytest.approx(1.0, rel=0.25)
