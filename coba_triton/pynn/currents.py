@@ -34,8 +34,12 @@ class _Source(StandardCurrentSource):
 
     def inject_into(self, cells: Any) -> None:
         """Inject the current into a population, a view, an assembly or a list of cells."""
-        if self._engine is not simulator.state.engine:
-            raise RuntimeError("a current source belongs to the network of the setup() that it was made after; make it anew")
+        cells = list(cells)
+        if any(engine is not simulator.state.engine for engine in (self._engine, *(cell.parent.engine for cell in cells))):
+            raise RuntimeError(
+                "a current source and the cells that it is injected into belong to the network of one setup(); make them "
+                "anew"
+            )
         codes = simulator.state.engine.codes[np.fromiter((int(cell) for cell in cells), np.int64)]
         if (codes < 0).any():
             raise TypeError("a current cannot be injected into sources of spikes; inject it into neurons")

@@ -12,6 +12,7 @@ channels, and from ``pending``: what was under way when synapses changed, which 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..backend.choose import choose_backend, launcher, the_device
 from ..functional import connections
 from ..neuron.records import CobaLIFParameters, Constants
+from ..ops import validation
 from ..ops.call import Outputs, SparseNetwork
 from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
@@ -146,6 +148,7 @@ class Engine:
         self._table = torch.empty(0)
         self._injected: tuple[Array, Tensor] | None = None
         self._peeked: tuple[int, Array] | None = None
+        self._limit = 1.0
 
     # What the network is made of
 
@@ -213,12 +216,33 @@ class Engine:
             return
         self._prepare()
         channels = 0 if self._input is None else self._input.sources
-        step = max(channels, self.neurons // 8, 4 * self.state.element_size() * len(self.traced), 1)
+        spikes = self.neurons if self.currents else self.neurons // 8
+        step = max(channels, spikes, 4 * self.state.element_size() * len(self.traced), 1)
         most = max(WORD_BITS, min(BLOCK_BYTES // step, MOST_STEPS))
         while steps > 0:
             count = min(steps, most)
             self._run(count, listeners)
             steps -= count
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse a state that is not finite. Warn once of conductances that make the Euler step overshoot."""
+        if not self.neurons:
+            return
+        g_l, k = self._table[ROW["g_l"]], self._table[ROW["k"]]
+        factor = float((k * (g_l + self.state[1, 0] + self.state[2, 0])).max())
+        if not np.isfinite(factor) or not bool(torch.isfinite(self.state[0]).all()):
+            raise FloatingPointError(
+                f"the state is no longer finite at {self.now * self.dt:g} ms; make the time step, the weights or the "
+                "currents smaller"
+            )
+        if factor > self._limit:
+            self._limit = 2.0 if factor <= 2 else np.inf
+            warnings.warn(
+                f"{validation.instability(factor)}: timestep / cm * (g_l + g_e + g_i) has reached {factor:.3g} by "
+                f"{self.now * self.dt:g} ms; make the time step or the weights smaller",
+                stacklevel=5,
+            )
 
     def conductances(self) -> Array:
         """The conductances ``[2, N]`` in uS of this moment: with what arrives now, before the step that they drive."""
@@ -405,6 +429,7 @@ class Engine:
             )
             fields[name] = float(each[0]) if bool((each == each[0]).all()) else each
         p = CobaLIFParameters(**fields)
+        validation.warn_if_unstable(p, self.dt)
         self._table = constants_table(p, self.dt, self.dtype, self.device, torch.Size([1, self.neurons]))
         self._injected = None
 

@@ -22,6 +22,11 @@ class Assembly(common.Assembly):
     _simulator = simulator
 
     @property
+    def local_size(self) -> int:
+        """How many cells there are; PyNN's connectors ask for it."""
+        return int(self.size)
+
+    @property
     def receptor_types(self) -> list[str]:
         """Those that all populations have, in the order of the first one: excitatory before inhibitory."""
         first, *others = (population.celltype.receptor_types for population in self.populations)
@@ -128,7 +133,7 @@ class Population(_Cells, common.Population):
             self.first = state.engine.add_sources(self.trains, self.size)
         else:
             self.first = state.engine.add_neurons(MODELS[kind], self.parameters, self.size)
-        self._engine = state.engine
+        self.engine = state.engine
         self.all_cells = np.array([simulator.ID(i) for i in range(state.id_counter, state.id_counter + self.size)], object)
         for cell in self.all_cells:
             cell.parent = self
@@ -143,14 +148,14 @@ class Population(_Cells, common.Population):
         check_values(self.celltype, new)
         if not self.is_source:
             self.parameters.update(new)
-            self._engine.constants_changed = True
+            self.engine.constants_changed = True
             return
         changed = self.celltype.trains(self._first_number, new)
         self.parameters.update(new)
         if isinstance(self.trains, DrawnTrains):
-            self.trains.adopt(changed, self._engine.now * self._engine.dt)
+            self.trains.adopt(changed, self.engine.now * self.engine.dt)
         else:
-            self._engine.replace_trains(self.trains, changed)
+            self.engine.replace_trains(self.trains, changed)
             self.trains = changed
 
     def set_state(self, variable: str, places: Array, values: Array) -> None:
@@ -160,7 +165,7 @@ class Population(_Cells, common.Population):
             raise errors.NonExistentParameterError(variable, type(self.celltype).__name__, known)
         if not np.isfinite(values).all():
             raise errors.InvalidParameterValueError(f"the initial values of {variable} must be finite, got {values}")
-        self._engine.set_state(variable, self.first + places, np.broadcast_to(values, places.shape))
+        self.engine.set_state(variable, self.first + places, np.broadcast_to(values, places.shape))
 
     def _set_cell_initial_value(self, id: Any, variable: str, value: float) -> None:
         super()._set_cell_initial_value(id, variable, value)

@@ -38,6 +38,12 @@ def delay_steps(delays: Any, dt: float) -> Array:
     return steps.astype(np.int32)
 
 
+def is_current(cells: Any) -> bool:
+    """Whether cells are of the network of the last setup()."""
+    roots = [getattr(part, "root", None) for part in getattr(cells, "populations", [cells])]
+    return all(root is not None and root.engine is simulator.state.engine for root in roots)
+
+
 class Connection(common.Connection):
     """A synapse, whose weight and delay can be read and set."""
 
@@ -103,6 +109,11 @@ class Projection(common.Projection):
                 raise errors.ConnectionError(
                     f"{type(population.celltype).__name__} is a source of spikes and cannot receive any; let the projection "
                     "end at neurons"
+                )
+        for cells in (presynaptic_neurons, postsynaptic_neurons):
+            if isinstance(cells, common.BasePopulation | common.Assembly) and not is_current(cells):
+                raise errors.ConnectionError(
+                    f"{cells.label} belongs to a network before the last setup(); make its populations anew after setup()"
                 )
         space = Space() if space is None else space
         super().__init__(

@@ -140,5 +140,11 @@ def test_what_does_not_fit_is_refused() -> None:
         sim.DCSource().get_data()
     old = sim.DCSource()
     cells = cells_of()
-    with pytest.raises(RuntimeError, match="a current source belongs to the network of the setup"):
+    with pytest.raises(RuntimeError, match="belong to the network of one setup"):
         old.inject_into(cells)
+    new = sim.DCSource()
+    sim.setup()
+    with pytest.raises(RuntimeError, match="belong to the network of one setup"):
+        new.inject_into(cells)
+    with pytest.raises(RuntimeError, match="belong to the network of one setup"):
+        sim.DCSource().inject_into(cells)

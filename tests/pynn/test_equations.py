@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
@@ -67,8 +68,8 @@ def by_hand(net: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     return np.array(vs), np.array(gs)[:, 0], np.array(gs)[:, 1], np.array(spikes)
 
 
-def by_pynn(net: dict[str, np.ndarray], pieces: int) -> tuple[np.ndarray, ...]:
-    sim.setup(timestep=DT)
+def by_pynn(net: dict[str, np.ndarray], pieces: int, steps: int = STEPS, **setup: str) -> tuple[np.ndarray, ...]:
+    sim.setup(timestep=DT, **setup)
     cells = sim.Population(N, sim.IF_cond_exp(**net["cells"]), initial_values={"v": net["v"]})
     sources = sim.Population(K, sim.SpikeSourceArray(spike_times=[Sequence(train * DT) for train in net["trains"]]))
     for kind, pre in (("inner", cells), ("outer", sources)):
@@ -80,7 +81,7 @@ def by_pynn(net: dict[str, np.ndarray], pieces: int) -> tuple[np.ndarray, ...]:
             sim.Projection(pre, cells, sim.FromListConnector(synapses), sim.StaticSynapse(), receptor_type=receptor)
     cells.record(["spikes", "v", "gsyn_exc", "gsyn_inh"])
     for _ in range(pieces):
-        sim.run(STEPS * DT / pieces)
+        sim.run(steps * DT / pieces)
     found = [(round(time / DT), cell) for cell, train in enumerate(spike_times(cells)) for time in train]
     return *(signal(cells, name) for name in ("v", "gsyn_exc", "gsyn_inh")), np.array(sorted(found))
 
@@ -99,4 +100,11 @@ def test_every_sample(seed: int, pieces: int) -> None:
 def test_a_run_may_be_cut_anywhere() -> None:
     net = draw(2)
     for one, other in zip(by_pynn(net, 1), by_pynn(net, 300), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_all_backends_have_the_same_bits(device: torch.device) -> None:
+    net = draw(3)
+    there = by_pynn(net, 2, 200, backend="triton", device=str(device))
+    for one, other in zip(by_pynn(net, 2, 200), there, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -162,6 +162,10 @@ def test_synapses_that_cannot_be() -> None:
     for post in (sources, cells + sources):
         with pytest.raises(errors.ConnectionError, match="SpikeSourcePoisson is a source of spikes and cannot receive any"):
             sim.Projection(cells, post, sim.AllToAllConnector(), sim.StaticSynapse(weight=0.1))
+    sim.setup(timestep=0.1)
+    with pytest.raises(errors.ConnectionError, match="belongs to a network before the last setup"):
+        sim.Projection(cells, cells[0:1] + cells[1:2], sim.AllToAllConnector(), sim.StaticSynapse(weight=0.1))
+    cells = sim.Population(2, sim.IF_cond_exp())
     with pytest.raises(errors.ConnectionError, match="source index out of range"):
         sim.Projection(cells, cells, sim.FromListConnector([(2, 0, 0.1, 0.1)]))
     assert not sim.simulator.state.engine.projections
@@ -199,3 +203,20 @@ def test_arguments_of_setup() -> None:
         sim.setup(backend="reference")
     with pytest.raises(Exception, match="dt is not a valid argument for setup"):
         sim.setup(dt=0.1)
+
+
+def test_steps_that_are_too_long_do_not_pass_in_silence() -> None:
+    sim.setup(timestep=1.0)
+    sim.Population(3, sim.IF_cond_exp(tau_syn_E=0.4))
+    with pytest.warns(UserWarning, match="the Euler step is unstable: dt . tau_syn_exc_inv is 2.5"):
+        sim.run(1.0)
+    sim.setup(timestep=0.1)
+    source = sim.Population(1, sim.SpikeSourceArray(spike_times=[1.0, 21.0]))
+    cells = sim.Population(5, sim.IF_cond_exp(v_thresh=1e300))
+    projection = sim.Projection(source, cells, sim.AllToAllConnector(), sim.StaticSynapse(weight=12.0, delay=0.1))
+    with pytest.warns(UserWarning, match=r"the Euler step overshoots: timestep / cm . .* has reached 1.21 by 1.2 ms"):
+        sim.run(1.2)
+    sim.run(19.0)
+    projection.set(weight=1e200)
+    with pytest.raises(FloatingPointError, match=r"the state is no longer finite at 25.2 ms; make the time step"):
+        sim.run(5.0)
