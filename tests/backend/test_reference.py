@@ -201,7 +201,7 @@ def test_recurrent_gradients_reach_everything() -> None:
 
 def test_defaults() -> None:
     p = CobaLIFParameters()
-    assert tuple(p) == (1 / 5, 1 / 5, 1 / 0.2, 1 / 20 * 1 / 0.2, -100, 60, -20, -70, -10, "super", 100.0, 0.0)
+    assert tuple(p) == (1 / 5, 1 / 5, 1 / 0.2, 1 / 20 * 1 / 0.2, -100, 60, -20, -70, -10, "super", 100.0, 0.0, 1)
     assert default_bio_parameters == p._replace(
         tau_syn_exc_inv=1 / 0.3, tau_syn_inh_inv=1 / 0.5, e_rev_E=0, e_rev_I=-70, v_thresh=-50, v_reset=-65, v_rest=-65
     )
