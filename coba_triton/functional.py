@@ -304,9 +304,11 @@ def coba_lif_feed_forward_integral(
 
         g_e = (g_e + (-dt tau_syn_exc_inv) g_e) + relu(x)
         g_i = (g_i + (-dt tau_syn_inh_inv) g_i) + relu(-x)
-        u   = v + (dt c_m_inv) ((g_l (v_rest - v) + g_e (e_rev_E - v)) + g_i (e_rev_I - v))
+        u   = v + (dt c_m_inv) ((g_l (v_rest - v) + g_e (e_rev_E - k v)) + g_i (e_rev_I - k v))
         z   = 1 where u - v_thresh > 0, else 0
         v   = (1 - z) u + z v_reset
+
+    where k is ``p.conductance_based``: 1, or 0 where synapses are currents, and uS are nA.
 
     Differentiable by the input, the initial state and the nine numeric parameters, from gradients on spikes and
     states; the spike's derivative is ``p.method`` (:mod:`coba_triton.neuron.surrogate`). The fused backends keep one bit a

@@ -10,7 +10,8 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
   given is shared, not copied;
 - all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
   ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module, and those of
-  integers are held as floating ones. Only a refractory period of 0 is no buffer, but a plain attribute.
+  integers are held as floating ones. Only a refractory period of 0 and a ``conductance_based`` of 1 are no buffers, but
+  plain attributes: what has no such parameter has them.
 
 An input of bool or integers gives spikes in the dtype that the module was last converted to, as ``.half()`` does, so that
 they fit the layer behind; any other input gives spikes in its own.
@@ -66,6 +67,8 @@ class _Neurons(nn.Module):
         given = {name: _floating(value) for name, value in numbers_of(p).items()}
         if not isinstance(given["refractory"], Tensor) and given["refractory"] == 0:
             self.refractory = given.pop("refractory")  # a buffer could be any number, and states would need another field
+        if not isinstance(given["conductance_based"], Tensor) and given["conductance_based"] == 1:
+            self.conductance_based = given.pop("conductance_based")  # so that a state_dict has what it had without it
         self._numbers = tuple(n for n, value in given.items() if n not in learn and not isinstance(value, Tensor))
         for name, value in given.items():
             if name in self._numbers:
@@ -199,12 +202,19 @@ class _RecurrentNeurons(_Neurons):
         Then one spike of every input opens, on average over the neurons, the leak conductance ``g_l`` in excitatory and
         as much in inhibitory synapses. Conductances do not cancel: those of both signs add up, in proportion to
         ``fan_in`` and not to its square root.
+
+        Where all synapses are currents, ``g_l`` times the distance of ``v_thresh`` from ``v_rest`` stands for ``g_l``: the
+        constant current that would bring a neuron to its threshold.
         """
         with torch.no_grad():
             self._draw(("input", "recurrent"))
 
     def _draw(self, names: Collection[str]) -> None:
-        leak = torch.as_tensor(self.p.g_l).float().mean()
+        p = self.p
+        leak = torch.as_tensor(p.g_l).float().mean()
+        kind = p.conductance_based
+        if isinstance(kind, Tensor) and not kind.is_meta and not kind.any():
+            leak = leak * (torch.as_tensor(p.v_thresh) - p.v_rest).abs().float().mean()
         for name in names:
             weights = getattr(self, f"{name}_weights")
             fan_in = weights.shape[1] if name not in self._sparse else getattr(self, f"{name}_targets").shape[0]

@@ -120,6 +120,7 @@ def load_constants(constants_ptr, stride, neurons, mask, PER_NEURON: tl.constexp
         values[8],
         values[9],
         values[10],
+        values[11],
     )
 
 

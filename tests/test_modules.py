@@ -34,7 +34,7 @@ from coba_triton.neuron.records import NUMERIC_PARAMETERS
 from helpers.bits import assert_same_bits
 
 DT, INPUTS, N, B, T = 0.1, 3, 5, 2, 40
-LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name not in ("alpha", "refractory"))
+LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name not in ("alpha", "refractory", "conductance_based"))
 # not one of these is a float32 number
 RECORD = CobaLIFParameters(1 / 3, 1 / 7, 1 / 0.3, 0.1, -90.1, 50.3, -60.1, -65.7, -50.9, "triangle", 0.3)
 RECORDS = {
@@ -126,7 +126,7 @@ def test_conversion_does_not_round_python_numbers(make: Any, convert: str) -> No
     module = make(p, learn=("e_rev_E",))
     module = module.to(torch.bfloat16) if convert == "to_bfloat16" else getattr(module, convert)()
     dtype = torch.bfloat16 if convert == "to_bfloat16" else getattr(torch, convert)
-    for name in set(NUMERIC_PARAMETERS) - {"refractory", "v_rest", "v_reset", "e_rev_E"}:
+    for name in set(NUMERIC_PARAMETERS) - {"refractory", "conductance_based", "v_rest", "v_reset", "e_rev_E"}:
         assert getattr(module, name).dtype == torch.float64
         assert getattr(module, name).item() == getattr(p, name)
     assert module.v_rest.dtype == module.e_rev_E.dtype == module.v_reset.dtype == dtype
@@ -180,8 +180,8 @@ def test_learned_numbers_are_parameters_and_the_others_buffers(make: Any) -> Non
     assert learned["g_l"].dtype == torch.float32
     assert learned["v_thresh"].dtype == torch.float64
     assert learned["v_thresh"].data_ptr() != per_neuron.data_ptr()
-    assert set(dict(module.named_buffers())) == set(NUMERIC_PARAMETERS) - {"refractory"} - set(learned)
-    assert set(NUMERIC_PARAMETERS) - {"refractory"} <= set(module.state_dict())
+    assert set(dict(module.named_buffers())) == set(NUMERIC_PARAMETERS) - {"refractory", "conductance_based"} - set(learned)
+    assert set(NUMERIC_PARAMETERS) - {"refractory", "conductance_based"} <= set(module.state_dict())
     assert isinstance(module.p, CobaLIFParameters)
     assert module.p.g_l is module.g_l
     assert module.p.method == "triangle"

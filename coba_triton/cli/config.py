@@ -1,7 +1,7 @@
 """Configurations: the keys of their TOML files, the units in them, and the built-in configurations.
 
 Every quantity is written with a unit, which may be any unit of the right dimension. It is converted to the model's units:
-ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these tables::
+ms, mV, nF (capacitance), uS (conductance), nA (current); rates are in Hz. A file has these tables::
 
     description = "one line"              # optional
     notes = ["what to know", "..."]       # optional; like the rest of this file, copied to summary.json
@@ -22,6 +22,9 @@ ms, mV, nF (capacitance), uS (conductance); rates are in Hz. A file has these ta
     g_l = "10 nS"
     e_rev_E = "0 mV"
     e_rev_I = "-80 mV"
+    synapses = "conductance"              # optional; or "current": then every weight below is a current, such as "0.1 nA",
+                                          # what is written of conductances holds for currents, and there is no e_rev_E or
+                                          # e_rev_I, here and in populations
     v_rest = "-65 mV"
     v_reset = "-65 mV"
     v_thresh = "-50 mV"
@@ -161,6 +164,7 @@ import math
 import os
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
@@ -212,12 +216,14 @@ class Unit:
         kind: what the number measures, for messages.
         example: an example of such a text, for messages.
         sign: which numbers are allowed.
+        or_else: symbol of a unit of another dimension that is allowed as well. A number in it is a :class:`_Other`.
     """
 
     symbol: str
     kind: str
     example: str
     sign: Literal["any", "not negative", "positive"] = "any"
+    or_else: str | None = None
 
     def parse(self, text: object) -> float:
         """Read text such as ``"200 pF"``.
@@ -236,19 +242,26 @@ class Unit:
             quantity = _registry().Quantity(number, _registry().parse_units(unit))
         except Exception:  # pint has a different exception for every way in which a unit can be malformed
             raise ValueError(f"unknown unit {unit!r}; {wanted}, got {text!r}") from None
-        if not quantity.is_compatible_with(self.symbol):
+        symbol = self.or_else if self.or_else and quantity.is_compatible_with(self.or_else) else self.symbol
+        if not quantity.is_compatible_with(symbol):
             raise ValueError(f"{unit!r} does not measure {self.kind}; {wanted}, got {text!r}")
         # 15 digits remove the rounding of the conversion, so that "200 pF" and "0.2 nF" give the same number
-        value = float(f"{quantity.m_as(self.symbol):.15g}")
+        value = float(f"{quantity.m_as(symbol):.15g}")
         if not math.isfinite(value):
             raise ValueError(f"{text!r} is too large; {wanted}")
         if (self.sign == "positive" and value <= 0) or (self.sign == "not negative" and value < 0):
             raise ValueError(f"must {'be above 0' if self.sign == 'positive' else 'not be negative'}, got {text!r}")
-        return value
+        return value if symbol == self.symbol else _Other(value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        written = core_schema.plain_serializer_function_ser_schema(lambda value: f"{value!r} {self.symbol}")
-        return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=written)
+        written = core_schema.plain_serializer_function_ser_schema(
+            lambda value: f"{value!r} {self.or_else if isinstance(value, _Other) else self.symbol}"
+        )
+        return core_schema.no_info_plain_validator_function(self.parse, serialization=written)
+
+
+class _Other(float):
+    """A number in the other one of two units."""
 
 
 Time = Annotated[float, Unit("ms", "a time", "5 ms", "not negative")]
@@ -258,6 +271,8 @@ Potential = Annotated[float, Unit("mV", "a potential", "-65 mV")]
 Capacitance = Annotated[float, Unit("nF", "a capacitance", "200 pF", "positive")]
 Current = Annotated[float, Unit("nA", "a current", "0.1 nA")]
 Conductance = Annotated[float, Unit("uS", "a conductance", "2 nS", "not negative")]
+# What a spike adds to a conductance or, where synapses are currents, to a current.
+Strength = Annotated[float, Unit("uS", "a conductance or a current", "2 nS", "not negative", or_else="nA")]
 Rate = Annotated[float, Unit("Hz", "a rate", "20 Hz", "not negative")]
 PositiveRate = Annotated[float, Unit("Hz", "a rate", "20 Hz", "positive")]
 
@@ -354,14 +369,22 @@ class Neuron(_Table):
     tau_syn_inh: PositiveTime
     c_m: Capacitance
     g_l: Conductance
-    e_rev_E: Potential
-    e_rev_I: Potential
+    e_rev_E: Potential | None = None
+    e_rev_I: Potential | None = None
+    synapses: Literal["conductance", "current"] = "conductance"
     v_rest: Potential
     v_reset: Potential
     v_thresh: Potential
     refractory: Period = 0.0
     i_offset: Current = 0.0
     v_init: Start | None = None
+
+    @model_validator(mode="after")
+    def _check_reversal(self) -> Self:
+        for key, example in (("e_rev_E", "0 mV"), ("e_rev_I", "-80 mV")):
+            if self.synapses == "conductance" and getattr(self, key) is None:
+                raise ValueError(f'{key} is missing; add it, such as {key} = "{example}"')
+        return self
 
 
 class Population(_Table):
@@ -392,7 +415,7 @@ class Drive(_Table):
     """Poisson spikes of one sign: their rate, and what a spike adds to the conductance."""
 
     rate: Rate
-    weight: Conductance
+    weight: Strength
 
 
 class _Signed(_Table):
@@ -421,7 +444,7 @@ class EventFile(_Table):
     """A list of spikes of one sign, and what a spike adds to the conductance."""
 
     path: InputPath | list[InputPath]
-    weight: Conductance
+    weight: Strength
 
 
 class EventsInput(_Signed):
@@ -440,7 +463,7 @@ class FileInput(_Table):
     kind: Literal["file"]
     path: InputPath
     array: str | None = None
-    weight: Conductance
+    weight: Strength
 
 
 class PackagedSignal(_Table):
@@ -505,11 +528,9 @@ def _number_form(value: Any) -> str:
     return "law" if isinstance(value, dict | _Table) else "one"
 
 
-WeightLaw = Annotated[
-    UniformLaw[Conductance] | NormalLaw[Conductance] | LogNormalLaw[Conductance], Field(discriminator="law")
-]
+WeightLaw = Annotated[UniformLaw[Strength] | NormalLaw[Strength] | LogNormalLaw[Strength], Field(discriminator="law")]
 DelayLaw = Annotated[UniformLaw[Time] | NormalLaw[Time] | LogNormalLaw[Time], Field(discriminator="law")]
-Weight = Annotated[Annotated[Conductance, Tag("one")] | Annotated[WeightLaw, Tag("law")], Discriminator(_number_form)]
+Weight = Annotated[Annotated[Strength, Tag("one")] | Annotated[WeightLaw, Tag("law")], Discriminator(_number_form)]
 Delay = Annotated[Annotated[Time, Tag("one")] | Annotated[DelayLaw, Tag("law")], Discriminator(_number_form)]
 
 
@@ -546,7 +567,7 @@ class FanOut(_Table):
 
     seed: NonNegativeInt
     probability: float = Field(gt=0, le=1)
-    weight: Conductance
+    weight: Strength
     excitatory_fraction: float = Field(ge=0, le=1)
 
 
@@ -555,7 +576,7 @@ class FileWeights(_Table):
 
     path: InputPath
     array: str | None = None
-    weight: Conductance
+    weight: Strength
 
 
 class FileSynapses(FileWeights):
@@ -653,8 +674,8 @@ class RandomSynapses(_Table):
     seed: NonNegativeInt
     probability: float = Field(gt=0, le=1)
     excitatory_fraction: float = Field(ge=0, le=1)
-    excitatory_weight: Conductance
-    inhibitory_weight: Conductance
+    excitatory_weight: Strength
+    inhibitory_weight: Strength
     delay: PositiveTime | None = None
 
 
@@ -668,6 +689,18 @@ RecurrentWeights = Annotated[
 AnyProjection = Annotated[
     Annotated[Projection, Tag("random")] | Annotated[FileProjection, Tag("file")], Discriminator(_synapses_form)
 ]
+
+
+def _strengths(value: Any, where: str, within: bool = False) -> Iterator[tuple[str, float]]:
+    """All weights in a table or a list, and where they stand; ``within``: in what tells a weight."""
+    if isinstance(value, _Table):
+        for key, part in value:
+            yield from _strengths(part, f"{where}.{key}" if where else key, within or key.endswith("weight"))
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from _strengths(part, f"{where}.{number}", within)
+    elif within and isinstance(value, float):
+        yield where, value
 
 
 class Record(_Table):
@@ -717,6 +750,22 @@ class Config(_Table):
         for own in (self.neuron, *(population.applied_to(self.neuron) for population in self.population)):
             if own.i_offset and not own.g_l:
                 raise ValueError(f"i_offset needs g_l above 0, got i_offset = {own.i_offset} nA and no leak; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_synapses(self) -> Config:
+        current = self.neuron.synapses == "current"
+        for own in (self.neuron, *self.population):
+            for key in ("e_rev_E", "e_rev_I"):
+                if current and getattr(own, key) is not None:
+                    raise ValueError(f"{key} is for conductances, and neuron.synapses is 'current'; leave it out")
+        for where, value in _strengths(self, ""):
+            if isinstance(value, _Other) != current:
+                wanted, got = ("a current such as '0.1 nA'", "uS") if current else ("a conductance such as '2 nS'", "nA")
+                raise ValueError(
+                    f"{where} must be {wanted}, as neuron.synapses is {self.neuron.synapses!r}, got {value:g} {got}; write "
+                    "it so, or change neuron.synapses"
+                )
         return self
 
     @model_validator(mode="after")

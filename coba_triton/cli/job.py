@@ -96,12 +96,13 @@ def parameters(config: Config) -> CobaLIFParameters:
         "tau_syn_inh_inv": lambda n: 1 / n.tau_syn_inh,
         "c_m_inv": lambda n: 1 / n.c_m,
         "g_l": lambda n: n.g_l,
-        "e_rev_I": lambda n: n.e_rev_I,
-        "e_rev_E": lambda n: n.e_rev_E,
+        "e_rev_I": lambda n: -1.0 if n.e_rev_I is None else n.e_rev_I,  # of currents
+        "e_rev_E": lambda n: 1.0 if n.e_rev_E is None else n.e_rev_E,
         "v_rest": lambda n: n.v_rest + n.i_offset / n.g_l if n.i_offset else n.v_rest,
         "v_reset": lambda n: n.v_reset,
         "v_thresh": lambda n: n.v_thresh,
         "refractory": lambda n: n.refractory,
+        "conductance_based": lambda n: int(n.synapses == "conductance"),
     }
     numbers: dict[str, Any] = {name: _of_every_neuron(config, value) for name, value in values.items()}
     return CobaLIFParameters(**numbers)

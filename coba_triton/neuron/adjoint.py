@@ -30,8 +30,8 @@ def vjp(z, kept, left, grad_z, lam, recorded, c, JUMP_FIRST, METHOD):
         spike = where(left > 0.0, 0.0, spike)
         du = where(left > 0.0, 0.0, du)
     ds = du * c.k
-    dg_e = lam.g_e + ds * (c.e_rev_E - kept.v)
-    dg_i = lam.g_i + ds * (c.e_rev_I - kept.v)
+    dg_e = lam.g_e + ds * (c.e_rev_E - c.coupling * kept.v)
+    dg_i = lam.g_i + ds * (c.e_rev_I - c.coupling * kept.v)
     lam_v = du
     lam_e = dg_e
     lam_i = dg_i
@@ -39,7 +39,7 @@ def vjp(z, kept, left, grad_z, lam, recorded, c, JUMP_FIRST, METHOD):
         lam_v = recorded.v + du
         lam_e = recorded.g_e + dg_e
         lam_i = recorded.g_i + dg_i
-    lam_v = ((lam_v - ds * kept.g_i) - ds * kept.g_e) - ds * c.g_l
+    lam_v = ((lam_v - (ds * kept.g_i) * c.coupling) - (ds * kept.g_e) * c.coupling) - ds * c.g_l
     if JUMP_FIRST:
         drive_e = dg_e + c.decay_e * dg_e
         drive_i = dg_i + c.decay_i * dg_i
@@ -71,7 +71,9 @@ def vjp_constants(sums, z, kept, left, decayed_e, decayed_i, lam, a, c):
         decayed_i: inhibitory conductance that decayed in the step.
         a: what :func:`vjp` returned.
     """
-    bracket = (c.g_l * (c.v_rest - kept.v) + kept.g_e * (c.e_rev_E - kept.v)) + kept.g_i * (c.e_rev_I - kept.v)
+    by_e = kept.g_e * (c.e_rev_E - c.coupling * kept.v)
+    by_i = kept.g_i * (c.e_rev_I - c.coupling * kept.v)
+    bracket = (c.g_l * (c.v_rest - kept.v) + by_e) + by_i
     by_reset = lam.v * z
     if left is not None:
         by_reset = where(left > 0.0, lam.v, by_reset)

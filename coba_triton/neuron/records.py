@@ -1,10 +1,12 @@
 """The neuron's records: its states, its parameters with their defaults, and the constants of one step.
 
 Units: ms for time, mV for potentials, nF for capacitance, uS for conductances (so that uS * mV = nA and
-nA / nF = mV / ms). Any other consistent system works as well: the arithmetic knows no units.
+nA / nF = mV / ms). Where synapses are currents, nA stands for uS. Any other consistent system works as well: the
+arithmetic knows no units.
 
 Source: norse's documented ``coba_lif`` equations (Pehle and Pedersen 2021, doi:10.5281/zenodo.4422025), a
-conductance-based leaky integrate-and-fire neuron with exponential synapses as in Brette et al. 2007.
+conductance-based leaky integrate-and-fire neuron with exponential synapses as in Brette et al. 2007. With a constant of 0
+in them the same equations are those of current-based synapses, of which Brette et al. 2007 describe a network as well.
 """
 
 from __future__ import annotations
@@ -167,6 +169,10 @@ class CobaLIFParameters(NamedTuple):
         refractory: refractory period in ms, rounded up to whole steps. After a spike a neuron is held at ``v_reset`` and
             cannot spike for so long, while its conductances go on; it gets no gradient. With a number other than 0, or
             with a tensor, states have the field ``left``.
+        conductance_based: 1 where the synapses are conductances, which drive the neuron with ``g (e_rev - v)``; 0 where they
+            are currents, which drive it with ``g e_rev``: then ``e_rev_E`` is 1 and ``e_rev_I`` is -1, without a unit, and
+            input, weights, ``g_e`` and ``g_i`` are in nA instead of uS. A tensor may mix both kinds in one population; it
+            gets no gradient.
     """
 
     tau_syn_exc_inv: Number = 1 / 5
@@ -181,6 +187,7 @@ class CobaLIFParameters(NamedTuple):
     method: str = "super"
     alpha: Number = 100.0
     refractory: Number = 0  # an int, because torch.compile takes 0 for a constant, and 0.0 for a number that may change
+    conductance_based: Number = 1  # an int, for the same reason
 
 
 default_bio_parameters = CobaLIFParameters(
@@ -196,7 +203,9 @@ default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 
 NUMERIC_PARAMETERS = tuple(name for name in CobaLIFParameters._fields if name != "method")
 # Parameters that other packages' records, such as norse's, may lack.
-OPTIONAL_PARAMETERS = {"refractory": 0}
+OPTIONAL_PARAMETERS = {"refractory": 0, "conductance_based": 1}
+# Parameters that get no gradient.
+FIXED_PARAMETERS = ("alpha", *OPTIONAL_PARAMETERS)
 
 
 def numbers_of(p: Any) -> dict[str, Any]:
@@ -237,7 +246,7 @@ class Constants(NamedTuple):
     """What one step multiplies with, derived once from the parameters and ``dt``: the rows of the kernels' table.
 
     ``decay_e = -dt * tau_syn_exc_inv``, ``decay_i = -dt * tau_syn_inh_inv`` and ``k = dt * c_m_inv``; ``n_ref`` is the
-    refractory period in steps; the others are the parameters of the same name.
+    refractory period in steps, and ``coupling`` is ``conductance_based``; the others are the parameters of the same name.
     """
 
     decay_e: Any
@@ -251,6 +260,7 @@ class Constants(NamedTuple):
     v_thresh: Any
     alpha: Any
     n_ref: Any
+    coupling: Any
 
 
 class Sums(NamedTuple):

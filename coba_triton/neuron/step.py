@@ -44,7 +44,7 @@ def integrate(s, drive, recurrent, c, JUMP_FIRST):
     g_i = g_i + c.decay_i * g_i
     if not JUMP_FIRST:
         g_e, g_i = add_drive(g_e, g_i, drive, recurrent)
-    dv = c.k * ((c.g_l * (c.v_rest - s.v) + g_e * (c.e_rev_E - s.v)) + g_i * (c.e_rev_I - s.v))
+    dv = c.k * ((c.g_l * (c.v_rest - s.v) + g_e * (c.e_rev_E - c.coupling * s.v)) + g_i * (c.e_rev_I - c.coupling * s.v))
     return State(s.v + dv, g_e, g_i)
 
 

@@ -27,10 +27,10 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
         dtype: compute dtype, float32 or float64.
         device: where the state lives.
     """
-    factors = (-dt, -dt, dt, *(1.0,) * 8)
+    factors = (-dt, -dt, dt, *(1.0,) * 9)
     numbers: list[Any] = [
         p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l, p.e_rev_I, p.e_rev_E, p.v_rest, p.v_reset, p.v_thresh,
-        p.alpha.detach() if isinstance(p.alpha, Tensor) else p.alpha, refractory_steps(getattr(p, "refractory", 0), dt),
+        _fixed(p.alpha), refractory_steps(getattr(p, "refractory", 0), dt), _fixed(getattr(p, "conductance_based", 1)),
     ]  # fmt: skip
     for i, number in enumerate(numbers):
         if isinstance(number, Tensor) and number.dtype == torch.float64:
@@ -52,6 +52,11 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
             for number, single in zip(numbers, singles, strict=True)
         )
     )
+
+
+def _fixed(number: Any) -> Any:
+    """A number to which no gradient flows."""
+    return number.detach() if isinstance(number, Tensor) else number
 
 
 def _is_double_on(device: torch.device, number: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..neuron.records import NUMERIC_PARAMETERS, OPTIONAL_PARAMETERS, numbers_of
+from ..neuron.records import FIXED_PARAMETERS, NUMERIC_PARAMETERS, OPTIONAL_PARAMETERS, numbers_of
 from ..neuron.surrogate import SURROGATES
 from .spikes import WORD_BITS
 from .tensors import NUMBERS, SPIKES, is_tracked, number_key
@@ -101,7 +101,7 @@ def check_parameters(p: Any) -> None:
         _accepted.add((key, p.method))
 
 
-NOT_NEGATIVE = ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha", "refractory")
+NOT_NEGATIVE = ("tau_syn_exc_inv", "tau_syn_inh_inv", "c_m_inv", "g_l", "alpha", "refractory", "conductance_based")
 
 
 def check_number(value: Any, name: str, not_negative: bool = False) -> None:
@@ -138,7 +138,7 @@ def check_numbers(named: dict[str, Any]) -> None:
             _check_finite(tensor[tuple(index)].item(), name, not_negative, f" at {index}" if index else "")
 
 
-LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name not in ("alpha", "refractory"))
+LEARNABLE = tuple(name for name in NUMERIC_PARAMETERS if name not in FIXED_PARAMETERS)
 
 
 def check_learn(learn: Any, p: Any) -> None:
@@ -309,9 +309,9 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
             at = value.data_ptr()
             if at < end and begin < at + _extent(value):
                 raise ValueError(f"out must not share memory with {name}, got a view of it; use a buffer of its own")
-    # these two take no gradient
+    # parameters that are fixed take no gradient
     if is_tracked(out) or any(
-        is_tracked(v) for name, v in inputs.items() if isinstance(v, Tensor) and name not in ("alpha", "refractory")
+        is_tracked(v) for name, v in inputs.items() if isinstance(v, Tensor) and name not in FIXED_PARAMETERS
     ):
         raise ValueError(
             "out takes spikes that no gradient flows through, got arguments that require one; call under "
@@ -364,7 +364,8 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklev
     """Warn once for each kind of parameters of what the Euler step makes of them at the given conductances.
 
     A step multiplies a conductance by ``1 - dt tau_syn_inv``, and the distance of ``v`` from where it is drawn to by
-    ``1 - dt c_m_inv (g_l + g_e + g_i)``: below 0 they change their sign in every step, below -1 they grow without bound.
+    ``1 - dt c_m_inv (g_l + g_e + g_i)``, or without ``g_e`` and ``g_i`` where they are currents: below 0 they change their
+    sign in every step, below -1 they grow without bound.
     Looked at once for each ``dt`` and parameters (tensors count by their shape, and those on a GPU are not waited for).
     """
     if torch.compiler.is_compiling():
@@ -375,9 +376,11 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklev
     try:
         rates = p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l
         excitatory, inhibitory, c_m_inv, g_l, *g = (_known(value) for value in (*rates, g_e, g_i))
+        coupling = _known(getattr(p, "conductance_based", 1))
         found = {"tau_syn_exc_inv": excitatory, "tau_syn_inh_inv": inhibitory}
-        if c_m_inv is not None and g_l is not None:
-            found["c_m_inv * (g_l + g_e + g_i)"] = c_m_inv * sum((known for known in g if known is not None), start=g_l)
+        if c_m_inv is not None and g_l is not None and coupling is not None:
+            drawn = sum((coupling * known for known in g if known is not None), start=g_l)
+            found["c_m_inv * (g_l + g_e + g_i)" if coupling.any() else "c_m_inv * g_l"] = c_m_inv * drawn
         factors = {name: dt * float(rate.max()) for name, rate in found.items() if rate is not None and rate.numel()}
     except RuntimeError:  # torch.func.vmap cannot read back
         return
@@ -393,7 +396,7 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklev
 
 
 def _stability_key(p: Any, dt: float) -> tuple[Any, ...]:
-    rates = p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l
+    rates = p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l, getattr(p, "conductance_based", 1)
     return (dt, *(tuple(rate.shape) if isinstance(rate, Tensor) else rate for rate in rates))
 
 

@@ -193,7 +193,7 @@ def plot_traces(
             label = f"threshold {level:g} mV" if len(np.unique(threshold[chosen])) == 1 else "thresholds"
             ax.axhline(level, color=INHIBITORY, linestyle="--", linewidth=0.9, label=label if number == 0 else None)
     ax.set_xlim(first * result.dt, last * result.dt)
-    ax.set_ylabel("v (mV)" if variable == "v" else f"{variable} (uS)")
+    ax.set_ylabel(f"{variable} ({result._unit(variable) or 'uS or nA'})")
     _legend(ax)
 
 
@@ -278,7 +278,8 @@ def plot_inputs(result: Result, ax: Axes, *, start: float | None = None, stop: f
             ax.stairs(sign * means * 1000 / result.dt, edges * result.dt, color=color, fill=True, alpha=0.8, label=label)
     ax.axhline(0, color=NEUTRAL, linewidth=0.6)
     ax.set_xlim(first * result.dt, last * result.dt)
-    ax.set_ylabel("mean input\n(nS per ms)")
+    unit = {"uS": "nS", "nA": "pA"}.get(result._unit("g_e"), "nS or pA")
+    ax.set_ylabel(f"mean input\n({unit} per ms)")
     _legend(ax)
 
 

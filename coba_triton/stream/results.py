@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..common.files import is_there, local_path, written_whole
-from ..neuron.records import FeedForwardState, RecurrentState
+from ..neuron.records import OPTIONAL_PARAMETERS, FeedForwardState, RecurrentState
 from ..ops import validation
 from ..ops.spikes import WORD_BITS, word_count
 from .npz import read_npz
@@ -191,8 +191,16 @@ class Result:
 
     def parameter(self, name: str) -> Array:
         """A parameter by its name in :class:`CobaLIFParameters`, with one number for each neuron, ``[N]``."""
-        value = self.array(name) if name in self._arrays else self.attributes["config"]["parameters"][name]
+        numbers = OPTIONAL_PARAMETERS | self.attributes["config"]["parameters"]
+        value = self.array(name) if name in self._arrays else numbers[name]
         return np.broadcast_to(value, self.shape).ravel()
+
+    def _unit(self, name: str) -> str:
+        """The unit of a variable: of ``g_e`` and ``g_i`` that of conductances or currents, none if neurons have both."""
+        if name == "v":
+            return "mV"
+        conductances = self.parameter("conductance_based") != 0
+        return "uS" if conductances.all() else "" if conductances.any() else "nA"
 
     def event_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Array, Array]]:
         """Spikes as ``(steps, neurons)``, block by block, sorted by time and then by neuron.
@@ -402,7 +410,7 @@ class Result:
         for name, trace in self.traces.items():
             signal = neo.AnalogSignal(
                 trace[:],
-                units="mV" if name == "v" else "uS",
+                units=self._unit(name) or "dimensionless",
                 t_start=self.every * self.dt * ms,
                 sampling_period=self.every * self.dt * ms,
                 name=name,

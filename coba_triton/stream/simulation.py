@@ -68,7 +68,7 @@ class Record:
 
     Attributes:
         spikes: whether to keep all spikes, with one bit for each neuron and step.
-        variables: which traces to keep: ``v`` (mV), ``g_e``, ``g_i`` (uS).
+        variables: which traces to keep: ``v`` (mV), ``g_e``, ``g_i`` (uS, or nA where synapses are currents).
         neurons: the neurons whose traces are kept; if the neurons have several axes, they are counted over all axes.
         every: n, to keep the traces at the end of every n-th step only: at the times ``n dt``, ``2 n dt``, ...
         populations: neurons (a slice, a range, or indices) by name; the spikes of each population are counted in every step.
@@ -324,7 +324,8 @@ class BlockRun:
         neurons: indices of the neurons whose traces are recorded; ``ascending[places]`` are the same.
         ahead: how many blocks are begun before the first of them is finished.
         stream: the threads that run the kernels, if blocks run ahead.
-        rates: ``dt * c_m_inv`` and ``g_l``, which with the conductances tell whether the Euler step is stable.
+        rates: ``dt * c_m_inv``, ``g_l`` and ``conductance_based``, which with the conductances tell whether the Euler step
+            is stable.
         limit: the value of ``dt * c_m_inv * (g_l + g_e + g_i)`` beyond which the next warning comes.
     """
 
@@ -404,7 +405,8 @@ class BlockRun:
             self.ascending, self.places = self.neurons[order], order.argsort()
         if record.inputs and self.recurrent:
             self.mean_weights = _mean_weights(self.weights[0])
-        self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in (self.network.dt * self.p.c_m_inv, self.p.g_l)]
+        rates = self.network.dt * self.p.c_m_inv, self.p.g_l, self.p.conductance_based
+        self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in rates]
         self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # _check_numbers has warned of the state at rest
         self.fires_always = False
         self.header = self._header(state, block_steps)
@@ -484,6 +486,8 @@ class BlockRun:
             config["fields"] = len(self.state) - isinstance(self.state, CobaLIFDelayState)
         else:  # as in the runs of versions without a refractory period, which can be resumed
             del config["parameters"]["refractory"]
+        if not isinstance(self.p.conductance_based, Tensor) and self.p.conductance_based == 1:  # likewise
+            del config["parameters"]["conductance_based"]
         if self.wiring is not None and self.wiring.longest > 1:
             config["longest_delay"] = self.wiring.longest
         arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
@@ -693,9 +697,9 @@ class BlockRun:
                 f"the state is no longer finite after step {stop}, as the Euler step is unstable at these conductances "
                 "(input, weights, initial state and parameters are finite); make dt, the weights or the input smaller"
             )
-        rate, g_l = self.rates
+        rate, g_l, coupling = self.rates
         g_e = self.state._fields.index("g_e")
-        factor = float(np.max(rate * (g_l + (state[g_e] + state[g_e + 1]))))
+        factor = float(np.max(rate * (g_l + coupling * (state[g_e] + state[g_e + 1]))))
         if factor > self.limit:
             self.limit = _next_limit(factor)
             unstable = validation.instability(factor)
@@ -712,10 +716,11 @@ class BlockRun:
         always = int((whole[:: max(len(whole) // 8, 1)] == -1).any(0).sum())
         if always and not self.fires_always:
             self.fires_always = True
+            units = "uS (1 nS is 0.001 uS)" if self.rates[2].any() else "nA (1 pA is 0.001 nA)"
             warnings.warn(
                 f"{always} of {self.shape.numel()} neurons fire in every step ({WORD_BITS} in a row by step {stop}): the "
-                "input or the weights, which are in uS (1 nS is 0.001 uS), are too strong, or v_thresh is too low; make "
-                "them smaller, or raise v_thresh",
+                f"input or the weights, which are in {units}, are too strong, or v_thresh is too low; make them smaller, or "
+                "raise v_thresh",
                 stacklevel=3,
             )
 

@@ -127,6 +127,11 @@ def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
             lambda d, t=dtype, p=per_neuron: problem(35, (2, 20), t, d, per_neuron=p, refractory=True),
             gradients=True, order=order, record_states=per_neuron,
         )  # fmt: skip
+        yield against_reference(
+            "current-based synapses", f"{dtype} {order}, {'every other neuron' if per_neuron else 'all neurons'}",
+            lambda d, t=dtype, p=per_neuron: problem(35, (2, 20), t, d, per_neuron=p, currents=True),
+            gradients=True, order=order, record_states=per_neuron,
+        )  # fmt: skip
     for steps in (3, 8, 17, 64, *(() if interpreted else (1000,))):
         yield against_reference(
             "gradients of every length", f"{steps} steps", lambda d, s=steps: problem(s, (33,), device=d), gradients=True
@@ -182,6 +187,11 @@ def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
         yield against_reference(
             "recurrent refractory period", f"float64 {order} {path}",
             lambda d: recurrent_problem(37, 2, 9, f64, d, per_neuron=True, refractory=True),
+            gradients=True, order=order, path=path,
+        )  # fmt: skip
+        yield against_reference(
+            "recurrent current-based synapses", f"float64 {order} {path}",
+            lambda d: recurrent_problem(37, 2, 9, f64, d, per_neuron=True, currents=True),
             gradients=True, order=order, path=path,
         )  # fmt: skip
     for neurons, path in itertools.product((10, *(() if interpreted else (300,))), paths[:2]):

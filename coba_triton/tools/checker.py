@@ -377,7 +377,7 @@ def _user_problem(x: Tensor, state: Any, weights: tuple[Any, Any] | None, p: Any
     validation.check_parameters(p)
     if isinstance(p.alpha, Tensor) and p.alpha.dim():
         raise ValueError(f"alpha must be one number to be checked, got a tensor of {list(p.alpha.shape)}; pass one number")
-    needed = (*VALUES, "refractory") if is_refractory(p, state) else VALUES
+    needed = {*VALUES, "conductance_based", *(["refractory"] if is_refractory(p, state) else [])}
     numbers = {
         name: torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
         for name, value in numbers_of(p).items()

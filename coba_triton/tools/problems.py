@@ -113,6 +113,7 @@ def problem(
     *,
     per_neuron: bool = False,
     refractory: bool = False,
+    currents: bool = False,
 ) -> Problem:
     """Make a feed-forward problem.
 
@@ -123,6 +124,7 @@ def problem(
         device: the device of all tensors.
         per_neuron: whether every neuron has its own parameters.
         refractory: whether there is a refractory period, and neurons that are held at the start.
+        currents: whether synapses are currents, with parameters of its own every other neuron's.
     """
     g = torch.Generator().manual_seed(0)
     compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
@@ -141,6 +143,8 @@ def problem(
         for name, value in VALUES.items()
     }
     fields = [*state, *_held(parameters, torch.as_tensor(state.g_i), per_neuron)] if refractory else state
+    if currents:
+        _use_currents(parameters, per_neuron)
     return Problem(
         x.to(device),
         feed_forward_state(*(torch.as_tensor(field).to(device) for field in fields)),
@@ -154,6 +158,14 @@ def _held(parameters: dict[str, Tensor], like: Tensor, per_neuron: bool) -> list
     each = numbers.expand(like.shape)[(0,) * (like.dim() - parameters["v_thresh"].dim())] if per_neuron else numbers
     parameters["refractory"] = (REFRACTORY / 2 * (each % 5) if per_neuron else torch.tensor(REFRACTORY)).to(like.dtype)
     return [(numbers % 4 * (numbers % 3 == 0)).to(like.dtype)]
+
+
+def _use_currents(parameters: dict[str, Tensor], per_neuron: bool) -> None:
+    """Make synapses currents: those of all neurons, or of every other one, with reversal potentials of about 1 and -1."""
+    like = parameters["e_rev_E"]
+    each = torch.arange(like.numel()).reshape(like.shape) % 2 if per_neuron else torch.tensor(0)
+    parameters["conductance_based"] = each.to(like.dtype)
+    parameters["e_rev_E"] = torch.where(each == 0, like / VALUES["e_rev_E"], like)
 
 
 # More numbers than this are drawn on the device itself, as a CPU would take minutes. They differ between devices.
@@ -209,6 +221,7 @@ def recurrent_problem(
     per_neuron: bool = False,
     binary: bool = True,
     refractory: bool = False,
+    currents: bool = False,
     seed: int = 0,
 ) -> RecurrentProblem:
     """Make a recurrent problem.
@@ -224,6 +237,7 @@ def recurrent_problem(
         per_neuron: whether every neuron has its own parameters.
         binary: whether the input is spikes.
         refractory: whether there is a refractory period, and neurons that are held at the start.
+        currents: whether synapses are currents, with parameters of its own every other neuron's.
         seed: the seed of the random numbers.
     """
     g = torch.Generator().manual_seed(seed)
@@ -246,6 +260,8 @@ def recurrent_problem(
         for name, value in VALUES.items()
     }
     fields = [*state, *_held(parameters, torch.as_tensor(state.g_i), per_neuron)] if refractory else state
+    if currents:
+        _use_currents(parameters, per_neuron)
     return RecurrentProblem(
         x.to(device, dtype),
         recurrent_state(*(torch.as_tensor(field).to(device, dtype) for field in fields)),

@@ -129,6 +129,55 @@ def test_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     assert Config.model_validate(resolved) == config
 
 
+CURRENT = re.sub(r"e_rev_. = .*\n", "", BASE).replace("[input]", 'synapses = "current"\n[input]').replace("2 nS", "50 pA")
+PROJECTION = """[[projection]]
+receptor = "inhibitory"
+probability = 0.5
+seed = 3
+weight = {{ law = "{}", mean = "{}", std = "10 pA" }}
+"""
+
+
+def test_weights_of_currents_are_currents_and_read_back_the_same(tmp_path: Path) -> None:
+    config = read(tmp_path, CURRENT + PROJECTION.format("normal", "0.1 nA"))
+    assert (config.neuron.synapses, config.neuron.e_rev_E) == ("current", None)
+    assert config.input.excitatory.weight == 0.05
+    assert (config.projection[0].weight.mean, config.projection[0].weight.std) == (0.1, 0.01)
+    resolved = config.model_dump(mode="json")
+    assert resolved["input"]["excitatory"]["weight"] == "0.05 nA"
+    assert resolved["projection"][0]["weight"]["std"] == "0.01 nA"
+    assert Config.model_validate(resolved) == config
+    assert read(tmp_path, BASE).model_dump(mode="json")["input"]["excitatory"]["weight"] == "0.002 uS"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            CURRENT.replace("50 pA", "2 nS"),
+            "input.excitatory.weight must be a current such as '0.1 nA', as neuron.synapses is 'current', got 0.002 uS; ",
+        ),
+        (
+            BASE.replace("2 nS", "50 pA"),
+            "input.excitatory.weight must be a conductance such as '2 nS', as neuron.synapses is 'conductance', got 0.05 nA",
+        ),
+        (CURRENT + PROJECTION.format("lognormal", "2 nS"), "projection.0.weight.mean must be a current such as '0.1 nA'"),
+        (CURRENT.replace("v_rest", 'e_rev_I = "-80 mV"\nv_rest'), "e_rev_I is for conductances, and neuron.synapses is"),
+        (
+            CURRENT.replace("[input]", POPULATION.format(1, 3).replace("v_thresh", "e_rev_E")),
+            "e_rev_E is for conductances, and neuron.synapses is 'current'; leave it out",
+        ),
+        (CURRENT.replace('"current"', '"conductance"'), 'e_rev_E is missing; add it, such as e_rev_E = "0 mV"'),
+        (CURRENT.replace("50 pA", "50 mV"), "'mV' does not measure a conductance or a current; expected"),
+        (CURRENT.replace("50 pA", "-50 pA"), "must not be negative, got '-50 pA'"),
+        (CURRENT.replace('"current"', '"curent"'), "synapses"),
+    ],
+)
+def test_kinds_of_synapses_that_do_not_fit(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(tmp_path, text)
+
+
 def test_populations_and_starts_read_back_the_same(tmp_path: Path) -> None:
     more = 'i_offset = "100 pA"\nv_init = { low = "-65 mV", high = "-0.05 V", seed = 3 }\n'
     config = read(tmp_path, BASE.replace("[input]", more + POPULATION.format(1, 3)))

@@ -644,6 +644,33 @@ inhibitory_weight = "0.001953125 uS"
     }
 
 
+@pytest.mark.parametrize("connected", [False, True])
+def test_synapses_that_are_currents(config: str, tmp_path: Path, connected: bool) -> None:
+    change(config, 'e_rev_E = "0 mV"\ne_rev_I = "-80 mV"\n', 'synapses = "current"\n')
+    change(config, '"2000 Hz", weight = "2 nS"', '"2000 Hz", weight = "60 pA"')
+    change(config, '"500 Hz", weight = "2 nS"', '"500 Hz", weight = "0.03 nA"')
+    if connected:
+        change(config, "[input]", """[recurrent]
+seed = 1
+probability = 0.4
+excitatory_fraction = 0.5
+excitatory_weight = "0.03125 nA"
+inhibitory_weight = "62.5 pA"
+[input]""")  # fmt: skip
+    result = run_of(config, tmp_path / "out")
+    settings = cli_config.load(config)[1]
+    p = CobaLIFParameters(1 / 5, 1 / 10, 1 / 0.2, 0.01, -1.0, 1.0, -65.0, -65.0, -50.0, conductance_based=0)
+    source, recurrent = open_source(settings), open_recurrent(settings)
+    if recurrent is not None:
+        x, weights = torch.from_numpy(source.channels(0, T)), (source.weights, recurrent.synapses)
+        spikes, _ = coba_lif_integral(x, None, *weights, p, 0.1, backend="reference")
+    else:
+        spikes, _ = coba_lif_feed_forward_integral(torch.from_numpy(source.read(0, T)), None, p, 0.1, backend="reference")
+    assert connected == (recurrent is not None) and 20 < spikes.sum() < 1000
+    np.testing.assert_array_equal(result.spikes[:], spikes.bool().numpy())
+    assert result.parameter("conductance_based").tolist() == [0.0] * N
+
+
 def test_a_range_of_starts_is_drawn_once(config: str, tmp_path: Path) -> None:
     """A population that does not say where it starts has its part of what is drawn for all."""
     change(

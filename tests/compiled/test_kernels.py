@@ -64,6 +64,7 @@ FORWARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ({"steps": 9, "shape": (16,), "dtype": torch.bfloat16}, {"spike_dtype": torch.bfloat16}),
     "bool": ({"steps": 9, "shape": (20,), "dtype": torch.bool}, {"spike_dtype": torch.uint8}),
     "refractory": ({"steps": 35, "shape": (45,), "refractory": True}, {"record_states": True}),
+    "currents": ({"steps": 35, "shape": (45,), "per_neuron": True, "currents": True}, {"record_states": True}),
 }
 
 
@@ -103,6 +104,7 @@ BACKWARD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "float64": ({"steps": 37, "shape": (20,), "dtype": F64}, {"method": "super"}),
     "bfloat16": ({"steps": 11, "shape": (33,), "dtype": torch.bfloat16}, {"method": "super", "spike_dtype": F32}),
     "refractory": ({"steps": 21, "shape": (33,), "per_neuron": True, "refractory": True}, {"method": "super"}),
+    "currents": ({"steps": 21, "shape": (33,), "currents": True}, {"method": "super"}),
 }
 
 
@@ -141,6 +143,7 @@ RECURRENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "events, float64": ({"steps": 14, "batch": 2, "neurons": 63, "dtype": F64}, {"path": "events", "record_states": True}),
     "dense": ({"steps": 9, "batch": 2, "neurons": 33}, {"path": "dense", "order": "jump_first"}),
     "events, refractory": ({"steps": 33, "batch": 2, "neurons": 33, "refractory": True}, {"path": "events"}),
+    "events, currents": ({"steps": 33, "batch": 2, "neurons": 33, "per_neuron": True, "currents": True}, {"path": "events"}),
     "sliced, refractory": ({"steps": 9, "batch": 1, "neurons": 75, "refractory": True}, {"path": "sliced"}),
     "graded input": (
         {"steps": 9, "batch": 1, "neurons": 20, "binary": False},

@@ -124,6 +124,7 @@ def test_doubles_of_one_device_are_converted_together() -> None:
     grads = {name: None if value.grad is None else value.grad.item() for name, value in numbers.items()}
     assert grads == {name: 1.0 for name in NUMERIC_PARAMETERS} | {
         "tau_syn_exc_inv": -0.3, "tau_syn_inh_inv": -0.3, "c_m_inv": 0.3, "alpha": None, "refractory": None,
+        "conductance_based": None,
     }  # fmt: skip
 
 

@@ -66,16 +66,18 @@ def test_constants_are_the_parameters_three_products_and_a_count() -> None:
         "decay_i",
         "k",
         "n_ref",
+        "coupling",
     }
     assert Sums._fields == Constants._fields[: len(Sums._fields)]
 
 
-CONSTANTS = Constants(-0.02, -0.05, 0.5, 0.25, -100.0, 60.0, -20.0, -70.0, -10.0, 100.0, 0.0)
+CONSTANTS = Constants(-0.02, -0.05, 0.5, 0.25, -100.0, 60.0, -20.0, -70.0, -10.0, 100.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("coupling", [1.0, 0.0, 0.3])
 @pytest.mark.parametrize("jump_first", [False, True])
 @pytest.mark.parametrize("method", surrogate.SURROGATES)
-def test_the_adjoint_is_autograd_s(method: str, jump_first: bool) -> None:
+def test_the_adjoint_is_autograd_s(method: str, jump_first: bool, coupling: float) -> None:
     """In float64, by everything that a step reads, of neurons below, at, just above and far above the threshold."""
     torch.manual_seed(5)
     count = 64
@@ -87,7 +89,8 @@ def test_the_adjoint_is_autograd_s(method: str, jump_first: bool) -> None:
     s, x = State(v, numbers(0.1), numbers(0.2)), numbers(1.0)
     x = (x - 0.5).detach().requires_grad_()
     c = Constants(*(torch.full((count,), value, dtype=torch.float64, requires_grad=True) for value in CONSTANTS))
-    c = c._replace(alpha=torch.full((count,), 2.0, dtype=torch.float64))
+    alpha, coupling_of_each = (torch.full((count,), value, dtype=torch.float64) for value in (2.0, coupling))
+    c = c._replace(alpha=alpha, coupling=coupling_of_each)
     drive = reference.split_input(x)
     z, after, _ = reference.step(s, drive, None, c, jump_first, method)
     grad_z, lam = torch.randn(count, dtype=torch.float64), State(*torch.randn(3, count, dtype=torch.float64).unbind())

@@ -38,8 +38,8 @@ from coba_triton import (
 
 T, B, N = 60, 2, 5
 DEFAULTS = CobaLIFParameters(v_rest=-60, v_reset=-65, v_thresh=-50, e_rev_E=0, e_rev_I=-80)
-# norse's records have no refractory period
-LACKING = ("method", "alpha", "refractory")
+# norse's records have no refractory period and no current-based synapses
+LACKING = ("method", "alpha", "refractory", "conductance_based")
 TENSORS = {name: torch.as_tensor(value) for name, value in DEFAULTS._asdict().items() if name not in LACKING}
 
 

@@ -30,6 +30,7 @@ PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"
 EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]
 EQUATIONS = [*PYTEST, "tests/backend/test_reference.py", "tests/neuron/test_one_truth.py"]
 CPU_TESTS = ["tests/kernels/test_feed_forward_kernels.py", "tests/backend/test_cpu.py"]
+CURRENT_TESTS = ["tests/neuron/test_current.py", "-m", "not slow", "-k"]
 SHARED = "tests/kernels/test_recurrent.py"
 RECURRENT = [*PYTEST, SHARED, "tests/kernels/test_recurrent_kernels.py", "-m", "not slow"]
 RECURRENT += ["-k", "triton or recurrent_kernels"]
@@ -45,6 +46,17 @@ AREAS: dict[str, dict[str, list[str]]] = {
         "interpreter": [*PYTEST, "tests/neuron/test_refractory.py", "-m", "not slow", "-k", "triton"],
         "executed": [*EXECUTED, "refractory"],
         "CPU path": [*PYTEST, "tests/neuron/test_refractory.py", "-m", "not slow", "-k", "cpu"],
+    },
+    "current": {
+        "equations": [
+            *PYTEST,
+            "tests/neuron/test_one_truth.py",
+            *CURRENT_TESTS,
+            "adjoint or single or (pulse and reference)",
+        ],
+        "interpreter": [*PYTEST, *CURRENT_TESTS, "few and triton"],
+        "executed": [*EXECUTED, "currents"],
+        "CPU path": [*PYTEST, *CURRENT_TESTS, "autograd_s_bits or (unconnected and cpu)"],
     },
     "adjoint": {
         "equations": EQUATIONS,
@@ -109,6 +121,10 @@ def refractory(file: str, edits: dict[str, str]) -> Mutant:
     return Mutant("refractory", file, edits)
 
 
+def current(file: str, edits: dict[str, str]) -> Mutant:
+    return Mutant("current", file, edits)
+
+
 def step(edits: dict[str, str]) -> Mutant:
     return Mutant("feed-forward", "kernels/neuron.py", edits)
 
@@ -157,7 +173,7 @@ SUMS_BARRIER = "tl.debug_barrier()  # the sums are complete before any thread ta
 CLEARED = "tl.store(place, tl.zeros_like(i), mask=mask)"
 ARRIVAL = "slot = sent + load_steps(delays_ptr, source, synapse, mask, per_ms, DELAY)"
 SPIKE = "spike = fire(excess(u, c), left)"
-CURRENT = "{}g_e * (c.e_rev_E - s.v)) + {}g_i * (c.e_rev_I - s.v))"
+CURRENT = "{}g_e * (c.e_rev_E - c.coupling * s.v)) + {}g_i * (c.e_rev_I - c.coupling * s.v))"
 OWN_NEURONS = "neurons = tl.program_id(0).to(tl.int64) * {} + tl.arange(0, BLOCK)"
 RESET_GRADIENT = "((grad_z + lam.v * c.v_reset) - lam.v * kept.u)"
 BACKWARD_SWEEP = "for i in tl.static_range(STEPS - 1, {}, -1):"
@@ -331,6 +347,28 @@ MUTANTS = {
     "CPU: the adjoint reads left of the step after": refractory(
         "coba_triton/backend/cpu/feed_forward.py",
         {KEPT_LEFT.format(""): KEPT_LEFT.format("FRAME + ")},
+    ),
+    "a current depends on the potential": current(
+        "coba_triton/neuron/step.py", {"c.e_rev_E - c.coupling * s.v": "c.e_rev_E - s.v"}
+    ),
+    "a current's adjoint depends on the potential": current(
+        "coba_triton/neuron/adjoint.py", {"ds * (c.e_rev_I - c.coupling * kept.v)": "ds * (c.e_rev_I - kept.v)"}
+    ),
+    "a current draws the potential back": current(
+        "coba_triton/neuron/adjoint.py", {"(ds * kept.g_e) * c.coupling": "ds * kept.g_e"}
+    ),
+    "a current's adjoint multiplies in another order": current(
+        "coba_triton/neuron/adjoint.py", {"(ds * kept.g_i) * c.coupling": "ds * (kept.g_i * c.coupling)"}
+    ),
+    "the capacitance's gradient takes currents for conductances": current(
+        "coba_triton/neuron/adjoint.py", {"kept.g_e * (c.e_rev_E - c.coupling * kept.v)": "kept.g_e * (c.e_rev_E - kept.v)"}
+    ),
+    "Triton: the coupling is another constant": current("kernels/neuron.py", {"values[11]": "values[10]"}),
+    "CPU: the coupling that neurons share is another constant": current(
+        "coba_triton/backend/cpu/rows.py", {"shared[11]": "shared[10]"}
+    ),
+    "CPU: a neuron's coupling is another constant": current(
+        "coba_triton/backend/cpu/rows.py", {"tile[first + 11 * ROW + j]": "tile[first + 10 * ROW + j]"}
     ),
     "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),

@@ -76,6 +76,7 @@ def load_constants(tile: Any, first: int, j: int) -> Constants:
         tile[first + 8 * ROW + j],
         tile[first + 9 * ROW + j],
         tile[first + 10 * ROW + j],
+        tile[first + 11 * ROW + j],
     )
 
 
@@ -275,6 +276,7 @@ def load_shared(shared: Any) -> Constants:
         shared[8],
         shared[9],
         shared[10],
+        shared[11],
     )
 
 
