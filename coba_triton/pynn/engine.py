@@ -246,7 +246,7 @@ class Engine:
             )
 
     def conductances(self) -> Array:
-        """The conductances or currents ``[2, N]`` in uS or nA of this moment: with what arrives now, before the step that they drive."""
+        """The conductances or currents ``[2, N]`` in uS or nA of this moment: with what arrives now, before its step."""
         if self._peeked is None or self._peeked[0] != self.now:
             self._prepare()
             net = self._net

@@ -18,7 +18,7 @@ logger = logging.getLogger("coba_triton")
 
 
 def check_weights(weights: Any, conductances: bool, inhibitory: bool) -> None:
-    """Weights of conductances are not negative: the receptor says whether a synapse is inhibitory. Those of currents are so."""
+    """Weights of conductances are not negative, whatever the receptor is; those of inhibitory currents are not positive."""
     values = np.asarray(weights, np.float64)
     if not conductances and inhibitory:
         wrong, what = values[~(np.isfinite(values) & (values <= 0))], "currents in nA and not positive where they inhibit"
