@@ -1,5 +1,6 @@
 """Run a script that asks PyNN for a simulator by name: ``python -m coba_triton.pynn SCRIPT ARGS``."""
 
+import gc
 import os
 import runpy
 import sys
@@ -15,7 +16,9 @@ def main() -> None:
         )
     del sys.argv[0]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    gc.freeze()  # what was imported stays, and is not looked at again while the script runs, nor at its end
     runpy.run_path(sys.argv[0], run_name="__main__")
+    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from pyNN.connectors import (
     SmallWorldConnector,
 )
 
-from ..ops.synapses import Synapses
 from . import simulator
 from .engine import Array
 
@@ -66,6 +65,21 @@ def connect_all(connector: Any, projection: Any, pre: Array, post: Array, parame
     projection.connect_arrays(pre, post, connector.location_selector, **parameters)
     if connector.callback is not None:
         connector.callback(1.0)
+
+
+def some_of(count: int, probability: float, seed: list[int]) -> Array:
+    """Which of ``count`` things are there, each with the same probability; ascending. Only those cost time."""
+    if not probability > 0:
+        return np.empty(0, np.int64)
+    rng = np.random.default_rng(seed)
+    found, last = [np.empty(0, np.int64)], -1
+    while last < count - 1:
+        expected = (count - 1 - last) * probability
+        gaps = rng.geometric(min(probability, 1.0), int(expected + 6 * expected**0.5) + 16)
+        found.append(last + np.cumsum(gaps))
+        last = int(found[-1][-1])
+    everything = np.concatenate(found)
+    return everything[: np.searchsorted(everything, count)]
 
 
 class AllToAllConnector(connectors.AllToAllConnector):
@@ -120,9 +134,8 @@ class FixedProbabilityConnector(connectors.FixedProbabilityConnector):
             return
         pre, post = projection.shape
         if self._drawn_here:
-            seed = simulator.state.engine.seed * 2**20 + projection.number
-            drawn = Synapses.fixed_probability(pre, post, self.p_connect, 0.0, seed=seed % 2**64)
-            sources, targets = drawn.source_of().numpy(), drawn.targets.numpy()
+            pairs = some_of(pre * post, self.p_connect, [simulator.state.engine.seed, 2**31 + projection.number])
+            targets, sources = np.divmod(pairs, pre)
         elif type(self.rng) is not random.NumpyRNG:
             super().connect(projection)
             return

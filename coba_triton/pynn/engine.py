@@ -34,7 +34,8 @@ from ..ops.wiring import Wiring
 Array = NDArray[Any]
 Model = Callable[[Mapping[str, Tensor]], CobaLIFParameters]
 
-FIELDS = ("v", "gsyn_exc", "gsyn_inh")  # of the state, by PyNN's names; the last one is the steps that are left to be held
+# Rows of the state by PyNN's names, and what they are multiplied with; the last row is the steps that are left to be held.
+FIELDS = {"v": (0, 1.0), "gsyn_exc": (1, 1.0), "gsyn_inh": (2, 1.0), "isyn_exc": (1, 1.0), "isyn_inh": (2, -1.0)}
 BLOCK_BYTES = 2**24  # of inputs, traces or spikes of a block
 MOST_STEPS = 2**12
 ROW = {name: index for index, name in enumerate(Constants._fields)}
@@ -46,7 +47,7 @@ class Wires(NamedTuple):
     Attributes:
         pre: the code of every synapse's source: a neuron's number, or ``-1 - k`` for source ``k``.
         post: the neuron of every synapse.
-        weights: in uS, negative where they are inhibitory.
+        weights: in uS, or in nA for neurons whose synapses are currents, negative where they are inhibitory.
         delays: in steps of PyNN's count.
     """
 
@@ -181,15 +182,15 @@ class Engine:
 
     def set_state(self, field: str, neurons: Array, values: Array) -> None:
         """Set a field of the state, now and for every time that the clock is set back."""
-        row, at = FIELDS.index(field), torch.as_tensor(neurons)
-        numbers = torch.as_tensor(np.array(values, dtype=np.float64))
+        (row, sign), at = FIELDS[field], torch.as_tensor(neurons)
+        numbers = torch.as_tensor(sign * np.asarray(values, np.float64))
         self.initial[row, at] = numbers
         self._peeked = None
         if row == 0:
             self.state[0, 0, at.to(self.device)] = numbers.to(self.state)
         else:
             self.state[row, 0, at.to(self.device)] = 0.0
-            self.first_drive[row - 1, neurons] = values
+            self.first_drive[row - 1, neurons] = numbers.numpy()
 
     def reset(self, segment: int) -> None:
         """Set the clock back to 0, with the initial states, nothing under way, and nothing recorded."""
@@ -230,7 +231,7 @@ class Engine:
         if not self.neurons:
             return
         g_l, k = self._table[ROW["g_l"]], self._table[ROW["k"]]
-        factor = float((k * (g_l + self.state[1, 0] + self.state[2, 0])).max())
+        factor = float((k * (g_l + self._table[ROW["coupling"]] * (self.state[1, 0] + self.state[2, 0]))).max())
         if not np.isfinite(factor) or not bool(torch.isfinite(self.state[0]).all()):
             raise FloatingPointError(
                 f"the state is no longer finite at {self.now * self.dt:g} ms; make the time step, the weights or the "
@@ -245,7 +246,7 @@ class Engine:
             )
 
     def conductances(self) -> Array:
-        """The conductances ``[2, N]`` in uS of this moment: with what arrives now, before the step that they drive."""
+        """The conductances or currents ``[2, N]`` in uS or nA of this moment: with what arrives now, before its step."""
         if self._peeked is None or self._peeked[0] != self.now:
             self._prepare()
             net = self._net

@@ -17,14 +17,17 @@ from .standardmodels import StaticSynapse
 logger = logging.getLogger("coba_triton")
 
 
-def check_weights(weights: Any) -> None:
-    """Weights of conductances are not negative: the receptor says whether a synapse is inhibitory."""
+def check_weights(weights: Any, conductances: bool, inhibitory: bool) -> None:
+    """Weights of conductances are not negative, whatever the receptor is; those of inhibitory currents are not positive."""
     values = np.asarray(weights, np.float64)
-    wrong = values[~(np.isfinite(values) & (values >= 0))]
+    if not conductances and inhibitory:
+        wrong, what = values[~(np.isfinite(values) & (values <= 0))], "currents in nA and not positive where they inhibit"
+    else:
+        wrong = values[~(np.isfinite(values) & (values >= 0))]
+        what = f"{'conductances in uS' if conductances else 'currents in nA'} and not negative"
     if wrong.size:
         raise errors.ConnectionError(
-            f"weights must be finite conductances in uS and not negative, got {wrong[0]:g}; say receptor_type='inhibitory' "
-            "for inhibition"
+            f"weights must be finite {what}, got {wrong[0]:g}; say receptor_type= for the other sign"
         )
 
 
@@ -126,7 +129,8 @@ class Projection(common.Projection):
         self._engine = simulator.state.engine
         self.number = simulator.state.projection_counter
         simulator.state.projection_counter += 1
-        self.sign = -1.0 if self.receptor_type == "inhibitory" else 1.0
+        self._inhibitory = self.receptor_type == "inhibitory"
+        self._conductances = bool(self.post.conductance_based)
         self._parts: list[tuple[Array, Array, Array, Array]] = []
         connector.connect(self)
         self._put_together()
@@ -165,7 +169,7 @@ class Projection(common.Projection):
         self.pre_indices, self.post_indices = each(0, np.int32), each(1, np.int32)
         self.weights = each(2, np.float64)
         delays = each(3, np.float64)
-        check_weights(self.weights)
+        check_weights(self.weights, self._conductances, self._inhibitory)
         self.delay_steps = delay_steps(delays, self._engine.dt)
         if len(delays) and np.abs(self.delay_steps * self._engine.dt - delays).max() > 1e-6 * self._engine.dt:
             logger.warning("delays of %s are rounded to multiples of the time step, %g ms", self.label, self._engine.dt)
@@ -175,7 +179,8 @@ class Projection(common.Projection):
     def wires(self) -> Wires:
         """The synapses by the numbers of their cells."""
         pre, post = (self._engine.codes[cells.all_cells.astype(np.int64)] for cells in (self.pre, self.post))
-        return Wires(pre[self.pre_indices], post[self.post_indices], self.sign * self.weights, self.delay_steps)
+        signed = -self.weights if self._inhibitory and self._conductances else self.weights
+        return Wires(pre[self.pre_indices], post[self.post_indices], signed, self.delay_steps)
 
     # What users read and change
 
@@ -200,7 +205,7 @@ class Projection(common.Projection):
     def change(self, name: str, values: Any, at: Any = slice(None)) -> None:
         """Give some connections other weights or delays, for spikes that are sent from now on."""
         if name == "weight":
-            check_weights(values)
+            check_weights(values, self._conductances, self._inhibitory)
             self.weights[at] = values
         elif name == "delay":
             self.delay_steps[at] = delay_steps(values, self._engine.dt)

@@ -105,7 +105,8 @@ class Recorder(recording.Recorder):
             row = (first - self._start) // every
             signal[row : row + len(values), there] = values[:, at[there]]
         if name != "v" and (engine.now - self._start) % every == 0:  # what drives the next step
-            signal[-1] = engine.conductances()[FIELDS.index(name) - 1][self.population.first + wanted]
+            row, sign = FIELDS[name]
+            signal[-1] = sign * engine.conductances()[row - 1][self.population.first + wanted]
         return signal, None
 
     def _local_count(self, variable: Any, filter_ids: Any = None) -> dict[int, int]:
@@ -143,7 +144,8 @@ class Recorder(recording.Recorder):
             begin = first + (name == "v")
             skip = (self._start - begin) % self._every
             at = np.searchsorted(neurons, self.population.first + cells)
-            values = states[FIELDS.index(name), skip :: self._every][:, at]
+            row, sign = FIELDS[name]
+            values = sign * states[row, skip :: self._every][:, at]
             if len(values):
                 self._parts.setdefault(name, []).append((begin + skip, cells, values))
 

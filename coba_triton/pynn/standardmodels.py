@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import numpy as np
 from pyNN import errors
@@ -49,8 +50,17 @@ class IF_cond_exp(cells.IF_cond_exp):
     translations = _same_names(cells.IF_cond_exp)
 
 
+class IF_curr_exp(cells.IF_curr_exp):
+    __doc__ = cells.IF_curr_exp.__doc__
+
+    translations = _same_names(cells.IF_curr_exp)
+    recordable: ClassVar[list[str]] = ["spikes", "v", "isyn_exc", "isyn_inh"]
+
+
 # How the parameters of a cell type, float64 ``[n]`` by PyNN's names, become those of this package's neuron.
-MODELS: dict[type[Any], Model] = {IF_cond_exp: from_pynn}
+MODELS: dict[type[Any], Model] = {
+    cell: functools.partial(from_pynn, model=cell.__name__) for cell in (IF_cond_exp, IF_curr_exp)
+}
 
 
 class SpikeSourceArray(cells.SpikeSourceArray):

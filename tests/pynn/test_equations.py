@@ -16,7 +16,7 @@ from helpers.pynn_networks import signal, spike_times
 DT, STEPS, N, K = 0.1, 1500, 12, 5
 
 
-def draw(seed: int) -> dict[str, np.ndarray]:
+def draw(seed: int, currents: bool = False) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     uniform = rng.uniform
     cells = dict(
@@ -29,6 +29,9 @@ def draw(seed: int) -> dict[str, np.ndarray]:
     weights = {name: uniform(0, 0.01, value.shape) for name, value in there.items()}
     delays = {name: rng.integers(1, 40, value.shape) for name, value in there.items()}
     trains = np.sort(rng.integers(0, STEPS, (K, 60)), 1)
+    if currents:  # in nA: a conductance times a driving force of about 60 and 20 mV
+        del cells["e_rev_E"], cells["e_rev_I"]
+        weights = {name: value * np.array([60.0, -20.0])[:, None, None] for name, value in weights.items()}
     return dict(cells=cells, there=there, weights=weights, delays=delays, trains=trains, v=uniform(-65, -55, N))
 
 
@@ -43,7 +46,7 @@ def by_hand(net: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         for sign in (0, 1):
             for target in np.flatnonzero(net["there"][kind][sign, source]):
                 at = sample + net["delays"][kind][sign, source, target]
-                arriving[at, sign, target] += net["weights"][kind][sign, source, target]
+                arriving[at, sign, target] += abs(net["weights"][kind][sign, source, target])
 
     for source, train in enumerate(net["trains"]):
         for sample in train:
@@ -56,7 +59,8 @@ def by_hand(net: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         gs.append(g)
         if step == STEPS:
             break
-        current = g_l * (p["v_rest"] - v) + g[0] * (p["e_rev_E"] - v) + g[1] * (p["e_rev_I"] - v) + p["i_offset"]
+        synaptic = g[0] * (p["e_rev_E"] - v) + g[1] * (p["e_rev_I"] - v) if "e_rev_E" in p else g[0] - g[1]
+        current = g_l * (p["v_rest"] - v) + synaptic + p["i_offset"]
         u = v + DT / p["cm"] * current
         z = (u > p["v_thresh"]) & (left <= 0)
         v = np.where(z | (left > 0), p["v_reset"], u)
@@ -65,12 +69,15 @@ def by_hand(net: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         for cell in np.flatnonzero(z):
             spikes.append((step + 1, cell))
             send("inner", cell, step + 1)
-    return np.array(vs), np.array(gs)[:, 0], np.array(gs)[:, 1], np.array(spikes)
+    return np.array(vs), np.array(gs)[:, 0], np.array(gs)[:, 1] * (1 if "e_rev_E" in p else -1), np.array(spikes)
 
 
 def by_pynn(net: dict[str, np.ndarray], pieces: int, steps: int = STEPS, **setup: str) -> tuple[np.ndarray, ...]:
     sim.setup(timestep=DT, **setup)
-    cells = sim.Population(N, sim.IF_cond_exp(**net["cells"]), initial_values={"v": net["v"]})
+    names, kind = ("gsyn_exc", "gsyn_inh"), sim.IF_cond_exp
+    if "e_rev_E" not in net["cells"]:
+        names, kind = ("isyn_exc", "isyn_inh"), sim.IF_curr_exp
+    cells = sim.Population(N, kind(**net["cells"]), initial_values={"v": net["v"]})
     sources = sim.Population(K, sim.SpikeSourceArray(spike_times=[Sequence(train * DT) for train in net["trains"]]))
     for kind, pre in (("inner", cells), ("outer", sources)):
         for sign, receptor in enumerate(("excitatory", "inhibitory")):
@@ -79,17 +86,18 @@ def by_pynn(net: dict[str, np.ndarray], pieces: int, steps: int = STEPS, **setup
                 for i, j in np.argwhere(net["there"][kind][sign])
             ]
             sim.Projection(pre, cells, sim.FromListConnector(synapses), sim.StaticSynapse(), receptor_type=receptor)
-    cells.record(["spikes", "v", "gsyn_exc", "gsyn_inh"])
+    cells.record(["spikes", "v", *names])
     for _ in range(pieces):
         sim.run(steps * DT / pieces)
     found = [(round(time / DT), cell) for cell, train in enumerate(spike_times(cells)) for time in train]
-    return *(signal(cells, name) for name in ("v", "gsyn_exc", "gsyn_inh")), np.array(sorted(found))
+    return *(signal(cells, name) for name in ("v", *names)), np.array(sorted(found))
 
 
 @pytest.mark.parametrize("pieces", [1, 30])
+@pytest.mark.parametrize("currents", [False, True], ids=["conductances", "currents"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_sample(seed: int, pieces: int) -> None:
-    net = draw(seed)
+def test_every_sample(seed: int, currents: bool, pieces: int) -> None:
+    net = draw(seed, currents)
     expected, found = by_hand(net), by_pynn(net, pieces)
     assert len(expected[3]) > 50
     np.testing.assert_array_equal(found[3], expected[3])
@@ -108,3 +116,24 @@ def test_all_backends_have_the_same_bits(device: torch.device) -> None:
     there = by_pynn(net, 2, 200, backend="triton", device=str(device))
     for one, other in zip(by_pynn(net, 2, 200), there, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_both_kinds_of_neurons_in_one_network() -> None:
+    """Each kind is what it is alone: neurons of the one drive those of the other."""
+    kinds = sim.IF_cond_exp, sim.IF_curr_exp
+    found = []
+    for first, second in (kinds, kinds[::-1]):
+        sim.setup(timestep=DT)
+        parts = {}
+        for kind in (first, second):
+            parts[kind] = sim.Population(3, kind(cm=0.2, i_offset=[0.0, 0.1, 0.2], tau_refrac=2.0))
+            parts[kind].record(["v", "spikes"])
+        for pre, post, weight in ((kinds[0], kinds[1], 0.5), (kinds[1], kinds[0], 0.01)):
+            synapse = sim.StaticSynapse(weight=weight, delay=1.0)
+            sim.Projection(parts[pre], parts[post], sim.AllToAllConnector(), synapse, receptor_type="excitatory")
+        sim.run(100.0)
+        found.append([(signal(parts[kind], "v"), spike_times(parts[kind])) for kind in kinds])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        assert one[1] == other[1] and min(map(len, one[1])) > 2
+    assert found[0][0][1] != found[0][1][1]

@@ -169,6 +169,12 @@ def test_synapses_that_cannot_be() -> None:
     with pytest.raises(errors.ConnectionError, match="source index out of range"):
         sim.Projection(cells, cells, sim.FromListConnector([(2, 0, 0.1, 0.1)]))
     assert not sim.simulator.state.engine.projections
+    others = sim.Population(2, sim.IF_curr_exp())
+    for receptor, weight in (("excitatory", -0.1), ("inhibitory", 0.1)):
+        right = sim.StaticSynapse(weight=-weight)
+        projection = sim.Projection(cells, others, sim.AllToAllConnector(), right, receptor_type=receptor)
+        with pytest.raises(errors.ConnectionError, match="weights must be finite currents in nA and not"):
+            projection.set(weight=weight)
     projection = sim.Projection(cells, cells, sim.AllToAllConnector(), sim.StaticSynapse(weight=0.1))
     with pytest.raises(errors.ConnectionError, match="not negative, got -0.02"):
         projection.set(weight=-0.02)
