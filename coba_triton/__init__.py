@@ -3,9 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .common.garbage import no_collection
 from .common.signals import silent_start
 
-with silent_start():
+with silent_start(), no_collection():
     from . import _old_names as _old_names
     from .functional import (
         coba_lif_feed_forward_integral,
