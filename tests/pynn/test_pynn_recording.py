@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import neo
 import numpy as np
 import pytest
 
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
+import neo
 from pyNN.errors import RecordingError
 
 import coba_triton.pynn as sim
