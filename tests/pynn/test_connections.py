@@ -46,8 +46,57 @@ def test_connectors_that_draw_pynns_numbers(two: tuple[Any, Any]) -> None:
             assert ours == theirs and len(ours) >= 7
         ours, theirs = both(group, group, "AllToAllConnector", allow_self_connections=False)
         assert ours == theirs and all(one[0] != one[1] for one in ours)
+        ours, theirs = both(group, group, "FixedProbabilityConnector", 0.3, allow_self_connections=False, rng=True)
+        assert ours == theirs and len(ours) > 5
+    for name in ("FixedNumberPreConnector", "FixedNumberPostConnector"):
+        ours, theirs = both(pre, post, name, 7, rng=True)
+        assert ours == theirs and len(ours) > 200
     ours, theirs = both(pre, post, "OneToOneConnector")
     assert ours == theirs and len(ours) == 30
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("per", ["Pre", "Post"])
+def test_fixed_numbers_without_a_generator(per: str, replacement: bool, same: bool) -> None:
+    sim.setup(timestep=0.1)
+    pre = sim.Population(30, sim.IF_cond_exp())
+    post = pre if same else sim.Population(50, sim.IF_cond_exp())
+    connector = getattr(sim, f"FixedNumber{per}Connector")(20, allow_self_connections=not same, with_replacement=replacement)
+    synapse = sim.StaticSynapse(weight=0.1, delay=RandomDistribution("uniform", (0.1, 2.0), rng=NumpyRNG(1)))
+    projection = sim.Projection(pre, post, connector, synapse)
+    sources, targets = projection.pre_indices, projection.post_indices
+    assert (np.bincount(targets if per == "Pre" else sources) == 20).all()
+    others = np.bincount(sources if per == "Pre" else targets)
+    assert len(others) == (30 if per == "Pre" else post.size) and others.std() < 8
+    if same:
+        assert (sources != targets).all()
+    unique = len(set(zip(sources.tolist(), targets.tolist(), strict=True)))
+    assert (unique < len(projection)) if replacement else (unique == len(projection))
+    assert len(set(projection.delays.tolist())) > 10
+
+
+def test_synapses_with_values_of_their_own_follow_the_seed_as_well() -> None:
+    found = []
+    for _ in range(2):
+        sim.setup(timestep=0.1)
+        cells = sim.Population(40, sim.IF_cond_exp())
+        synapse = sim.StaticSynapse(weight="0.01 * (1 + d)", delay=0.5)
+        connector = sim.FixedProbabilityConnector(0.2, allow_self_connections=False)
+        found.append([pairs(sim.Projection(cells, cells, connector, synapse)) for _ in range(2)])
+    assert found[0] == found[1] and found[0][0] != found[0][1] and len(found[0][0]) > 200
+    for i, j, weight, _ in found[0][0]:
+        assert i != j and weight == pytest.approx(0.01 * (1 + abs(i - j)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_shares_of_pairs(share: float) -> None:
+    sim.setup(timestep=0.1)
+    pre, post = sim.Population(70, sim.IF_cond_exp()), sim.Population(90, sim.IF_cond_exp())
+    projection = sim.Projection(pre, post, sim.FixedProbabilityConnector(share), sim.StaticSynapse(weight=0.1))
+    assert len(projection) == pytest.approx(6300 * share, abs=0 if share in (0.0, 1.0) else 150)
+    dense = projection.get("weight", "array")
+    assert dense.shape == (70, 90) and np.isfinite(dense).sum() == len(projection)
 
 
 def test_connectors_without_a_generator_follow_the_seed(two: tuple[Any, Any]) -> None:
