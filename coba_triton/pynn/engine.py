@@ -200,8 +200,8 @@ class Engine:
         self.first_drive = self.initial[1:].numpy().copy()
         self.pending = np.zeros((2, 0, self.neurons))
         self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)
-        self._ring.zero_()
-        self._since = 0
+        if self._net is not None:
+            self._empty_ring(self._net)
         self._peeked = None
         self.spikes, self.sent = Events(), Events()
         for _, trains in self.trains:
@@ -501,9 +501,14 @@ class Engine:
                 self.device
             )
         wiring = Wiring(inputs, recurrent.to(self.device), shortest, longest)
-        history = torch.zeros(longest, 1, self.neurons, dtype=self.dtype, device=self.device)
-        self._net = SparseNetwork.of(connections(wiring, self._table, 1.0), history, False, self.backend)
-        self._ring, self._since = self.backend.sparse_ring(self._net, history), 0
+        silence = torch.zeros(longest, 1, self.neurons, dtype=self.dtype, device=self.device)
+        self._net = SparseNetwork.of(connections(wiring, self._table, 1.0), silence, False, self.backend)
+        self._empty_ring(self._net)
+
+    def _empty_ring(self, net: SparseNetwork) -> None:
+        """Begin with nothing under way."""
+        silence = torch.zeros(net.longest, 1, net.neurons, dtype=self.dtype, device=self.device)
+        self._ring, self._since = net.backend.sparse_ring(net, silence), 0
 
 
 class Events:

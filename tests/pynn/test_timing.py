@@ -102,3 +102,23 @@ def test_time_is_a_count_of_steps() -> None:
     for _ in range(300):
         sim.run(0.1)
     assert sim.get_current_time() == 30.0
+
+
+def test_functions_are_called_at_the_times_that_they_ask_for() -> None:
+    sim.setup(timestep=0.1)
+    cells = sim.Population(1, sim.IF_cond_exp(tau_m=10.0))
+    cells.record("v")
+    called: list[float] = []
+
+    def change(time: float) -> float:
+        called.append(time)
+        cells.set(v_rest=-65.0 + time)
+        return time + 2.0
+
+    sim.run(5.0, callbacks=[change])
+    sim.run_until(6.0)
+    assert called == [0.0, 2.0, 4.0, 5.0] and sim.get_current_time() == 6.0
+    v = signal(cells, "v")[:, 0]
+    assert len(v) == 61 and (v[:21] == -65.0).all() and v[21] == pytest.approx(-65.0 + 2.0 * 0.1 / 10)
+    with pytest.raises(ValueError, match="Time 3 is in the past"):
+        sim.run_until(3.0)
