@@ -364,7 +364,8 @@ def block_kernel() -> Any:
     def block(
         x: Strided, inputs: Wires, input_drive: Any, wires: Wires, prepared: Paths, ring: Any, start: int, shared: Any,
         per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any, jump_first: bool,
-        holds: bool | None, steps: int, together: int, arrived: Any, first: int, last: int, part: int, parts: int, own: Scratch,
+        holds: bool | None, steps: int, together: int, arrived: Any, first: int, last: int, part: int, parts: int,
+        own: Scratch,
     ) -> None:  # fmt: skip
         """``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses.
 
