@@ -3,9 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .common.garbage import no_collection
 from .common.signals import silent_start
 
-with silent_start():
+with silent_start(), no_collection():
     from . import _old_names as _old_names
     from .functional import (
         coba_lif_feed_forward_integral,
@@ -26,7 +27,7 @@ with silent_start():
     )
     from .ops.spikes import pack_spikes, unpack_spikes
     from .ops.synapses import LogNormal, Normal, Synapses, Uniform
-    from .pynn.parameters import from_pynn, to_pynn
+    from .parameter_sets import from_pynn, to_pynn
     from .stream.events import read_events
     from .stream.results import Result, open_result
     from .stream.simulation import Record, simulate

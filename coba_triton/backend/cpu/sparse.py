@@ -134,6 +134,60 @@ def steps_of(w: Wires, index: int) -> int:
     return int(np.rint(w.delays[index] * w.per_ms))
 
 
+class Paths(NamedTuple):
+    """Synapses as those read them who go over them many times; without elements: they are read as they are.
+
+    Attributes:
+        starts: the synapses of source ``k`` are ``starts[k]`` to ``starts[k + 1]``, int64 ``[K + 1]``.
+        places: ``(2 d + sign) N + target`` of each synapse, int64 ``[S]``: which number of ``[T, 2, N]``, counted from the
+            step of the source on, is the drive that it adds to.
+        magnitudes: of the weights, ``[S]``.
+        units: the same as integers of the grid, int64 ``[S]``.
+    """
+
+    starts: Any
+    places: Any
+    magnitudes: Any
+    units: Any
+
+
+@compiled
+def borrow_paths(paths: Paths) -> Paths:
+    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.magnitudes), borrow(paths.units))
+
+
+@functools.cache
+def paths_kernel() -> Any:
+    """Fill the :class:`Paths` of synapses onto ``neurons``."""
+    digest = sources()
+
+    def paths(wires: Wires, neurons: int, places: Any, magnitudes: Any, units: Any) -> None:
+        _ = digest  # part of the key of the disk cache
+        w = borrow_wires(wires)
+        for source in range(w.splits.shape[1]):
+            for s in range(w.splits[0, source], w.splits[1, source]):
+                weight = w.weights[s if w.weight_of == 2 else source * w.weight_of]
+                steps = 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
+                sign = 1 if weight < 0 else 0
+                places[s] = (2 * steps + sign) * neurons + w.targets[s]
+                magnitudes[s] = abs(weight)
+                units[s] = int(np.rint(abs(weight) * w.scales[sign]))
+
+    return entry_point(paths)
+
+
+@compiled
+def send_along(sums: Any, now: int, neurons: int, w: Wires, paths: Paths, source: int, part: int) -> None:
+    """:func:`send` along prepared paths."""
+    around, base = np.uintp(len(sums)), np.uintp(2 * now * neurons)
+    first, last = w.splits[part, source], w.splits[part + 1, source]
+    places, units = paths.places[first:last], paths.units[first:last]
+    for s in range(len(places)):
+        place = base + np.uintp(places[s])
+        place = place - around if place >= around else place
+        sums[place] += units[s]
+
+
 @compiled
 def send(sums: Any, now: int, longest: int, width: int, w: Wires, source: int, part: int) -> None:
     """Add what a spike of step ``now`` (modulo the ring) sends to the ``sums [longest 2 width]`` of one row."""
@@ -308,9 +362,10 @@ def block_kernel() -> Any:
     digest = sources()
 
     def block(
-        x: Strided, inputs: Wires, input_drive: Any, wires: Wires, ring: Any, start: int, shared: Any, per_neuron: Any,
-        state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any, jump_first: bool, holds: bool | None,
-        steps: int, together: int, arrived: Any, first: int, last: int, part: int, parts: int, own: Scratch,
+        x: Strided, inputs: Wires, input_drive: Any, wires: Wires, prepared: Paths, ring: Any, start: int, shared: Any,
+        per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any, jump_first: bool,
+        holds: bool | None, steps: int, together: int, arrived: Any, first: int, last: int, part: int, parts: int,
+        own: Scratch,
     ) -> None:  # fmt: skip
         """``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses.
 
@@ -318,7 +373,7 @@ def block_kernel() -> Any:
         """
         _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
-        incoming, w = borrow_wires(inputs), borrow_wires(wires)
+        incoming, w, paths = borrow_wires(inputs), borrow_wires(wires), borrow_paths(prepared)
         input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
         states, chosen, arrived = borrow(states), borrow(chosen), borrow(arrived)
         tiles, fired, inbox = borrow(own.tiles), borrow(own.fired), borrow(own.inbox)
@@ -400,7 +455,10 @@ def block_kernel() -> Any:
                         for k in range(len(listed)):
                             if k + 1 < len(listed):
                                 ask_for_targets(w, listed[k + 1], part)
-                            send(sums, at, longest, neurons, w, listed[k], part)
+                            if paths.places.size > 0:
+                                send_along(sums, at, neurons, w, paths, listed[k], part)
+                            else:
+                                send(sums, at, longest, neurons, w, listed[k], part)
                 slot = (slot + count) % longest
             for k in range(len(tiles)):
                 begin = own_first + k * TILE

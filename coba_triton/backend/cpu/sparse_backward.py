@@ -11,7 +11,7 @@ A group's sums do not depend on how many threads there are.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +48,7 @@ from .rows import (
     row_of,
     row_of_field,
 )
-from .sparse import Wires, borrow_wires, steps_of, unit_of
+from .sparse import Paths, borrow_paths, unit_of
 
 
 @compiled
@@ -75,48 +75,6 @@ def from_lanes(rows: Any, cells: Any, lanes: int, neurons: int, begin: int) -> N
         row = rows[lane * neurons + first : lane * neurons + first + count]
         for k in range(count):
             row[k] = cells[k * lanes + lane]
-
-
-class Paths(NamedTuple):
-    """Synapses as the backward reads them, which goes over all of them in every step.
-
-    Attributes:
-        starts: the synapses of source ``k`` are ``starts[k]`` to ``starts[k + 1]``, int64 ``[K + 1]``.
-        places: ``(2 d + sign) N + target`` of each synapse, int64 ``[S]``: which number of ``[T, 2, N]``, counted from the
-            step of the source on, is the drive that it adds to.
-        magnitudes: of the weights, ``[S]``.
-        units: the same as integers of the grid, int64 ``[S]``.
-    """
-
-    starts: Any
-    places: Any
-    magnitudes: Any
-    units: Any
-
-
-@compiled
-def borrow_paths(paths: Paths) -> Paths:
-    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.magnitudes), borrow(paths.units))
-
-
-@functools.cache
-def paths_kernel() -> Any:
-    """Fill the :class:`Paths` of synapses onto ``neurons``."""
-    digest = sources()
-
-    def paths(wires: Wires, neurons: int, places: Any, magnitudes: Any, units: Any) -> None:
-        _ = digest  # part of the key of the disk cache
-        w = borrow_wires(wires)
-        for source in range(w.splits.shape[1]):
-            for s in range(w.splits[0, source], w.splits[1, source]):
-                weight = w.weights[s if w.weight_of == 2 else source * w.weight_of]
-                steps = 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
-                sign = 1 if weight < 0 else 0
-                places[s] = (2 * steps + sign) * neurons + w.targets[s]
-                magnitudes[s] = abs(weight)
-                units[s] = int(np.rint(abs(weight) * w.scales[sign]))
-
-    return entry_point(paths)
 
 
 @compiled

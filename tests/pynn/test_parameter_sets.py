@@ -18,7 +18,7 @@ from coba_triton import (
     to_pynn,
 )
 from coba_triton.neuron.records import NUMERIC_PARAMETERS
-from coba_triton.pynn.parameters import DEFAULTS
+from coba_triton.parameter_sets import DEFAULTS
 
 MODELS = ("IF_cond_exp", "iaf_cond_exp")
 CURRENT_MODELS = ("IF_curr_exp", "iaf_psc_exp")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..neuron.records import CobaLIFParameters, Number
-from ..ops.validation import check_number, check_numbers, check_parameters, is_one_of
+from .neuron.records import CobaLIFParameters, Number
+from .ops.validation import check_number, check_numbers, check_parameters, is_one_of
 
 # The names and the defaults of the simulators.
 DEFAULTS: dict[str, dict[str, float]] = {
