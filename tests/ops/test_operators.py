@@ -25,7 +25,7 @@ def arguments(device, *, spike_dtype=torch.float32, record=False, every=8, steps
 
 
 ops = torch.ops.coba_triton
-CONSTANTS = [-0.2, -0.125, 0.5, 0.25, -1.0, 0.6, -0.2, -0.7, -0.1, 5.0, 0.0]
+CONSTANTS = [-0.2, -0.125, 0.5, 0.25, -1.0, 0.6, -0.2, -0.7, -0.1, 5.0, 0.0, 1.0]
 backends = pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
 
 

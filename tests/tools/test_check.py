@@ -64,7 +64,7 @@ def test_quick_level_passes(backend, monkeypatch) -> None:
         monkeypatch.setattr(checker, "generate", every_third)
     report = coba_triton.check(backend=backend, device="cpu")
     assert report.ok, str(report)
-    assert len({result.group for result in report.results}) == (22 if backend == "cpu" else 19)
+    assert len({result.group for result in report.results}) == (24 if backend == "cpu" else 21)
     assert not any(result.status == "skipped" for result in report.results)
 
 
@@ -394,7 +394,8 @@ def test_a_case_that_takes_its_process_along_leaves_the_others_alone(monkeypatch
     monkeypatch.setattr(check_process, "serve", serve_badly)
     monkeypatch.setattr(check_process, "CASE_SECONDS", 15.0)
     results = list(check_process.run_checks("cpu", CPU, "quick", "input dtypes"))
-    assert [result.status for result in results] == ["passed", "failed", "failed", "failed", "passed"]
+    assert [result.status for result in results[:5]] == ["passed", "failed", "failed", "failed", "passed"]
+    assert {result.status for result in results[5:]} == {"passed"}  # those of sparse networks
     assert results[1].detail == "the process that ran it died of SIGSEGV"
     assert results[2].detail == "the process that ran it did not end within 15 s, and was killed"
     assert results[3].detail == "wrong"
