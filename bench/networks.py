@@ -62,13 +62,15 @@ def run_here(path: str, seconds: float, threads: int, dtype: str, spikes_to: str
     coba_lif_integral(x[:32], state, inputs, synapses, p, dt, spike_dtype="bits")  # compiles
     block = 3200
     wall = cpu = 0.0
-    rows, cells = [], []
-    for begin in range(0, steps, block):
+    rows, cells, packed = [], [], []
+    for begin in range(0, steps, block):  # nothing else in between: PyTorch's threads keep their processors busy for a while
         part = x[begin : begin + block]
         clock, processor = time.perf_counter(), time.process_time()
         words, state = coba_lif_integral(part, state, inputs, synapses, p, dt, spike_dtype="bits")
         wall, cpu = wall + time.perf_counter() - clock, cpu + time.process_time() - processor
-        fired = unpack_spikes(words, len(part))[:, 0].nonzero()
+        packed.append((begin, len(part), words))
+    for begin, length, words in packed:
+        fired = unpack_spikes(words, length)[:, 0].nonzero()
         rows.append(fired[:, 0].numpy() + begin)
         cells.append(fired[:, 1].numpy())
     times, neurons = np.concatenate(rows) * dt, np.concatenate(cells)

@@ -23,7 +23,7 @@ from .call import (
     SparseSweep,
 )
 from .constants import constants_gradient
-from .spikes import WORD_BITS, unpack_spikes, word_count
+from .spikes import WORD_BITS, word_count
 from .time_blocks import by_sign, choose_block_steps, project, split, without_autocast, words_of
 
 
@@ -69,14 +69,13 @@ def forward(
 
 def last_spikes(history: Tensor, spikes: Tensor, steps: int) -> Tensor:
     """The spikes of the last R steps, from those of the R steps before and ``spikes`` of some more, packed or not."""
-    longest = history.shape[0]
-    packed = spikes.dtype == torch.int32
-    if packed:
-        first = max(0, steps - longest) // WORD_BITS
-        last = unpack_spikes(spikes[first : word_count(steps)], steps - first * WORD_BITS, history.dtype)
+    first = max(0, steps - history.shape[0])
+    if spikes.dtype == torch.int32:  # of these steps alone: few numbers, for which PyTorch starts no threads of its own
+        t = torch.arange(first, steps, device=spikes.device)
+        last = (spikes[t // WORD_BITS] >> (t % WORD_BITS).to(torch.int32).view(-1, *(1,) * (history.dim() - 1))) & 1
     else:
-        last = spikes[max(0, steps - longest) : steps]
-    last = last[max(0, len(last) - longest) :].to(history.dtype)
+        last = spikes[first:steps]
+    last = last.to(history.dtype)
     return torch.cat([history[len(last) :], last])
 
 

@@ -83,7 +83,7 @@ class Scratch(NamedTuple):
         inbox: int64 ``[2 N]``, sums of sparse inputs; without elements: there are none.
         values, bits, events: of the length of an input, and one more for the last.
         lists: the neurons that fired, int32 ``[2, parts, together, N / parts]``. Threads of a row share it.
-        counts: how many did, int64 ``[2, parts, together]``.
+        counts: how many did, int64 ``[2, parts, together]`` and some more.
     """
 
     tiles: Any
@@ -117,7 +117,8 @@ def scratch(w: Wires, dtype: Any, neurons: int, parts: int, together: int, share
 
 def shared_lists(neurons: int, parts: int, together: int) -> tuple[Any, Any]:
     """Lists and counts of a :class:`Scratch`."""
-    return np.empty((2, parts, together, neurons), np.int32), np.empty((2, parts, together), np.int64)
+    # counts of two threads are not in one line of memory: each would wait for the other at every spike
+    return np.empty((2, parts, together, neurons), np.int32), np.empty((2, parts, together + 16), np.int64)
 
 
 @compiled
