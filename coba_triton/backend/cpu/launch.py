@@ -43,6 +43,9 @@ HUGE_PAGES_FROM = 8 << 20
 MIN_STEPS_PER_THREAD = 1 << 19
 # A thread's neurons are a multiple of this, so that no two threads write to one cache line.
 SHARE_OF = 64
+# Threads share a batch row of so many neurons. In a smaller one they meet too often to gain anything beside other threads
+# that keep a processor busy, as those of PyTorch do for a while after an operation.
+SHARED_FROM = 2**17
 # A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
 EVENT_DENSITY = 0.25
 # A block follows the dense path if the one before it had a higher rate of spikes per neuron and step.
@@ -568,7 +571,8 @@ def sparse_block(
     work = 4 * steps * cells
     rows = _split_rows(batch, work, most)
     parts, share = 1, neurons
-    if len(rows) < count_threads(most, work) and batch < torch.get_num_threads():  # too few rows: threads share each
+    few = len(rows) < count_threads(most, work) and batch < torch.get_num_threads()
+    if few and neurons >= SHARED_FROM:  # threads share each row
         share = -(-neurons // (count_threads(most, work) * SHARE_OF)) * SHARE_OF
         parts = -(-neurons // share)
     together = min(net.shortest, sparse.MOST_TOGETHER)
