@@ -202,8 +202,9 @@ class SparseWeights(NamedTuple):
 
 def exact_drive(w: SparseWeights, values: Tensor, unit: Any = 1.0) -> Drive:
     """The drive of the ``values [*batch, S]`` that arrive at the synapses; ``unit``: of which values are fractions."""
+    add_up: Any = _ExactSum.apply  # torch has no types here
     excitatory, inhibitory = (
-        _ExactSum.apply(relu(weights), values, w.targets, scale / unit, w.neurons)  # type: ignore[no-untyped-call]
+        add_up(relu(weights), values, w.targets, scale / unit, w.neurons)
         for weights, scale in ((w.weights, w.scales[0]), (-w.weights, w.scales[1]))
     )
     return Drive(excitatory, inhibitory)
