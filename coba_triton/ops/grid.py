@@ -61,11 +61,10 @@ def make_grid(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, na
     """
     device, dtype = weights.device, weights.dtype
     limit = MOST_BITS[dtype]
-    signed = torch.stack([torch.relu(weights), torch.relu(-weights)]).double()
-    largest = signed.flatten(1).amax(1) if signed.numel() else signed.new_zeros(2)
+    largest = torch.zeros(2, dtype=torch.float64, device=device)
+    if weights.numel():
+        largest = torch.stack([weights.amax(), -weights.amin()]).clamp(min=0).double()
     parts = [(begin, min(begin + PART, len(targets))) for begin in range(0, len(targets), PART)]
-    if len(parts) > 1 and len(weights) == len(targets):
-        del signed
     fan_in = torch.zeros(neurons, dtype=torch.int64, device=device)
     for begin, end in parts:
         fan_in += torch.bincount(targets[begin:end], minlength=neurons)
