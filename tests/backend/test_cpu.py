@@ -425,3 +425,33 @@ def test_a_view_with_another_sign_than_its_memory(backend, device) -> None:
         assert_same_bits([spikes, *state], [expected[0], *expected[1]])
     result = coba_triton.simulate(coba_triton.CobaLIF(dt=0.1, backend=backend), x, progress=False)
     assert torch.equal(torch.from_numpy(result.spikes[:]), expected[0].bool().cpu())
+
+
+def test_threads_of_a_row_write_to_no_common_line_of_memory() -> None:
+    """Two threads that write to one line take it from each other again and again; the result is right, but late."""
+    from coba_triton.backend.cpu import sparse
+
+    arrays = [sparse.memory_apart(shape, dtype) for shape in ((1,), (3, 5), (129,)) for dtype in (np.uint8, np.int64)]
+    lines = [set(range(a.ctypes.data // sparse.APART, -(-(a.ctypes.data + a.nbytes) // sparse.APART))) for a in arrays]
+    assert sum(map(len, lines)) == len(set().union(*lines))
+    assert all(a.ctypes.data % sparse.APART == 0 and not a.any() for a in arrays)
+    lists = sparse.shared_lists(300, 3, 5)
+    assert lists.shape[2] > 300 * 5 and lists.strides[1] % sparse.APART == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads in /proc")
+def test_idle_threads_of_pytorch_end_before_ours_meet() -> None:
+    from coba_triton.backend.cpu import launch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        x = torch.arange(1 << 20, dtype=torch.float64)
+        wanted = (x * 2).sum()
+        many = len(list(Path("/proc/self/task").iterdir()))
+        launch._end_idle_threads()
+        assert len(list(Path("/proc/self/task").iterdir())) < many
+        assert (x * 2).sum() == wanted  # PyTorch makes new ones
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -43,9 +43,8 @@ HUGE_PAGES_FROM = 8 << 20
 MIN_STEPS_PER_THREAD = 1 << 19
 # A thread's neurons are a multiple of this, so that no two threads write to one cache line.
 SHARE_OF = 64
-# Threads share a batch row of so many neurons. In a smaller one they meet too often to gain anything beside other threads
-# that keep a processor busy, as those of PyTorch do for a while after an operation.
-SHARED_FROM = 2**17
+# Where threads share a batch row, each has so many neuron-steps to compute before it meets the others: half a microsecond.
+MIN_STEPS_TO_MEETING = 1000
 # A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
 EVENT_DENSITY = 0.25
 # A block follows the dense path if the one before it had a higher rate of spikes per neuron and step.
@@ -116,6 +115,23 @@ def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[Any,
     kernel(*args, *first)
     for job in jobs:
         job.result()
+
+
+@functools.cache
+def _pause_openmp() -> Callable[[int], int] | None:
+    names = ctypes.CDLL(None) if os.name == "posix" else None
+    return getattr(names, "omp_pause_resource_all", None)
+
+
+def _end_idle_threads() -> None:
+    """End the threads that PyTorch keeps for this one; its next parallel operation makes new ones.
+
+    For some milliseconds after an operation they wait actively. A thread of ours that shares a core with one of them gets
+    half of its time, and all that meet it wait.
+    """
+    pause = _pause_openmp()
+    if pause is not None:
+        pause(1)  # omp_pause_soft: settings stay; within a parallel region it does nothing
 
 
 @functools.cache
@@ -571,19 +587,20 @@ def sparse_block(
     work = 4 * steps * cells
     rows = _split_rows(batch, work, most)
     parts, share = 1, neurons
-    few = len(rows) < count_threads(most, work) and batch < torch.get_num_threads()
-    if few and neurons >= SHARED_FROM:  # threads share each row
-        share = -(-neurons // (count_threads(most, work) * SHARE_OF)) * SHARE_OF
-        parts = -(-neurons // share)
     together = min(net.shortest, sparse.MOST_TOGETHER)
+    threads = min(count_threads(most, work), neurons * together // MIN_STEPS_TO_MEETING)
+    if len(rows) < threads and batch < torch.get_num_threads():  # threads share each row
+        share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
+        parts = -(-neurons // share)
     inputs, wires = _wires(net.inputs, net, parts, share), _wires(net.recurrent, net, parts, share)
     # numbers of their own are worth it to be brought into one form before they are read many times
     prepare = max(wires.weight_of, wires.delay_of) == 2 and len(wires.targets) <= PREPARED_AT_MOST
     prepare = prepare and batch * steps >= MANY_STEPS
-    shared = sparse.shared_lists(share, parts, together) if parts > 1 else (None, None)
-    scratch = functools.partial(sparse.scratch, inputs, final.numpy().dtype, share, parts, together, shared)
+    lists = sparse.shared_lists(share, parts, together) if parts > 1 else None
+    scratch = functools.partial(sparse.scratch, inputs, final.numpy().dtype, share, parts, together, lists)
     if parts > 1:
         shares = [(0, batch, part, parts, scratch()) for part in range(parts)]
+        _end_idle_threads()
     else:
         shares = [(*some, 0, 1, scratch()) for some in rows]
     with _one_meeting if parts > 1 else contextlib.nullcontext():
@@ -607,7 +624,7 @@ def sparse_block(
             holds(len(state)),
             steps,
             together,
-            np.zeros(8, np.int64),
+            share,
             shares=shares,
         )
     if states is not None and not in_place:
