@@ -429,14 +429,14 @@ def test_a_view_with_another_sign_than_its_memory(backend, device) -> None:
 
 def test_threads_of_a_row_write_to_no_common_line_of_memory() -> None:
     """Two threads that write to one line take it from each other again and again; the result is right, but late."""
-    from coba_triton.backend.cpu import sparse
+    from coba_triton.backend.cpu import meeting, sparse
 
-    arrays = [sparse.memory_apart(shape, dtype) for shape in ((1,), (3, 5), (129,)) for dtype in (np.uint8, np.int64)]
-    lines = [set(range(a.ctypes.data // sparse.APART, -(-(a.ctypes.data + a.nbytes) // sparse.APART))) for a in arrays]
+    arrays = [meeting.memory_apart(shape, dtype) for shape in ((1,), (3, 5), (129,)) for dtype in (np.uint8, np.int64)]
+    lines = [set(range(a.ctypes.data // meeting.APART, -(-(a.ctypes.data + a.nbytes) // meeting.APART))) for a in arrays]
     assert sum(map(len, lines)) == len(set().union(*lines))
-    assert all(a.ctypes.data % sparse.APART == 0 and not a.any() for a in arrays)
+    assert all(a.ctypes.data % meeting.APART == 0 and not a.any() for a in arrays)
     lists = sparse.shared_lists(300, 3, 5)
-    assert lists.shape[2] > 300 * 5 and lists.strides[1] % sparse.APART == 0
+    assert lists.shape[2] > 300 * 5 and lists.strides[1] % meeting.APART == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads in /proc")
@@ -455,3 +455,21 @@ def test_idle_threads_of_pytorch_end_before_ours_meet() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 40, 64, 100, 129])
+def test_checksum_by_its_definition(columns: int) -> None:
+    from coba_triton.backend.cpu.launch import row_sums
+
+    def turned(word: int, bits: int) -> int:
+        return ((word << bits) | (word >> (32 - bits))) % 2**32
+
+    rows = np.random.default_rng(columns).integers(0, 2**32, (5, columns), np.uint32)
+    wanted = [0] * (-(-columns // 64) * 16)
+    for row in rows.tolist():
+        row += [0] * (-columns % 64)
+        for lane in range(len(wanted)):
+            first = lane // 16 * 64 + lane % 16
+            word = sum(turned(row[first + 16 * quarter], 7 * quarter) for quarter in range(4))
+            wanted[lane] = (turned(wanted[lane] * 0x9E3779B1 % 2**32, 13) + word) % 2**32
+    assert row_sums(torch.from_numpy(rows.view(np.int32))).tolist() == wanted

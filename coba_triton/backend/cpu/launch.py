@@ -34,7 +34,8 @@ from ...ops.call import (
     kept_count,
 )
 from ...tuning.tables import Parameters, launch_parameters
-from . import feed_forward, recurrent, sparse, sparse_backward
+from . import checksums, feed_forward, recurrent, sparse, sparse_backward
+from .meeting import memory_apart
 from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
 
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
@@ -240,7 +241,7 @@ def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Ten
 
 def lanes(words: int) -> Any:
     """Room for the checksum of rows of so many words of 32 bits, before the first row."""
-    return np.zeros(-(-words // feed_forward.GROUP) * feed_forward.LANES, np.uint32)
+    return memory_apart((-(-words // checksums.GROUP) * checksums.LANES,), np.uint32)
 
 
 def row_sums(x: Tensor) -> Any:
@@ -250,7 +251,7 @@ def row_sums(x: Tensor) -> Any:
     if rows.shape[1] % 4:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
     sums = lanes(rows.shape[1] // 4)
-    feed_forward.checksum_kernel()(rows.numpy().view(np.uint32), sums)
+    checksums.checksum_kernel()(rows.numpy().view(np.uint32), sums)
     return sums
 
 

@@ -1,7 +1,8 @@
-"""Where threads of one launch wait for each other, within compiled code."""
+"""Memory that threads of one launch share, and where they wait for each other within compiled code."""
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -13,8 +14,21 @@ from numba.extending import intrinsic
 
 from .numba_bridge import compiled
 
+# Bytes of memory that a core takes from the others when it writes to one of them: two lines, since it fetches them in pairs.
+APART = 128
 # Looks at another thread's word before a thread lets others run on its core.
 PATIENCE = 4096
+
+
+def memory_apart(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array of zeros, in no line of memory that another array is in.
+
+    A thread that writes to a line takes it from all other threads, and each of them waits until it has the line again.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 2 * APART, np.uint8)
+    first = -memory.ctypes.data % APART
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 @intrinsic

@@ -11,14 +11,13 @@ neurons begin and end.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
-from .meeting import await_list, publish
+from .meeting import APART, await_list, memory_apart, publish
 from .numba_bridge import borrow, compiled, converted, entry_point, prefetch_line, sources
 from .recurrent import INPUT, compact, count_nonzero, drive_at
 from .rows import (
@@ -50,8 +49,6 @@ MOST_TOGETHER = 32
 STEP = 2**32
 # Bytes of a source's targets that are asked for while those of the one before are read.
 MOST_AHEAD = 1024
-# Bytes of memory that a core takes from the others when it writes to one of them: two lines, since it fetches them in pairs.
-APART = 128
 TILE_SIZE = INPUT + 2 * ROW
 
 
@@ -98,17 +95,6 @@ class Scratch(NamedTuple):
     bits: Any
     events: Any
     lists: Any
-
-
-def memory_apart(shape: tuple[int, ...], dtype: Any) -> Any:
-    """An array of zeros, in no line of memory that another array is in.
-
-    A thread that writes to a line takes it from all other threads, and each of them waits until it has the line again.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + 2 * APART, np.uint8)
-    first = -memory.ctypes.data % APART
-    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 def scratch(w: Wires, dtype: Any, neurons: int, parts: int, together: int, lists: Any) -> Scratch:
