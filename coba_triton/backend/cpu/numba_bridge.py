@@ -148,7 +148,7 @@ event.register("numba:compile", _Report())
 
 
 # Modules of this folder from which kernels of other ones take code.
-SHARED = ("numba_bridge", "rows", "checksums", "recurrent", "sparse", "lanes", "meeting")
+SHARED = ("numba_bridge", "rows", "checksums", "products", "recurrent", "sparse", "lanes", "meeting")
 
 
 @functools.cache
