@@ -125,19 +125,30 @@ class SpikeSourceGamma(_Drawn, cells.SpikeSourceGamma):
 SOURCES = (SpikeSourceArray, SpikeSourcePoisson, SpikeSourcePoissonRefractory, SpikeSourceGamma)
 
 
-class StaticSynapse(synapses.StaticSynapse):
-    __doc__ = synapses.StaticSynapse.__doc__
-
-    translations = _same_names(synapses.StaticSynapse)
+class _Synapse:
+    """A synapse that is given no delay has the least one."""
 
     def _get_minimum_delay(self) -> float:
         state = simulator.state
         return state.dt if state.least_delay is None else state.least_delay
 
 
+class StaticSynapse(_Synapse, synapses.StaticSynapse):
+    __doc__ = synapses.StaticSynapse.__doc__
+
+    translations = _same_names(synapses.StaticSynapse)
+
+
+class SimpleStochasticSynapse(_Synapse, synapses.SimpleStochasticSynapse):
+    __doc__ = synapses.SimpleStochasticSynapse.__doc__
+
+    translations = _same_names(synapses.SimpleStochasticSynapse)
+
+
 _HAVE = (
-    f"coba_triton has the cell types {', '.join(model.__name__ for model in (*MODELS, *SOURCES))}, the synapse type "
-    "StaticSynapse, and the current sources DCSource, StepCurrentSource, ACSource and NoisyCurrentSource"
+    f"coba_triton has the cell types {', '.join(model.__name__ for model in (*MODELS, *SOURCES))}, the synapse types "
+    "StaticSynapse and SimpleStochasticSynapse, and the current sources DCSource, StepCurrentSource, ACSource and "
+    "NoisyCurrentSource"
 )
 
 
@@ -164,7 +175,7 @@ def _missing() -> dict[str, type[Any]]:
 
 
 MISSING = _missing()
-AVAILABLE = {model.__name__: model for model in (*MODELS, *SOURCES, StaticSynapse)}
+AVAILABLE = {model.__name__: model for model in (*MODELS, *SOURCES, StaticSynapse, SimpleStochasticSynapse)}
 globals().update(MISSING)
 
 __all__ = ["StandardCellType", *AVAILABLE, *MISSING]
