@@ -78,7 +78,10 @@ def test_models_of_other_simulators_are_refused() -> None:
     with pytest.raises(errors.InvalidModelError, match="must be of a cell type of coba_triton.pynn"):
         sim.Population(1, standardmodels.cells.IF_cond_exp())
     cells = sim.Population(1, sim.IF_cond_exp())
-    with pytest.raises(errors.InvalidModelError, match="the synapse type must be StaticSynapse or SimpleStochasticSynapse of coba_triton.pynn"):
+    with pytest.raises(
+        errors.InvalidModelError,
+        match="the synapse type must be StaticSynapse or SimpleStochasticSynapse of coba_triton.pynn",
+    ):
         sim.Projection(cells, cells, sim.AllToAllConnector(), _foreign_synapse())
 
 
