@@ -13,6 +13,7 @@ under way: what is sent in a block arrives after it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -338,7 +339,7 @@ class Engine:
         """The samples and the neurons of the spikes of a block."""
         if words is not None:
             packed = words[:, 0].cpu().numpy()
-            word, neuron = np.nonzero(packed)
+            word, neuron = np.divmod(np.flatnonzero(packed != 0), self.neurons)
             eights = np.ascontiguousarray(packed[word, neuron]).astype("<i4").view(np.uint8).reshape(-1, 4)
             which, bit = np.nonzero(np.unpackbits(eights, axis=1, bitorder="little"))
             steps, neurons = WORD_BITS * word[which] + bit, neuron[which]
@@ -512,6 +513,8 @@ class Engine:
             for name, kind in zip(Wires._fields, (np.int64, np.int64, np.float64, np.int64), strict=False)
         )
         inner, outer = np.flatnonzero((pre >= 0) & (weights != 0)), np.flatnonzero((pre < 0) & (weights != 0))
+        if self.neurons <= 2**16:  # as numbers of 16 bits they are sorted in one pass, which leaves little to the next sort
+            inner = inner[np.argsort(pre[inner].astype(np.uint16), kind="stable")]
         shape = self.neurons, self.neurons
         recurrent = Synapses.from_coo(post[inner], pre[inner], weights[inner], delays[inner] + 1.0, shape=shape)
         shortest, longest = (int(recurrent.shortest), int(recurrent.longest)) if len(inner) else (1, 1)
@@ -586,6 +589,27 @@ class Events:
         when, whose = self.all()
         others = (whose < first) | (whose >= first + size)
         self._parts = [(when[others], whose[others])]
+
+
+@functools.cache
+def load_kernels(dtype: str, backend: str, device: str) -> None:
+    """Load the CPU kernels of an engine from the disk, or compile them, once in a process: so no run waits for them."""
+    if choose_backend(backend, the_device(device)) != "cpu":
+        return
+    engine = Engine(0.1, dtype, backend, device)
+    engine.add_neurons(lambda parameters: CobaLIFParameters(), {}, 1)
+    one = np.zeros(1, np.int64)
+    engine.projections.append(_Wired(Wires(one, one, np.full(1, 0.1), one + 1, None, 0)))
+    engine.advance(1, [])
+
+
+class _Wired(NamedTuple):
+    """A projection that has nothing but synapses."""
+
+    synapses: Wires
+
+    def wires(self) -> Wires:
+        return self.synapses
 
 
 def _shared(synapses: Synapses) -> Synapses:
