@@ -33,6 +33,7 @@ from .rows import (
     constants_of,
     copy,
     expand,
+    first_from,
     left_at,
     load_per_neuron,
     load_shared,
@@ -342,7 +343,7 @@ def block_kernel() -> Any:
         c = None if shared is None else load_shared(shared)
         for row in range(first, last):
             cells = row * neurons
-            chosen_first, chosen_last = np.searchsorted(chosen, cells), np.searchsorted(chosen, cells + neurons)
+            chosen_first, chosen_last = first_from(chosen, cells), first_from(chosen, cells + neurons)
             for k in range(len(tiles)):
                 begin = k * TILE
                 n = min(TILE, neurons - begin)

@@ -30,6 +30,7 @@ from .rows import (
     borrow_strided,
     constants_of,
     expand,
+    first_from,
     left_at,
     load_per_neuron,
     load_shared,
@@ -436,8 +437,8 @@ def block_kernel() -> Any:
                     if states.size > 0 and chosen.size == 0:
                         store_state(tile, states, now, steps, cell, n, len(state))
                     elif states.size > 0:
-                        last = np.searchsorted(chosen, cell + n)
-                        for k_chosen in range(np.searchsorted(chosen, cell), last):
+                        last = first_from(chosen, cell + n)
+                        for k_chosen in range(first_from(chosen, cell), last):
                             for field in range(len(state)):
                                 value = tile[row_of_field(STATE, LEFT, field) + chosen[k_chosen] - cell]
                                 states[field * steps + now, k_chosen] = value
@@ -472,6 +473,6 @@ def splits_kernel() -> Any:
         for source in range(len(indptr) - 1):
             first, last = indptr[source], indptr[source + 1]
             for p in range(len(bounds)):
-                splits[p, source] = first + np.searchsorted(targets[first:last], bounds[p])
+                splits[p, source] = first + first_from(targets[first:last], bounds[p])
 
     return entry_point(split)
