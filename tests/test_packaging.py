@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 KERNELS_LINK = "coba_triton/kernels"
 # what a tree without git holds beside its sources; the same names as in .gitignore
-BY_PRODUCTS = {".git", ".venv", "venv", "build", "dist", "out", "__pycache__", ".benchmarks", "htmlcov"}
+BY_PRODUCTS = {".git", ".venv", "venv", "build", "dist", "site", "out", "__pycache__", ".benchmarks", "htmlcov"}
 # what only the extras bring
 OPTIONAL = {
     "triton",
@@ -348,15 +348,15 @@ def test_package_works_without_what_only_posix_has(tmp_path: Path) -> None:
 
 
 def test_python_versions_agree() -> None:
-    """What the index shows, what pip and make ask for, what the tools check, and what the README calls tested."""
+    """What the index shows, what pip and make ask for, what the tools check, and what the documentation calls tested."""
     first, *others = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert PROJECT["requires-python"] == f">={first}"
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
     assert tools["mypy"]["python_version"] == first
     assert tools["ruff"]["target-version"] == "py" + first.replace(".", "")
-    makefile, readme = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "README.md"))
+    makefile, page = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "docs/install.md"))
     assert set(re.findall(r"Python (3\.\d+)", makefile)) == {first}
-    platforms = readme.partition("## Platforms")[2].partition("##")[0]
+    platforms = page.partition("## Platforms")[2].partition("##")[0]
     assert set(re.findall(r"\b3\.1\d\b", platforms)) == {first, *others}
 
 
