@@ -9,7 +9,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.signal import find_peaks
 
 from coba_triton import (
     CobaLIF,
@@ -88,7 +87,9 @@ times, neurons = heart.events()
 # Do the neurons answer to the heartbeat? Each beat has a sharp peak. Align the spikes to the peaks and count them:
 
 # %%
-peaks, _ = find_peaks(heart.array("signal")[:], prominence=1.0)  # steps of peaks of 1 mV or more
+signal = heart.array("signal")[:]
+around = np.lib.stride_tricks.sliding_window_view(np.pad(signal, 500, mode="edge"), 1001)  # 100 ms before and after
+peaks = np.flatnonzero((signal == around.max(1)) & (signal - around.min(1) > 1.0))  # steps of peaks of more than 1 mV
 beats = heart.dt * peaks  # ms
 distance = np.subtract.outer(times, beats).ravel()
 

@@ -31,7 +31,6 @@ OPTIONAL = {
     "matplotlib",
     "pydantic",
     "pint",
-    "sleepecg",
     "zarr",
     "xxhash",
     "neo",
@@ -152,7 +151,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         tags = archive.read(f"coba_triton-{PROJECT['version']}.dist-info/WHEEL").decode().splitlines()
     assert "Root-Is-Purelib: true" in tags
 
-    sources = {name for name in tree_files() if PurePosixPath(name).suffix in {".py", ".toml", ".typed"}}
+    sources = {name for name in tree_files() if PurePosixPath(name).suffix in {".py", ".toml", ".typed", ".npz", ".txt"}}
     package = {name for name in sources if name.startswith("coba_triton/")}
     kernels = {f"coba_triton/{name}" for name in sources if name.startswith("kernels/")}
     assert {"coba_triton/py.typed", "coba_triton/kernels/neuron.py"} <= package | kernels
@@ -275,7 +274,7 @@ for backend in ("cpu", "auto", "reference"):
 assert spikes.any() and state.v.shape == (2, 70)
 network = coba_triton.CobaLIFRecurrent(70, 20, dt=0.1, backend="cpu")
 network(x)[0].sum().backward()
-source = coba_triton.PoissonSource(100.0, 1000, (5,), dt=0.1, weight=0.05)
+source = coba_triton.PoissonSource(100.0, 1000, (5,), dt=0.1, weight=1.0)
 assert coba_triton.simulate(coba_triton.CobaLIF(dt=0.1), source, progress=False).rates(10.0)[1].mean() > 0
 try:
     coba_triton.coba_lif_feed_forward_integral(x, None, backend="triton")
