@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix gpu budgets mutants lint clean
+.PHONY: help demo test docs tutorials matrix gpu budgets mutants lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 	$(BIN)/coba-triton simulate ecg --out out/ecg
@@ -18,6 +18,14 @@ demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 
 test: $(STAMP) ## run the tests; ARGS="-m 'not slow'" leaves out what takes long
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark $(ARGS)
+
+docs: $(STAMP) ## build the site into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open site/index.html"
+
+tutorials: $(STAMP) ## run the tutorials in examples/ and write their pages, docs/tutorials; takes two minutes
+	$(PIP) install -c constraints.txt -e ".[tutorials]"
+	PYTHONPATH=tests $(BIN)/python -m programs.tutorials --write
 
 matrix: ## run the tests that depend on them with the lowest and the newest torch, triton and numpy; downloads gigabytes
 	$(PYTHON) tests/programs/matrix.py $(ARGS)
@@ -37,7 +45,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m mypy
 
 clean: ## remove the environment, builds and caches; out/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find . -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -48,5 +56,5 @@ $(STAMP): pyproject.toml constraints.txt
 	    "Name a newer one: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[test,dev]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[test,dev,docs]"
 	@touch $@

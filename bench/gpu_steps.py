@@ -115,7 +115,7 @@ def smoke(step: Step) -> None:
                 wanted = run().clone()
                 same(f"{name}, CUDA graph{', training' if train else ''}", [contenders.graphed(run)()], [wanted])
     source = torch.rand(2000, 64, device=d) * 0.05
-    result = coba_triton.simulate(coba_triton.CobaLIF(dt=0.1).to(d), source, progress=False)
+    result = coba_triton.simulate(coba_triton.CobaLIF(coba_triton.CobaLIFParameters(), 0.1).to(d), source, progress=False)
     whole, _ = coba_triton.coba_lif_feed_forward_integral(source, None, dt=0.1, backend="reference")
     same("simulate", [torch.from_numpy(result.spikes[:])], [whole.bool().cpu()])
 

@@ -24,6 +24,7 @@ with silent_start(), no_collection():
         CobaLIFState,
         default_bio_parameters,
         default_bio_state,
+        default_learning_parameters,
     )
     from .ops.spikes import pack_spikes, unpack_spikes
     from .ops.synapses import LogNormal, Normal, Synapses, Uniform
@@ -75,6 +76,7 @@ __all__ = [
     "coba_lif_step",
     "default_bio_parameters",
     "default_bio_state",
+    "default_learning_parameters",
     "from_pynn",
     "open_result",
     "pack_spikes",

@@ -88,27 +88,27 @@ def initial_feed_forward_state(x: Tensor, state: Any, p: Any, dt: float, step_sh
     """Check the arguments of a call; returns its state ``[F, *neurons]``."""
     fields = (*FEED_FORWARD_FIELDS, "left") if is_refractory(p, state) else FEED_FORWARD_FIELDS
 
-    def make(state: Any, stacklevel: int) -> Tensor:
+    def make(state: Any) -> Tensor:
         validation.check_parameters(p)
         if state is not None:
             validation.check_state(state, FEED_FORWARD_FIELDS, x.device)
         numbers = _tensors(p)
         neurons = validation.broadcast_neurons(step_shape, _state_fields(state, fields) | numbers)
         given = _given(state, fields, p)
-        validation.warn_if_unstable(p, dt, given[1], given[2], stacklevel)
+        validation.warn_if_unstable(p, dt, given[1], given[2])
         return _side_by_side(x, neurons, given, list(numbers.values()))
 
     if (key := number_key(p)) is None:
-        return make(state, 5)
+        return make(state)
     if state is None:
         made_for = key, p.method, dt, step_shape, x.dtype == torch.float64, x.device
-        return keep(made_for, x.device, lambda: make(None, 7))
+        return keep(made_for, x.device, lambda: make(None))
     values: list[Any] = [getattr(state, name, None) for name in fields]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for field in values:
         dense = type(field) is Tensor and field.layout is torch.strided and not field.is_nested
         if not (dense and field.shape == step_shape and field.dtype == dtype and field.device == x.device):
-            return make(state, 5)
+            return make(state)
     validation.check_parameters(p)
     validation.warn_if_unstable(p, dt, values[1], values[2])
     return torch.stack(values)

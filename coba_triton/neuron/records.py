@@ -199,6 +199,26 @@ default_bio_parameters = CobaLIFParameters(
     v_reset=-65.0,
     v_rest=-65.0,
 )
+default_learning_parameters = CobaLIFParameters(
+    tau_syn_exc_inv=1 / 5,
+    tau_syn_inh_inv=1 / 5,
+    c_m_inv=1 / 20,
+    g_l=1.0,
+    e_rev_I=-80.0,
+    e_rev_E=0.0,
+    v_rest=-60.0,
+    v_reset=-60.0,
+    v_thresh=-50.0,
+    method="triangle",
+    alpha=0.1,
+)
+"""The parameters that modules have by default. Times are in ms and potentials in mV, as everywhere. The unit of
+conductance is the leak conductance of the neuron: ``g_l`` is 1, and a weight of 0.5 opens half as much as the leak. Then
+the capacitance, 20, is the time constant of the membrane in ms. Initial weights are near 0.01 to 0.1 in this unit, so
+that optimisers learn with their default rates, Adam with 1e-3.
+
+``alpha`` is 1 over the distance of ``v_thresh`` from ``v_reset``. The gradient through a reset is then multiplied with a
+number from -1 to 1, and does not grow without bound over many steps."""
 default_bio_state = CobaLIFState(z=0.0, v=-65.0, g_e=0.0, g_i=0.0)
 
 NUMERIC_PARAMETERS = tuple(name for name in CobaLIFParameters._fields if name != "method")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..common.warned import warn
 from ..neuron.records import FIXED_PARAMETERS, NUMERIC_PARAMETERS, OPTIONAL_PARAMETERS, numbers_of
 from ..neuron.surrogate import SURROGATES
 from .spikes import WORD_BITS
@@ -360,7 +360,7 @@ def check_block_steps(block_steps: Any) -> int | None:
 _stability_checked: set[tuple[Any, ...]] = set()
 
 
-def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklevel: int = 4) -> None:
+def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0) -> None:
     """Warn once for each kind of parameters of what the Euler step makes of them at the given conductances.
 
     A step multiplies a conductance by ``1 - dt tau_syn_inv``, and the distance of ``v`` from where it is drawn to by
@@ -388,10 +388,9 @@ def warn_if_unstable(p: Any, dt: float, g_e: Any = 0.0, g_i: Any = 0.0, stacklev
     for name, factor in factors.items():
         if factor > 1:
             where = " at the given state" if "g_e" in name else ""
-            warnings.warn(
+            warn(
                 f"{instability(factor)}: dt * {name} is {factor:.3g}{where}, more than {2 if factor > 2 else 1}; make dt "
-                f"smaller than {dt / factor:.3g}",
-                stacklevel=stacklevel,
+                f"smaller than {dt / factor:.3g}"
             )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backend.choose import choose_backend, launcher, the_device
+from ..common.warned import warn
 from ..functional import connections
 from ..neuron.records import CobaLIFParameters, Constants
 from ..ops import validation
@@ -252,10 +252,9 @@ class Engine:
             )
         if factor > self._limit:
             self._limit = 2.0 if factor <= 2 else np.inf
-            warnings.warn(
+            warn(
                 f"{validation.instability(factor)}: timestep / cm * (g_l + g_e + g_i) has reached {factor:.3g} by "
-                f"{self.now * self.dt:g} ms; make the time step or the weights smaller",
-                stacklevel=5,
+                f"{self.now * self.dt:g} ms; make the time step or the weights smaller"
             )
 
     def conductances(self) -> Array:

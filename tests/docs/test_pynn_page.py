@@ -1,8 +1,7 @@
-"""``docs/pynn.md``: its program runs, and it names the models that there are."""
+"""``docs/pynn.md`` names the models that there are."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,6 @@ pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[p
 import coba_triton.pynn as sim
 
 PAGE = (Path(__file__).parents[2] / "docs" / "pynn.md").read_text("utf-8")
-
-
-def test_program(capsys: pytest.CaptureFixture[str]) -> None:
-    program, stub = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    exec(compile(program, "docs/pynn.md", "exec"), {})
-    rate, shape = capsys.readouterr().out.splitlines()
-    assert 5 < float(rate.split()[0]) < 100 and shape == "(201, 2)"
-    names: dict[str, object] = {}
-    exec(stub, names)
-    assert names["Population"] is sim.Population
 
 
 def test_models_that_there_are() -> None:

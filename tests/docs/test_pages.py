@@ -1,0 +1,176 @@
+"""The README and the pages of docs/: every block of Python runs alone, and every command and configuration is a right one.
+
+A block runs in a folder of its own and with nothing but what it imports. One that imports a package that is optional and not
+installed is skipped.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coba_triton.cli.config import Config
+from programs import pages
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONAL = {"norse": "coba-triton[norse]", "pyNN": "coba-triton[pynn]", "neo": "coba-triton[neo]", "sklearn": "scikit-learn"}
+TUTORIALS = ROOT / "docs" / "tutorials"  # test_tutorials.py runs those
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """The blocks of a language on a page, and the lines on which they begin."""
+    text = page.read_text("utf-8")
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield text[: match.start(1)].count("\n") + 1, match[1]
+
+
+def everywhere(language: str) -> list[Any]:
+    """All blocks of a language, as parameters of a test."""
+    found = []
+    for page in PAGES:
+        if page.parent != TUTORIALS:
+            name = page.relative_to(ROOT).as_posix()
+            found += [pytest.param(page, line, block, id=f"{name}:{line}") for line, block in blocks(page, language)]
+    return found
+
+
+def imported(block: str) -> set[str]:
+    """The packages that a block imports."""
+    names = set()
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    names = {"pyNN" if name == "coba_triton.pynn" else name for name in names}
+    return {name.partition(".")[0] for name in names}
+
+
+def of_the_published_network(names: dict[str, Any]) -> None:
+    assert names["spikes"].shape == (2000, 1, 4000)
+    assert 8 < names["spikes"][1000:].float().mean() / 0.1e-3 < 25
+
+
+def of_the_trained_classifier(names: dict[str, Any]) -> None:
+    """The least of twelve seeds was 93 %."""
+    assert names["loss_and_hits"](names["test"])[1].mean() > 0.9
+
+
+def of_the_trained_rate(names: dict[str, Any]) -> None:
+    assert 8 < names["rate"] < 12
+
+
+# What the names of a block must be after it: of the block that has this text.
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "# Brette et al. 2007, benchmark 1": of_the_published_network,
+    "from sklearn.datasets import load_digits": of_the_trained_classifier,
+    "# wanted: 10 Hz": of_the_trained_rate,
+}
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning:norse")
+@pytest.mark.parametrize(("page", "line", "block"), everywhere("python"))
+def test_block_runs_alone(page: Path, line: int, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in sorted(imported(block) & OPTIONAL.keys()):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is optional: pip install '{OPTIONAL[package]}'")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    program = ast.increment_lineno(ast.parse(block), line - 1)  # so that errors name the page's lines
+    exec(compile(program, page, "exec"), names)
+    for text, check in CHECKS.items():
+        if text in block:
+            check(names)
+
+
+def test_checks_are_of_blocks_that_there_are() -> None:
+    for text in CHECKS:
+        assert sum(text in parameters.values[2] for parameters in everywhere("python")) == 1, text
+
+
+@pytest.mark.parametrize(("page", "line", "block"), everywhere("console"))
+def test_commands_are_right_ones(page: Path, line: int, block: str) -> None:
+    """The command, its options and their values are known; nothing is run."""
+    import typer
+
+    from coba_triton.cli.app import app
+
+    group = typer.main.get_command(app)
+    for command in re.findall(r"^\$ (?:[A-Z_]+=\S+ )*coba-triton (.*)$", block, re.MULTILINE):
+        arguments = shlex.split(command, comments=True)
+        if arguments and not arguments[0].startswith("-"):
+            assert arguments[0] in group.commands, f"{page}:{line}: {command}"
+            group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize(("page", "line", "block"), everywhere("toml"))
+def test_configurations_are_right_ones(page: Path, line: int, block: str) -> None:
+    Config.model_validate(tomllib.loads(block))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    """Files are there. mkdocs looks at the links between pages and their headings."""
+    made = {"index.md", "commands.md", "changelog.md"}
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in target and target not in made:
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_readme_is_short_and_says_first_that_no_gpu_was_used() -> None:
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 120
+    assert any("real GPU" in line for line in lines[:12])
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in PAGES[1:]:
+        assert f": {page.relative_to(ROOT / 'docs').as_posix()}\n" in menu, page
+
+
+def test_every_key_is_documented() -> None:
+    """The keys of all records are in the tables that are made from them, and in the commented example."""
+    tables, example = pages.keys(), pages.example()
+    for where, record in pages.tables():
+        for key in record.model_fields:
+            assert f"| `{key}` |" in tables
+            assert re.search(rf"\b{key}\b", example), f"{where}.{key}"
+
+
+def test_every_command_is_documented() -> None:
+    import typer
+
+    from coba_triton.cli.app import app
+
+    text = pages.commands()
+    for name, command in typer.main.get_command(app).commands.items():
+        assert f"## `coba-triton {name}`" in text
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert f"`{option}" in text or f" {option}" in text or option == parameter.name, (name, option)
+
+
+def test_every_public_name_is_documented() -> None:
+    import coba_triton
+
+    reference = "\n".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    for name in coba_triton.__all__:
+        assert name == "__version__" or f"::: coba_triton.{name}\n" in reference, name
+
+
+def test_budgets_of_the_page_are_there() -> None:
+    table = pages.budgets()
+    assert len(table.splitlines()) == 4 + sum(map(len, pages.SPECIMENS.values()))
