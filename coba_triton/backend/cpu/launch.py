@@ -381,7 +381,7 @@ def _block(
         net.jump_first,
         holds(len(state)),
         steps,
-        shares=_split_rows(batch, 2 * steps * cells, most),
+        shares=_split_rows(batch, 8 * steps * cells, most),
     )
     if states is not None and not in_place:
         states.copy_(trace.view(states.shape))

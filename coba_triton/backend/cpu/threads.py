@@ -29,6 +29,7 @@ class _OpenMP(NamedTuple):
     number: Any
     size: Any
     pause: Any
+    give_way: Any
 
 
 @functools.cache
@@ -37,7 +38,7 @@ def _openmp() -> _OpenMP | None:
     if os.name != "posix":
         return None
     loaded = ctypes.CDLL(None)
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_pause_resource_all")
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_pause_resource_all", "sched_yield")
     if not all(hasattr(loaded, name) for name in names):
         return None
     functions = _OpenMP(*(getattr(loaded, name) for name in names))
@@ -68,18 +69,20 @@ def run(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[Any, ...
 
 def _run_in_openmp(openmp: _OpenMP, kernel: Callable[..., None], args: tuple[Any, ...], shares: Sequence[Any]) -> bool:
     """Whether OpenMP gave a thread to every share. It gives fewer within a parallel region, or if the user limits them."""
-    began: list[bool] = []
-    errors: list[BaseException] = []
+    began, done, errors = [], [], list[BaseException]()
 
     def region(_: Any) -> None:
         number = openmp.number()
         if openmp.size() < len(shares) or number >= len(shares):
             return
-        began.append(True)
+        began.append(number)
         try:
             kernel(*args, *shares[number])
         except BaseException as error:  # OpenMP's threads have nobody to raise it to
             errors.append(error)
+        done.append(number)
+        while number == 0 and len(done) < len(shares):
+            openmp.give_way()  # OpenMP itself would keep the core, on which another share may be waiting to run
 
     # as many as PyTorch's operations have: otherwise threads would end and begin again
     openmp.parallel(_Region(region), None, max(torch.get_num_threads(), len(shares)), 0)
