@@ -49,15 +49,16 @@ def _panel_product(rows: int) -> Any:
             sums, panels, adjoints = (
                 context.make_array(signature.args[k])(context, builder, arguments[k]).data for k in (0, 1, 3)
             )
-            kind = f"llvm.fmuladd.v{lanes}f{8 * size}"
-            add_product = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), kind)
+            kind, module = f"v{lanes}f{8 * size}", builder.module
+            one, three = (ir.FunctionType(vector, [vector] * k) for k in (1, 3))
+            magnitude = cgutils.get_or_insert_function(module, one, f"llvm.fabs.{kind}")
+            add_product = cgutils.get_or_insert_function(module, three, f"llvm.fmuladd.{kind}")
 
             def vector_at(data: Any, index: Any) -> Any:
                 return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
-            def number_in_all(index: Any, negative: bool) -> Any:
+            def number_in_all(index: Any) -> Any:
                 value = builder.load(builder.gep(adjoints, [index]))
-                value = builder.fneg(value) if negative else value
                 one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
                 return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
 
@@ -70,12 +71,13 @@ def _panel_product(rows: int) -> Any:
                     for k in range(VECTORS)
                 ]
                 inhibitory = [builder.fcmp_ordered("<", weight, nothing) for weight in weights]
+                magnitudes = [builder.call(magnitude, [weight]) for weight in weights]
                 for row in range(rows):
                     by_e = builder.add(builder.add(at, builder.mul(neurons, integer(2 * row))), loop.index)
-                    e, i = number_in_all(by_e, False), number_in_all(builder.add(by_e, neurons), True)
+                    e, i = number_in_all(by_e), number_in_all(builder.add(by_e, neurons))
                     for k in range(VECTORS):
                         adjoint = builder.select(inhibitory[k], i, e)
-                        total = builder.call(add_product, [weights[k], adjoint, builder.load(kept[row][k])])
+                        total = builder.call(add_product, [magnitudes[k], adjoint, builder.load(kept[row][k])])
                         builder.store(total, kept[row][k])
             for row in range(rows):
                 for k in range(VECTORS):
