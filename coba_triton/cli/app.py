@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .. import __version__
 from ..common.signals import as_interrupts
 from ..tools.warmup import messages_on_stderr
 from . import tools
 from .errors import INTERRUPTED, UserError, require
+from .output import say
 
 
 class Form(StrEnum):
@@ -27,9 +27,8 @@ class Form(StrEnum):
     npz = "npz"
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _command in tools.COMMANDS:
-    app.command()(_command)
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -48,22 +47,48 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str) -> None:
-    """Print a line on standard error, as it is."""
-    print(message, file=sys.stderr)
+    """Print a line on standard error."""
+    say(message, error=True)
 
 
-@app.callback()
-def commands() -> None:
-    """Conductance-based leaky integrate-and-fire neurons over long sequences: simulate, check, tune, bench."""
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"coba-triton {__version__}")
+        raise typer.Exit
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
+def commands(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Conductance-based leaky integrate-and-fire neurons over long sequences.
+
+    Begin with: coba-triton simulate ecg --out out/ecg
+    """
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+@app.command(short_help="Run a network; write its spikes and a picture.")
 def simulate(
     config: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a built-in configuration.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; those of an earlier run are replaced.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was interrupted in this folder.")] = False,
     form: Annotated[Form, typer.Option("--format", help="How to keep the result; only zarr can be resumed.")] = Form.zarr,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key of the configuration, such as duration=5s; may be repeated."
+        ),
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Go on where the time step is too long and the spikes mean nothing.")
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the built-in configurations.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key of a configuration.")] = False,
 ) -> None:
     """Run a configuration: writes result.zarr, raster.png and summary.json to a folder.
 
@@ -73,6 +98,11 @@ def simulate(
     if list_:
         _list_builtins()
         return
+    if keys:
+        from .keys import listing
+
+        say(*listing())
+        return
     if config is None:
         raise UserError("no configuration given; name a TOML file or a built-in one (see simulate --list)")
     if out is None:
@@ -80,7 +110,7 @@ def simulate(
     if resume and form is Form.npz:
         raise UserError("a run into .npz cannot be resumed, as it is written at its end; leave out --format npz")
     try:
-        interrupted = _simulate(config, out, resume, form)
+        interrupted = _simulate(config, set_ or [], out, resume, form, keep_going)
     except KeyboardInterrupt:
         _say("Interrupted; nothing more was written.")
         raise typer.Exit(INTERRUPTED) from None
@@ -92,20 +122,33 @@ def simulate(
         raise typer.Exit(INTERRUPTED)
 
 
-@app.command()
+@app.command(short_help="Draw a result; print a table of its populations.")
 @tools.for_users
 def plot(
     result: Annotated[Path, typer.Argument(help="A result: the folder of a run, a .zarr group or an .npz file.")],
-    out: Annotated[Path | None, typer.Option(help="PNG, PDF or SVG file; plot.png beside the result by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG, PDF, SVG or HTML file; plot.png or plot.html beside the result by default.")
+    ] = None,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write a page with a raster to zoom into, which needs no network.")
+    ] = False,
     start: Annotated[float | None, typer.Option(help="Where the panels over time begin, in ms.")] = None,
     stop: Annotated[float | None, typer.Option(help="Where they end, in ms.")] = None,
 ) -> int:
-    """Draw a result: raster, rates, membrane potential, intervals between spikes, and a table of the populations."""
+    """Draw a result: raster, rates, membrane potential, intervals between spikes, and a table of the populations.
+
+    The table and the intervals are of the whole run, also with --start and --stop.
+    """
     require("plot", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
     from . import report
 
-    print(f"Wrote {report.plot(result, out, start, stop)}")
+    path, table = report.plot(result, out, start, stop, html)
+    say(table, f"Wrote {path}")
     return 0
+
+
+for _name, (_command, _short) in tools.COMMANDS.items():
+    app.command(_name, short_help=_short)(_command)
 
 
 def _list_builtins() -> None:
@@ -114,18 +157,17 @@ def _list_builtins() -> None:
     table = Table.grid(padding=(0, 2))
     for name in builtins():
         table.add_row(name, describe(name))
-    Console(markup=False).print(table)
-    print(f"To make your own, copy one from {builtin_folder()}")
+    say(table, f"To make your own, copy one from {builtin_folder()}; simulate --keys lists what may stand in it.")
 
 
-def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
+def _simulate(name: str, changes: list[str], out: Path, resume: bool, form: Form, keep_going: bool) -> bool:
     """Run a configuration and write the results; returns whether Ctrl-C ended it."""
     from . import job, report
     from .config import load
     from .inputs import open_source
     from .weights import open_recurrent
 
-    name, config = load(name)
+    name, config = load(name, changes)
 
     with report.own_folder(out):
         try:
@@ -134,13 +176,13 @@ def _simulate(name: str, out: Path, resume: bool, form: Form) -> bool:
             raise UserError(f"{name}: {error}") from None
         sink = report.make_sink(out / f"result.{form.value}", name, config, source)
         with _warnings_in_one_line():
-            run = job.run(config, source, recurrent, sink, resume)
+            run = job.run(config, source, recurrent, sink, resume, keep_going)
         if not run.result.steps:
             _say("Interrupted before the first block of steps was finished.")
             return True
         summary = report.write(out, name, config, source, recurrent, run)
         _print_summary(summary)
-        print(f"Wrote {sink.path.name if sink.path else ''}, {' and '.join(report.FILES)} to {out}")
+        say(f"Wrote {sink.path.name if sink.path else ''}, {' and '.join(report.FILES)} to {out}")
         if not run.result.finished:
             hint = "; continue with --resume" if form is Form.zarr else ""
             _say(f"Interrupted after {run.result.steps:,} of {summary['T']:,} steps; what was finished is written{hint}.")
@@ -188,7 +230,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ("backend", used if used == on else f"{used} on {on}"),
         ("wall time", f"{summary['wall_time_s']:.2f} s, {summary['steps_per_s']:,.0f} steps/s"),
     ]
+    if summary["compile_s"]:
+        rows.append(("compiling", f"{summary['compile_s']:.1f} s besides, once: the code is kept for later runs"))
     table = Table(show_header=False)
     for row in rows:
         table.add_row(*row)
-    Console(markup=False).print(table)
+    say(table)

@@ -24,6 +24,7 @@ from coba_triton.tools.problems import CASES, Case
 
 from . import info
 from .errors import INTERRUPTED, UserError, check_choice
+from .output import say
 from .shared import check_writable, find_target, write_json, write_picture
 
 FORMAT, VERSION = "coba_triton benchmark", 1
@@ -52,7 +53,7 @@ def run(
     old = None if compare is None else read(compare)
     if out is not None:
         check_writable(out)
-    bandwidth = tuner.copy_bandwidth(where)
+    bandwidth, versions = tuner.copy_bandwidth(where), info.versions()
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -61,17 +62,22 @@ def run(
         "name": target.name,
         "arch": target.arch,
         "threads": torch.get_num_threads(),
-        "versions": info.versions(),
+        "versions": versions,
         "rounds": rounds,
         "copy_gb_per_s": bandwidth / 1e9,
         "cases": [],
     }
     if old is not None:
         _check_comparable(old, result, compare)
-    print(f"{used} on {where} ({target.name}), {result['threads']} threads, torch {torch.__version__}")
-    print(f"Copy bandwidth {bandwidth / 1e9:.1f} GB/s; medians of {rounds} interleaved calls ± half the quartiles' distance")
+    say(f"{used} on {where} ({target.name}), {result['threads']} threads, torch {torch.__version__}")
+    say(
+        f"Copy bandwidth {bandwidth / 1e9:.1f} GB/s. Medians of {rounds} interleaved calls, ± half of what the quartiles "
+        "are apart; ns: a neuron and step; speed-up: over the reference; % of copy: of the copy bandwidth, by the "
+        "bytes that have to move."
+    )
+    if not versions["norse"]:
+        say("norse is not installed, and not timed: pip install --no-deps norse==1.1.0 nir nirtorch")
     interrupted = different = False
-    console = Console(highlight=False)
     for case in cases:
         try:
             measured = measure(case, used, where, rounds, bandwidth)
@@ -79,18 +85,18 @@ def run(
             interrupted = True
             break
         result["cases"].append(measured)
-        console.print(_table(measured))
+        say(_table(measured))
         for failure in (*measured["failed"], *measured["different"]):
-            print(f"not timed: {failure}")
+            say(f"not timed: {failure}")
         different |= bool(measured["different"])
     if out is not None and result["cases"]:
         write_json(out, result)
         picture = out.with_suffix(".png")
         write_picture(picture, draw(result))
-        print(f"Wrote {out} and {picture}")
+        say(f"Wrote {out} and {picture}")
     slower = old is not None and _print_ratios(old, result)
     if interrupted:
-        print(f"Interrupted after {len(result['cases'])} of {len(cases)} cases.")
+        say(f"Interrupted after {len(result['cases'])} of {len(cases)} cases.")
         return INTERRUPTED
     return 1 if slower or different else 0
 
@@ -180,7 +186,7 @@ def _title(case: dict[str, Any]) -> str:
 def _table(case: dict[str, Any]) -> Table:
     table = Table(title=_title(case), title_justify="left")
     table.add_column("", no_wrap=True)
-    for name in ("ms", "±", "ns", "speed-up", "% of copy", "peak MB"):
+    for name in ("ms", "± ms", "ns", "speed-up", "% of copy", "peak MB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in case["contenders"]:
         spread = (row["p75_s"] - row["p25_s"]) / 2
@@ -310,5 +316,8 @@ def _print_ratios(old: dict[str, Any], new: dict[str, Any]) -> bool:
     for row in rows:
         verdict = "SLOWER" if row["slower"] else "faster" if row["ratio"] < 1 / TOLERANCE else ""
         table.add_row(row["case"], row["name"], f"{row['ratio']:.2f}", f"{row['machine']:.2f}", verdict)
-    Console(highlight=False).print(table)
-    return any(row["slower"] for row in rows)
+    say(table)
+    slower = [row for row in rows if row["slower"]]
+    apart = f"by more than {TOLERANCE - 1:.0%}, beyond the spread of the times and the change of the reference's"
+    say(f"Slower: {len(slower)} of {len(rows)} runs {apart}." if slower else f"No run of {len(rows)} is slower {apart}.")
+    return bool(slower)

@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from coba_triton.tools import check_process, checker
 from coba_triton.tools.checker import CheckResult
@@ -18,6 +19,7 @@ from coba_triton.tuning import tables
 
 from . import info
 from .errors import INTERRUPTED, UserError
+from .output import say
 from .shared import check_writable, find_target, write_json
 
 
@@ -32,7 +34,7 @@ def _table(results: list[CheckResult]) -> Table:
         table.add_row(
             group,
             str(count["passed"]),
-            f"[bold red]{count['failed']}[/]" if count["failed"] else "0",
+            Text(str(count["failed"]), style="bold red" if count["failed"] else ""),
             str(count["skipped"]),
             f"{sum(result.seconds for result in members):.1f}",
         )
@@ -78,34 +80,34 @@ def run(
                     written = time.monotonic()
         except KeyboardInterrupt:
             interrupted = True
-    console.print(_table(results))
+    say(_table(results))
     done = checker.Report(used, str(where), tuple(results))
     for result in results:
         if result.status == "skipped":
-            print(f"skipped: {result.group}, {result.name}: {result.detail}")
+            say(f"skipped: {result.group}, {result.name}: {result.detail}")
     for result in done.failures:
         shown = f"The smallest case found:\n\n{result.snippet}\n" if result.snippet else ""
-        print(f"\nMISMATCH: {result.group}, {result.name}\n{result.detail}\n{shown}")
+        say(f"\nMISMATCH: {result.group}, {result.name}\n{result.detail}\n{shown}")
     if report is not None:
         _write(report, done, machine, level, interrupted)
-        print(f"Wrote {report}")
+        say(f"Wrote {report}")
     if interrupted:
-        print(f"Interrupted after {len(results)} of {len(checks)} checks.")
+        say(f"Interrupted after {len(results)} of {len(checks)} checks.")
         return INTERRUPTED
     passed = sum(result.status == "passed" for result in results)
     verdict = (
         "agrees with the reference" if done.ok else "does not agree with the reference" if done.failures else "nothing ran"
     )
-    print(f"{used} on {where}: {verdict}; {passed} of {len(checks)} checks passed in {time.perf_counter() - started:.0f} s")
+    say(f"{used} on {where}: {verdict}; {passed} of {len(checks)} checks passed in {time.perf_counter() - started:.0f} s")
     return 0 if done.ok else 1
 
 
 def _say_what(machine: tables.Machine, device: torch.device, level: str) -> None:
-    print(f"Checking backend {machine.backend} on {device} ({machine.name}) against the reference, {level} level.")
+    say(f"Checking backend {machine.backend} on {device} ({machine.name}) against the reference, {level} level.")
     if device.type == "cpu":
-        print("This says nothing about a GPU. Run it on a machine with one to check the kernels as they run there.")
+        say("This says nothing about a GPU. Run it on a machine with one to check the kernels as they run there.")
     else:
-        print("This checks the kernels as they run on this device, which tests on another machine cannot do.")
+        say("This checks the kernels as they run on this device, which tests on another machine cannot do.")
 
 
 def _write(path: Path, report: checker.Report, machine: tables.Machine, level: str, interrupted: bool) -> None:

@@ -164,7 +164,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
@@ -832,11 +832,61 @@ def describe(name: str) -> str:
     return str(tomllib.loads(decode(builtins()[name].read_bytes()))["description"])
 
 
-def load(name: str) -> tuple[str, Config]:
+def _places(key: str, data: Any, model: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where a key may stand: in the tables that the file has, and in those that every configuration has."""
+    known = model.model_fields if model is not None else {}
+    for name in dict.fromkeys((*known, *data)):
+        if name == key:
+            yield (*before, name)
+        inner = known[name].annotation if name in known else None
+        table = inner if isinstance(inner, type) and issubclass(inner, _Table) else None
+        if isinstance(data.get(name), dict) or table is not None:
+            yield from _places(key, data.get(name, {}), table, (*before, name))
+
+
+def _set(data: dict[str, Any], change: str) -> None:
+    """Change what a file says, as ``--set KEY=VALUE`` asks.
+
+    Raises:
+        UserError: if there is no such key or several.
+    """
+    key, equals, text = change.partition("=")
+    parts = tuple(key.strip().split("."))
+    if not equals or not all(parts):
+        raise UserError(f"--set must be KEY=VALUE such as simulation.duration=5s, got {change!r:.100}")
+    if len(parts) == 1 and parts[0] not in Config.model_fields:
+        places = list(_places(parts[0], data, Config))
+        if len(places) > 1:
+            raise UserError(f"--set {parts[0]}: several tables have this key; write {' or '.join(map('.'.join, places))}")
+        parts = places[0] if places else parts
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # words and quantities need no quotes here
+    table: Any = data
+    for number, part in enumerate(parts[:-1]):
+        if isinstance(table, list):
+            if not part.isdecimal() or int(part) >= len(table):
+                raise UserError(
+                    f"--set {key}: {'.'.join(parts[:number])} has the numbers 0 to {len(table) - 1}, got {part!r}"
+                )
+            table = table[int(part)]
+        else:
+            table = table.setdefault(part, {})
+        if not isinstance(table, dict | list):
+            raise UserError(f"--set {key}: {'.'.join(parts[: number + 1])} is no table; see simulate --keys")
+    if isinstance(table, list):
+        raise UserError(f"--set {key}: name a key of one of its tables, such as {'.'.join(parts[:-1])}.0.weight")
+    table[parts[-1]] = value
+
+
+def load(name: str, changes: Iterable[str] = ()) -> tuple[str, Config]:
     """Read a configuration.
 
     Args:
         name: path of a TOML file, or the name of a built-in configuration.
+        changes: what to change in it, each as ``key=value``; a key is written with its table, such as
+            ``simulation.duration``, where another table has one of this name.
 
     Returns:
         The configuration's short name, and the configuration.
@@ -862,6 +912,8 @@ def load(name: str) -> tuple[str, Config]:
         raise UserError(f"{path} is not valid TOML ({error}){hint or '; correct it there'}") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply; give a configuration") from None
+    for change in changes:
+        _set(data, change)
     try:
         return path.stem, Config.model_validate(data, context={"folder": path.parent})
     except ValidationError as error:

@@ -9,7 +9,6 @@ import platform
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import coba_triton
@@ -17,6 +16,8 @@ from coba_triton.backend.choose import BACKENDS, choose_backend
 from coba_triton.common.files import is_there
 from coba_triton.common.versions import driver_version, package_version
 from coba_triton.tuning import tables
+
+from .output import say
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "norse")
 
@@ -127,17 +128,15 @@ def run(as_json: bool) -> None:
     """Print what :func:`collect` found."""
     found = collect()
     if as_json:
-        print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
         return
-    console = Console(highlight=False, markup=False)
     for title, rows in _sections(found):
         table = Table(
             title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
         )
         for row in rows:
             table.add_row(*row)
-        console.print(table)
-        console.print()
+        say(table, "")
 
 
 def _sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:

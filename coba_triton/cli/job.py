@@ -25,6 +25,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.backend.choose import choose_backend
+from coba_triton.backend.cpu.numba_bridge import compile_seconds
 from coba_triton.common.files import reason
 from coba_triton.stream.sinks import Sink
 from coba_triton.stream.sources import Described
@@ -44,7 +45,8 @@ class Run:
         backend: the backend that served it, such as ``"triton"``.
         device: the torch device that it ran on.
         steps: how many steps this attempt made.
-        wall_time: the time that these steps took, in s.
+        wall_time: the time that these steps took, in s, without the time for compiling.
+        compile_time: the time for compiling kernels, in s.
     """
 
     result: Result
@@ -52,6 +54,7 @@ class Run:
     device: str
     steps: int
     wall_time: float
+    compile_time: float
 
 
 class Feed:
@@ -180,11 +183,15 @@ def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
     )
 
 
-def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink, resume: bool = False) -> Run:
+def run(
+    config: Config, source: Source, recurrent: Recurrent | None, sink: Sink, resume: bool = False, keep_going: bool = False
+) -> Run:
     """Run a configuration into a sink. Ctrl-C ends the run; its finished blocks are kept.
 
+    ``keep_going`` lets a run go on whose time step is too long for its conductances, so that its spikes mean nothing.
+
     Raises:
-        UserError: if the device or the backend cannot serve, the state stops being finite, the sink cannot be written to,
+        UserError: if the device or the backend cannot serve, the Euler step becomes unstable, the sink cannot be written to,
             or its path has something else, something damaged, or the result of another configuration.
     """
     simulation = config.simulation
@@ -201,7 +208,7 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
     path = sink.path
     try:
         before = open_result(path).steps if resume and path is not None and path.exists() else 0
-        begin = time.perf_counter()
+        begin, compiled = time.perf_counter(), compile_seconds()
         try:
             result = simulate(
                 network,
@@ -211,15 +218,20 @@ def run(config: Config, source: Source, recurrent: Recurrent | None, sink: Sink,
                 block_steps=simulation.block_steps,
                 record=what_to_record(config, recurrent),
                 resume=resume,
+                stop_if_unstable=not keep_going,
             )
         except KeyboardInterrupt:
             if path is None or not path.exists():
                 raise
             result = open_result(path)
-        return Run(result, backend, str(device), result.steps - before, time.perf_counter() - begin)
+        compiled = compile_seconds() - compiled
+        wall_time = time.perf_counter() - begin - compiled
+        return Run(result, backend, str(device), result.steps - before, wall_time, compiled)
     except OSError as error:
         where, told = error.filename or path, reason(error)
         told = told if str(where) in told else f"{where}: {told}"
         raise UserError(told.replace("resume=True", "--resume")) from error
+    except FloatingPointError as error:
+        raise UserError(str(error).replace("stop_if_unstable=False", "--keep-going")) from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the simulation failed: {error}") from error

@@ -7,6 +7,7 @@ its values at the beginnings of the steps, and ``events [T, 2]``, the encoder's 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -17,12 +18,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.table import Table
 
 import coba_triton
 from coba_triton import NpzSink, Result, ZarrSink, open_result
 from coba_triton.common.files import held, is_there, local_path, reason, written_whole
 from coba_triton.common.versions import package_version
-from coba_triton.stream.plotting import overview
+from coba_triton.stream.plotting import overview, statistics_cells, statistics_note
 from coba_triton.stream.sinks import Sink
 
 from .config import Config
@@ -105,25 +107,41 @@ def write(folder: Path, name: str, config: Config, source: Source, recurrent: Re
     return summary
 
 
-def plot(path: Path, out: Path | None, start: float | None, stop: float | None) -> Path:
-    """Draw a result to a file and return its path.
+def plot(path: Path, out: Path | None, start: float | None, stop: float | None, as_page: bool) -> tuple[Path, Table]:
+    """Draw a result to a file, a picture or a page; returns the file's path and the table of the populations.
 
     Raises:
         UserError: if there is no such result, it has no spikes or steps, or the file cannot be written.
     """
+    as_page = as_page or (out is not None and out.suffix == ".html")
+    if as_page and importlib.util.find_spec("plotly") is None:
+        raise UserError('plot --html needs plotly; run: pip install "coba-triton[html]"')
     if os.path.isdir(_local(path)):
         path = next((path / name for name in RESULTS if is_there(path / name)), path)
-    out = _local(out or path.parent / "plot.png")
-    if out.suffix not in PICTURES:
-        raise UserError(f"--out must end in {', '.join(PICTURES)}, got {str(out)!r}")
+    out = _local(out or path.parent / ("plot.html" if as_page else "plot.png"))
+    suffixes = (".html",) if as_page else (*PICTURES, ".html")
+    if out.suffix not in suffixes:
+        raise UserError(f"--out must end in {', '.join(suffixes)}{' with --html' if as_page else ''}, got {str(out)!r}")
     try:
         result = open_result(path)
-        figure = overview(result, title=title(result), start=start, stop=stop)
+        if as_page:
+            from coba_triton.stream.page import page
+
+            text = page(result, title=title(result), start=start, stop=stop)
+        else:
+            figure = overview(result, title=title(result), start=start, stop=stop)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     with _writable(out.parent), written_whole(out) as part:
-        figure.savefig(part, format=out.suffix[1:])
-    return out
+        if as_page:
+            part.write_text(text, encoding="utf-8")
+        else:
+            figure.savefig(part, format=out.suffix[1:])
+    head, *rows = statistics_cells(result)
+    table = Table(*head, caption=f"{statistics_note(result)}. All of the whole run.", caption_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return out, table
 
 
 @contextmanager
@@ -176,6 +194,7 @@ def summarize(name: str, config: Config, source: Source, recurrent: Recurrent | 
             },
         },
         "wall_time_s": run.wall_time,
+        "compile_s": run.compile_time,
         "steps_per_s": run.steps / run.wall_time,
         "backend": {"asked": config.simulation.backend, "used": run.backend, "device": run.device},
         "seeds": _seeds(settings),

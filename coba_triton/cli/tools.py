@@ -6,7 +6,6 @@ Here are the options with their help texts. A module of the same name does the w
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import INTERRUPTED, UserError, require
+from .output import say
 
 
 def for_users(command: Callable[..., int]) -> Callable[..., None]:
@@ -24,7 +24,7 @@ def for_users(command: Callable[..., int]) -> Callable[..., None]:
         try:
             status = command(*args, **options)
         except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
+            say("Interrupted.", error=True)
             status = INTERRUPTED
         except MemoryError as error:
             raise UserError(f"not enough memory ({error}); choose smaller sizes") from None
@@ -141,4 +141,10 @@ def warmup(
     return warmup.run(arch, cache, size or [], dtype)
 
 
-COMMANDS = (info, check, tune, bench, warmup)
+COMMANDS = {  # with what the list of commands says of them
+    "info": (info, "Show versions, devices, and which backends serve them."),
+    "check": (check, "Compare a backend with the reference, bit by bit."),
+    "tune": (tune, "Measure launch parameters and keep the best ones."),
+    "bench": (bench, "Time this package beside others."),
+    "warmup": (warmup, "Compile kernels before they are needed."),
+}

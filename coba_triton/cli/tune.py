@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from coba_triton.tuning.tables import KERNELS, TableError
 
 from . import info
 from .errors import INTERRUPTED, UserError, check_choice
+from .output import say
 from .shared import check_writable, find_target, open_compiler, write_json, write_picture
 
 COMPILE_REPORT = "coba_triton compile report"
@@ -88,10 +89,12 @@ def run(wanted: Wanted, backend: str, device: str | None, budget: float, out: Pa
     interrupted = failed = False
     started = time.perf_counter()
     try:
-        print(f"Tuning for {target.backend} on {target.arch} ({target.name}), up to {budget:g} s; every set of parameters")
-        print("is compared with the reference, bit by bit where the bits must be equal, before it is timed.")
+        say(
+            f"Tuning for {target.backend} on {target.arch} ({target.name}), up to {budget:g} s; every set of parameters "
+            "is compared with the reference, bit by bit where the bits must be equal, before it is timed."
+        )
         bandwidth = tuner.copy_bandwidth(where)
-        print(f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
+        say(f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
         for number, task in enumerate(tasks):
             now = time.perf_counter()
             deadline = now + max(0.0, budget - (now - started)) / (len(tasks) - number)
@@ -101,7 +104,7 @@ def run(wanted: Wanted, backend: str, device: str | None, budget: float, out: Pa
                     outcomes.append(tuner.tune(task, workload, journal, effort, deadline, show=show))
             except ValueError as error:
                 failed = True
-                print(f"{error}")
+                say(f"{error}")
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -109,10 +112,10 @@ def run(wanted: Wanted, backend: str, device: str | None, budget: float, out: Pa
     if outcomes:
         _report(outcomes, bandwidth, path, target)
     if interrupted:
-        print(f"Interrupted; what was measured is in {journal.path}: continue with --resume.")
+        say(f"Interrupted; what was measured is in {journal.path}: continue with --resume.")
         return INTERRUPTED
     if not all(outcome.complete for outcome in outcomes):
-        print(f"The budget of {budget:g} s ended the run; what was measured is in {journal.path}: continue with --resume.")
+        say(f"The budget of {budget:g} s ended the run; what was measured is in {journal.path}: continue with --resume.")
     return 1 if failed else 0
 
 
@@ -131,20 +134,25 @@ def _progress(task: Task) -> Iterator[Any]:
         yield show
 
 
+def _meanings(tasks: Iterable[Task]) -> str:
+    """What the parameters of some kernels are."""
+    names = dict.fromkeys(name for task in tasks for name in tables.SPACE[task.backend][task.kernel])
+    return "; ".join(f"{name}: {tables.MEANINGS[name]}" for name in names) + "."
+
+
 def _words(parameters: dict[str, int]) -> str:
     return ", ".join(f"{name}={value}" for name, value in parameters.items())
 
 
 def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: tables.Machine) -> None:
-    console = Console(highlight=False)
-    print("rule: the parameters that the launcher takes if no table has an entry")
+    say("rule: the parameters that the launcher takes if no table has an entry. " + _meanings(o.task for o in outcomes))
     for outcome in outcomes:
-        console.print(_table(outcome, bandwidth))
+        say(_table(outcome, bandwidth))
         best, rule = outcome.best, outcome.trials[0]
         if best is rule:
-            print("Nothing is faster than the launcher's own rule by more than the spread of its times.")
+            say("Nothing is faster than the launcher's own rule by more than the spread of its times.")
         elif best.p50 and rule.p50:
-            print(f"Best: {_words(best.parameters)}, {rule.p50 / best.p50:.2f} times as fast as the launcher's own rule.")
+            say(f"Best: {_words(best.parameters)}, {rule.p50 / best.p50:.2f} times as fast as the launcher's own rule.")
     versions = info.versions()
     picture = path.with_suffix(".png")
     try:
@@ -154,11 +162,11 @@ def _report(outcomes: list[Outcome], bandwidth: float, path: Path, target: table
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; make room or name another --out") from None
-    print(f"Wrote {path} and {picture}")
+    say(f"Wrote {path} and {picture}")
     if path == tables.user_table(target.name):
-        print("Launches look there from now on.")
+        say("Launches look there from now on.")
     else:
-        print(f"To use it: {tables.VARIABLE}={path}, or coba_triton.tuning.use({str(path)!r})")
+        say(f"To use it: {tables.VARIABLE}={path}, or coba_triton.tuning.use({str(path)!r})")
 
 
 def _table(outcome: Outcome, bandwidth: float) -> Table:
@@ -217,6 +225,17 @@ def draw(outcomes: list[Outcome], bandwidth: float, target: tables.Machine) -> F
     return figure
 
 
+def _verdict(trials: list[Trial], rule: dict[str, int]) -> str:
+    """What was found out without a measurement."""
+    failed, spill = [t for t in trials if t.reason], [t for t in trials if t.compiled.get("spills")]
+    chosen = [t.compiled for t in trials if t.parameters == rule and t.compiled]
+    parts = [
+        f"{len(trials) - len(failed)} of {len(trials)} sets of parameters compile, {len(spill)} of them spill registers."
+    ]
+    parts += [f"The rule has {found['spills']} spills and {found['occupancy']:.0%} occupancy." for found in chosen]
+    return " ".join((*parts, "Which set is fastest, a run on the GPU says: coba-triton tune without --compile-only."))
+
+
 def compile_only(wanted: Wanted, arch: str | None, out: Path | None) -> int:
     """Compile the launches for a GPU that may be absent; returns the exit status, 1 if a kernel does not compile."""
     compiler = open_compiler("--compile-only")
@@ -228,7 +247,11 @@ def compile_only(wanted: Wanted, arch: str | None, out: Path | None) -> int:
         check_writable(out)
     rows: list[dict[str, Any]] = []
     interrupted = False
-    console = Console(highlight=False)
+    say(
+        "rule: the parameters that the launcher takes if no table has an entry. registers and spills: 32-bit ones of a "
+        "thread; shared: bytes of a block; occupancy: the share of the warps of a multiprocessor that these leave room for. "
+        "Times decide, not occupancy: a launch with few blocks does not fill a GPU at any occupancy. " + _meanings(tasks)
+    )
     for task in tasks:
         trials: list[Trial] = []
         table = Table(
@@ -237,7 +260,7 @@ def compile_only(wanted: Wanted, arch: str | None, out: Path | None) -> int:
         with compiler.recorded(arch):
             space, rule = task.space(), task.rule()
         table.add_column("parameters")
-        for name in ("registers", "spills", "shared", "occupancy"):
+        for name in ("registers", "spills", "shared B", "occupancy"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("note")
         proposals = tuner.proposals(space, rule, effort)
@@ -260,13 +283,13 @@ def compile_only(wanted: Wanted, arch: str | None, out: Path | None) -> int:
             table.add_row(_words(trial.parameters), *figures, share, note)
             said = {"parameters": trial.parameters, "compiled": found, "error": trial.reason}
             rows.append({**task.key, **said})
-        console.print(table)
+        say(table, _verdict(trials, rule))
         if interrupted:
             break
     if out is not None:
         content = {"format": COMPILE_REPORT, "arch": arch, "versions": info.versions(), "compiled": rows}
         write_json(out, content | {"sources": tables.source_hash("triton"), "interrupted": interrupted})
-        print(f"Wrote {out}")
+        say(f"Wrote {out}")
     if interrupted:
         return INTERRUPTED
     return 1 if any(row["error"] for row in rows) else 0

@@ -13,6 +13,7 @@ from coba_triton.tuning.tables import DTYPES
 
 from . import info
 from .errors import UserError, check_choice
+from .output import say
 from .shared import open_compiler
 
 # Neurons in a row x rows. These sizes need every kind of launch: one warp and four, a row in one tile and in several.
@@ -36,7 +37,7 @@ def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> i
         line = progress.add_task(f"kernels for {arch}", total=None)
         for done, total, _ in compiler.compile_ahead(arch, parsed, DTYPES[dtype], cache):
             progress.update(line, completed=done, total=total)
-    print(f"Compiled {done} kernels for {arch} into {info.caches()['triton']}")
+    say(f"Compiled {done} kernels for {arch} into {info.caches()['triton']}")
     return 0
 
 

@@ -26,6 +26,7 @@ MAX_POINTS = 4000  # points of a trace; each piece of the trace has two
 MAX_BINS = 250
 
 EXCITATORY, INHIBITORY, NEUTRAL = "#c0392b", "#2c6fbb", "#222222"
+OURS, OTHER = "#0f7b6c", "#8a8f98"  # this package in comparisons, and what it is compared with
 COLORS = {"excitatory": EXCITATORY, "inhibitory": INHIBITORY}
 OTHERS = ["#2e7d5b", "#8e5ea2", "#c98a1b", "#5f6b73"]
 
@@ -35,7 +36,7 @@ def populations(result: Result) -> dict[str, NDArray[np.int64]]:
     return result.populations or {"": np.arange(result.neurons)}
 
 
-def _color(name: str, number: int) -> str:
+def color_of(name: str, number: int) -> str:
     return COLORS.get(name) or (OTHERS[number % len(OTHERS)] if name else NEUTRAL)
 
 
@@ -62,7 +63,7 @@ def _word_for_word(*texts: Text) -> None:
         text.set_usetex(False)
 
 
-def _window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
+def window(result: Result, start: float | None, stop: float | None) -> tuple[int, int]:
     """The steps from one time to the other: the first step, and the one after the last."""
     times = (0.0 if start is None else start, result.duration if stop is None else stop)
     known = [isinstance(time, float | int | np.floating | np.integer) and abs(time) < 1e300 for time in times]
@@ -88,7 +89,7 @@ def plot_raster(
 ) -> None:
     """Draw a dot for each spike, at its neuron's index. With more than ``max_events`` spikes, only every k-th neuron."""
     max_events = check_int(max_events, "max_events")
-    first, last = _window(result, start, stop)
+    first, last = window(result, start, stop)
     total = sum(len(steps) for steps, _ in result.event_blocks(first, last))
     every = min(math.ceil(total / max_events), result.neurons) if total else 1
     blocks = [(s[n % every == 0], n[n % every == 0]) for s, n in result.event_blocks(first, last)]
@@ -104,8 +105,21 @@ def plot_raster(
             marker=".",
             markersize=size,
             markeredgewidth=0,
-            color=_color(name, number),
+            color=color_of(name, number),
         )
+        if len(shown) > 1 and len(members):
+            label = ax.annotate(
+                _plain(name, 24),
+                (1.0, float(np.mean(members))),
+                (4, 0),
+                xycoords=ax.get_yaxis_transform(),
+                textcoords="offset points",
+                rotation=270,
+                va="center",
+                fontsize=8,
+                color=color_of(name, number),
+            )
+            _word_for_word(label)
     ax.set_ylim(-0.5, result.neurons - 0.5)
     ax.set_xlim(first * result.dt, last * result.dt)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -124,12 +138,12 @@ def plot_rates(
     result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None, bin_ms: float | None = None
 ) -> None:
     """Draw the mean rate of every population over time. ``bin_ms`` None chooses a round width, for 100 bins or more."""
-    first, last = _window(result, start, stop)
+    first, last = window(result, start, stop)
     width = bin_width((last - first) * result.dt, result.dt) if bin_ms is None else check_time(bin_ms, "bin_ms")
     shown = populations(result)
     for number, (name, members) in enumerate(shown.items()):
         edges, rates = result.rates(width, name if name else members)
-        ax.stairs(rates, edges, color=_color(name, number), label=_label(name), **_style(shown))
+        ax.stairs(rates, edges, color=color_of(name, number), label=_label(name), **_style(shown))
     ax.set_xlim(first * result.dt, last * result.dt)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(f"population rate\n(Hz, {width:g} ms bins)")
@@ -168,7 +182,7 @@ def plot_traces(
     Raises:
         ValueError: if the variable or a neuron was not recorded.
     """
-    first, last = _window(result, start, stop)
+    first, last = window(result, start, stop)
     chosen = result.recorded[:3] if neurons is None else check_neurons(neurons, result.neurons, "neurons")
     if not is_one_of(variable, result.traces) or not np.isin(chosen, result.recorded).all():
         raise ValueError(
@@ -186,12 +200,11 @@ def plot_traces(
         if variable == "v" and "spikes" in result:
             times, _ = result.events(first, last, neurons=[neuron])
             height = 0.6 * max(float(threshold[neuron]) - float(values.min(initial=np.inf)), 1.0)
-            spike = EXCITATORY if len(chosen) == 1 else color
-            ax.vlines(times, threshold[neuron], threshold[neuron] + height, color=spike, linewidth=0.8)
+            ax.vlines(times, threshold[neuron], threshold[neuron] + height, color=color, linewidth=0.8)
     if variable == "v":
         for number, level in enumerate(np.unique(threshold[chosen])):
             label = f"threshold {level:g} mV" if len(np.unique(threshold[chosen])) == 1 else "thresholds"
-            ax.axhline(level, color=INHIBITORY, linestyle="--", linewidth=0.9, label=label if number == 0 else None)
+            ax.axhline(level, color=OTHER, linestyle="--", linewidth=0.9, label=label if number == 0 else None)
     ax.set_xlim(first * result.dt, last * result.dt)
     ax.set_ylabel(f"{variable} ({result._unit(variable) or 'uS or nA'})")
     _legend(ax)
@@ -206,7 +219,7 @@ def plot_intervals(result: Result, ax: Axes) -> None:
     for number, (name, members) in enumerate(shown.items()):
         counts = result.interval_counts(edges, members)
         share = counts / max(counts.sum(), 1) / np.diff(np.log10(edges))
-        ax.stairs(share, edges, color=_color(name, number), label=_label(name), **_style(shown))
+        ax.stairs(share, edges, color=color_of(name, number), label=_label(name), **_style(shown))
         found |= counts > 0
     ax.set_xscale("log")
     if found.any():
@@ -218,9 +231,21 @@ def plot_intervals(result: Result, ax: Axes) -> None:
     _legend(ax)
 
 
+SAMPLE = 100  # neurons whose synchrony is measured
+
+
+def _sample(result: Result) -> int:
+    """How many neurons of each population stand for it in the synchrony, which grows with their number."""
+    return min(SAMPLE, *(len(members) for members in populations(result).values()), result.neurons)
+
+
 def statistics(result: Result) -> list[dict[str, Any]]:
-    """The numbers that :func:`plot_statistics` shows, one row for each population; ``None`` if there are too few spikes."""
-    rates, variation = result.firing_rates(), result.intervals().cv
+    """The numbers that :func:`plot_statistics` shows, one row for each population; ``None`` if there are too few spikes.
+
+    They are of the whole run. The synchrony (:meth:`Result.synchrony`) is that of as many neurons of every population,
+    evenly spaced and 100 at most: that of a whole population would grow with its size.
+    """
+    rates, variation, sample = result.firing_rates(), result.intervals().cv, _sample(result)
 
     def known(value: float) -> float | None:
         return float(value) if math.isfinite(value) else None
@@ -235,14 +260,18 @@ def statistics(result: Result) -> list[dict[str, Any]]:
                 "rate_hz": known(rates[members].mean()),
                 "silent": float((rates[members] == 0).mean()),
                 "interval_cv": known(regular.mean()) if regular.size else None,
-                "synchrony": known(result.synchrony(neurons=name if name else members)),
+                "synchrony": known(
+                    result.synchrony(neurons=members[np.linspace(0, len(members) - 1, sample).round().astype(int)])
+                    if sample
+                    else math.nan
+                ),
             }
         )
     return rows
 
 
-def plot_statistics(result: Result, ax: Axes) -> None:
-    """Draw a table of the populations: rate, silent neurons, CV of the intervals, synchrony (:meth:`Result.synchrony`)."""
+def statistics_cells(result: Result) -> list[list[str]]:
+    """The same as text: the names of the columns, and a row for each population."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "population": lambda row: _plain(row["population"], 24),
         "neurons": lambda row: f"{row['neurons']:,}",
@@ -251,23 +280,54 @@ def plot_statistics(result: Result, ax: Axes) -> None:
         "interval CV": lambda row: _number(row["interval_cv"], ".2f"),
         "synchrony": lambda row: _number(row["synchrony"], ".2f"),
     }
-    cells = [[show(row) for show in columns.values()] for row in statistics(result)]
+    return [list(columns), *([show(row) for show in columns.values()] for row in statistics(result))]
+
+
+def statistics_note(result: Result) -> str:
+    """What the synchrony is."""
+    sample = _sample(result)
+    return f"synchrony: variance / mean of the spikes of {sample} neurons in 3 ms, 1 if they are independent"
+
+
+def plot_statistics(result: Result, ax: Axes) -> None:
+    """Draw a table of the populations: rate, silent neurons, CV of the intervals, synchrony."""
+    head, *cells = statistics_cells(result)
     ax.axis("off")
-    table = ax.table(cells, colLabels=list(columns), loc="center", cellLoc="center", edges="horizontal")
+    table = ax.table(cells, colLabels=head, loc="center", cellLoc="center", edges="horizontal")
     _word_for_word(*(cell.get_text() for cell in table.get_celld().values()))
     table.auto_set_font_size(False)
     table.set_fontsize(8.5)
     table.scale(1, 1.6)
-    ax.set_title("synchrony: variance / mean of the spike count in 3 ms, 1 if independent", fontsize=8, y=-0.02, va="top")
+    ax.set_title(statistics_note(result), fontsize=8, y=-0.02, va="top")
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
+def _input_varies(result: Result, first: int, last: int) -> bool:
+    """Whether the mean input over time says more than two numbers would.
+
+    Independent spikes of many sources have a mean that does not change, but for its noise. An input that only starts a
+    network is over soon.
+    """
+    if _input_end(result) < first + 0.2 * (last - first):
+        return False
+    pieces = np.array_split(np.asarray(result.array("input_e")[first:last], np.float64), 20)
+    means = np.array([piece.mean() for piece in pieces if piece.size])
+    noise = np.array([piece.std() / math.sqrt(piece.size) for piece in pieces if piece.size])
+    return bool(means.std() > 2 * noise.mean())
+
+
+def _input_end(result: Result) -> int:
+    """The step after the last one that has an input."""
+    steps = [np.flatnonzero(result.array(name)[:]) for name in ("input_e", "input_i")]
+    return max((int(found[-1]) + 1 for found in steps if found.size), default=0)
+
+
 def plot_inputs(result: Result, ax: Axes, *, start: float | None = None, stop: float | None = None) -> None:
     """Draw the recorded mean input: excitatory upwards, inhibitory downwards."""
-    first, last = _window(result, start, stop)
+    first, last = window(result, start, stop)
     width = round(bin_width((last - first) * result.dt, result.dt) / result.dt)
     begins = np.arange(first, last, width)
     edges = np.append(begins, last)
@@ -321,13 +381,13 @@ def overview(
     """
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title must be text or None, got {type(title).__name__}")
-    first, last = _window(result, start, stop)
+    first, last = window(result, start, stop)
     span: dict[str, Any] = {"start": start, "stop": stop}
     recorded = "signal" in result
     panels: list[tuple[float, Callable[[Axes], None] | None]] = []
     if recorded:
         panels += [(2.2, None), (0.6, None)]
-    elif "input_e" in result:
+    elif "input_e" in result and _input_varies(result, first, last):
         panels += [(1.5, lambda ax: plot_inputs(result, ax, **span))]
     panels += [(3.6, lambda ax: plot_raster(result, ax, **span)), (1.6, lambda ax: plot_rates(result, ax, **span))]
     if "v" in result.traces:
@@ -342,6 +402,10 @@ def overview(
             draw(ax)
     if recorded:
         _plot_recording(result, axes[0], axes[1], first, last)
+    elif "input_e" in result and first < (end := _input_end(result)) < first + 0.2 * (last - first):
+        axes[0].axvline(end * result.dt, color=NEUTRAL, linestyle=":", linewidth=1)
+        axes[0].annotate("the input ends", (end * result.dt, 1.0), (3, 2), xycoords=axes[0].get_xaxis_transform(),
+                         textcoords="offset points", fontsize=8)  # fmt: skip
     axes[-1].set_xlabel("time (ms)")
     if (last - first) * result.dt >= 2000:
         axes[-1].xaxis.set_major_formatter(lambda ms, _: f"{ms / 1000:g}")
@@ -353,9 +417,16 @@ def overview(
         plot_intervals(result, histogram)
         plot_statistics(result, table)
         axes = [*axes, histogram]
+        if (first, last) != (0, result.steps):
+            histogram.set_title("whole run", fontsize=9)
+            table.set_title("whole run; " + statistics_note(result), fontsize=8, y=-0.02, va="top")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     title = _plain(title or "", 200)
+    if title:
+        cv = result.intervals().cv
+        irregular = f", CV of intervals {np.nanmean(cv):.2f}" if np.isfinite(cv).any() else ""
+        title += f"\n{result.neurons:,} neurons, {result.firing_rates().mean():.1f} Hz{irregular}"
     if not result.finished:
         title = f"{title}\n(stopped after {result.steps:,} steps)".strip()
     if title:

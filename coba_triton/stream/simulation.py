@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import math
 import platform
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,6 +95,7 @@ def simulate(
     record: Record | None = None,
     progress: bool | Callable[[int], None] = True,
     resume: bool = False,
+    stop_if_unstable: bool = False,
 ) -> Result:
     """Run a network over a source of any length, with a few blocks of it in memory.
 
@@ -123,8 +125,10 @@ def simulate(
             or a numpy array in memory, unless its numbers have to be converted or inputs are recorded.
         record: what to keep; None for the spikes alone.
         progress: whether to show a bar with steps per second and the time left, on a terminal and if the package rich is
-            installed; or a function that takes the number of finished steps.
+            installed; or a function that takes the number of finished steps. It is called about once a second.
         resume: whether to continue a run that was interrupted.
+        stop_if_unstable: whether to raise, instead of to warn, where conductances become so large that the Euler step is
+            unstable. Looked at about once a second.
 
     Returns:
         The result, as :func:`coba_triton.open_result` gives it.
@@ -135,7 +139,8 @@ def simulate(
             else, or the run to be resumed was begun with another configuration or another input.
         FileExistsError: if the sink's path exists and neither ``resume`` nor the sink's ``overwrite`` is set.
         BlockingIOError: if another run is writing to the sink's path.
-        FloatingPointError: if the state stops being finite; the message names the cause. Finished steps are kept.
+        FloatingPointError: if the state stops being finite, or if the Euler step becomes unstable and ``stop_if_unstable``
+            is set; the message names the cause. Finished blocks are kept.
         OSError: if the sink cannot be written to. Finished steps are kept.
 
     Example:
@@ -146,7 +151,8 @@ def simulate(
     if not callable(progress):
         validation.check_flag(progress, "progress")
     validation.check_flag(resume, "resume")
-    run = BlockRun(network, source, state, Record() if record is None else record, block_steps)
+    validation.check_flag(stop_if_unstable, "stop_if_unstable")
+    run = BlockRun(network, source, state, Record() if record is None else record, block_steps, stop_if_unstable)
     sink = open_sink(sink)
     with sink.held():
         _go_on(run, sink, resume, progress)
@@ -177,6 +183,7 @@ def _go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[i
             run.threads(),
         ):
             commits, running = _Commits(sink, thread, start, show), deque[_Running]()
+            run.show = show
             try:
                 for x, input_sum in itertools.chain([first], blocks):
                     running.append(run.begin(x, start, input_sum))
@@ -327,9 +334,19 @@ class BlockRun:
         rates: ``dt * c_m_inv``, ``g_l`` and ``conductance_based``, which with the conductances tell whether the Euler step
             is stable.
         limit: the value of ``dt * c_m_inv * (g_l + g_e + g_i)`` beyond which the next warning comes.
+        part: how many steps of a block are simulated at once, so that it takes about half a second.
+        show: told the number of finished steps after each part of a block but the last.
     """
 
-    def __init__(self, network: Any, source: Any, state: Any, record: Record, block_steps: int | None) -> None:
+    def __init__(
+        self,
+        network: Any,
+        source: Any,
+        state: Any,
+        record: Record,
+        block_steps: int | None,
+        stop_if_unstable: bool = False,
+    ) -> None:
         network = _unwrapped(network)
         if not isinstance(network, CobaLIF | CobaLIFRecurrent):
             raise TypeError(
@@ -409,6 +426,9 @@ class BlockRun:
         self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in rates]
         self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # _check_numbers has warned of the state at rest
         self.fires_always = False
+        self.stop_if_unstable = stop_if_unstable
+        self.part = WORD_BITS
+        self.show: Callable[[int], None] = lambda done: None
         self.header = self._header(state, block_steps)
 
     def _weights(self) -> Sequence[Any]:
@@ -559,14 +579,8 @@ class BlockRun:
             flat = flat_input(x, self.shape, before.v.dtype)
             state, jobs = self.stream.submit(flat, words.view(len(words), -1), sums)
             self.state = feed_forward_state(*state.reshape(-1, *self.shape))
-        elif self.sparse is not None:
-            words, traces = self._connected_sparsely(self.sparse, x)
-        elif self.recurrent and self.backend != "reference":
-            words, traces = self._connected(x)
-        elif self.recurrent and len(self.neurons):
-            words, traces = self._with_all_states(x)
         else:
-            words, self.state = self._integrate(x, before, False)
+            words, traces = self._in_parts(x, start)
         return _Running(start, x, input_sum, before, self.state, words, traces, jobs)
 
     @torch.no_grad()
@@ -591,6 +605,41 @@ class BlockRun:
         if self.record.inputs:
             rows["input_e"], rows["input_i"] = self._mean_inputs(x)
         return _Finished(start, stop, rows, state, input_sum if isinstance(input_sum, int) else checksum(input_sum))
+
+    def _in_parts(self, x: Tensor, start: int) -> tuple[Tensor, FeedForwardState | None]:
+        """Simulate a block in parts of about half a second. Look at the state, and show how far it is, between them."""
+        words: list[Tensor] = []
+        traces: list[FeedForwardState | None] = []
+        done = 0
+        while done < len(x) or not words:
+            part, began = x[done : done + self.part], time.perf_counter()
+            spikes, kept = self._advance(part)
+            words.append(spikes)
+            traces.append(kept)
+            done += len(part)
+            if done < len(x):
+                self._check(pack_state(self.state).cpu().numpy(), part, start + done - len(part), start + done)
+                self.show(start + done)
+            seconds = time.perf_counter() - began
+            if seconds < 0.25 and len(part) == self.part < MAX_BLOCK_STEPS:
+                self.part *= 2
+            elif seconds > 1 and self.part > WORD_BITS:
+                self.part //= 2
+        if len(words) == 1:
+            return words[0], traces[0]
+        fields = [torch.cat(rows) for rows in zip(*(kept for kept in traces if kept is not None), strict=True)]
+        return torch.cat(words), feed_forward_state(*fields) if fields else None
+
+    def _advance(self, x: Tensor) -> tuple[Tensor, FeedForwardState | None]:
+        """Simulate some steps; returns their spikes as bits, and the traces, if they come with them."""
+        if self.sparse is not None:
+            return self._connected_sparsely(self.sparse, x)
+        if self.recurrent and self.backend != "reference":
+            return self._connected(x)
+        if self.recurrent and len(self.neurons):
+            return self._with_all_states(x)
+        words, self.state = self._integrate(x, self.state, False)
+        return words, None
 
     def _connected(self, x: Tensor) -> tuple[Tensor, FeedForwardState | None]:
         """Simulate a block of connected neurons, and keep the traces of those that are recorded."""
@@ -704,10 +753,13 @@ class BlockRun:
             self.limit = _next_limit(factor)
             unstable = validation.instability(factor)
             wild = ", and the spikes mean nothing" if factor > 2 else ""
-            warn(
+            message = (
                 f"{unstable}: dt * c_m_inv * (g_l + g_e + g_i) has reached {factor:.3g} by step {stop}, "
                 f"more than {2 if factor > 2 else 1}{wild}; make dt or the weights smaller"
             )
+            if factor > 2 and self.stop_if_unstable:
+                raise FloatingPointError(f"{message}, or go on with stop_if_unstable=False")
+            warn(message)
 
     def _warn_of_constant_spikes(self, words: Any, start: int, stop: int) -> None:
         """Warn once of neurons that fire in every step. Only a few of a block's words ``[W, *shape]`` are looked at."""

@@ -231,7 +231,7 @@ def check_attributes(where: str, attributes: Any) -> None:
         ValueError: if they do not belong to a result, are of another format version, or contradict each other.
     """
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-        raise Refused(f"{where} is no result of coba_triton; give the path of one, or of nothing")
+        raise Refused(f"{where} is no result of coba_triton; give a run's folder, a .zarr or an .npz")
     version, versions = attributes.get("format_version"), attributes.get("versions")
     if version != VERSION:
         writer = versions.get("coba_triton") if isinstance(versions, dict) else None
@@ -331,7 +331,7 @@ class Store:
             if (node["zarr_format"], node["node_type"]) != (3, "group"):
                 raise ValueError("zarr.json is not that of a group of zarr format 3")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Refused(f"{path} is no result of coba_triton ({error}); give the path of one, or of nothing") from None
+            raise Refused(f"{path} is no result of coba_triton ({error}); give a run's folder, a .zarr or an .npz") from None
         check_attributes(str(path), attributes)
         if attributes.get("checksum") != seal_attributes(attributes)["checksum"] or not isinstance(
             attributes.get("run"), str

@@ -19,10 +19,17 @@ from ..ops.constants import constants_table
 from ..ops.synapses import Synapses
 
 
+class _OnStderr(logging.Handler):
+    """Writes to what is standard error at the moment, so that a bar or a table that is drawn there stays whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
     """Within the block, write the package's messages, for example that it compiles, to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _OnStderr()
     handler.setFormatter(logging.Formatter("coba_triton: %(message)s"))
     level = logger.level
     logger.addHandler(handler)

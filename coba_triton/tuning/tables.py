@@ -41,6 +41,16 @@ Parameters = dict[str, int]
 
 _WARPS = (1, 2, 4, 8, 16)
 _AHEAD = (1, 2, 4, 8)
+# What the parameters are.
+MEANINGS = {
+    "num_warps": "warps of a program, whose threads have a neuron each",
+    "steps": "steps whose input is loaded ahead or, backward, that are computed again in registers at a time",
+    "events_ahead": "rows of weights that are loaded ahead",
+    "tile": "neurons that are updated together",
+    "replay_warps": "warps of the kernel that computes states again",
+    "checkpoint_every": "steps between two saved states",
+    "threads": "the largest number of threads",
+}
 # The parameters of every kernel, and the values that a table may name and that tuning tries.
 SPACE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "triton": {

@@ -292,7 +292,7 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
         p = coba_triton.CobaLIFParameters(v_rest=torch.full((5,), -20.0) if per_neuron else -20.0)
         for name, x in (("a", torch.zeros(40, 5)), ("b", torch.zeros(40, 5, dtype=torch.bool))):
             sink = tmp_path / f"{name}.zarr"
-            coba_triton.simulate(coba_triton.CobaLIF(p), x, sink=sink, progress=False)
+            coba_triton.simulate(coba_triton.CobaLIF(p, 0.1), x, sink=sink, progress=False)
     assert not caplog.records
 
 

@@ -66,7 +66,7 @@ def test_info_names_the_tables(monkeypatch, tmp_path, capsys) -> None:
     assert info.tuning_tables("cpu") == []
 
 
-@pytest.mark.parametrize("arguments", [["info", "--yaml"], ["inform"], []])
+@pytest.mark.parametrize("arguments", [["info", "--yaml"], ["inform"]])
 def test_bad_arguments(arguments, capsys) -> None:
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -364,7 +364,7 @@ def test_summary_and_table(config: str, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.filterwarnings("default")
 def test_runaway_is_warned_about_once(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(config, '"0.001953125 uS"', '"2 uS"')
-    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
+    assert main(["simulate", config, "--out", str(tmp_path / "out"), "--keep-going"]) == 0
     unstable, constant = capsys.readouterr().err.splitlines()
     assert unstable.startswith(
         "coba-triton: warning: the Euler step is unstable: dt * c_m_inv * (g_l + g_e + g_i) has reached"

@@ -191,9 +191,10 @@ def test_plot(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["nowhere"], "there is no result at nowhere"),
-        (["{out}", "--out", "x.bmp"], "--out must end in .png, .pdf, .svg, got 'x.bmp'"),
+        (["{out}", "--out", "x.bmp"], "--out must end in .png, .pdf, .svg, .html, got 'x.bmp'"),
         (["{out}", "--start", "30", "--stop", "10"], "start and stop must be times in ms from 0 to 60, start first"),
         (["{out}", "--stop", "70"], "start and stop must be times in ms from 0 to 60"),
+        (["{out}", "--html", "--out", "x.png"], "--out must end in .html with --html, got 'x.png'"),
         (["{config}"], "is no result of coba_triton, or damaged"),
     ],
 )
@@ -446,7 +447,6 @@ def test_error_of_the_core_is_passed_on(
         (["simulate", "egc", "--out", "x"], "did you mean 'ecg'?"),
         (["simulate", "ecg", "--oot", "x"], "--oot"),
         (["simulat"], "simulat"),
-        ([], "Missing command"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

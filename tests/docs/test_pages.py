@@ -19,12 +19,17 @@ import pytest
 import torch
 
 from coba_triton.cli.config import Config
+from coba_triton.cli.keys import sections
 from programs import pages
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTIONAL = {"norse": "coba-triton[norse]", "pyNN": "coba-triton[pynn]", "neo": "coba-triton[neo]", "sklearn": "scikit-learn"}
 TUTORIALS = ROOT / "docs" / "tutorials"  # test_tutorials.py runs those
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
@@ -39,8 +44,9 @@ def everywhere(language: str) -> list[Any]:
     found = []
     for page in PAGES:
         if page.parent != TUTORIALS:
-            name = page.relative_to(ROOT).as_posix()
-            found += [pytest.param(page, line, block, id=f"{name}:{line}") for line, block in blocks(page, language)]
+            found += [
+                pytest.param(page, line, block, id=f"{name_of(page)}:{line}") for line, block in blocks(page, language)
+            ]
     return found
 
 
@@ -99,19 +105,23 @@ def test_checks_are_of_blocks_that_there_are() -> None:
         assert sum(text in parameters.values[2] for parameters in everywhere("python")) == 1, text
 
 
-@pytest.mark.parametrize(("page", "line", "block"), everywhere("console"))
-def test_commands_are_right_ones(page: Path, line: int, block: str) -> None:
-    """The command, its options and their values are known; nothing is run."""
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_are_right_ones(page: Path) -> None:
+    """The commands, their options and their values are known, and extras exist; nothing is run."""
     import typer
 
     from coba_triton.cli.app import app
 
+    text = page.read_text("utf-8")
     group = typer.main.get_command(app)
-    for command in re.findall(r"^\$ (?:[A-Z_]+=\S+ )*coba-triton (.*)$", block, re.MULTILINE):
+    for command in re.findall(r"^(?:\$ |    )coba-triton (.*)$", text, re.MULTILINE):
         arguments = shlex.split(command, comments=True)
-        if arguments and not arguments[0].startswith("-"):
-            assert arguments[0] in group.commands, f"{page}:{line}: {command}"
+        if not arguments[0].startswith("-"):
+            assert arguments[0] in group.commands, f"{page}: {command}"
             group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    for named in re.findall(r"(?:coba-triton|\.)\[([a-z,]+)\]\"", text):
+        assert set(named.split(",")) <= extras.keys(), f"{page}: {named}"
 
 
 @pytest.mark.parametrize(("page", "line", "block"), everywhere("toml"))
@@ -119,7 +129,7 @@ def test_configurations_are_right_ones(page: Path, line: int, block: str) -> Non
     Config.model_validate(tomllib.loads(block))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     """Files are there. mkdocs looks at the links between pages and their headings."""
     made = {"index.md", "commands.md", "changelog.md"}
@@ -127,6 +137,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target and target not in made:
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_picture_is_on_a_page() -> None:
+    shown = "".join(page.read_text("utf-8") for page in PAGES)
+    for picture in (ROOT / "docs").rglob("*.png"):
+        assert f"{picture.name})" in shown, picture
 
 
 def test_readme_is_short_and_says_first_that_no_gpu_was_used() -> None:
@@ -142,12 +158,12 @@ def test_every_page_is_in_the_menu() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    """The keys of all records are in the tables that are made from them, and in the commented example."""
+    """The keys of all tables are in those of the page, and in its commented example."""
     tables, example = pages.keys(), pages.example()
-    for where, record in pages.tables():
-        for key in record.model_fields:
-            assert f"| `{key}` |" in tables
-            assert re.search(rf"\b{key}\b", example), f"{where}.{key}"
+    for section in sections():
+        for key in section.model.model_fields:
+            assert f"| `{key}` |" in tables or f"{key} = " in section.heading or section.model is Config, key
+            assert re.search(rf"\b{key}\b", example), f"{section.heading} {key}"
 
 
 def test_every_command_is_documented() -> None:

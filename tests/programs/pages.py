@@ -7,11 +7,8 @@ The home page is the README. The page of the command line comes from its options
 from __future__ import annotations
 
 import json
-import re
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # The specimens and kernels of ``tests/budgets.json`` that the page of the kernels shows.
@@ -44,108 +41,19 @@ def commands() -> str:
     return get_docs_for_click(obj=group, ctx=context, name="coba-triton", title="The command line")
 
 
-def tables() -> Iterator[tuple[str, Any]]:
-    """Every table that a configuration may have: where it stands, and its record."""
-    from coba_triton.cli.config import Config
-
-    seen = set()
-    waiting = [("", Config)]
-    while waiting:
-        where, record = waiting.pop(0)
-        if (where, record) in seen:
-            continue
-        seen.add((where, record))
-        yield where, record
-        for key, field in record.model_fields.items():
-            for inner, several in records_in(field.annotation):
-                waiting.append((f"{where}.{key}".strip(".") + "[]" * several, inner))
-
-
-def records_in(annotation: Any, several: bool = False) -> Iterator[tuple[Any, bool]]:
-    """The records within a type, and whether there may be several of each."""
-    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
-        yield annotation, several
-    for part in get_args(annotation):
-        yield from records_in(part, several or get_origin(annotation) is list)
-
-
-def value(annotation: Any, metadata: Any = ()) -> str:
-    """What may be written for a type, in words."""
-    from coba_triton.cli.config import Unit
-
-    for unit in metadata:
-        if isinstance(unit, Unit):
-            other = f", or in {unit.or_else}" if unit.or_else else ""
-            sign = {"positive": " above 0", "not negative": ", 0 or more", "any": ""}[unit.sign]
-            return f'{unit.kind}{sign}, such as `"{unit.example}"`{other}'
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return value(parts[0], parts[1:])
-    if origin in (Union, types.UnionType):
-        words = dict.fromkeys(value(part) for part in parts if part is not type(None))
-        return " or ".join(words)
-    if origin is Literal:
-        return " or ".join(f'`"{part}"`' for part in parts)
-    if origin is list:
-        return f"a list: {value(parts[0])}"
-    if hasattr(annotation, "model_fields"):
-        name = name_of(annotation)
-        return f"table [{name}](#{re.sub(r'[^a-z ]', '', name.lower()).replace(' ', '-')})"
-    limits = limits_of(metadata)
-    if annotation is Path:
-        return "a path, relative to the configuration"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "`true` or `false`", Any: "a table"}
-    return names[annotation] + limits
-
-
-def limits_of(metadata: Any) -> str:
-    signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    found = [
-        f"{word} {getattr(mark, sign):g}" for mark in flat(metadata) for sign, word in signs.items() if hasattr(mark, sign)
-    ]
-    return f", {' and '.join(found)}" if found else ""
-
-
-def flat(metadata: Any) -> Iterator[Any]:
-    """Marks of a type, those within a pydantic field as well."""
-    for mark in metadata:
-        yield from flat(mark.metadata) if hasattr(mark, "metadata") else (mark,)
-
-
-def name_of(record: Any) -> str:
-    """The name of a record; one for numbers of any unit has the unit with it."""
-    name, bracket, _ = record.__name__.partition("[")
-    marks = [mark for field in record.model_fields.values() for mark in field.metadata]
-    return f"{name} ({next(mark.symbol for mark in marks if hasattr(mark, 'symbol'))})" if bracket else name
-
-
 def keys() -> str:
-    """Every table of a configuration with its keys, what may be written for them, and what holds without them."""
-    pages = []
-    grouped: dict[Any, list[str]] = {}
-    for where, record in tables():
-        grouped.setdefault(record, []).append(where)
-    for record, places in grouped.items():
-        places = [f"`[[{place[:-2]}]]`" if place.endswith("[]") else f"`[{place}]`" for place in places if place]
-        title = name_of(record)
-        rows = ["| key | value | default |", "| --- | --- | --- |"]
-        for key, field in record.model_fields.items():
-            default = "required" if field.is_required() else shown(field.get_default())
-            rows.append(f"| `{key}` | {value(field.annotation, field.metadata)} | {default} |")
-        text = (record.__doc__ or "").strip().partition("\n")[0].replace("``", "`")
-        where = f"In {', '.join(places)}. " if places else "The whole file. "
-        pages.append("\n".join([f"### {title}", "", where + text, "", *rows, ""]))
-    return "\n".join(pages)
+    """Every table of a configuration and its keys, as ``coba-triton simulate --keys`` lists them."""
+    from coba_triton.cli.keys import sections
 
-
-def shown(default: Any) -> str:
-    if default is None or default in ("", []):
-        return "none"
-    if hasattr(type(default), "model_fields"):
-        return "as if it were empty"
-    if isinstance(default, bool):
-        return f"`{str(default).lower()}`"
-    return f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
+    lines = []
+    for section in sections():
+        purpose = (section.model.__doc__ or "").strip().partition("\n")[0].replace("``", "`")
+        heading = f"`{section.heading}`" if section.heading.startswith("[") else section.heading.capitalize()
+        lines += [f"### {heading}", "", purpose, ""]
+        if section.keys:
+            lines += ["| key | unit or type | default | meaning |", "| --- | --- | --- | --- |"]
+            lines += [f"| `{key.name}` | {key.unit} | {key.default} | {key.meaning} |" for key in section.keys] + [""]
+    return "\n".join(lines)
 
 
 def example() -> str:

@@ -52,9 +52,16 @@ def write(name: str) -> None:
         old.unlink()
     for file, content in resources["outputs"].items():
         (PAGES / Path(file).name).write_bytes(content)
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # bold and italic text of a terminal
-    text = re.sub(r"!\[png\]\((?:\./)?([^)]+)\)", r"![what the cell draws](\1)", text)
-    (PAGES / f"{name}.md").write_text(text.strip() + f"\n\nThis page is `examples/{name}.py`, run.\n", "utf-8")
+    (PAGES / f"{name}.md").write_text(tidy(text) + f"\n\nThis page is `examples/{name}.py`, run.\n", "utf-8")
+
+
+def tidy(page: str) -> str:
+    """A page without the bold and italic text of a terminal, and without empty lines around what a cell prints."""
+    page = re.sub(r"\x1b\[[0-9;]*m", "", page)
+    page = re.sub(r"!\[png\]\((?:\./)?([^)]+)\)", r"![what the cell draws](\1)", page)
+    parts = re.split(r"(^```.*?^```$)", page, flags=re.DOTALL | re.MULTILINE)
+    parts[::2] = [re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", part) for part in parts[::2]]  # what is not code
+    return "".join(parts).strip()
 
 
 def main() -> None:

@@ -123,13 +123,47 @@ def test_intervals_and_table(result: Result) -> None:
     assert cells[2, 2] == f"{result.firing_rates()[1::2].mean():.1f} Hz"
     cv = result.intervals().cv[1::2]
     assert rows[1]["interval_cv"] == pytest.approx(np.nanmean(cv))
-    assert cells[2, 5] == f"{result.synchrony(neurons='odd'):.2f}"
+    each = len(result.populations["odd"]), len(result.populations["first"])
+    few = result.populations["odd"][np.linspace(0, each[0] - 1, min(each)).round().astype(int)]
+    assert cells[2, 5] == f"{result.synchrony(neurons=few):.2f}"
+
+
+def test_synchrony_does_not_grow_with_the_population() -> None:
+    """Two populations of the same neurons, one four times as large."""
+    torch.manual_seed(0)
+    common = (torch.rand(4000, 1) < 0.003).expand(4000, 500) & (torch.rand(4000, 500) < 0.3)
+    x = 0.05 * (common | (torch.rand(4000, 500) < 0.001)).float()
+    record = Record(populations={"small": slice(0, 100), "large": slice(100, 500)})
+    rows = plotting.statistics(simulate(CobaLIF(NEURON, 0.1), x, record=record, progress=False))
+    assert rows[0]["synchrony"] > 1.5
+    assert rows[1]["synchrony"] == pytest.approx(rows[0]["synchrony"], rel=0.15)
+
+
+def test_what_is_of_the_whole_run_says_so(result: Result) -> None:
+    whole, part = (
+        [ax.get_title() for ax in plotting.overview(result, stop=stop).findobj(Axes)] for stop in (None, result.duration / 2)
+    )
+    assert not [title for title in whole if "whole run" in title]
+    assert len([title for title in part if title.startswith("whole run")]) == 2
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("steady", False), ("starts it", False), ("changes", True)])
+def test_an_input_that_says_nothing_is_not_drawn(kind: str, shown: bool) -> None:
+    torch.manual_seed(0)
+    x = 0.01 * (torch.rand(2000, 50) < 0.1).float()
+    x[200 if kind == "starts it" else 1000 if kind == "changes" else 2000 :] = 0
+    result = simulate(CobaLIF(NEURON, 0.1), x, record=Record(inputs=True), progress=False)
+    figure = plotting.overview(result)
+    labels = [ax.get_ylabel() for ax in figure.findobj(Axes)]
+    assert any("mean input" in label for label in labels) == shown
+    texts = [text.get_text() for ax in figure.findobj(Axes) for text in ax.texts]
+    assert ("the input ends" in texts) == (kind == "starts it")
 
 
 def test_overview_of_a_silent_run() -> None:
     silent = simulate(CobaLIF(NEURON, 0.1), torch.zeros(T, 3), record=Record(neurons=[0], inputs=True))
     figure = plotting.overview(silent, title="nothing happens")
-    assert figure.get_suptitle() == "nothing happens"
+    assert figure.get_suptitle() == "nothing happens\n3 neurons, 0.0 Hz"
     assert plotting.statistics(silent)[0]["interval_cv"] is None
 
 
@@ -150,7 +184,7 @@ def test_names_are_drawn_as_they_are(name: str, tmp_path: Path) -> None:
     legends = [ax.get_legend() for ax in figure.findobj(Axes)]
     shown = {text.get_text().strip() for legend in legends if legend for text in legend.get_texts()}
     if name.isprintable() and len(name) < 60:
-        assert {name, "others"} <= shown and figure.get_suptitle() == name
+        assert {name, "others"} <= shown and figure.get_suptitle().startswith(f"{name}\n20 neurons, ")
     else:
         assert "others" in shown and all(len(text) <= 61 for text in shown)
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
+import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -136,15 +139,42 @@ _reported: dict[Any, str] = {}
 
 
 class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
+    """Says that entry points are compiled, and sums up how long it takes.
+
+    The messages are log records. Where nobody listens to these, a program on a terminal says it once: the first call of a
+    session may take half a minute.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._begun: list[float] = []
+        self._told = False
+
     def on_start(self, event: Any) -> None:
-        if event.data["dispatcher"] in _reported:
-            logger.info(_reported[event.data["dispatcher"]])
+        if event.data["dispatcher"] not in _reported:
+            return
+        self._begun.append(time.perf_counter())
+        logger.info(_reported[event.data["dispatcher"]])
+        if not self._told and not logger.isEnabledFor(logging.INFO) and sys.stderr.isatty():
+            self._told = True
+            print(
+                "coba_triton: compiling CPU kernels, which takes seconds each; their code is kept on disk", file=sys.stderr
+            )
 
     def on_end(self, event: Any) -> None:
-        pass
+        if event.data["dispatcher"] in _reported:
+            begun = self._begun.pop()
+            if not self._begun:  # of what is compiled at once, the longest counts
+                self.seconds += time.perf_counter() - begun
 
 
-event.register("numba:compile", _Report())
+_report = _Report()
+event.register("numba:compile", _report)
+
+
+def compile_seconds() -> float:
+    """For how long this process has compiled CPU kernels, in s."""
+    return _report.seconds
 
 
 # Modules of this folder from which kernels of other ones take code.
