@@ -26,8 +26,9 @@ with silent_start(), no_collection():
         default_bio_state,
         default_learning_parameters,
     )
+    from .ops.random_synapses import LogNormal, Normal, Uniform
     from .ops.spikes import pack_spikes, unpack_spikes
-    from .ops.synapses import LogNormal, Normal, Synapses, Uniform
+    from .ops.synapses import Synapses
     from .parameter_sets import from_pynn, to_pynn
     from .stream.events import read_events
     from .stream.results import Result, open_result

@@ -9,58 +9,21 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..common.files import local_path, reason, written_whole
+from .given import MOST, check_floating, check_range, check_shape, device_of, indices, limits, to_tensor, values_of
+from .random_synapses import Law, Wanted, draw
 from .tensors import FLOATING, is_tracked, is_watched
 from .validation import check_dt, check_flag, check_int, is_one_of
 
-MOST = 2**31 - 1  # sources, and neurons
-LEAST_SHARE = 1e-6  # of a normal distribution between its limits
 FORMAT = "coba_triton.Synapses 1"
 PIECE_BYTES = 2**24  # bytes that are read from a file at a time
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc)
-
-
-class Uniform(NamedTuple):
-    """Values that are equally probable from ``low`` to ``high``."""
-
-    low: float
-    high: float
-
-
-class Normal(NamedTuple):
-    """Normally distributed values. Where there are limits, no value is beyond: the rest keeps its distribution.
-
-    Attributes:
-        mean, std: of the distribution without limits.
-        low, high: the limits, None for none.
-    """
-
-    mean: float
-    std: float
-    low: float | None = None
-    high: float | None = None
-
-
-class LogNormal(NamedTuple):
-    """Values whose logarithm is normally distributed; with a negative mean, their negatives.
-
-    Attributes:
-        mean, std: of the values themselves, not of their logarithm.
-    """
-
-    mean: float
-    std: float
-
-
-Law: TypeAlias = Uniform | Normal | LogNormal
 
 
 class Synapses(NamedTuple):
@@ -158,7 +121,7 @@ class Synapses(NamedTuple):
                 f"weights must be on the synapses' device {str(self.targets.device)!r}, got {str(weights.device)!r}; move "
                 f"them with .to({str(self.targets.device)!r})"
             )
-        return self._replace(weights=_values(weights, "weights", self.count, self.sources, weights.device))
+        return self._replace(weights=values_of(weights, "weights", self.count, self.sources, weights.device))
 
     def source_of(self) -> Tensor:
         """The source of every synapse, int64 ``[S]``."""
@@ -266,8 +229,8 @@ class Synapses(NamedTuple):
         starts[indptr] = True
         if ((targets[1:] < targets[:-1]) & ~starts[1 : len(targets)]).any():
             raise ValueError("its targets are not sorted")
-        _check_range(targets, "targets", "N", neurons)
-        given = _values(weights, "weights", len(targets), len(indptr) - 1, weights.device)
+        check_range(targets, "targets", "N", neurons)
+        given = values_of(weights, "weights", len(targets), len(indptr) - 1, weights.device)
         return _record(indptr, targets, given, delays, neurons)
 
     @classmethod
@@ -334,16 +297,16 @@ class Synapses(NamedTuple):
             >>> Synapses.from_coo(targets=[2, 0], sources=[0, 1], weights=0.004, shape=(3, 2)).to_dense().tolist()[2]
             [0.004000000189989805, 0.0]
         """
-        neurons, count_sources = _check_shape(shape)
+        neurons, count_sources = check_shape(shape)
         named = {"targets": targets, "sources": sources, "weights": weights, "delays": delays}
-        device = _device_of(named)
-        rows, columns = (_indices(named[name], name, device) for name in ("targets", "sources"))
+        device = device_of(named)
+        rows, columns = (indices(named[name], name, device) for name in ("targets", "sources"))
         if len(rows) != len(columns):
             raise ValueError(f"targets and sources must be of one length, got {len(rows)} and {len(columns)}; give pairs")
-        _check_range(rows, "targets", "N", neurons)
-        _check_range(columns, "sources", "K", count_sources)
-        given = _values(weights, "weights", len(rows), count_sources, device)
-        taken = None if delays is None else _values(delays, "delays", len(rows), count_sources, device)
+        check_range(rows, "targets", "N", neurons)
+        check_range(columns, "sources", "K", count_sources)
+        given = values_of(weights, "weights", len(rows), count_sources, device)
+        taken = None if delays is None else values_of(delays, "delays", len(rows), count_sources, device)
         indptr, ordered, order = _sort(rows, columns, neurons, count_sources)
         return _record(indptr, ordered, _permute(given, order), _permute(taken, order), neurons)
 
@@ -374,16 +337,16 @@ class Synapses(NamedTuple):
             raise TypeError(
                 f"matrix must be dense, or sparse with the layout COO, CSR or CSC, got {matrix.layout}; use .to_sparse_coo()"
             )
-        _check_floating(matrix, "matrix")
+        check_floating(matrix, "matrix")
         if matrix.dim() != 2 or matrix.dense_dim() not in (0, 2):
             raise ValueError(f"matrix must be [N, K], rows post-synaptic, got shape {list(matrix.shape)}; reshape it")
-        neurons, sources = _check_shape(matrix.shape)
-        device = _device_of({"matrix": matrix, "delays": delays})
+        neurons, sources = check_shape(matrix.shape)
+        device = device_of({"matrix": matrix, "delays": delays})
         if matrix.layout is torch.strided:
             return cls._of_dense(matrix, delays, device)
         with torch.no_grad():
             stored, rows, columns = _stored(matrix)
-            taken = None if delays is None else _values(delays, "delays", len(stored), sources, device)
+            taken = None if delays is None else values_of(delays, "delays", len(stored), sources, device)
             indptr, targets, order = _sort(rows, columns, neurons, sources)
         weights: Any = _Stored.apply(matrix, order) if is_tracked(matrix) else _permute(stored, order)  # type: ignore[no-untyped-call]
         return _record(indptr, targets, weights, _permute(taken, order), neurons)
@@ -393,7 +356,7 @@ class Synapses(NamedTuple):
         neurons, sources = matrix.shape
         taken = None
         if delays is not None:
-            taken = _to_tensor(delays, "delays", device)
+            taken = to_tensor(delays, "delays", device)
             if taken.shape == matrix.shape:
                 taken = taken.t().reshape(-1)
             elif taken.shape == (sources,):
@@ -456,8 +419,8 @@ class Synapses(NamedTuple):
             )
         if not 0 <= probability <= 1:
             raise ValueError(f"probability must be a number from 0 to 1, got {probability!r:.50}; divide percents by 100")
-        wanted = _Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
-        return _draw(wanted, float(probability), -1, False, True)
+        wanted = Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
+        return _record(*draw(wanted, float(probability), -1, False, True), wanted.neurons)
 
     @classmethod
     def fixed_number(
@@ -505,7 +468,7 @@ class Synapses(NamedTuple):
         if not is_one_of(per, ("target", "source")):
             raise ValueError(f"per must be 'target' or 'source', got {per!r:.200}")
         check_flag(replace, "replace")
-        wanted = _Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
+        wanted = Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
         most = (wanted.sources if per == "target" else wanted.neurons) - (not wanted.autapses)
         if number > (most if not replace else MOST if most > 0 else 0):
             what = "sources" if per == "target" else "neurons"
@@ -513,7 +476,7 @@ class Synapses(NamedTuple):
                 f"number must be at most {max(most, 0)}, the {what} to choose from, got {number}"
                 + ("; pass replace=True for several synapses of a pair" if most > 0 else "; pass more of them")
             )
-        return _draw(wanted, 0.0, number, replace, per == "target")
+        return _record(*draw(wanted, 0.0, number, replace, per == "target"), wanted.neurons)
 
     @classmethod
     def from_scipy(cls, matrix: Any, delays: Any = None) -> Synapses:
@@ -610,7 +573,7 @@ def _permute(values: Any, order: Tensor | None) -> Any:
 
 def _record(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor | None, neurons: int) -> Synapses:
     """The record of what is sorted, after a look at every number."""
-    low, high = _limits(weights)
+    low, high = limits(weights)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"weights must be finite, got {_example(weights)}; correct them where they come from")
     limit = torch.finfo(torch.float64 if weights.dtype == torch.float64 else torch.float32).max
@@ -629,7 +592,7 @@ def _record(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor | N
         if is_tracked(delays):
             raise ValueError("delays take no gradient, got a tensor that requires grad; pass .detach()")
         delays = delays.detach().to(torch.float32)
-        shortest, longest = _limits(delays)
+        shortest, longest = limits(delays)
         if not (math.isfinite(shortest) and math.isfinite(longest)):
             raise ValueError(f"delays must be finite, got {_example(delays)}; correct them where they come from")
         if shortest < 0:
@@ -645,14 +608,6 @@ def _single(number: float) -> float:
     """A number rounded to the 24 bits of float32, in operations that a compiler follows."""
     shift = math.ldexp(1.5, math.frexp(number)[1] + 28)
     return (number + shift) - shift
-
-
-def _limits(values: Tensor) -> tuple[float, float]:
-    """The least and the greatest number, NaN if there is one; 0 and 0 of none."""
-    if not values.numel():
-        return 0.0, 0.0
-    low, high = torch.stack(torch.aminmax(values.detach())).tolist()
-    return low, high
 
 
 def _example(values: Tensor) -> float:
@@ -710,97 +665,11 @@ def _describe(weights: Tensor) -> str:
     """What a user sees of weights."""
     if type(weights) not in (Tensor, torch.nn.Parameter) or weights.device.type == "meta" or is_watched():
         return f"{list(weights.shape)} of {str(weights.dtype).removeprefix('torch.')}"
-    return _span(*_limits(weights), "uS")
+    return _span(*limits(weights), "uS")
 
 
 def _span(low: float, high: float, unit: str) -> str:
     return f"{low:.4g} {unit}" if low == high else f"{low:.4g} to {high:.4g} {unit}"
-
-
-def _check_shape(shape: Any) -> tuple[int, int]:
-    """N and K."""
-    if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 2:
-        raise TypeError(
-            f"shape must be (N, K), the numbers of neurons and of sources, got {shape!r:.200}; pass a pair of ints"
-        )
-    neurons, sources = shape
-    return check_int(neurons, "N", 0, MOST), check_int(sources, "K", 0, MOST)
-
-
-def _device_of(named: dict[str, Any]) -> torch.device:
-    """Where the tensors with axes are, else the CPU."""
-    found = {name: value.device for name, value in named.items() if isinstance(value, Tensor) and value.dim() > 0}
-    if len(set(found.values())) > 1:
-        got = ", ".join(f"{name} on {str(device)!r}" for name, device in found.items())
-        raise ValueError(f"all tensors must be on one device, got {got}; move them with .to(device)")
-    return next(iter(found.values()), torch.device("cpu"))
-
-
-def _array(value: Any, name: str) -> Any:
-    try:
-        return np.asarray(value)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise TypeError(f"{name} must be a tensor, an array or a list, got {type(value).__name__} ({error})") from None
-
-
-def _indices(value: Any, name: str, device: torch.device) -> Tensor:
-    """int64 ``[S]`` from a tensor, an array or a list."""
-    if not isinstance(value, Tensor):
-        array = _array(value, name)
-        array = array if array.size else array.astype(np.int64)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be integers, got {array.dtype}; use numpy.asarray(..., dtype=numpy.int64)")
-        value = torch.from_numpy(array.astype(np.int64))
-    if value.layout is not torch.strided or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got a tensor of {value.dtype}, {value.layout}; use .long()")
-    if value.dim() != 1:
-        raise ValueError(f"{name} must be one index for each synapse, got shape {list(value.shape)}; use .flatten()")
-    return torch.as_tensor(value, dtype=torch.int64, device=device)
-
-
-def _check_range(indices: Tensor, name: str, size: str, most: int) -> None:
-    low, high = _limits(indices)
-    if indices.numel() and not (low >= 0 and high < most):
-        raise ValueError(
-            f"{name} must be from 0 to {size} - 1 = {most - 1}, got {int(low if low < 0 else high)}; correct "
-            "them, or shape=(N, K)"
-        )
-
-
-def _check_floating(value: Tensor, name: str) -> None:
-    if value.dtype not in FLOATING:
-        way_out = ".real" if value.is_complex() else ".float()"
-        raise TypeError(f"{name} must be of a floating dtype of 16 bits or more, got {value.dtype}; use {way_out}")
-
-
-def _to_tensor(value: Any, name: str, device: torch.device) -> Tensor:
-    """A floating tensor from a tensor, an array, a list or a number; what is a tensor is the same one."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided:
-            raise TypeError(f"{name} must be dense, got {value.layout}; use .to_dense(), or from_torch for a matrix")
-        _check_floating(value, name)
-        moved: Tensor = value.to(device)
-        return moved
-    array = _array(value, name)
-    if array.dtype.kind not in "fiu" or (array.dtype.kind != "f" and isinstance(value, np.ndarray) and value.size):
-        raise TypeError(f"{name} must be real numbers, got {array.dtype}; use numbers, or an array of a floating dtype")
-    keeps = isinstance(value, np.ndarray) and array.dtype.itemsize in (2, 4, 8) and array.dtype.kind == "f"
-    dtype = None if keeps else torch.float64 if array.dtype.itemsize > 8 else torch.get_default_dtype()
-    plain = np.array(array, dtype=array.dtype.newbyteorder("=") if keeps else np.float64)
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(plain).to(device=device, dtype=dtype)
-
-
-def _values(value: Any, name: str, count: int, sources: int, device: torch.device) -> Tensor:
-    """A floating tensor ``[S]``, ``[K, 1]`` or ``[1]``."""
-    values = _to_tensor(value, name, device)
-    values = values.reshape(1) if values.dim() == 0 else values
-    if values.shape not in ((1,), (count,), (sources, 1)):
-        raise ValueError(
-            f"{name} must be one number, one for each of S={count} synapses [{count}] or of K={sources} sources "
-            f"[{sources}, 1], got shape {list(values.shape)}; pass one number to share it"
-        )
-    return values
 
 
 def _read_member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
@@ -819,147 +688,6 @@ def _read_member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
         if member.read(1):  # at the end of the data, zipfile compares its checksum
             raise ValueError(f"{info.filename} is longer than its shape")
     return array.view(kind).reshape(shape, order="F" if by_column else "C")
-
-
-class _Wanted(NamedTuple):
-    """What the two constructors of random synapses have in common."""
-
-    sources: Any
-    neurons: Any
-    weight: Any
-    delay: Any
-    seed: Any
-    autapses: Any
-    only: Any
-    dtype: Any
-
-    def checked(self) -> _Wanted:
-        """The same, with all its numbers as Python's own and ``only`` as two of them."""
-        sources, neurons = check_int(self.sources, "sources", 0, MOST), check_int(self.neurons, "neurons", 0, MOST)
-        check_flag(self.autapses, "autapses")
-        if not self.autapses and sources != neurons:
-            raise ValueError(
-                f"autapses=False needs sources that are the neurons, got {sources} sources and {neurons} neurons; leave "
-                "it out"
-            )
-        dtype = torch.get_default_dtype() if self.dtype is None else self.dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype must be torch.float32, torch.float64 or None, got {dtype!r:.50}; use .to() for others")
-        only = (0, neurons) if self.only is None else self.only
-        if isinstance(only, str) or not isinstance(only, Sequence) or len(only) != 2:
-            raise TypeError(f"only must be (begin, end) or None, got {self.only!r:.200}; pass a pair of ints")
-        begin, end = check_int(only[0], "only[0]", 0, neurons), check_int(only[1], "only[1]", 0, neurons)
-        if begin > end:
-            raise ValueError(f"only must be (begin, end) with begin <= end, got {(begin, end)}; swap them")
-        _check_law(self.weight, "weight")
-        _check_law(self.delay, "delay")
-        seed = check_int(self.seed, "seed", 0, 2**64 - 1)
-        return _Wanted(sources, neurons, self.weight, self.delay, seed, self.autapses, (begin, end), dtype)
-
-
-def _check_law(law: Any, name: str) -> None:
-    """Whether values of a distribution can be drawn; a delay's must not be negative. Other values are not looked at."""
-    if not isinstance(law, Law):
-        return
-    for field, value in law._asdict().items():
-        if value is None and field in ("low", "high") and isinstance(law, Normal):
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must have numbers, got {law!r:.200}; pass Python floats")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must have finite numbers, got {law!r:.200}; leave a limit out that is none")
-    low, high = _limits_of(law)
-    if not low <= high or getattr(law, "std", 0) < 0 or (isinstance(law, LogNormal) and law.mean == 0):
-        raise ValueError(
-            f"{name} must have low <= high, std >= 0 and, if logarithmic, a mean that is not 0, got {law!r:.200}; correct it"
-        )
-    if isinstance(law, Normal):
-        between = NormalDist(law.mean, law.std) if law.std > 0 else None
-        share = between.cdf(high) - between.cdf(low) if between else float(low <= law.mean <= high)
-        if share < LEAST_SHARE:
-            raise ValueError(
-                f"{name} must have limits that leave more than {LEAST_SHARE:g} of the distribution, got {law!r:.200}; widen "
-                "them"
-            )
-    if name == "delay" and low < 0:
-        raise ValueError(f"delay must have no negative values, got {law!r:.200}; pass low=, at least one time step")
-
-
-def _limits_of(law: Law) -> tuple[float, float]:
-    if isinstance(law, Uniform):
-        return law.low, law.high
-    if isinstance(law, Normal):
-        return -math.inf if law.low is None else law.low, math.inf if law.high is None else law.high
-    return (0.0, math.inf) if law.mean > 0 else (-math.inf, 0.0)
-
-
-def _prepared(law: Any) -> Any:
-    """A distribution as the loops take it."""
-    from ..backend.cpu import draws
-
-    if not isinstance(law, Law):
-        return np.zeros(7)
-    low, high = _limits_of(law)
-    kind = {Uniform: draws.UNIFORM, Normal: draws.NORMAL, LogNormal: draws.LOG_NORMAL}[type(law)]
-    if not isinstance(law, Uniform) and law.std == 0:
-        kind, first, second = draws.UNIFORM, law.mean, law.mean
-    else:
-        first, second = law[:2]
-    prepared = np.array([kind, first, second, low, high, 0.0, 0.0])
-    draws.prepare_kernel(prepared)
-    return prepared
-
-
-def _draw(wanted: _Wanted, probability: float, number: int, replace: bool, by_target: bool) -> Synapses:
-    """Count the synapses of every source, then draw them once more and write each to its place: no memory but the result.
-
-    Threads share the neurons whose partners are drawn, and know from the counts where each one's synapses go.
-    """
-    from ..backend.cpu import draws
-
-    sources, neurons, weight, delay, seed, autapses, (begin, end), dtype = wanted
-    key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
-    span = (begin, end) if by_target else (0, sources if begin < end else 0)
-    threads = max(1, min(torch.get_num_threads(), (span[1] - span[0]) // 256))
-    edges = [span[0] + (span[1] - span[0]) * i // threads for i in range(threads + 1)]
-    places = np.zeros((threads, sources), np.int64)
-
-    def connect(thread: int, targets: Any) -> None:
-        first, last, out = edges[thread], edges[thread + 1], places[thread]
-        if by_target:
-            draws.onto_targets_kernel(first, last, key, probability, number, replace, autapses, out, targets)
-        else:
-            draws.from_sources_kernel(first, last, key, number, replace, autapses, neurons, begin, end, out, targets)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda thread: connect(thread, np.empty(0, np.int32)), range(threads)))
-        indptr = np.zeros(sources + 1, np.int64)
-        np.cumsum(places.sum(0), out=indptr[1:])
-        places[:] = np.cumsum(places, axis=0) - places + indptr[:-1]
-        count = int(indptr[-1])
-        targets = np.empty(count, np.int32)
-        list(pool.map(lambda thread: connect(thread, targets), range(threads)))
-        weights = np.empty(count if isinstance(weight, Law) else 0, np.float64 if dtype == torch.float64 else np.float32)
-        delays = np.empty(count if isinstance(delay, Law) else 0, np.float32)
-        if len(weights) or len(delays):
-            laws = _prepared(weight), _prepared(delay)
-            cuts = np.searchsorted(indptr, [count * i // threads for i in range(threads + 1)]).tolist()
-            cuts[-1] = sources
-
-            def draw(thread: int) -> None:
-                draws.values_kernel(cuts[thread], cuts[thread + 1], key, indptr, targets, weights, delays, *laws)
-
-            list(pool.map(draw, range(threads)))
-
-    def values(given: Any, name: str, drawn: Any) -> Tensor:
-        if isinstance(given, Law):
-            return torch.from_numpy(drawn)
-        if not isinstance(given, Tensor):
-            given = _to_tensor(given, name, torch.device("cpu")).to(dtype)
-        return _values(given, name, count, sources, torch.device("cpu"))
-
-    taken = None if delay is None else values(delay, "delay", delays)
-    return _record(torch.from_numpy(indptr), torch.from_numpy(targets), values(weight, "weight", weights), taken, neurons)
 
 
 # an exported program that takes or returns one can be saved, and torch.load(weights_only=True) reads what holds one

@@ -280,11 +280,14 @@ def test_blocks_cut_anywhere(delays: Any) -> None:
         assert_same_bits(spikes, whole[0][t])
 
 
+@pytest.mark.parametrize("long_waits", [10**6, -1])
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("delays", [0.1, 0.4, "mixed"])
-def test_threads_share_a_row(delays: Any, batch: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bits do not depend on how many threads there are, also where they meet."""
+def test_threads_share_a_row(
+    delays: Any, batch: int, threads: int, long_waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits do not depend on how many threads there are, where they meet, and whether one goes on alone after a meeting."""
     x, start, inputs, recurrent, p, _ = case(neurons=300, batch=batch, count=6000, delays=delays)
     recurrent = recurrent.with_weights(recurrent.weights / 4)
     before = torch.get_num_threads()
@@ -296,9 +299,13 @@ def test_threads_share_a_row(delays: Any, batch: int, threads: int, monkeypatch:
 
         monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
         monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
+        monkeypatch.setattr(launch, "LONG_WAITS", long_waits)
+        stops = []
+        monkeypatch.setattr(launch, "_share_no_more_for_a_while", lambda: stops.append(1))
         for _ in range(3):
             found = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu", record_states=True)
             assert_same(found, alone)
+        assert (len(stops) >= 3) == (long_waits < 0 and batch < threads)
     finally:
         torch.set_num_threads(before)
     assert 0.001 < alone[0].mean() < 0.5

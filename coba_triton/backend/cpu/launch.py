@@ -6,6 +6,7 @@ import ctypes
 import functools
 import itertools
 import mmap
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -533,6 +534,22 @@ def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     return ring
 
 
+# While something else keeps the cores, threads that meet are slower by far than one alone: until when none shares a row.
+_alone_until = 0.0
+ALONE_SECONDS = 1.0
+# Long waits of a block before its threads stop to share.
+LONG_WAITS = 8
+
+
+def _sharing_pays() -> bool:
+    return time.monotonic() >= _alone_until
+
+
+def _share_no_more_for_a_while() -> None:
+    global _alone_until
+    _alone_until = time.monotonic() + ALONE_SECONDS
+
+
 def sparse_block(
     net: SparseNetwork,
     ring: Tensor,
@@ -556,30 +573,9 @@ def sparse_block(
     ask_for_huge_pages(spikes)
     most = parameters_of("recurrent_forward", state.dtype, neurons, batch)["threads"]
     work = 4 * steps * cells
-    rows = _split_rows(batch, work, most)
-    parts, share = 1, neurons
     together = min(net.shortest, sparse.MOST_TOGETHER)
-    threads = min(count_threads(most, work), neurons * together // MIN_STEPS_TO_MEETING)
-    if len(rows) < threads and batch < torch.get_num_threads():  # threads share each row
-        share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
-        parts = -(-neurons // share)
-    inputs, wires = _wires(net.inputs, net, parts, share), _wires(net.recurrent, net, parts, share)
-    # numbers of their own are worth it to be brought into one form before they are read many times
-    prepare = max(wires.weight_of, wires.delay_of) == 2 and len(wires.targets) <= PREPARED_AT_MOST
-    prepare = prepare and batch * steps >= MANY_STEPS
-    lists = sparse.shared_lists(share, parts, together) if parts > 1 else None
-    scratch = functools.partial(sparse.scratch, inputs, final.numpy().dtype, share, parts, together, lists)
-    if parts > 1:
-        shares = [(0, batch, part, parts, scratch()) for part in range(parts)]
-    else:
-        shares = [(*some, 0, 1, scratch()) for some in rows]
-    run(
-        sparse.block_kernel(),
-        strided_bytes(x.reshape(steps, -1)),
-        inputs,
-        _array_if_given(drive, 4, state.dtype),
-        wires,
-        _paths(net.recurrent, net) if prepare else _no_paths(net),
+    before = (strided_bytes(x.reshape(steps, -1)),)
+    after = (
         _array(ring),
         start,
         *constants_arrays(net.constants),
@@ -591,12 +587,37 @@ def sparse_block(
         _array_if_given(chosen, 1, torch.int64),
         net.jump_first,
         holds(len(state)),
-        steps,
-        together,
-        share,
-        shares=shares,
-        meet=parts > 1,
     )
+
+    def steps_of_rows(rows: list[tuple[int, int]], since: int, parts: int, share: int) -> int:
+        """The steps that are done, of the rows that some threads have, or of the one that ``parts`` threads share."""
+        inputs, wires = _wires(net.inputs, net, parts, share), _wires(net.recurrent, net, parts, share)
+        # numbers of their own are worth it to be brought into one form before they are read many times
+        prepare = max(wires.weight_of, wires.delay_of) == 2 and len(wires.targets) <= PREPARED_AT_MOST
+        paths = _paths(net.recurrent, net) if prepare and batch * steps >= MANY_STEPS else _no_paths(net)
+        lists = sparse.shared_lists(share, parts, together) if parts > 1 else None
+        shares = [
+            (*some, part, parts, sparse.scratch(inputs, final.numpy().dtype, share, parts, together, lists))
+            for some in rows
+            for part in range(parts)
+        ]
+        done = np.zeros(1, np.int64)
+        middle = inputs, _array_if_given(drive, 4, state.dtype), wires, paths
+        kernel = sparse.block_kernel()
+        run(kernel, *before, *middle, *after, since, steps, together, share, LONG_WAITS, done, shares=shares, meet=parts > 1)
+        return int(done[0])
+
+    threads = min(count_threads(most, work), neurons * together // MIN_STEPS_TO_MEETING)
+    rows = _split_rows(batch, work, most)
+    if len(rows) < threads and batch < torch.get_num_threads() and _sharing_pays():
+        share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
+        for row in range(batch):
+            done = steps_of_rows([(row, row + 1)], 0, -(-neurons // share), share) if _sharing_pays() else 0
+            if done < steps:
+                _share_no_more_for_a_while()
+                steps_of_rows([(row, row + 1)], done, 1, neurons)
+    else:
+        steps_of_rows(rows, 0, 1, neurons)
     if states is not None and not in_place:
         states.copy_(trace.view(states.shape))
     return final

@@ -16,8 +16,8 @@ from .numba_bridge import compiled
 
 # Bytes of memory that a core takes from the others when it writes to one of them: two lines, since it fetches them in pairs.
 APART = 128
-# Looks at another thread's word before a thread lets others run on its core.
-PATIENCE = 4096
+# Looks at another thread's word, some 20 us of them, before a thread lets others run on its core.
+PATIENCE = 2**16
 
 
 def memory_apart(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -67,23 +67,40 @@ def _give_way(context: Any) -> Any:
     return numba.types.void(), generate
 
 
+# A list's word: its number, whether its thread wants to go on alone, and its length.
+_NUMBER, _ALONE = 32, 1 << 31
+
+
 @compiled
-def publish(entries: Any, count: int, number: int) -> None:
+def publish(entries: Any, count: int, number: int, alone: bool) -> None:
     """Let other threads see the ``number``-th list, ``entries[1]`` to ``entries[count]``, all at once.
 
-    The first word says which list it is and how long: who reads it has the beginning of the list in the same line of memory.
+    Who reads its word has the beginning of the list in the same line of memory. ``alone``: this thread wants to meet no
+    more.
     """
-    _put(entries, np.int64(number) << 32 | np.int64(count))
+    _put(entries, np.int64(number) << _NUMBER | np.int64(_ALONE if alone else 0) | np.int64(count))
 
 
 @compiled
-def await_list(entries: Any, number: int) -> Any:
-    """Wait until another thread has published its ``number``-th list here, and return it."""
+def await_word(entries: Any, number: int) -> tuple[int, bool]:
+    """Wait until a thread has published its ``number``-th list here; returns its word, and whether that took long."""
     looks = 0
     word = _look(entries)
-    while word >> 32 != number:
+    while word >> _NUMBER != number:
         looks += 1
         if looks > PATIENCE:
             _give_way()
         word = _look(entries)
-    return entries[1 : 1 + (word & 0xFFFFFFFF)]
+    return word, looks > PATIENCE
+
+
+@compiled
+def listed(entries: Any, word: int) -> Any:
+    """The list that a word is about."""
+    return entries[1 : 1 + (word & (_ALONE - 1))]
+
+
+@compiled
+def wants_alone(word: int) -> bool:
+    """Whether the thread that published a word wants to meet no more."""
+    return (word & _ALONE) != 0

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
-from .meeting import APART, await_list, memory_apart, publish
+from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
 from .numba_bridge import borrow, compiled, converted, entry_point, prefetch_line, sources
 from .recurrent import INPUT, compact, count_nonzero, drive_at
 from .rows import (
@@ -50,6 +50,8 @@ MOST_TOGETHER = 32
 STEP = 2**32
 # Bytes of a source's targets that are asked for while those of the one before are read.
 MOST_AHEAD = 1024
+# In so many meetings a thread may wait long for another one.
+MEETINGS_A_WAIT = 512
 TILE_SIZE = INPUT + 2 * ROW
 
 
@@ -363,18 +365,22 @@ def block_kernel() -> Any:
     def block(
         x: Strided, inputs: Wires, input_drive: Any, wires: Wires, prepared: Paths, ring: Any, start: int, shared: Any,
         per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any, jump_first: bool,
-        holds: bool | None, steps: int, together: int, share: int, first: int, last: int, part: int, parts: int,
-        own: Scratch,
+        holds: bool | None, since: int, steps: int, together: int, share: int, long_most: int, done: Any, first: int,
+        last: int, part: int, parts: int, own: Scratch,
     ) -> None:  # fmt: skip
-        """``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses.
+        """Steps from ``since`` on; ``done [1]`` takes how many are done then.
 
+        These are less than ``steps`` if the threads of a row had to wait long for each other, more than ``long_most`` times
+        and once in every 512 meetings: something else keeps their cores. What is left of the row is for one thread.
+
+        ``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses.
         ``states [F T, M]``, or those of the ``chosen`` neurons.
         """
         _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         incoming, w, paths = borrow_wires(inputs), borrow_wires(wires), borrow_paths(prepared)
         input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
-        states, chosen = borrow(states), borrow(chosen)
+        states, chosen, done = borrow(states), borrow(chosen), borrow(done)
         tiles, fired, inbox = borrow(own.tiles), borrow(own.fired), borrow(own.inbox)
         buffer, bits, events = borrow(own.values), borrow(own.bits), borrow(own.events)
         lists = borrow(own.lists)
@@ -382,7 +388,7 @@ def block_kernel() -> Any:
         sources = incoming.splits.shape[1]
         own_first, own_last = min(part * share, neurons), min((part + 1) * share, neurons)
         c = None if shared is None else load_shared(shared)
-        number = 0
+        number = long_waits = 0
         for row in range(first, last):
             cells = row * neurons
             sums = ring[row].reshape(-1)
@@ -391,8 +397,8 @@ def block_kernel() -> Any:
                 n = min(TILE, own_last - begin)
                 load_per_neuron(tiles[k], per_neuron, cells + begin, n)
                 load_state(tiles[k], STATE, LEFT, state, 0, 1, cells + begin, n, len(state))
-            slot = start % longest
-            for begin_t in range(0, steps, together):
+            slot, begin_t, alone = (start + since) % longest, since, False
+            while begin_t < steps and not alone:
                 count = min(together, steps - begin_t)
                 number += 1
                 # who publishes this list has seen that all others had read the last but one
@@ -442,20 +448,27 @@ def block_kernel() -> Any:
                             for field in range(len(state)):
                                 value = tile[row_of_field(STATE, LEFT, field) + chosen[k_chosen] - cell]
                                 states[field * steps + now, k_chosen] = value
-                publish(entries, found, number)
+                impatient = parts > 1 and long_waits > long_most + number // MEETINGS_A_WAIT
+                publish(entries, found, number, impatient)
                 for turn in range(parts):  # its own first: meanwhile the others go on
-                    listed = await_list(lists[number % 2, (part + turn) % parts], number)
-                    for k in range(len(listed)):
-                        source = listed[k] & (STEP - 1)
-                        at = slot + (listed[k] >> 32)
+                    theirs = lists[number % 2, (part + turn) % parts]
+                    word, long_wait = await_word(theirs, number)
+                    long_waits += long_wait
+                    alone |= wants_alone(word)  # all threads see the same words
+                    sent = listed(theirs, word)
+                    for k in range(len(sent)):
+                        source = sent[k] & (STEP - 1)
+                        at = slot + (sent[k] >> 32)
                         at = at - longest if at >= longest else at
-                        if k + 1 < len(listed):
-                            ask_for_targets(w, listed[k + 1] & (STEP - 1), part)
+                        if k + 1 < len(sent):
+                            ask_for_targets(w, sent[k + 1] & (STEP - 1), part)
                         if paths.places.size > 0:
                             send_along(sums, at, neurons, w, paths, source, part)
                         else:
                             send(sums, at, longest, neurons, w, source, part)
-                slot = (slot + count) % longest
+                slot, begin_t = (slot + count) % longest, begin_t + count
+            if part == 0:
+                done[0] = begin_t
             for k in range(len(tiles)):
                 begin = own_first + k * TILE
                 store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, own_last - begin), len(state))
