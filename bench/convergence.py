@@ -20,9 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from coba_triton import CobaLIFParameters, coba_lif_feed_forward_integral
+from coba_triton.stream.plotting import OTHER, OURS
 
 Array = NDArray[np.float64]
 
@@ -167,37 +169,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("convergence.png"), help="the picture (%(default)s)")
     out = parser.parse_args().out
     x = drive()
-    figure = Figure((13, 4.2), 120, layout="constrained")
-    trace, *panels = figure.subplots(1, 3)
-    fine = brian2(x, SPIKING, STEPS[-1] / 8)
-    times = GRID * np.arange(1, len(x) + 1)
-    trace.plot(times, fine.v[:, 0], color="#7f8c8d", lw=3, alpha=0.5, label="Brian2")
-    for dt, color in ((GRID, "#c0392b"), (STEPS[0], "#2c6fbb")):
-        trace.plot(times, euler(x, SPIKING, dt).v[:, 0], color=color, lw=1, label=f"dt = {dt:g} ms")
-    trace.set(xlabel="ms", ylabel="mV", ylim=(-61, -47), title=f"one neuron, a sample every {GRID:g} ms")
+    figure = Figure((9, 4.2), 120, layout="constrained")
+    potentials, spikes = brian2(x, SUBTHRESHOLD, GRID / 64), brian2(x, SPIKING, STEPS[-1] / 8)
     plans = [
-        (
-            "largest error of a potential without spikes",
-            "mV",
-            SUBTHRESHOLD,
-            brian2(x, SUBTHRESHOLD, GRID / 64),
-            voltage_error,
-        ),
-        (f"mean error of the first {FIRST} spikes' times", "ms", SPIKING, fine, spike_error),
+        ("largest error of a potential", "mV", SUBTHRESHOLD, potentials, voltage_error),
+        (f"mean error of the first {FIRST} spikes' times", "ms", SPIKING, spikes, spike_error),
     ]
-    for panel, (title, unit, p, want, error) in zip(panels, plans, strict=True):
+    for panel, (title, unit, p, want, error) in zip(figure.subplots(1, 2), plans, strict=True):
         found = errors(x, p, want, error)
-        panel.loglog(STEPS, found, "o", color="#2c6fbb", label=f"order {order(found):.2f}")
-        panel.loglog(STEPS, found[0] * np.array(STEPS) / STEPS[0], color="#7f8c8d", label="order 1")
-        panel.set(xlabel="dt in ms", ylabel=unit, title=title)
-        print(f"{title}, {unit}: " + ", ".join(f"dt {dt:g}: {value:.3g}" for dt, value in zip(STEPS, found, strict=True)))
-        print(f"  order {order(found):.3f}; {error(solve(x, p), want):.1e} between Brian2 and solve()")
-    for panel in (trace, *panels):
+        panel.loglog(STEPS, found[0] * np.array(STEPS) / STEPS[0], color=OTHER, label="slope 1")
+        panel.loglog(STEPS, found, "o", color=OURS, label="coba_triton")
+        panel.set(xlabel="time step dt (ms)", ylabel=f"error ({unit})")
+        panel.set_title(f"{title}: slope {order(found):.2f}", fontsize=10)
+        panel.set_xticks(STEPS, [f"{dt:g}" for dt in STEPS], rotation=30)
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-        panel.legend(frameon=False, loc="upper left", ncols=3 if panel is trace else 1, handlelength=1, columnspacing=1)
+        panel.legend(frameon=False, loc="upper left")
+        print(f"{title}, {unit}: " + ", ".join(f"dt {dt:g}: {value:.3g}" for dt, value in zip(STEPS, found, strict=True)))
+        print(f"  order {order(found):.3f}; {error(solve(x, p), want):.1e} between Brian2 and solve()")
     figure.suptitle(
-        f"explicit Euler steps in float64 beside Brian2 {version('brian2')}, {x.shape[1]} neurons, {times[-1]:g} ms"
+        f"Euler steps in float64 beside Brian2 {version('brian2')} (Runge-Kutta), {x.shape[1]} neurons, {GRID * len(x):g} ms"
     )
     figure.savefig(out)
     print(f"Wrote {out}")

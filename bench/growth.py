@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from coba_triton import CobaLIFParameters, CobaLIFState, Synapses, coba_lif_integral
+from coba_triton.stream.plotting import LIGHTER, NEUTRAL, OURS
 
 P = CobaLIFParameters(
     tau_syn_exc_inv=1 / 5, tau_syn_inh_inv=1 / 10, c_m_inv=1 / 0.2, g_l=0.01, e_rev_E=0.0, e_rev_I=-80.0,
@@ -61,13 +62,13 @@ def main() -> None:
             print(f"{neurons:10,}{neurons * number:12,}{rate:8.1f}{seconds * 1e6:12.1f}", flush=True)
         panel.loglog(*zip(*points, strict=True), "o-", color=colour, label=f"{rate:.0f} Hz")
 
-    for rest, colour in ((-49.0, "#2c6fbb"), (-61.0, "#7f8c8d")):
+    for rest, colour in ((-49.0, OURS), (-61.0, LIGHTER)):
         draw(left, [(n, 100) for n in (1000, 3000, 10_000, 30_000, 100_000, 300_000)], 0, colour, rest)
         draw(right, [(10_000, n) for n in (10, 30, 100, 300, 1000, 3000)], 1, colour, rest)
     left.set(xlabel="neurons, each with 100 synapses", ylabel="us a step of 0.1 ms")
     right.set(xlabel="synapses of each of 10,000 neurons")
     for panel in (left, right):
-        panel.axhline(100, color="#c0392b", lw=0.8, ls="--", label="real time")
+        panel.axhline(100, color=NEUTRAL, lw=0.8, ls="--", label="real time")
         panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(options.out)

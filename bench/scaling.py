@@ -18,11 +18,16 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from coba_triton.stream.plotting import NEUTRAL, OTHER, OURS
 from coba_triton.tools.contenders import contenders, time_interleaved
 from coba_triton.tools.problems import Case, Problem, RecurrentProblem, recurrent_problem
 
 ROUNDS = 5
-NAMES = {"cpu": "#2c6fbb", "reference": "#c0392b", "norse, unbind": "#7f8c8d"}
+NAMES = {
+    "cpu": ("coba_triton, CPU path", OURS),
+    "reference": ("its reference in PyTorch", NEUTRAL),
+    "norse, unbind": ("norse, loop over time", OTHER),
+}
 
 
 def measure(case: Case, problem: Problem | RecurrentProblem) -> dict[str, float]:
@@ -67,11 +72,11 @@ def main() -> None:
         for x, case, problem in points:
             x = x or float(problem.run("cpu")[0].mean())
             for name, seconds in measure(case, problem).items():
-                curves.setdefault(name, []).append((x, 1e3 * seconds))
+                curves.setdefault(name, []).append((x, 1e9 * seconds / case.neuron_steps))
         for name, curve in curves.items():
-            panel.loglog(*zip(*curve, strict=True), ".-", color=NAMES[name], label=name)
-            print(f"{title}: {name}: " + ", ".join(f"{x:g}: {y:.2f} ms" for x, y in curve), flush=True)
-        panel.set(xlabel=label, ylabel="ms", title=title)
+            panel.loglog(*zip(*curve, strict=True), ".-", color=NAMES[name][1], label=NAMES[name][0])
+            print(f"{title}: {name}: " + ", ".join(f"{x:g}: {y:.2f} ns" for x, y in curve), flush=True)
+        panel.set(xlabel=label, ylabel="ns for a neuron and step", title=title)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
         panel.legend(frameon=False)

@@ -229,7 +229,7 @@ def draw(result: dict[str, Any]) -> Figure:
     """Draw loss, accuracy and firing rate over the epochs."""
     epochs, test = result["epochs"], result["test"]
     number = [row["epoch"] for row in epochs]
-    train, validation, tested = "#2c6fbb", "#c0392b", "#222222"
+    train, validation, tested = "#8a8f98", "#0f7b6c", "#222222"
     figure = Figure((13, 4.2), 120, layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
 

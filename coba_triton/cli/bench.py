@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from coba_triton.common.files import read_json, reason
+from coba_triton.stream.plotting import NEUTRAL, OTHER, OURS
 from coba_triton.tools import contenders, tuner
 from coba_triton.tools.contenders import Contender
 from coba_triton.tools.problems import CASES, Case
@@ -210,12 +211,13 @@ def draw(result: dict[str, Any]) -> Figure:
     cases = result["cases"]
     figure = Figure((10, 0.8 + sum(0.9 + 0.24 * len(case["contenders"]) for case in cases)), 110, layout="constrained")
     heights = [2 + len(case["contenders"]) for case in cases]
-    for panel, case in zip(figure.subplots(len(cases), squeeze=False, height_ratios=heights)[:, 0], cases, strict=True):
+    axes = figure.subplots(len(cases), squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+    for panel, case in zip(axes, cases, strict=True):
         rows = case["contenders"]
         scale = case["contenders"][0]["ns_per_neuron_step"] / case["contenders"][0]["median_s"]
         for number, row in enumerate(rows):
             ours = row["name"].split(",")[0] == result["backend"]
-            color = "#c0392b" if ours else "#2c6fbb"
+            color = OURS if ours else NEUTRAL if row["name"] == "reference" else OTHER
             panel.plot([row["p25_s"] * scale, row["p75_s"] * scale], [number, number], color=color, linewidth=3)
             panel.plot(row["ns_per_neuron_step"], number, "o", color=color, markersize=5)
             panel.annotate(
@@ -223,16 +225,22 @@ def draw(result: dict[str, Any]) -> Figure:
                 (row["p75_s"] * scale, number), (6, 0), textcoords="offset points", va="center", fontsize=7,
             )  # fmt: skip
         panel.set_xscale("log")
-        low, high = (pick(row[name] for row in rows) * scale for pick, name in ((min, "p25_s"), (max, "p75_s")))
-        panel.set_xlim(low / 1.5, high * 3)
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.tick_params(labelbottom=True)
         panel.grid(axis="x", alpha=0.3)
         panel.set_yticks(range(len(rows)), [row["name"] + ("" if row["same"] else " *") for row in rows], fontsize=8)
-        panel.invert_yaxis()
+        panel.set_ylim(len(rows) - 0.4, -0.6)
         panel.set_title(_title(case), fontsize=9, loc="left")
+        panel.set_xlabel("ns for a neuron and step", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    panel.set_xlabel("ns for one neuron and step; × how many times faster than the reference; * another model or gradient")
+    low, high = axes[0].get_xlim()
+    axes[0].set_xlim(low, high * 2)  # room for the numbers
+    panel.set_xlabel(
+        "ns for a neuron and step: median and quartiles; × how many times faster than the reference; "
+        "* another model or gradient",
+        fontsize=8,
+    )
     figure.suptitle(f"{result['name']}, {result['threads']} threads, torch {result['versions']['torch']}", fontsize=11)
     return figure
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from coba_triton.common.files import reason
+from coba_triton.stream.plotting import NEUTRAL, OTHER, OURS
 from coba_triton.tools import tuner
 from coba_triton.tools.tuner import Effort, Journal, Outcome, Task, Trial
 from coba_triton.tuning import tables
@@ -202,15 +203,17 @@ def draw(outcomes: list[Outcome], bandwidth: float, target: tables.Machine) -> F
             rule = trial is outcome.trials[0]
             labels.append(_words(trial.parameters) + (" (rule)" if rule else ""))
             if trial.p50 and trial.p20 and trial.p80:
-                color = "#c0392b" if trial is outcome.best else "#222222" if rule else "#2c6fbb"
+                color = OURS if trial is outcome.best else OTHER
                 panel.plot([trial.p20 * 1e3, trial.p80 * 1e3], [row, row], color=color, linewidth=2)
                 panel.plot(trial.p50 * 1e3, row, "o", color=color, markersize=5)
+                if rule:
+                    panel.plot(trial.p50 * 1e3, row, "o", markerfacecolor="none", markeredgecolor=NEUTRAL, markersize=10)
             else:
                 panel.text(0.01, row, f"{trial.status}: {trial.reason}"[:90], fontsize=7, va="center",
                            transform=panel.get_yaxis_transform())  # fmt: skip
         if not outcome.task.recurrent:
             panel.axvline(
-                outcome.bytes_moved / bandwidth * 1e3, color="#7f8c8d", linestyle="--", label="copy of as many bytes"
+                outcome.bytes_moved / bandwidth * 1e3, color=NEUTRAL, linestyle="--", label="copy of as many bytes"
             )
             panel.legend(frameon=False, fontsize=8, loc="upper right")
         panel.set_yticks(range(len(labels)), labels, fontsize=7)
@@ -220,7 +223,7 @@ def draw(outcomes: list[Outcome], bandwidth: float, target: tables.Machine) -> F
         panel.set_title(str(outcome.task), fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"Launch parameters on {target.name} ({target.arch}); red: chosen, black: the launcher's rule", fontsize=11
+        f"Launch parameters on {target.name} ({target.arch}); green: chosen, ring: the launcher's rule", fontsize=11
     )
     return figure
 

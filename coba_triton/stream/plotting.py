@@ -26,7 +26,8 @@ MAX_POINTS = 4000  # points of a trace; each piece of the trace has two
 MAX_BINS = 250
 
 EXCITATORY, INHIBITORY, NEUTRAL = "#c0392b", "#2c6fbb", "#222222"
-OURS, OTHER = "#0f7b6c", "#8a8f98"  # this package in comparisons, and what it is compared with
+# this package in comparisons, a second curve of it, and what it is compared with
+OURS, LIGHTER, OTHER = "#0f7b6c", "#66b8ac", "#8a8f98"
 COLORS = {"excitatory": EXCITATORY, "inhibitory": INHIBITORY}
 OTHERS = ["#2e7d5b", "#8e5ea2", "#c98a1b", "#5f6b73"]
 
