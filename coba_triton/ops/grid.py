@@ -39,8 +39,8 @@ class Grid(NamedTuple):
 def weights_of(weights: Tensor, indptr: Tensor, begin: int, end: int) -> Tensor:
     """The weights ``[S]``, ``[K, 1]`` or ``[1]`` of the synapses from ``begin`` to ``end``."""
     if weights.dim() == 2:
-        at = torch.arange(begin, end, device=indptr.device)
-        return weights[torch.searchsorted(indptr, at, right=True) - 1, 0]
+        counts = indptr.clamp(begin, end).diff()
+        return torch.repeat_interleave(weights[:, 0], counts, output_size=end - begin)
     return weights.expand(end - begin) if weights.shape[0] == 1 else weights[begin:end]
 
 

@@ -67,12 +67,20 @@ def forward(
     return state
 
 
+def bits_of(words: Tensor, first: int, last: int) -> Tensor:
+    """The spikes of the steps from ``first`` to ``last`` within one word a neuron, one row a step."""
+    bits = torch.arange(first % WORD_BITS, first % WORD_BITS + last - first, dtype=torch.int32, device=words.device)
+    return (words >> bits.view(-1, *(1,) * words.dim())) & 1
+
+
 def last_spikes(history: Tensor, spikes: Tensor, steps: int) -> Tensor:
     """The spikes of the last R steps, from those of the R steps before and ``spikes`` of some more, packed or not."""
     first = max(0, steps - history.shape[0])
-    if spikes.dtype == torch.int32:  # of these steps alone: few numbers, for which PyTorch starts no threads of its own
-        t = torch.arange(first, steps, device=spikes.device)
-        last = (spikes[t // WORD_BITS] >> (t % WORD_BITS).to(torch.int32).view(-1, *(1,) * (history.dim() - 1))) & 1
+    if spikes.dtype == torch.int32:
+        # Word by word: PyTorch would index several words with all its threads, which then wait on the cores of ours.
+        words = range(first // WORD_BITS, -(-steps // WORD_BITS))
+        parts = [bits_of(spikes[word], max(first, word * WORD_BITS), min(steps, (word + 1) * WORD_BITS)) for word in words]
+        last = torch.cat(parts) if parts else spikes.new_empty(0, *history.shape[1:])
     else:
         last = spikes[first:steps]
     last = last.to(history.dtype)

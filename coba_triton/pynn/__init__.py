@@ -6,15 +6,17 @@ Without PyNN there are :func:`from_pynn` and :func:`to_pynn`, which convert the 
 import sys
 from importlib.util import find_spec
 
+from ..common.garbage import no_collection
 from ..parameter_sets import from_pynn, to_pynn
 
 __all__ = ["from_pynn", "to_pynn"]
 
 if find_spec("pyNN") is not None:
-    import pyNN
+    with no_collection():
+        import pyNN
 
-    from . import api
-    from .api import *  # noqa: F403 - PyNN's names
+        from . import api
+        from .api import *  # noqa: F403 - PyNN's names
 
     __all__ += api.__all__
     sys.modules["pyNN.coba_triton"] = sys.modules[__name__]

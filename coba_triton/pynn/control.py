@@ -12,10 +12,12 @@ from pyNN import common, recording
 from pyNN.common.control import DEFAULT_MIN_DELAY, DEFAULT_TIMESTEP
 
 from . import simulator
+from .engine import load_kernels
 
 logger = logging.getLogger("coba_triton")
 
 OPTIONS = {"dtype": "dtype", "backend": "backend", "device": "device", "rng_seed": "seed"}
+KERNELS = {"dtype": "float64", "backend": "auto", "device": "cpu"}
 
 
 def setup(timestep: float = DEFAULT_TIMESTEP, min_delay: Any = DEFAULT_MIN_DELAY, **extra_params: Any) -> int:
@@ -45,11 +47,12 @@ def setup(timestep: float = DEFAULT_TIMESTEP, min_delay: Any = DEFAULT_MIN_DELAY
     state = simulator.state
     state.clear(timestep, **{own: extra_params[name] for name, own in OPTIONS.items() if name in extra_params})
     torch.set_num_threads(int(extra_params.get("threads") or state.threads))
+    logger.info("forward Euler with a step of %g ms; kernels that are compiled now are kept on disk", timestep)
+    load_kernels(*(extra_params.get(name, default) for name, default in KERNELS.items()))
     if min_delay != "auto":
         state.least_delay = float(min_delay)
     if extra_params.get("max_delay", "auto") != "auto":
         state.greatest_delay = float(extra_params["max_delay"])
-    logger.info("forward Euler with a step of %g ms; the first run may compile kernels, which are kept on disk", timestep)
     return state.mpi_rank
 
 

@@ -5,12 +5,15 @@ Neurons count through all populations in order of creation, and so do sources of
 next one. A neuron that fires in step ``k`` has a spike of sample ``k + 1``, so that its synapses have delays of ``D + 1``
 steps in this package's count. A source is an input channel, one for each distinct delay of its synapses.
 
-What a step adds to the conductances comes from three places: from the ring of sums that a backend carries on, from the
-channels, and from ``pending``: what was under way when synapses changed, which keeps the weights it was sent with.
+What a step adds to the conductances comes from four places: from the ring of sums that a backend carries on, from the
+channels, from ``pending``: what was under way when synapses changed, which keeps the weights it was sent with, and from
+synapses that transmit with a probability. These are drawn between two blocks. So no block is longer than what they have
+under way: what is sent in a block arrives after it.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +33,7 @@ from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
 from ..ops.synapses import Synapses
 from ..ops.wiring import Wiring
+from .chance import Chance, Uncertain, earlier_in_sample
 
 Array = NDArray[Any]
 Model = Callable[[Mapping[str, Tensor]], CobaLIFParameters]
@@ -49,12 +53,16 @@ class Wires(NamedTuple):
         post: the neuron of every synapse.
         weights: in uS, or in nA for neurons whose synapses are currents, negative where they are inhibitory.
         delays: in steps of PyNN's count.
+        probabilities: that a synapse transmits a spike; None if all always do.
+        number: of the projection.
     """
 
     pre: Array
     post: Array
     weights: Array
     delays: Array
+    probabilities: Array | None
+    number: int
 
 
 class Trains(Protocol):
@@ -140,6 +148,7 @@ class Engine:
         self.wiring_changed = True
         self.constants_changed = True
         self._net: SparseNetwork | None = None
+        self._chance: Chance | None = None
         self._ring = torch.empty(0)
         self._since = 0
         self._emitted = -1  # the last sample of which sources have sent
@@ -202,6 +211,8 @@ class Engine:
         self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)
         if self._net is not None:
             self._empty_ring(self._net)
+        if self._chance is not None:
+            self._chance.begin(self.seed, segment)
         self._peeked = None
         self.spikes, self.sent = Events(), Events()
         for _, trains in self.trains:
@@ -220,6 +231,8 @@ class Engine:
         spikes = self.neurons if self.currents else self.neurons // 8
         step = max(channels, spikes, 4 * self.state.element_size() * len(self.traced), 1)
         most = max(WORD_BITS, min(BLOCK_BYTES // step, MOST_STEPS))
+        if self._chance is not None:
+            most = min(most, self._chance.block)
         while steps > 0:
             count = min(steps, most)
             self._run(count, listeners)
@@ -271,7 +284,7 @@ class Engine:
             chosen = torch.as_tensor(self.traced, device=self.device) if len(self.traced) else None
             states = self.state.new_empty(4, count, len(self.traced)) if len(self.traced) else None
             spikes, words = None, None
-            if self.records.any():
+            if self.records.any() or (self._chance is not None and self._chance.watches):
                 if len(cuts) == 2:
                     words = torch.zeros(word_count(count), 1, self.neurons, dtype=torch.int32, device=self.device)
                 else:
@@ -279,7 +292,7 @@ class Engine:
             for begin, end in itertools.pairwise(cuts):
                 net = net._replace(constants=self._constants(currents, begin))
                 part = None if x is None else x[begin:end]
-                drive = self._drive(part, end - begin) if self._has_drive() else None
+                drive = self._drive(part, end - begin, begin) if self._has_drive() else None
                 out = Outputs(
                     None if spikes is None else spikes[begin:end], words, None if states is None else states[:, begin:end]
                 )
@@ -287,7 +300,12 @@ class Engine:
                 self._since = (self._since + end - begin) % net.longest
                 self.pending = self.pending[:, end - begin :]
                 self.first_drive[:] = 0.0
-            self._keep_spikes(spikes, words)
+            samples, neurons = self._spikes_of(spikes, words)
+            kept = self.records[neurons]
+            self.spikes.add(samples[kept], neurons[kept])
+            if self._chance is not None:
+                self._chance.forget(self.now, count)
+                self._chance.send(samples, neurons, np.zeros(len(samples), np.int64))
             if states is not None:
                 traces = states.cpu().numpy()
                 for listener in listeners:
@@ -316,20 +334,19 @@ class Engine:
             cuts.add(min(count, max(1, self.pending.shape[1])))
         return sorted(cuts)
 
-    def _keep_spikes(self, spikes: Tensor | None, words: Tensor | None) -> None:
-        """Keep the spikes of a block of those neurons whose spikes are recorded."""
+    def _spikes_of(self, spikes: Tensor | None, words: Tensor | None) -> tuple[Array, Array]:
+        """The samples and the neurons of the spikes of a block."""
         if words is not None:
             packed = words[:, 0].cpu().numpy()
-            word, neuron = np.nonzero(packed)
+            word, neuron = np.divmod(np.flatnonzero(packed != 0), self.neurons)
             eights = np.ascontiguousarray(packed[word, neuron]).astype("<i4").view(np.uint8).reshape(-1, 4)
             which, bit = np.nonzero(np.unpackbits(eights, axis=1, bitorder="little"))
             steps, neurons = WORD_BITS * word[which] + bit, neuron[which]
         elif spikes is not None:
             steps, neurons = np.nonzero(spikes[:, 0].cpu().numpy())
         else:
-            return
-        kept = self.records[neurons]
-        self.spikes.add((steps + self.now + 1)[kept], neurons[kept])
+            steps, neurons = np.empty(0, np.int64), np.empty(0, np.int64)
+        return steps + self.now + 1, neurons
 
     # Inputs
 
@@ -349,6 +366,8 @@ class Engine:
         if len(found) > 1:
             order = np.argsort(samples, kind="stable")
             samples, sources = samples[order], sources[order]
+        if self._chance is not None:
+            self._chance.send(samples, self.neurons + sources, earlier_in_sample(samples, sources))
         before = self._under_way
         self._under_way = np.concatenate([before[0], samples]), np.concatenate([before[1], sources])
 
@@ -374,13 +393,16 @@ class Engine:
         return (x if x.dtype == torch.uint8 else x.to(self.dtype)).to(self.device)
 
     def _has_drive(self) -> bool:
-        return bool(self.pending.shape[1]) or bool(self.first_drive.any())
+        return self._chance is not None or bool(self.pending.shape[1]) or bool(self.first_drive.any())
 
-    def _drive(self, x: Tensor | None, count: int) -> Tensor:
-        """What the next steps add, but for the ring, ``[2, count, 1, N]``."""
-        drive = np.zeros((2, count, self.neurons))
+    def _drive(self, x: Tensor | None, count: int, begin: int = 0) -> Tensor:
+        """What the next steps add, but for the ring, ``[2, count, 1, N]``; they are ``begin`` steps after the present."""
+        if self._chance is None:
+            drive = np.zeros((2, count, self.neurons))
+        else:
+            drive = self._chance.arriving(self.now + begin, count)
         known = min(count, self.pending.shape[1])
-        drive[:, :known] = self.pending[:, :known]
+        drive[:, :known] += self.pending[:, :known]
         drive[:, 0] += self.first_drive
         if x is not None:
             self._add_input(drive, x[:, 0].cpu().numpy())
@@ -392,11 +414,12 @@ class Engine:
         indptr, targets = self._input.indptr.cpu().numpy(), self._input.targets.cpu().numpy()
         weights = self._input.weights.cpu().numpy()
         each = weights if len(weights) == len(targets) else np.broadcast_to(weights.reshape(-1), len(targets))
-        for step, channel in np.argwhere(rows):
-            own = slice(indptr[channel], indptr[channel + 1])
-            sent = each[own] * float(rows[step, channel])
-            np.add.at(drive[0, step], targets[own], np.maximum(sent, 0.0))
-            np.add.at(drive[1, step], targets[own], np.maximum(-sent, 0.0))
+        steps, channels = np.nonzero(rows)
+        counts = indptr[channels + 1] - indptr[channels]
+        before = np.cumsum(counts) - counts
+        synapses = np.arange(counts.sum()) + np.repeat(indptr[channels] - before, counts)
+        sent = each[synapses] * np.repeat(rows[steps, channels].astype(np.float64), counts)
+        np.add.at(drive, ((sent < 0).astype(np.int64), np.repeat(steps, counts), targets[synapses]), np.abs(sent))
 
     # Constants
 
@@ -465,24 +488,32 @@ class Engine:
         probe = old._replace(inputs=None, constants=table)
         old.backend.sparse_block(probe, self._ring.clone(), self._since, empty, None, nothing, Outputs(states=trace))
         longest = max([steps, self.pending.shape[1], *(delay + 1 for delay in self._channels)])
+        if self._chance is not None:
+            longest = max(longest, self._chance.length)
         held = np.zeros((2, longest, self.neurons))
         held[:, :steps, :size] = trace[1:3, :, 0].double().cpu().numpy()
         held[:, : self.pending.shape[1], : self.pending.shape[2]] += self.pending
         x = self._input_rows(longest)
         if x is not None:
             self._add_input(held, x[:, 0].cpu().numpy())
+        if self._chance is not None:
+            under_way = self._chance.everything(self.now)
+            held[:, : under_way.shape[1], : under_way.shape[2]] += under_way
         used = np.flatnonzero(held.any((0, 2)))
         self.pending = held[:, : used[-1] + 1 if len(used) else 0]
         self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)
 
     def _wire(self) -> None:
         """The synapses of all projections as the backend takes them."""
-        parts = [projection.wires() for projection in self.projections]
+        every = [projection.wires() for projection in self.projections]
+        parts = [part for part in every if part.probabilities is None]
         pre, post, weights, delays = (
             np.concatenate([getattr(part, name) for part in parts]) if parts else np.empty(0, kind)
-            for name, kind in zip(Wires._fields, (np.int64, np.int64, np.float64, np.int64), strict=True)
+            for name, kind in zip(Wires._fields, (np.int64, np.int64, np.float64, np.int64), strict=False)
         )
         inner, outer = np.flatnonzero((pre >= 0) & (weights != 0)), np.flatnonzero((pre < 0) & (weights != 0))
+        if self.neurons <= 2**16:  # as numbers of 16 bits they are sorted in one pass, which leaves little to the next sort
+            inner = inner[np.argsort(pre[inner].astype(np.uint16), kind="stable")]
         shape = self.neurons, self.neurons
         recurrent = Synapses.from_coo(post[inner], pre[inner], weights[inner], delays[inner] + 1.0, shape=shape)
         shortest, longest = (int(recurrent.shortest), int(recurrent.longest)) if len(inner) else (1, 1)
@@ -503,6 +534,23 @@ class Engine:
         silence = torch.zeros(longest, 1, self.neurons, dtype=self.dtype, device=self.device)
         self._net = SparseNetwork.of(connections(wiring, self._table, 1.0), silence, False, self.backend)
         self._empty_ring(self._net)
+        self._take_chances([part for part in every if part.probabilities is not None and len(part.pre)])
+
+    def _take_chances(self, parts: list[Wires]) -> None:
+        """The synapses that transmit with a probability."""
+        self._chance = None
+        if not parts:
+            return
+        uncertain = [
+            Uncertain(
+                np.where(part.pre >= 0, part.pre, self.neurons - 1 - part.pre), part.post, part.weights, part.delays,
+                np.asarray(part.probabilities), part.number,
+            )
+            for part in parts
+        ]  # fmt: skip
+        most = max(1, BLOCK_BYTES // (16 * self.neurons))
+        self._chance = Chance(uncertain, self.neurons, self.neurons + self.sources, most)
+        self._chance.begin(self.seed, self.segment)
 
     def _empty_ring(self, net: SparseNetwork) -> None:
         """Begin with nothing under way."""
@@ -540,6 +588,27 @@ class Events:
         when, whose = self.all()
         others = (whose < first) | (whose >= first + size)
         self._parts = [(when[others], whose[others])]
+
+
+@functools.cache
+def load_kernels(dtype: str, backend: str, device: str) -> None:
+    """Load the CPU kernels of an engine from the disk, or compile them, once in a process: so no run waits for them."""
+    if choose_backend(backend, the_device(device)) != "cpu":
+        return
+    engine = Engine(0.1, dtype, backend, device)
+    engine.add_neurons(lambda parameters: CobaLIFParameters(), {}, 1)
+    one = np.zeros(1, np.int64)
+    engine.projections.append(_Wired(Wires(one, one, np.full(1, 0.1), one + 1, None, 0)))
+    engine.advance(1, [])
+
+
+class _Wired(NamedTuple):
+    """A projection that has nothing but synapses."""
+
+    synapses: Wires
+
+    def wires(self) -> Wires:
+        return self.synapses
 
 
 def _shared(synapses: Synapses) -> Synapses:

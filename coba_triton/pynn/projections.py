@@ -12,7 +12,7 @@ from pyNN.space import Space
 
 from . import simulator
 from .engine import Array, Wires
-from .standardmodels import StaticSynapse
+from .standardmodels import SimpleStochasticSynapse, StaticSynapse
 
 logger = logging.getLogger("coba_triton")
 
@@ -39,6 +39,14 @@ def delay_steps(delays: Any, dt: float) -> Array:
     if wrong.size:
         raise errors.ConnectionError(f"a delay must be at least one time step of {dt:g} ms, got {wrong.flat[0]:g} ms")
     return steps.astype(np.int32)
+
+
+def check_probabilities(probabilities: Any) -> None:
+    """Probabilities are from 0 to 1."""
+    values = np.asarray(probabilities, np.float64)
+    wrong = values[~((values >= 0) & (values <= 1))]
+    if wrong.size:
+        raise errors.InvalidParameterValueError(f"p must be a probability from 0 to 1, got {wrong[0]:g}")
 
 
 def is_current(cells: Any) -> bool:
@@ -85,6 +93,15 @@ class Connection(common.Connection):
     def delay(self, value: float) -> None:
         self.projection.change("delay", value, self.index)
 
+    @property
+    def p(self) -> float:
+        """The probability that a spike is transmitted."""
+        return float(self.projection.column("p")[self.index])
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.projection.change("p", value, self.index)
+
     def as_tuple(self, *attribute_names: str) -> tuple[Any, ...]:
         """The values of these attributes, of which the addresses are indices."""
         return tuple(getattr(self, name) for name in attribute_names)
@@ -122,16 +139,17 @@ class Projection(common.Projection):
         super().__init__(
             presynaptic_neurons, postsynaptic_neurons, connector, synapse_type, source, receptor_type, space, label
         )
-        if not isinstance(self.synapse_type, StaticSynapse):
+        if not isinstance(self.synapse_type, StaticSynapse | SimpleStochasticSynapse):
             raise errors.InvalidModelError(
-                f"the synapse type must be StaticSynapse of coba_triton.pynn, got {type(self.synapse_type).__name__}"
+                "the synapse type must be StaticSynapse or SimpleStochasticSynapse of coba_triton.pynn, got "
+                f"{type(self.synapse_type).__name__}"
             )
         self._engine = simulator.state.engine
         self.number = simulator.state.projection_counter
         simulator.state.projection_counter += 1
         self._inhibitory = self.receptor_type == "inhibitory"
         self._conductances = bool(self.post.conductance_based)
-        self._parts: list[tuple[Array, Array, Array, Array]] = []
+        self._parts: list[tuple[Array, ...]] = []
         connector.connect(self)
         self._put_together()
         self._engine.projections.append(self)
@@ -147,16 +165,16 @@ class Projection(common.Projection):
         self.connect_arrays(pre, np.full(len(pre), postsynaptic_index), location_selector, **parameters)
 
     def connect_arrays(
-        self, pre: Array, post: Array, location_selector: Any = None, weight: Any = 0.0, delay: Any = None
+        self, pre: Array, post: Array, location_selector: Any = None, weight: Any = 0.0, delay: Any = None, p: Any = 1.0
     ) -> None:
-        """Make synapses from ``pre[k]`` to ``post[k]``; a weight or a delay is one for all, or one for each."""
+        """Make synapses from ``pre[k]`` to ``post[k]``; a weight, a delay or ``p`` is one for all, or one for each."""
         if location_selector is not None:
             raise NotImplementedError("neurons of coba_triton.pynn have no locations; leave location_selector out")
         if pre.size and not (pre.min() >= 0 and pre.max() < self.pre.size):
             raise errors.ConnectionError(
                 f"there is no cell of index {pre.max()} among the {self.pre.size} of {self.pre.label}"
             )
-        self._parts.append((pre, post, np.asarray(weight, np.float64), np.asarray(delay, np.float64)))
+        self._parts.append((pre, post, *(np.asarray(values, np.float64) for values in (weight, delay, p))))
 
     def _put_together(self) -> None:
         parts, self._parts = self._parts, []
@@ -170,6 +188,10 @@ class Projection(common.Projection):
         self.weights = each(2, np.float64)
         delays = each(3, np.float64)
         check_weights(self.weights, self._conductances, self._inhibitory)
+        self.probabilities: Array | None = None
+        if isinstance(self.synapse_type, SimpleStochasticSynapse):
+            self.probabilities = each(4, np.float64)
+            check_probabilities(self.probabilities)
         self.delay_steps = delay_steps(delays, self._engine.dt)
         if len(delays) and np.abs(self.delay_steps * self._engine.dt - delays).max() > 1e-6 * self._engine.dt:
             logger.warning("delays of %s are rounded to multiples of the time step, %g ms", self.label, self._engine.dt)
@@ -180,7 +202,9 @@ class Projection(common.Projection):
         """The synapses by the numbers of their cells."""
         pre, post = (self._engine.codes[cells.all_cells.astype(np.int64)] for cells in (self.pre, self.post))
         signed = -self.weights if self._inhibitory and self._conductances else self.weights
-        return Wires(pre[self.pre_indices], post[self.post_indices], signed, self.delay_steps)
+        return Wires(
+            pre[self.pre_indices], post[self.post_indices], signed, self.delay_steps, self.probabilities, self.number
+        )
 
     # What users read and change
 
@@ -210,7 +234,9 @@ class Projection(common.Projection):
         elif name == "delay":
             self.delay_steps[at] = delay_steps(values, self._engine.dt)
         else:
-            raise errors.NonExistentParameterError(name, "StaticSynapse", ["weight", "delay"])
+            column = self.column(name)
+            check_probabilities(values)
+            column[at] = values
         self._engine.wiring_changed = True
 
     def _value_list_to_array(self, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -226,23 +252,27 @@ class Projection(common.Projection):
             else:
                 self.change(name, lazy.evaluate(simplify=False)[self.pre_indices, self.post_indices])
 
-    def _values(self, name: str) -> Array:
+    def column(self, name: str) -> Array:
+        """What every connection has by this name."""
         columns = {
             "presynaptic_index": "pre_indices", "postsynaptic_index": "post_indices", "weight": "weights", "delay": "delays",
         }  # fmt: skip
+        if self.probabilities is not None:
+            columns["p"] = "probabilities"
         if name not in columns:
-            raise errors.NonExistentParameterError(name, "StaticSynapse", ["weight", "delay"])
+            kind = type(self.synapse_type)
+            raise errors.NonExistentParameterError(name, kind.__name__, list(kind.default_parameters))
         values: Array = getattr(self, columns[name])
         return values
 
     def _get_attributes_as_list(self, names: list[str]) -> list[tuple[Any, ...]]:
-        return list(zip(*(self._values(name).tolist() for name in names), strict=True))
+        return list(zip(*(self.column(name).tolist() for name in names), strict=True))
 
     def _get_attributes_as_arrays(self, names: list[str], multiple_synapses: str = "sum") -> list[Array]:
         pairs = self.pre_indices.astype(np.int64) * self.post.size + self.post_indices
         found = []
         for name in names:
-            values = self._values(name)
+            values = self.column(name)
             dense = np.full(self.pre.size * self.post.size, np.nan)
             if multiple_synapses == "last":
                 dense[pairs] = values

@@ -15,7 +15,14 @@ from pyNN.standardmodels import StandardCellType, build_translations, cells, rec
 from ..parameter_sets import from_pynn
 from . import simulator
 from .engine import Array, Model
-from .trains import DrawnTrains, GammaTrains, ListedTrains, PoissonTrains, RefractoryPoissonTrains
+from .trains import (
+    DrawnTrains,
+    GammaTrains,
+    InhomogeneousGammaTrains,
+    ListedTrains,
+    PoissonTrains,
+    RefractoryPoissonTrains,
+)
 
 MUST_BE_POSITIVE = ("cm", "tau_m", "tau_syn_E", "tau_syn_I", "alpha", "beta")
 MUST_NOT_BE_NEGATIVE = ("tau_refrac", "rate", "duration")
@@ -122,22 +129,58 @@ class SpikeSourceGamma(_Drawn, cells.SpikeSourceGamma):
     kind = GammaTrains
 
 
-SOURCES = (SpikeSourceArray, SpikeSourcePoisson, SpikeSourcePoissonRefractory, SpikeSourceGamma)
+class SpikeSourceInhGamma(_Drawn, cells.SpikeSourceInhGamma):
+    __doc__ = cells.SpikeSourceInhGamma.__doc__
+
+    translations = _same_names(cells.SpikeSourceInhGamma)
+    kind = InhomogeneousGammaTrains
+
+    def trains(self, number: int, parameters: dict[str, Array]) -> DrawnTrains:
+        for each in zip(*(parameters[name] for name in ("a", "b", "tbins")), strict=True):
+            a, b, tbins = (np.asarray(sequence.value, np.float64) for sequence in each)
+            if not (len(a) == len(b) == len(tbins) > 0):
+                raise errors.InvalidParameterValueError(
+                    "a, b and tbins of SpikeSourceInhGamma must be sequences of one length, at least 1, got "
+                    f"{len(a)}, {len(b)} and {len(tbins)}"
+                )
+            if not (np.isfinite(tbins).all() and (np.diff(tbins) > 0).all()):
+                raise errors.InvalidParameterValueError(f"tbins of SpikeSourceInhGamma must increase, got {tbins} ms")
+            if not ((a >= 1) & np.isfinite(a)).all():
+                raise errors.InvalidParameterValueError(
+                    f"a of SpikeSourceInhGamma must be at least 1, where the process has a greatest rate, got {a}"
+                )
+            if not ((b > 0) & np.isfinite(b)).all():
+                raise errors.InvalidParameterValueError(f"b of SpikeSourceInhGamma must be positive, in s, got {b}")
+        return super().trains(number, parameters)
 
 
-class StaticSynapse(synapses.StaticSynapse):
-    __doc__ = synapses.StaticSynapse.__doc__
+SOURCES = (SpikeSourceArray, SpikeSourcePoisson, SpikeSourcePoissonRefractory, SpikeSourceGamma, SpikeSourceInhGamma)
 
-    translations = _same_names(synapses.StaticSynapse)
+
+class _Synapse:
+    """A synapse that is given no delay has the least one."""
 
     def _get_minimum_delay(self) -> float:
         state = simulator.state
         return state.dt if state.least_delay is None else state.least_delay
 
 
+class StaticSynapse(_Synapse, synapses.StaticSynapse):
+    __doc__ = synapses.StaticSynapse.__doc__
+
+    translations = _same_names(synapses.StaticSynapse)
+
+
+class SimpleStochasticSynapse(_Synapse, synapses.SimpleStochasticSynapse):
+    __doc__ = synapses.SimpleStochasticSynapse.__doc__
+
+    translations = _same_names(synapses.SimpleStochasticSynapse)
+
+
 _HAVE = (
-    f"coba_triton has the cell types {', '.join(model.__name__ for model in (*MODELS, *SOURCES))}, the synapse type "
-    "StaticSynapse, and the current sources DCSource, StepCurrentSource, ACSource and NoisyCurrentSource"
+    f"coba_triton has the cell types {', '.join(model.__name__ for model in (*MODELS, *SOURCES))}, the synapse types "
+    "StaticSynapse and SimpleStochasticSynapse, and the current sources DCSource, StepCurrentSource, ACSource and "
+    "NoisyCurrentSource"
 )
 
 
@@ -164,7 +207,7 @@ def _missing() -> dict[str, type[Any]]:
 
 
 MISSING = _missing()
-AVAILABLE = {model.__name__: model for model in (*MODELS, *SOURCES, StaticSynapse)}
+AVAILABLE = {model.__name__: model for model in (*MODELS, *SOURCES, StaticSynapse, SimpleStochasticSynapse)}
 globals().update(MISSING)
 
 __all__ = ["StandardCellType", *AVAILABLE, *MISSING]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -171,3 +172,70 @@ class RefractoryPoissonTrains(RenewalTrains):
             mean = 1000.0 / self.rate[sources] - self.tau_refrac[sources]
         drawn = rng.standard_exponential(len(sources))
         return self.tau_refrac[sources] + mean * drawn
+
+
+def gamma_hazard(age: Array, shape: Array, scale: Array) -> Array:
+    """The rate, per unit of ``scale``, at which an interval of a gamma distribution ends that has lasted for ``age``.
+
+    The shape is at least 1, so the rate is at most ``1 / scale``.
+    """
+    x, a = torch.from_numpy(age / scale), torch.from_numpy(shape)
+    survival = torch.special.gammaincc(a, x)
+    logarithm = torch.special.xlogy(a - 1.0, x) - x - torch.lgamma(a) - torch.log(survival)
+    late = 1.0 / (1.0 + (a - 1.0) / x)  # the first terms of the series of the survival, which underflows
+    return torch.where(survival > 1e-280, torch.exp(logarithm), late).numpy() / scale
+
+
+class InhomogeneousGammaTrains(RenewalTrains):
+    """Gamma processes whose parameters change with time, by thinning: Muller et al. 2007, doi:10.1162/neco.2007.19.11.2958.
+
+    Candidates come at the greatest rate that a source ever has. Each becomes a spike with the probability that the rate at
+    its time, after its interval so far, has of that. Before the first time of ``tbins`` there are no spikes.
+
+    Attributes:
+        a: shapes, for each source a sequence.
+        b: scales in s, likewise.
+        tbins: when each shape and scale begins, in ms, likewise.
+    """
+
+    a: Array
+    b: Array
+    tbins: Array
+
+    def __init__(self, key: tuple[int, ...], dt: float, segment: int) -> None:
+        super().__init__(key, dt, segment)
+        self._last = np.empty(0)
+        self._bins, self._shapes, self._scales = np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 0))
+        self._most = np.empty(0)
+
+    def _begin(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        length = max(map(len, self._of("tbins")))
+
+        def table(name: str, filling: float) -> Array:
+            return np.stack([np.append(values, np.full(length - len(values), filling)) for values in self._of(name)])
+
+        self._bins, self._shapes, self._scales = table("tbins", np.inf), table("a", 1.0), table("b", np.inf) * 1000.0
+        self._most = (1.0 / self._scales).max(1)
+        self._last = np.maximum(self.start, self._now)
+        self._next = self._last + rng.standard_exponential(len(self._last)) / self._most
+
+    def _of(self, name: str) -> list[Array]:
+        return [np.asarray(sequence.value, np.float64) for sequence in vars(self)[name]]
+
+    def draw(self, rng: np.random.Generator, begin: float, end: float) -> tuple[Array, Array]:
+        if self._rng is None:
+            self._begin(rng)
+        assert self._rng is not None
+        found: list[tuple[Array, Array]] = [(np.empty(0, np.int64), np.empty(0))]
+        stop = np.minimum(self.start + self.duration, end)
+        while len(ready := np.flatnonzero(self._next <= stop)):
+            times, most = self._next[ready], self._most[ready]
+            now = (self._bins[ready] <= times[:, np.newaxis]).sum(1) - 1
+            hazard = gamma_hazard(times - self._last[ready], self._shapes[ready, now], self._scales[ready, now])
+            fires = (self._rng.random(len(ready)) * most < hazard) & (now >= 0)
+            found.append((ready[fires], times[fires]))
+            self._last[ready[fires]] = times[fires]
+            self._next[ready] = times + self._rng.standard_exponential(len(ready)) / most
+        sources, times = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return sources, times

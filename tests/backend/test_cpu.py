@@ -209,7 +209,7 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
 
     everything(problem(20, (70,)))
     everything(recurrent_problem(20, 2, 70))
-    for kernel, products in (
+    for kernel, at_least in (
         (kernels.forward_kernel(), 8),
         (kernels.backward_kernel("super"), 20),
         (recurrent.block_kernel(), 8),
@@ -219,8 +219,14 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
         anew = numba.njit(**numba_bridge.OPTIONS)(kernel.py_func)  # the disk cache keeps no assembly
         anew.compile(signature)
         (assembly,) = anew.inspect_asm().values()
-        assert not re.search(r"\bvfn?m(add|sub)", assembly)
-        assert len(re.findall(r"\bv?mulps\b", assembly)) >= products
+        if kernel is recurrent.sweep_kernel("super"):
+            # The sums back through recurrent weights are no part of the equations: they alone ask for fused operations.
+            (code,) = anew.inspect_llvm().values()
+            assert "llvm.fmuladd.v16f32" in code
+            assert not re.search(r"\bf(add|sub|mul) [a-z ]*(contract|fast)\b|llvm\.(fma|fmuladd)\.(?!v16f32)", code)
+        else:
+            assert not re.search(r"\bvfn?m(add|sub)", assembly)
+        assert len(re.findall(r"\bv?mulps\b", assembly)) >= at_least
 
 
 # what a fresh process prints: where its kernels were cached, and how often a compiled one was found there
@@ -425,3 +431,95 @@ def test_a_view_with_another_sign_than_its_memory(backend, device) -> None:
         assert_same_bits([spikes, *state], [expected[0], *expected[1]])
     result = coba_triton.simulate(coba_triton.CobaLIF(dt=0.1, backend=backend), x, progress=False)
     assert torch.equal(torch.from_numpy(result.spikes[:]), expected[0].bool().cpu())
+
+
+def test_threads_of_a_row_write_to_no_common_line_of_memory() -> None:
+    """Two threads that write to one line take it from each other again and again; the result is right, but late."""
+    from coba_triton.backend.cpu import meeting, sparse
+
+    arrays = [meeting.memory_apart(shape, dtype) for shape in ((1,), (3, 5), (129,)) for dtype in (np.uint8, np.int64)]
+    lines = [set(range(a.ctypes.data // meeting.APART, -(-(a.ctypes.data + a.nbytes) // meeting.APART))) for a in arrays]
+    assert sum(map(len, lines)) == len(set().union(*lines))
+    assert all(a.ctypes.data % meeting.APART == 0 and not a.any() for a in arrays)
+    lists = sparse.shared_lists(300, 3, 5)
+    assert lists.shape[2] > 300 * 5 and lists.strides[1] % meeting.APART == 0
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("meet", [True, False])
+def test_every_share_runs_once_in_a_thread_of_its_own(openmp: bool, meet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coba_triton.backend.cpu import threads as of_shares
+
+    if not openmp:
+        monkeypatch.setattr(of_shares, "_PROCESS", 0)
+    barrier, found, lock = threading.Barrier(3, timeout=60), [], threading.Lock()
+
+    def kernel(common: str, share: int) -> None:
+        barrier.wait()  # passes only if all run at the same time
+        with lock:
+            found.append((common, share, threading.get_ident()))
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        of_shares.run(kernel, "a", shares=[(0,), (1,), (2,)], meet=meet)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(entry[:2] for entry in found) == [("a", 0), ("a", 1), ("a", 2)]
+    assert len({entry[2] for entry in found}) == 3
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_an_error_of_openmp_or_the_pool_is_raised(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coba_triton.backend.cpu import threads as of_shares
+
+    if not openmp:
+        monkeypatch.setattr(of_shares, "_PROCESS", 0)
+
+    def kernel(share: int) -> None:
+        if share == 1:
+            raise ValueError("of share 1")
+
+    with pytest.raises(ValueError, match="of share 1"):
+        of_shares.run(kernel, shares=[(0,), (1,)])
+
+
+LIMITED = """
+import threading, torch
+from coba_triton.backend.cpu import threads
+torch.set_num_threads(2)
+barrier = threading.Barrier(2, timeout=60)
+threads.run(lambda share: barrier.wait(), shares=[(0,), (1,)], meet=True)
+print("met")
+"""
+
+
+def test_threads_meet_where_openmp_may_not_start_them() -> None:
+    """With one thread of OpenMP's in the whole process, a pool has them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED],
+        env=os.environ | {"OMP_THREAD_LIMIT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "met\n", done.stderr
+
+
+@pytest.mark.parametrize("columns", [1, 16, 40, 64, 100, 129])
+def test_checksum_by_its_definition(columns: int) -> None:
+    from coba_triton.backend.cpu.launch import row_sums
+
+    def turned(word: int, bits: int) -> int:
+        return ((word << bits) | (word >> (32 - bits))) % 2**32
+
+    rows = np.random.default_rng(columns).integers(0, 2**32, (5, columns), np.uint32)
+    wanted = [0] * (-(-columns // 64) * 16)
+    for row in rows.tolist():
+        row += [0] * (-columns % 64)
+        for lane in range(len(wanted)):
+            first = lane // 16 * 64 + lane % 16
+            word = sum(turned(row[first + 16 * quarter], 7 * quarter) for quarter in range(4))
+            wanted[lane] = (turned(wanted[lane] * 0x9E3779B1 % 2**32, 13) + word) % 2**32
+    assert row_sums(torch.from_numpy(rows.view(np.int32))).tolist() == wanted

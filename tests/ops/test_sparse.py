@@ -295,7 +295,7 @@ def test_threads_share_a_row(delays: Any, batch: int, threads: int, monkeypatch:
         from coba_triton.backend.cpu import launch
 
         monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-        monkeypatch.setattr(launch, "SHARED_FROM", 1)
+        monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
         for _ in range(3):
             found = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu", record_states=True)
             assert_same(found, alone)
@@ -309,7 +309,7 @@ def test_threads_share_the_synapses_that_are_given(monkeypatch: pytest.MonkeyPat
     from coba_triton.backend.cpu import launch
 
     monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-    monkeypatch.setattr(launch, "SHARED_FROM", 1)
+    monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
     x, start, inputs, recurrent, p, _ = case(neurons=300, batch=1, count=6000, delays=0.4)
     mirrored = 299 - recurrent.targets
     order = torch.argsort(recurrent.source_of() * 300 + mirrored, stable=True)
@@ -478,7 +478,7 @@ def test_gradients_do_not_depend_on_threads(threads: int, monkeypatch: pytest.Mo
     try:
         torch.set_num_threads(threads)
         monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-        monkeypatch.setattr(launch, "SHARED_FROM", 1)
+        monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
         for found, grad in zip(run(), wanted, strict=True):
             assert_same_bits(found, grad)
     finally:

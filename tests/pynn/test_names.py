@@ -46,6 +46,16 @@ def test_scripts_that_ask_for_a_simulator_by_name(tmp_path: Path) -> None:
     assert done.stdout == "coba_triton.pynn __main__ coba_triton True beside script.py\n", done.stderr
 
 
+def test_one_line_within_pynn_is_enough(tmp_path: Path) -> None:
+    """The file that the documentation offers to PyNN, in a folder that stands for PyNN's."""
+    (tmp_path / "coba_triton.py").write_text("from coba_triton.pynn import *\n")
+    (tmp_path / "beside.py").write_text("HERE = 'beside'")
+    code = f"import pyNN, sys; pyNN.__path__.append({str(tmp_path)!r}); sys.path.append({str(tmp_path)!r})\n{SCRIPT}"
+    command = [sys.executable, "-c", code, "coba_triton", "--cells", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "coba_triton.pynn __main__ coba_triton True beside -c\n", done.stderr
+
+
 def test_a_script_has_to_be_named() -> None:
     done = subprocess.run([sys.executable, "-m", "coba_triton.pynn"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "usage: python -m coba_triton.pynn SCRIPT ARGS" in done.stderr
@@ -78,7 +88,10 @@ def test_models_of_other_simulators_are_refused() -> None:
     with pytest.raises(errors.InvalidModelError, match="must be of a cell type of coba_triton.pynn"):
         sim.Population(1, standardmodels.cells.IF_cond_exp())
     cells = sim.Population(1, sim.IF_cond_exp())
-    with pytest.raises(errors.InvalidModelError, match="the synapse type must be StaticSynapse of coba_triton.pynn"):
+    with pytest.raises(
+        errors.InvalidModelError,
+        match="the synapse type must be StaticSynapse or SimpleStochasticSynapse of coba_triton.pynn",
+    ):
         sim.Projection(cells, cells, sim.AllToAllConnector(), _foreign_synapse())
 
 

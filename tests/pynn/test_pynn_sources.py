@@ -9,7 +9,11 @@ import pytest
 
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
+from pyNN import errors
+from pyNN.parameters import Sequence
+
 import coba_triton.pynn as sim
+from coba_triton.pynn.trains import gamma_hazard
 from helpers.pynn_networks import signal, spike_times
 
 
@@ -123,3 +127,80 @@ def test_intervals_begin_anew_with_other_parameters() -> None:
     for old, new in zip(before, spike_times(sources), strict=True):
         assert new[: len(old)] == old and new[len(old)] > 157.3
         assert np.diff(new[len(old) :]).mean() == pytest.approx(1.0, rel=0.25)
+
+
+def inhomogeneous(pieces: list[float], cells: int = 40, **parameters: Any) -> list[list[float]]:
+    sim.setup(timestep=0.1)
+    sources = sim.Population(cells, sim.SpikeSourceInhGamma(**parameters))
+    sources.record("spikes")
+    for piece in pieces:
+        sim.run(piece)
+    return spike_times(sources)
+
+
+def intervals_of(trains: list[list[float]], begin: float, end: float) -> np.ndarray:
+    """The intervals that begin and end within a time."""
+    return np.concatenate([np.diff(train[(train > begin) & (train <= end)]) for train in map(np.array, trains)])
+
+
+def test_gamma_processes_that_change() -> None:
+    parts = {"a": Sequence([4.0, 1.0]), "b": Sequence([0.0025, 0.005]), "tbins": Sequence([100.0, 1100.0])}
+    trains = inhomogeneous([2100.0], **parts, start=50.0, duration=2030.0)
+    assert trains == inhomogeneous([0.1, 333.3, 1000.0, 766.6], **parts, start=50.0, duration=2030.0)
+    assert min(map(min, trains)) > 100.0 and 2070.0 < max(map(max, trains)) <= 2080.0
+    regular, irregular = intervals_of(trains, 100.0, 1100.0), intervals_of(trains, 1100.0, 2080.0)
+    assert regular.mean() == pytest.approx(10.0, rel=0.03) and regular.std() == pytest.approx(5.0, rel=0.05)
+    assert irregular.mean() == pytest.approx(5.0, rel=0.03) and irregular.std() == pytest.approx(5.0, rel=0.05)
+    counts = np.histogram(np.concatenate(trains), [100.0, 600.0, 1100.0, 1600.0, 2100.0])[0] / 40
+    assert counts == pytest.approx([50.0, 50.0, 100.0, 96.0], rel=0.06)
+
+
+def test_gamma_processes_of_each_source() -> None:
+    shapes = np.array([1.0, 2.0, 5.0, 20.0])
+    trains = inhomogeneous([20000.0], 4, a=[Sequence([a]) for a in shapes], b=[Sequence([0.01 / a]) for a in shapes])
+    for shape, train in zip(shapes, trains, strict=True):
+        intervals = np.diff(train)
+        assert intervals.mean() == pytest.approx(10.0, rel=0.08)
+        assert intervals.std() / intervals.mean() == pytest.approx(shape**-0.5, rel=0.08)
+
+
+def test_the_hazard_of_a_gamma_distribution() -> None:
+    """Against the integral of the density. Long after it all but reaches that of an exponential distribution."""
+    ages, shape, scale = np.linspace(0.05, 8.0, 160), np.array([3.0]), np.array([0.5])
+    fine = np.linspace(0.0, 40.0, 800_001)
+    density = fine**2 * np.exp(-fine / 0.5) / (2.0 * 0.5**3)
+    survival = np.interp(ages, fine, np.cumsum(density[::-1])[::-1] * (fine[1] - fine[0]))
+    expected = np.interp(ages, fine, density) / survival
+    np.testing.assert_allclose(gamma_hazard(ages, np.repeat(shape, 160), np.repeat(scale, 160)), expected, rtol=1e-3)
+    late = gamma_hazard(np.array([320.0, 330.0, 3000.0]), np.full(3, 3.0), np.full(3, 0.5))
+    assert (np.diff(late) > 0).all() and (late < 2.0).all() and late[0] > 1.99
+    assert gamma_hazard(np.zeros(2), np.array([1.0, 2.0]), np.ones(2)).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a": [1.0, 2.0]}, "one length, at least 1, got 2, 1 and 1"),
+        ({"a": [0.5]}, "a of SpikeSourceInhGamma must be at least 1"),
+        ({"b": [0.0]}, "b of SpikeSourceInhGamma must be positive, in s"),
+        ({"a": [1.0, 1.0], "b": [1.0, 1.0], "tbins": [5.0, 5.0]}, "tbins of SpikeSourceInhGamma must increase"),
+        ({"tbins": [np.nan]}, "tbins of SpikeSourceInhGamma must increase"),
+    ],
+)
+def test_faults_of_gamma_processes(values: dict[str, list[float]], message: str) -> None:
+    sim.setup(timestep=0.1)
+    with pytest.raises(errors.InvalidParameterValueError, match=message):
+        sim.Population(2, sim.SpikeSourceInhGamma(**{name: Sequence(value) for name, value in values.items()}))
+
+
+def test_gamma_processes_change_between_runs() -> None:
+    sim.setup(timestep=0.1)
+    sources = sim.Population(30, sim.SpikeSourceInhGamma(a=Sequence([2.0]), b=Sequence([0.01])))
+    sources.record("spikes")
+    sim.run(157.3)
+    before = spike_times(sources)
+    sources[10:].set(b=Sequence([0.0005]))
+    sim.run(300.0)
+    for cell, (old, new) in enumerate(zip(before, spike_times(sources), strict=True)):
+        assert new[: len(old)] == old and (new[len(old) :] == [] or new[len(old)] > 157.3)
+        assert len(new) - len(old) == pytest.approx(300.0 if cell >= 10 else 15.0, abs=60.0 if cell >= 10 else 12.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from ...common.files import read_bytes, written_whole
@@ -69,8 +70,11 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         self._cache_file = _File(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        # What is loaded needs Numba's memory functions, but nothing of what Numba compiles with. To import that takes longer
+        # than most kernels run, and Numba does so itself before it compiles anything.
+        rtsys.initialize(target_context)
         try:
-            return super().load_overload(sig, target_context)
+            return self._load_overload(sig, target_context)
         except Exception as error:  # whatever bytes that are no code lead to
             logger.info("the code of %s in %s cannot be used (%s); it is compiled anew", self._name, self._cache_path, error)
             return None

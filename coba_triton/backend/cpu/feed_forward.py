@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 
 from ...neuron.adjoint import vjp, vjp_constants, vjp_input
 from ...neuron.records import Constants, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset, split_input
-from .numba_bridge import OPTIONS, borrow, compiled, entry_point, sources
+from .checksums import add_row
+from .numba_bridge import borrow, compiled, entry_point, sources
 from .rows import (
     BACKWARD_ROWS,
     CONSTANTS,
@@ -68,42 +68,6 @@ def forward_row(
         if holds is not None:
             tile[LEFT + j] = count_down(left, z, c)
         spikes[j] = spike
-
-
-# A checksum of rows of words has 16 lanes for every group of 64 columns: lane j takes in the columns j, j + 16, ...
-LANES = 16
-GROUP = 4 * LANES
-_MULTIPLIER = np.uint32(0x9E3779B1)
-
-
-@numba.njit(inline="always", **OPTIONS)
-def turned(x: Any, bits: int) -> Any:
-    """A word of 32 bits, turned to the left."""
-    return np.uint32((x << np.uint32(bits)) | (x >> np.uint32(32 - bits)))
-
-
-@compiled
-def add_groups(sums: Any, row: Any, columns: int) -> None:
-    for g in range(columns // GROUP):
-        for j in range(LANES):
-            k = GROUP * g + j
-            word = row[k] + turned(row[k + 16], 7) + turned(row[k + 32], 14) + turned(row[k + 48], 21)
-            sums[LANES * g + j] = np.uint32(turned(np.uint32(sums[LANES * g + j] * _MULTIPLIER), 13) + word)
-
-
-@compiled
-def add_row(sums: Any, rest: Any, row: Any, columns: int) -> None:
-    """Fold a row of words into the lanes of a checksum, so that it does not matter who takes which groups of columns.
-
-    A change of one word changes its lane for good, as the lane's other steps can be undone. ``rest [64]`` is scratch.
-    """
-    add_groups(sums, row, columns)
-    if columns % GROUP:
-        whole = columns // GROUP
-        rest[:] = 0
-        for j in range(columns % GROUP):
-            rest[j] = row[GROUP * whole + j]
-        add_groups(sums[LANES * whole :], rest, GROUP)
 
 
 @compiled
@@ -171,7 +135,6 @@ def forward_kernel() -> Any:
         buffer = np.empty(TILE, state.dtype)
         bits = np.empty(TILE, np.uint32)
         fired = np.empty(TILE, np.uint8)
-        rest = np.empty(GROUP, np.uint32)
         c = None if shared is None else load_shared(shared)
         fields = len(state)
         for begin in range(first, last, wide):
@@ -188,7 +151,7 @@ def forward_kernel() -> Any:
                 prefetch(spikes, t + 1, begin, n)
                 forward_row(tile, row, out, n, jump_first, c, holds)
                 if sums is not None:
-                    add_row(borrow(sums)[begin // 4 :], borrow(rest), row.view(np.uint32), n)
+                    add_row(borrow(sums)[begin // 4 :], row.view(np.uint32), n)
                 if spikes.itemsize > 1:
                     expand(spikes.data, spikes.itemsize, one, at, out, n)
                 if words.size > 0:
@@ -198,21 +161,6 @@ def forward_kernel() -> Any:
             store_state(tile, final, 0, 1, begin, n, fields)
 
     return entry_point(forward)
-
-
-@functools.cache
-def checksum_kernel() -> Any:
-    """The entry point for a checksum of rows of words."""
-    digest = sources()
-
-    def add_all_rows(words: Any, sums: Any) -> None:
-        """Fold ``words [T, W]`` into the lanes ``sums [ceil(W / 64) * 16]``."""
-        _ = digest
-        rest = np.empty(GROUP, np.uint32)
-        for t in range(len(words)):
-            add_row(sums, rest, words[t], words.shape[1])
-
-    return entry_point(add_all_rows)
 
 
 @functools.cache

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import itertools
 import mmap
-import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -34,8 +31,10 @@ from ...ops.call import (
     kept_count,
 )
 from ...tuning.tables import Parameters, launch_parameters
-from . import feed_forward, recurrent, sparse, sparse_backward
+from . import checksums, feed_forward, products, recurrent, sparse, sparse_backward
+from .meeting import memory_apart
 from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
+from .threads import run
 
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
 HUGE_PAGES_FROM = 8 << 20
@@ -43,9 +42,8 @@ HUGE_PAGES_FROM = 8 << 20
 MIN_STEPS_PER_THREAD = 1 << 19
 # A thread's neurons are a multiple of this, so that no two threads write to one cache line.
 SHARE_OF = 64
-# Threads share a batch row of so many neurons. In a smaller one they meet too often to gain anything beside other threads
-# that keep a processor busy, as those of PyTorch do for a while after an operation.
-SHARED_FROM = 2**17
+# Where threads share a batch row, each has so many neuron-steps to compute before it meets the others: half a microsecond.
+MIN_STEPS_TO_MEETING = 1000
 # A projection of sources of which more than this are not 0 is a matrix product, of fewer a sum over events.
 EVENT_DENSITY = 0.25
 # A block follows the dense path if the one before it had a higher rate of spikes per neuron and step.
@@ -65,12 +63,6 @@ TYPE_CODES = {
     torch.uint8: UINT8,
     torch.bool: UINT8,
 }
-
-
-@functools.cache
-def pool(pid: int, workers: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="coba_triton")
 
 
 def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Parameters:
@@ -107,15 +99,6 @@ def _split_rows(rows: int, work: int, most: int | None = None) -> list[tuple[int
     """From which to which row each of at most ``most`` threads goes; ``work``: the cost in steps of unconnected neurons."""
     threads = min(rows, count_threads(most, work)) or 1
     return list(itertools.pairwise(rows * thread // threads for thread in range(threads + 1)))
-
-
-def _launch(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[Any, ...]]) -> None:
-    """Run ``kernel`` over every share of the neurons or rows: the first share in this thread, and each other in its own."""
-    first, *rest = shares
-    jobs = [pool(os.getpid(), len(rest)).submit(kernel, *args, *share) for share in rest]
-    kernel(*args, *first)
-    for job in jobs:
-        job.result()
 
 
 @functools.cache
@@ -219,12 +202,12 @@ def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Ten
     every = 0 if out.checkpoints is None else call.checkpoint_every
     arguments = _forward_arguments(x, state, constants, final, out, every, call.jump_first)
     tile, shares = _split_neurons("feed_forward_forward", state.dtype, steps, neurons)
-    _launch(feed_forward.forward_kernel(), *arguments, None, tile, steps, shares=shares)
+    run(feed_forward.forward_kernel(), *arguments, None, tile, steps, shares=shares)
 
 
 def lanes(words: int) -> Any:
     """Room for the checksum of rows of so many words of 32 bits, before the first row."""
-    return np.zeros(-(-words // feed_forward.GROUP) * feed_forward.LANES, np.uint32)
+    return memory_apart((-(-words // checksums.GROUP) * checksums.LANES,), np.uint32)
 
 
 def row_sums(x: Tensor) -> Any:
@@ -234,7 +217,7 @@ def row_sums(x: Tensor) -> Any:
     if rows.shape[1] % 4:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
     sums = lanes(rows.shape[1] // 4)
-    feed_forward.checksum_kernel()(rows.numpy().view(np.uint32), sums)
+    checksums.checksum_kernel()(rows.numpy().view(np.uint32), sums)
     return sums
 
 
@@ -287,7 +270,7 @@ def feed_forward_backward(
     steps, neurons = x.shape
     ask_for_huge_pages(grad_x)
     tile, shares = _split_neurons("feed_forward_backward", constants.dtype, steps, neurons)
-    _launch(
+    run(
         feed_forward.backward_kernel(call.method),
         strided_bytes(x),
         *constants_arrays(constants),
@@ -334,7 +317,7 @@ def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     values = sources.to(weights.dtype).reshape(-1, weights.shape[0])
     rows = values.shape[0]
     arrays = _array(values), _array(weights), _array(drive.view(2, rows, -1))
-    _launch(recurrent.projection_kernel(), *arrays, shares=_split_rows(rows, drive.numel()))
+    run(recurrent.projection_kernel(), *arrays, shares=_split_rows(rows, drive.numel()))
     return drive
 
 
@@ -376,7 +359,7 @@ def _block(
         trace = states.view(-1, steps, kept)
     ask_for_huge_pages(spikes, trajectory)
     most = parameters_of(f"recurrent_{'backward' if replay else 'forward'}", state.dtype, neurons, batch)["threads"]
-    _launch(
+    run(
         recurrent.block_kernel(),
         strided_bytes(None if drives.x is None else drives.x.reshape(steps, -1)),
         _array_if_given(drives.input, 4, state.dtype),
@@ -398,7 +381,7 @@ def _block(
         net.jump_first,
         holds(len(state)),
         steps,
-        shares=_split_rows(batch, 2 * steps * cells, most),
+        shares=_split_rows(batch, 8 * steps * cells, most),
     )
     if states is not None and not in_place:
         states.copy_(trace.view(states.shape))
@@ -456,27 +439,35 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
     cells = batch * neurons
     lam, lam_z, start = sweep.lam, sweep.lam_z, block.start
     spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(lam.dtype)
-    arrays = [
+    states = sweep.states
+    if states is not None:  # by those before each step; the initial one is not recorded
+        earlier = states[:, start - 1 : start] if start else states.new_zeros(len(states), 1, batch, neurons)
+        states = torch.cat([earlier, states[:, start : start + steps - 1]], 1).view(-1, cells)
+    most = parameters_of("recurrent_backward", lam.dtype, neurons, batch)["threads"]
+    # A thread with batch rows of its own goes through the block alone. PyTorch's threads share the product of fewer rows.
+    alone = net.exchange is None and batch >= count_threads(most, 32 * steps * cells)
+    arguments = (
+        products.panels_of(net.recurrent_weights) if alone else nothing(3, lam.dtype),
         _array(block.trajectory.view(planes, steps, cells)),
         _array(block.words.view(-1, cells)),
         *constants_arrays(net.constants),
         _array_if_given(spikes, 2, lam.dtype),
-    ]
-    carried = [
+        _array_if_given(states, 2, lam.dtype),
         array_of_rows(lam.view(-1, cells)),
         _array(lam_z.view(cells)),
         _array(adjoints),
         None if sweep.sums is None else _array(sweep.sums),
-    ]
-    before = nothing(2, lam.dtype)
-    most = parameters_of("recurrent_backward", lam.dtype, neurons, batch)["threads"]
-    shares = _split_rows(batch, 32 * cells, most)
+        net.jump_first,
+        holds(len(lam)),
+    )
+    kernel = recurrent.sweep_kernel(sweep.method)
+    rows = _split_rows(batch, 32 * cells * (steps if alone else 1), most)
+    shares = [(*some, products.scratch(adjoints.numpy().dtype)) for some in rows]
+    if alone:
+        run(kernel, 0, steps, *arguments, shares=shares)
+        return
     for t in reversed(range(steps)):
-        if sweep.states is not None:
-            initial = start + t == 0  # the initial state is not recorded
-            before = _array((torch.zeros_like(lam) if initial else sweep.states[:, start + t - 1]).reshape(-1, cells))
-        arguments = (*arrays, before, *carried, net.jump_first, holds(len(lam)))
-        _launch(recurrent.sweep_kernel(sweep.method), t, *arguments, shares=shares)
+        run(kernel, t, t + 1, *arguments, shares=shares)
         net.send_back(adjoints[t], sweep.split_weights, lam_z)
 
 
@@ -489,7 +480,7 @@ def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> N
     flat = np.flatnonzero(values != 0)  # of bytes: several times as fast as of numbers
     row, source = np.divmod(flat, max(1, sources.shape[1]))
     shares = _split_rows(sums.shape[1], len(flat) * sums.shape[1] // 8)
-    _launch(recurrent.products_kernel(), _array(sums), _array(rows), row, source, values[flat], shares=shares)
+    run(recurrent.products_kernel(), _array(sums), _array(rows), row, source, values[flat], shares=shares)
 
 
 _splits: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -538,12 +529,8 @@ def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     longest, batch, neurons = history.shape
     ring = torch.empty(batch, longest, 2, neurons, dtype=net.recurrent.grid.sums)
     work = 2 * history.numel()
-    _launch(sparse.ring_kernel(), _array(ring), _array(history), _wires(net.recurrent, net), shares=_split_rows(batch, work))
+    run(sparse.ring_kernel(), _array(ring), _array(history), _wires(net.recurrent, net), shares=_split_rows(batch, work))
     return ring
-
-
-# One launch at a time has threads that wait for each other: of two, each could have the threads that the other waits for.
-_one_meeting = threading.Lock()
 
 
 def sparse_block(
@@ -571,45 +558,45 @@ def sparse_block(
     work = 4 * steps * cells
     rows = _split_rows(batch, work, most)
     parts, share = 1, neurons
-    few = len(rows) < count_threads(most, work) and batch < torch.get_num_threads()
-    if few and neurons >= SHARED_FROM:  # threads share each row
-        share = -(-neurons // (count_threads(most, work) * SHARE_OF)) * SHARE_OF
-        parts = -(-neurons // share)
     together = min(net.shortest, sparse.MOST_TOGETHER)
+    threads = min(count_threads(most, work), neurons * together // MIN_STEPS_TO_MEETING)
+    if len(rows) < threads and batch < torch.get_num_threads():  # threads share each row
+        share = -(-neurons // (threads * SHARE_OF)) * SHARE_OF
+        parts = -(-neurons // share)
     inputs, wires = _wires(net.inputs, net, parts, share), _wires(net.recurrent, net, parts, share)
     # numbers of their own are worth it to be brought into one form before they are read many times
     prepare = max(wires.weight_of, wires.delay_of) == 2 and len(wires.targets) <= PREPARED_AT_MOST
     prepare = prepare and batch * steps >= MANY_STEPS
-    shared = sparse.shared_lists(share, parts, together) if parts > 1 else (None, None)
-    scratch = functools.partial(sparse.scratch, inputs, final.numpy().dtype, share, parts, together, shared)
+    lists = sparse.shared_lists(share, parts, together) if parts > 1 else None
+    scratch = functools.partial(sparse.scratch, inputs, final.numpy().dtype, share, parts, together, lists)
     if parts > 1:
         shares = [(0, batch, part, parts, scratch()) for part in range(parts)]
     else:
         shares = [(*some, 0, 1, scratch()) for some in rows]
-    with _one_meeting if parts > 1 else contextlib.nullcontext():
-        _launch(
-            sparse.block_kernel(),
-            strided_bytes(x.reshape(steps, -1)),
-            inputs,
-            _array_if_given(drive, 4, state.dtype),
-            wires,
-            _paths(net.recurrent, net) if prepare else _no_paths(net),
-            _array(ring),
-            start,
-            *constants_arrays(net.constants),
-            array_of_rows(final.view(-1, cells)),
-            strided_bytes(None if spikes is None else spikes.view(steps, cells)),
-            bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
-            rows_if_given(None if words is None else words.view(-1, cells), torch.int32),
-            array_of_rows(trace),
-            _array_if_given(chosen, 1, torch.int64),
-            net.jump_first,
-            holds(len(state)),
-            steps,
-            together,
-            np.zeros(8, np.int64),
-            shares=shares,
-        )
+    run(
+        sparse.block_kernel(),
+        strided_bytes(x.reshape(steps, -1)),
+        inputs,
+        _array_if_given(drive, 4, state.dtype),
+        wires,
+        _paths(net.recurrent, net) if prepare else _no_paths(net),
+        _array(ring),
+        start,
+        *constants_arrays(net.constants),
+        array_of_rows(final.view(-1, cells)),
+        strided_bytes(None if spikes is None else spikes.view(steps, cells)),
+        bits_of_one(torch.uint8 if spikes is None else spikes.dtype),
+        rows_if_given(None if words is None else words.view(-1, cells), torch.int32),
+        array_of_rows(trace),
+        _array_if_given(chosen, 1, torch.int64),
+        net.jump_first,
+        holds(len(state)),
+        steps,
+        together,
+        share,
+        shares=shares,
+        meet=parts > 1,
+    )
     if states is not None and not in_place:
         states.copy_(trace.view(states.shape))
     return final
@@ -663,7 +650,7 @@ def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, 
     for begin in range(0, len(every), together):
         now = every[begin : begin + together]
         shares = [(lanes, rows, first, number) for number, (first, rows, _) in enumerate(now)]
-        _launch(kernel, *args, *scratch, shares=shares)
+        run(kernel, *args, *scratch, shares=shares)
         for number, (_, _, sample) in enumerate(now):
             for sums, part in zip((sweep.recurrent, sweep.inputs), parts, strict=True):
                 if sums is not None and part is not None:

@@ -17,6 +17,7 @@ from ...neuron.operations import relu
 from ...neuron.records import Drive, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .numba_bridge import borrow, compiled, entry_point, sources
+from .products import send_back
 from .rows import (
     BACKWARD_ROWS,
     FIELDS,
@@ -32,6 +33,7 @@ from .rows import (
     constants_of,
     copy,
     expand,
+    first_from,
     left_at,
     load_per_neuron,
     load_shared,
@@ -341,7 +343,7 @@ def block_kernel() -> Any:
         c = None if shared is None else load_shared(shared)
         for row in range(first, last):
             cells = row * neurons
-            chosen_first, chosen_last = np.searchsorted(chosen, cells), np.searchsorted(chosen, cells + neurons)
+            chosen_first, chosen_last = first_from(chosen, cells), first_from(chosen, cells + neurons)
             for k in range(len(tiles)):
                 begin = k * TILE
                 n = min(TILE, neurons - begin)
@@ -431,53 +433,57 @@ def sweep_row(
 
 @functools.cache
 def sweep_kernel(method: str) -> Any:
-    """The adjoint of one step of a block, for the batch rows from ``first`` to ``last``."""
+    """The adjoint of a block, from step ``until`` back to ``since``, for the batch rows from ``first`` to ``last``."""
     digest = sources()
 
     def sweep(
-        t: int, trajectory: Any, words: Any, shared: Any, per_neuron: Any, grad_spikes: Any, grad_before: Any, lam: Any,
-        lam_z: Any, adjoints: Any, grad_constants: Any, jump_first: bool, holds: bool | None, first: int, last: int,
+        since: int, until: int, panels: Any, trajectory: Any, words: Any, shared: Any, per_neuron: Any, grad_spikes: Any,
+        grad_states: Any, lam: Any, lam_z: Any, adjoints: Any, grad_constants: Any, jump_first: bool, holds: bool | None,
+        first: int, last: int, sums_of_rows: Any,
     ) -> None:  # fmt: skip
-        """``grad_before [3, M]``: incoming gradient by the recorded state before the step, or without elements.
+        """``panels``: the recurrent weights as :func:`.products.panels_of` makes them; without elements, ``lam_z`` stays.
 
-        ``grad_constants`` [S, M] is carried on, or is None.
+        ``grad_states [F t, M]``: incoming gradient by the recorded states before the steps, or without elements.
+        ``grad_constants`` [S, M] is carried on, or is None. ``sums_of_rows`` is scratch.
         """
         _ = digest  # part of the key of the disk cache
-        trajectory, words, grad_spikes, grad_before = (
-            borrow(trajectory),
-            borrow(words),
-            borrow(grad_spikes),
-            borrow(grad_before),
-        )
-        neurons = adjoints.shape[2] // 2
+        trajectory, words, grad_spikes, grad_states, panels, sums_of_rows = (
+            borrow(trajectory), borrow(words), borrow(grad_spikes), borrow(grad_states), borrow(panels),
+            borrow(sums_of_rows),
+        )  # fmt: skip
         lam, lam_z, adjoints = borrow(lam), borrow(lam_z), borrow(adjoints)
+        _, steps, cells = trajectory.shape
+        neurons = adjoints.shape[2] // 2
         tile = np.zeros(BACKWARD_SIZE, lam.dtype)
         c = None if shared is None else load_shared(shared)
         sums = None if grad_constants is None else True
-        for row in range(first, last):
-            for begin in range(0, neurons, TILE):
-                n = min(TILE, neurons - begin)
-                cell = row * neurons + begin
-                load_per_neuron(tile, per_neuron, cell, n)
-                load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
-                if grad_before.size > 0:
-                    load_state(tile, RECORDED, LEFT, grad_before, 0, 1, cell, n, FIELDS)
-                for k in range(len(trajectory)):
-                    row_at = STEP + tile_row(k, holds) * ROW
-                    copy(tile[row_at : row_at + n], trajectory[k, t], cell, 1, n)
-                copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
-                if grad_spikes.size > 0:
-                    tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
-                if sums is not None:
-                    for k in range(len(grad_constants)):
-                        copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
-                sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, holds, sums, method)
-                copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
-                copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
-                store_state(tile, lam, 0, 1, cell, n, FIELDS)
-                if sums is not None:
-                    for k in range(len(grad_constants)):
-                        copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
+        for t in range(until - 1, since - 1, -1):
+            for row in range(first, last):
+                for begin in range(0, neurons, TILE):
+                    n = min(TILE, neurons - begin)
+                    cell = row * neurons + begin
+                    load_per_neuron(tile, per_neuron, cell, n)
+                    load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
+                    if grad_states.size > 0:
+                        load_state(tile, RECORDED, LEFT, grad_states, t, steps, cell, n, FIELDS)
+                    for k in range(len(trajectory)):
+                        row_at = STEP + tile_row(k, holds) * ROW
+                        copy(tile[row_at : row_at + n], trajectory[k, t], cell, 1, n)
+                    copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
+                    if grad_spikes.size > 0:
+                        tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
+                    if sums is not None:
+                        for k in range(len(grad_constants)):
+                            copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
+                    sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, holds, sums, method)
+                    copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
+                    copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
+                    store_state(tile, lam, 0, 1, cell, n, FIELDS)
+                    if sums is not None:
+                        for k in range(len(grad_constants)):
+                            copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
+            if panels.size > 0:
+                send_back(lam_z, panels, adjoints.reshape(-1), 2 * cells * t, first, last, sums_of_rows)
 
     return entry_point(sweep)
 

@@ -42,6 +42,19 @@ FLOAT32, FLOAT64, FLOAT16, BFLOAT16, UINT8 = range(5)
 
 
 @compiled
+def first_from(ascending: Any, bound: int) -> int:
+    """The index of the first number that is not below ``bound``. With NumPy's search, numba would load SciPy for it."""
+    low, high = 0, len(ascending)
+    while low < high:
+        middle = (low + high) // 2
+        if ascending[middle] < bound:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@compiled
 def state_at(tile: Any, at: int, j: int) -> State:
     """The state of neuron ``j`` in the rows from offset ``at`` on."""
     return State(tile[at + j], tile[at + ROW + j], tile[at + 2 * ROW + j])

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
-from .meeting import meet
+from .meeting import APART, await_list, memory_apart, publish
 from .numba_bridge import borrow, compiled, converted, entry_point, prefetch_line, sources
 from .recurrent import INPUT, compact, count_nonzero, drive_at
 from .rows import (
@@ -30,6 +30,7 @@ from .rows import (
     borrow_strided,
     constants_of,
     expand,
+    first_from,
     left_at,
     load_per_neuron,
     load_shared,
@@ -45,6 +46,8 @@ from .rows import (
 
 # Steps that are computed together at the most: their spikes are kept in lists.
 MOST_TOGETHER = 32
+# A neuron and the step in which it fired are one number: more neurons than there can be.
+STEP = 2**32
 # Bytes of a source's targets that are asked for while those of the one before are read.
 MOST_AHEAD = 1024
 TILE_SIZE = INPUT + 2 * ROW
@@ -82,8 +85,8 @@ class Scratch(NamedTuple):
         fired: bytes ``[tiles, TILE]``.
         inbox: int64 ``[2 N]``, sums of sparse inputs; without elements: there are none.
         values, bits, events: of the length of an input, and one more for the last.
-        lists: the neurons that fired, int32 ``[2, parts, together, N / parts]``. Threads of a row share it.
-        counts: how many did, int64 ``[2, parts, together]`` and some more.
+        lists: what each thread's neurons sent in some steps, int64 ``[2, parts, 1 + together N / parts]`` and some more:
+            ``step * STEP + neuron``, after a word of :mod:`.meeting`. Threads of a row share it.
     """
 
     tiles: Any
@@ -93,32 +96,27 @@ class Scratch(NamedTuple):
     bits: Any
     events: Any
     lists: Any
-    counts: Any
 
 
-def scratch(w: Wires, dtype: Any, neurons: int, parts: int, together: int, shared: Any) -> Scratch:
-    """For a thread with ``neurons`` of a row that ``parts`` threads share, with their ``shared`` lists and counts."""
+def scratch(w: Wires, dtype: Any, neurons: int, parts: int, together: int, lists: Any) -> Scratch:
+    """For a thread with ``neurons`` of a row that ``parts`` threads share, with the ``lists`` that they share, or None."""
     sources = w.splits.shape[1]
     tiles = -(-neurons // TILE)
-    lists, counts = shared
-    if lists is None:
-        lists, counts = shared_lists(neurons, parts, together)
     return Scratch(
-        np.zeros((tiles, TILE_SIZE), dtype),
-        np.zeros((tiles, TILE), np.uint8),
-        np.zeros(2 * neurons * parts if w.targets.size > 0 else 0, np.int64),
-        np.empty(sources, dtype),
-        np.empty(sources, np.uint32),
-        np.empty(sources + 1, np.int64),
-        lists,
-        counts,
+        memory_apart((tiles, TILE_SIZE), dtype),
+        memory_apart((tiles, TILE), np.uint8),
+        memory_apart((2 * neurons * parts if w.targets.size > 0 else 0,), np.int64),
+        memory_apart((sources,), dtype),
+        memory_apart((sources,), np.uint32),
+        memory_apart((sources + 1,), np.int64),
+        shared_lists(neurons, parts, together) if lists is None else lists,
     )
 
 
-def shared_lists(neurons: int, parts: int, together: int) -> tuple[Any, Any]:
-    """Lists and counts of a :class:`Scratch`."""
-    # counts of two threads are not in one line of memory: each would wait for the other at every spike
-    return np.empty((2, parts, together, neurons), np.int32), np.empty((2, parts, together + 16), np.int64)
+def shared_lists(neurons: int, parts: int, together: int) -> Any:
+    """Lists of a :class:`Scratch`."""
+    length = -(-(1 + together * neurons) // APART) * APART  # so that no two threads write to one line
+    return memory_apart((2, parts, length), np.int64)
 
 
 @compiled
@@ -365,7 +363,7 @@ def block_kernel() -> Any:
     def block(
         x: Strided, inputs: Wires, input_drive: Any, wires: Wires, prepared: Paths, ring: Any, start: int, shared: Any,
         per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any, jump_first: bool,
-        holds: bool | None, steps: int, together: int, arrived: Any, first: int, last: int, part: int, parts: int,
+        holds: bool | None, steps: int, together: int, share: int, first: int, last: int, part: int, parts: int,
         own: Scratch,
     ) -> None:  # fmt: skip
         """``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses.
@@ -376,16 +374,15 @@ def block_kernel() -> Any:
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         incoming, w, paths = borrow_wires(inputs), borrow_wires(wires), borrow_paths(prepared)
         input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
-        states, chosen, arrived = borrow(states), borrow(chosen), borrow(arrived)
+        states, chosen = borrow(states), borrow(chosen)
         tiles, fired, inbox = borrow(own.tiles), borrow(own.fired), borrow(own.inbox)
         buffer, bits, events = borrow(own.values), borrow(own.bits), borrow(own.events)
-        lists, counts = borrow(own.lists), borrow(own.counts)
+        lists = borrow(own.lists)
         _, longest, _, neurons = ring.shape
         sources = incoming.splits.shape[1]
-        share = lists.shape[3]
         own_first, own_last = min(part * share, neurons), min((part + 1) * share, neurons)
         c = None if shared is None else load_shared(shared)
-        meetings = 0
+        number = 0
         for row in range(first, last):
             cells = row * neurons
             sums = ring[row].reshape(-1)
@@ -397,8 +394,10 @@ def block_kernel() -> Any:
             slot = start % longest
             for begin_t in range(0, steps, together):
                 count = min(together, steps - begin_t)
-                side = meetings % 2
-                counts[side, part, :count] = 0
+                number += 1
+                # who publishes this list has seen that all others had read the last but one
+                entries = lists[number % 2, part]
+                found = 0
                 # a tile goes through all steps at once, unless the input of each step has to be added up before
                 by_tiles = not (inbox.size > 0 and any_input(x, begin_t, count, row * sources, sources, buffer, bits))
                 unit = 0.0
@@ -426,10 +425,7 @@ def block_kernel() -> Any:
                         step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, None)
                     else:
                         step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, True)
-                    found = counts[side, part, t]
-                    counts[side, part, t] = append(
-                        lists[side, part, t], found, fired[k, : (n + 7) // 8 * 8], begin
-                    )  # fmt: skip
+                    found = append(entries[1:], found, fired[k, : (n + 7) // 8 * 8], t * STEP + begin)
                     if spikes.data.size > 0:
                         to = now * spikes.stride_t + cell
                         if spikes.itemsize == 1:
@@ -441,25 +437,24 @@ def block_kernel() -> Any:
                     if states.size > 0 and chosen.size == 0:
                         store_state(tile, states, now, steps, cell, n, len(state))
                     elif states.size > 0:
-                        last = np.searchsorted(chosen, cell + n)
-                        for k_chosen in range(np.searchsorted(chosen, cell), last):
+                        last = first_from(chosen, cell + n)
+                        for k_chosen in range(first_from(chosen, cell), last):
                             for field in range(len(state)):
                                 value = tile[row_of_field(STATE, LEFT, field) + chosen[k_chosen] - cell]
                                 states[field * steps + now, k_chosen] = value
-                meetings += 1
-                meet(arrived, parts, meetings)
-                for t in range(count):
-                    at = slot + t
-                    at = at - longest if at >= longest else at
-                    for other in range(parts):
-                        listed = lists[side, other, t, : counts[side, other, t]]
-                        for k in range(len(listed)):
-                            if k + 1 < len(listed):
-                                ask_for_targets(w, listed[k + 1], part)
-                            if paths.places.size > 0:
-                                send_along(sums, at, neurons, w, paths, listed[k], part)
-                            else:
-                                send(sums, at, longest, neurons, w, listed[k], part)
+                publish(entries, found, number)
+                for turn in range(parts):  # its own first: meanwhile the others go on
+                    listed = await_list(lists[number % 2, (part + turn) % parts], number)
+                    for k in range(len(listed)):
+                        source = listed[k] & (STEP - 1)
+                        at = slot + (listed[k] >> 32)
+                        at = at - longest if at >= longest else at
+                        if k + 1 < len(listed):
+                            ask_for_targets(w, listed[k + 1] & (STEP - 1), part)
+                        if paths.places.size > 0:
+                            send_along(sums, at, neurons, w, paths, source, part)
+                        else:
+                            send(sums, at, longest, neurons, w, source, part)
                 slot = (slot + count) % longest
             for k in range(len(tiles)):
                 begin = own_first + k * TILE
@@ -478,6 +473,6 @@ def splits_kernel() -> Any:
         for source in range(len(indptr) - 1):
             first, last = indptr[source], indptr[source + 1]
             for p in range(len(bounds)):
-                splits[p, source] = first + np.searchsorted(targets[first:last], bounds[p])
+                splits[p, source] = first + first_from(targets[first:last], bounds[p])
 
     return entry_point(split)
