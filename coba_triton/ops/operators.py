@@ -23,7 +23,7 @@ from torch.autograd.function import _SingleLevelFunction
 from ..backend.choose import launcher
 from ..neuron.records import Constants, Sums
 from ..tuning.tables import launch_parameters
-from . import time_blocks
+from . import memory, time_blocks
 from .call import (
     CPU_CHECKPOINT_EVERY,
     DIFFERENTIABLE,
@@ -677,6 +677,8 @@ def _empty_spikes(x: Tensor, spike_dtype: torch.dtype | None, neurons: torch.Siz
     """A buffer for the spikes of a run over ``x [T, ...]``."""
     steps = x.shape[0]
     rows, dtype = (word_count(steps), torch.int32) if spike_dtype is None else (steps, spike_dtype)
+    if type(x) is Tensor and x.device.type == "cpu" and not is_watched():
+        return memory.empty((rows, *neurons), dtype)
     return x.new_empty(rows, *neurons, dtype=dtype)
 
 

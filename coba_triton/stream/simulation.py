@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 2**26  # a block of the default length takes this much memory
 MAX_BLOCK_STEPS = 2**16
+PART_WORK = 2**27  # synapses that are looked at in the first part of a block
 LONG = 2**20  # steps that are assumed if a source does not say how long it is
 STATE_BYTES = 2**24  # memory for the states of all neurons, where they are needed to record those of some
 
@@ -427,7 +428,7 @@ class BlockRun:
         self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # _check_numbers has warned of the state at rest
         self.fires_always = False
         self.stop_if_unstable = stop_if_unstable
-        self.part = WORD_BITS
+        self.part = self._first_part()
         self.show: Callable[[int], None] = lambda done: None
         self.header = self._header(state, block_steps)
 
@@ -629,6 +630,17 @@ class BlockRun:
             return words[0], traces[0]
         fields = [torch.cat(rows) for rows in zip(*(kept for kept in traces if kept is not None), strict=True)]
         return torch.cat(words), feed_forward_state(*fields) if fields else None
+
+    def _first_part(self) -> int:
+        """A power of two that takes less than a second where all neurons fire; how long a part takes is known later."""
+        if not self.recurrent:
+            work = 16 * self.shape.numel()
+        else:
+            synapses = self.shape[-1] ** 2 if self.wiring is None else self.wiring.recurrent.count
+            work = self.shape[:-1].numel() * (synapses + self.shape[-1])
+        return int(
+            2 ** min(max(int(math.log2(PART_WORK / work)), WORD_BITS.bit_length() - 1), MAX_BLOCK_STEPS.bit_length() - 1)
+        )
 
     def _advance(self, x: Tensor) -> tuple[Tensor, FeedForwardState | None]:
         """Simulate some steps; returns their spikes as bits, and the traces, if they come with them."""

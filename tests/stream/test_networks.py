@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.neuron.records import CobaLIFDelayState, CobaLIFRefractoryState, CobaLIFState
+from coba_triton.stream.simulation import BlockRun
 from coba_triton.stream.states import pack_state, unpack_state
 from helpers.runs import BLOCK, INPUTS, NEURON, RECORD, N, T, assert_same, begin, drive, run
 
@@ -393,3 +395,33 @@ def test_graded_input_loses_nothing_where_weights_are_round() -> None:
     alone = simulate(CobaLIF(NEURON, 0.1), x, record=Record(neurons=range(N)), progress=False)
     connected = simulate(net, x, record=Record(neurons=range(N)), progress=False)
     np.testing.assert_array_equal(connected.traces["v"][:], alone.traces["v"][:])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "matrix", "reference", "unconnected"])
+def test_parts_of_a_block_change_no_bit_and_are_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that takes long is simulated in parts, with its traces, its state, and what is under way."""
+    if kind == "sparse":
+        net: Any = network(p=HELD)
+    elif kind == "unconnected":
+        net = CobaLIF(NEURON, 0.1, backend="reference")
+    else:
+        torch.manual_seed(0)
+        net = CobaLIFRecurrent(INPUTS, N, NEURON, 0.1, backend="reference" if kind == "reference" else "cpu")
+        with torch.no_grad():
+            net.input_weights.fill_(0.01)
+            net.recurrent_weights.mul_(1024).round_().div_(1024)
+    x = drive((N,) if kind == "unconnected" else (INPUTS,))[:]
+    record, results, told = Record(neurons=[3, 1], variables=("v", "g_e")), [], []
+    ticks = itertools.count(0.0, 0.5)  # a part seems to take half a second, and keeps its length
+    monkeypatch.setattr("coba_triton.stream.simulation.time.perf_counter", lambda: next(ticks))
+    for part in (2**16, 32):
+        monkeypatch.setattr(BlockRun, "_first_part", lambda self, part=part: part)
+        told.append([])
+        results.append(simulate(net, x, record=record, progress=told[-1].append))
+    whole, parts = results
+    assert whole.spikes[:].any()
+    np.testing.assert_array_equal(parts.spikes[:], whole.spikes[:])
+    for name in ("v", "g_e"):
+        np.testing.assert_array_equal(parts.traces[name][:], whole.traces[name][:])
+    assert_fields_equal(parts.state, whole.state)
+    assert told == [[0, len(x)], [0, *range(32, len(x), 32), len(x)]]

@@ -51,7 +51,7 @@ def test_resume_begins_what_is_not_there_and_returns_what_is_finished(tmp_path: 
     assert contents(tmp_path / "run.zarr") == before
 
 
-@pytest.mark.filterwarnings("ignore:.*neurons fire in every step")
+@pytest.mark.filterwarnings("ignore:.*neurons fire in every step", "ignore:the neurons of CobaLIF fired in")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_of_kernels_and_of_blosc_change_no_byte(threads: int, tmp_path: Path) -> None:
     """Blocks that two threads share, and chunks of more than one Blosc block."""
