@@ -419,7 +419,7 @@ def overview(
         plot_statistics(result, table)
         axes = [*axes, histogram]
         if (first, last) != (0, result.steps):
-            histogram.set_title("whole run", fontsize=9)
+            histogram.set_title("whole run", loc="left", fontsize=9)
             table.set_title("whole run; " + statistics_note(result), fontsize=8, y=-0.02, va="top")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
