@@ -22,6 +22,7 @@ from .tensors import FLOATING, is_tracked, is_watched
 from .validation import check_dt, check_flag, check_int, is_one_of
 
 FORMAT = "coba_triton.Synapses 1"
+COUNTED_FROM = 2**14  # synapses that the CPU kernels sort: fewer are not worth it to load them
 PIECE_BYTES = 2**24  # bytes that are read from a file at a time
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc)
 
@@ -554,13 +555,20 @@ def _stored(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sort(targets: Tensor, sources: Tensor, neurons: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """``indptr`` and int32 targets by source, then target, and the order that does it: None where it was so."""
-    key = sources * neurons + targets
-    order = None
-    if len(key) > 1 and bool((key[1:] < key[:-1]).any()):
-        key, order = torch.sort(key, stable=True)
-        sources, targets = sources[order], targets[order]
-    del key
-    indptr = torch.searchsorted(sources.contiguous(), torch.arange(count + 1, device=sources.device))
+    after, before = slice(1, None), slice(None, -1)
+    rises = (sources[after] > sources[before]) | ((sources[after] == sources[before]) & (targets[after] >= targets[before]))
+    if bool(rises.all()):
+        indptr = torch.searchsorted(sources.contiguous(), torch.arange(count + 1, device=sources.device))
+        return indptr, targets.to(torch.int32).contiguous(), None
+    if sources.device.type == "cpu" and len(sources) >= COUNTED_FROM:
+        from ..backend.cpu.sorting import order_of
+
+        onto, origins = (part.to(torch.int64).contiguous().numpy() for part in (targets, sources))
+        indptr, order = map(torch.from_numpy, order_of(onto, origins, neurons, count))
+    else:
+        order = torch.sort(sources * neurons + targets, stable=True).indices
+        indptr = torch.searchsorted(sources[order], torch.arange(count + 1, device=sources.device))
+    targets = targets[order]
     return indptr, targets.to(torch.int32).contiguous(), order
 
 

@@ -512,8 +512,6 @@ class Engine:
             for name, kind in zip(Wires._fields, (np.int64, np.int64, np.float64, np.int64), strict=False)
         )
         inner, outer = np.flatnonzero((pre >= 0) & (weights != 0)), np.flatnonzero((pre < 0) & (weights != 0))
-        if self.neurons <= 2**16:  # as numbers of 16 bits they are sorted in one pass, which leaves little to the next sort
-            inner = inner[np.argsort(pre[inner].astype(np.uint16), kind="stable")]
         shape = self.neurons, self.neurons
         recurrent = Synapses.from_coo(post[inner], pre[inner], weights[inner], delays[inner] + 1.0, shape=shape)
         shortest, longest = (int(recurrent.shortest), int(recurrent.longest)) if len(inner) else (1, 1)
@@ -600,6 +598,9 @@ def load_kernels(dtype: str, backend: str, device: str) -> None:
     one = np.zeros(1, np.int64)
     engine.projections.append(_Wired(Wires(one, one, np.full(1, 0.1), one + 1, None, 0)))
     engine.advance(1, [])
+    from ..backend.cpu.sorting import order_of
+
+    order_of(one, one, 2, 2)  # which sorts the synapses of larger networks
 
 
 class _Wired(NamedTuple):

@@ -94,6 +94,7 @@ def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
 
 def _warm_up_synapses(p: CobaLIFParameters, train: bool) -> None:
     """Compile the kernels of sparse networks. Sums have 32 bits where these hold all weights, unless weights are learned."""
+    from ..backend.cpu.sorting import order_of
     from ..backend.cpu.sparse import splits_kernel
 
     x = torch.zeros(1, 1, 2)
@@ -107,3 +108,4 @@ def _warm_up_synapses(p: CobaLIFParameters, train: bool) -> None:
         spikes.sum().backward()
     indptr, targets = inputs.indptr.numpy(), inputs.targets.numpy()  # of threads that share a batch row
     splits_kernel()(indptr, targets, np.arange(2), np.empty((2, 2), np.int64))
+    order_of(np.zeros(2, np.int64), np.zeros(2, np.int64), 1, 1)

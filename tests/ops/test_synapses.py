@@ -890,3 +890,18 @@ def test_errors(call: Callable[[], object], error: type[Exception], message: str
     with pytest.raises(error, match=message) as raised:
         call()
     assert raised.type is error and "\n" not in str(raised.value)
+
+
+def test_many_synapses_are_counted_into_the_order_of_a_stable_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of pairs that come several times, of targets and sources that have none, and of a single one."""
+    from coba_triton.ops import synapses as module
+
+    generator = torch.Generator().manual_seed(3)
+    for count, neurons, sources in ((20_000, 90, 70), (3, 5, 4), (50, 1, 1), (2, 10**6, 10**6)):
+        targets, origins = (torch.randint(most, (count,), generator=generator) for most in (neurons, sources))
+        weights = torch.arange(count).double()
+        made = []
+        for counted_from in (0, 10**9):
+            monkeypatch.setattr(module, "COUNTED_FROM", counted_from)
+            made.append(Synapses.from_coo(targets, origins, weights, shape=(neurons, sources)))
+        assert_same(*made)
