@@ -34,4 +34,4 @@ def test_kernels_are_loaded_in_setup_without_the_compiler(dtype: str) -> None:
         command = [sys.executable, "-c", SCRIPT, dtype]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 [] True False\n"
+    assert done.stdout == "3 [] True False\n"
