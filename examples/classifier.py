@@ -92,8 +92,8 @@ for epoch in (0, 4, 9):
 # %% [markdown]
 # ## What if?
 #
-# The same network with a rate that is twenty times as high, and with norse's surrogate and its default steepness of
-# 100:
+# The same network with a rate that is twenty times as high, and with norse's surrogate derivative, `super`, in place of
+# the triangle. Both learn less, and how much less is chance:
 
 # %%
 wide = default_learning_parameters._replace(method="super", alpha=1.0)

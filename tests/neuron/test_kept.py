@@ -50,6 +50,7 @@ def test_a_tensor_that_has_changed_is_read_again(change: str) -> None:
     assert torch.equal(after, spikes(p, "reference"))
 
 
+@pytest.mark.filterwarnings("ignore:the neurons of CobaLIF fired")  # in most steps, with the lower threshold
 @pytest.mark.parametrize("learn", [(), ("v_thresh",)], ids=["buffer", "parameter"])
 def test_a_module_that_has_changed_is_read_again(learn: tuple[str, ...]) -> None:
     module = CobaLIF(P, 0.1, learn=learn, backend="cpu")

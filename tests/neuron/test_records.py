@@ -152,7 +152,7 @@ def test_modules_hold_integers_as_floating_numbers(theirs: tuple[Any, Any, Any])
     network = CobaLIF(theirs[0], 0.1, learn=("v_thresh",))
     network(drive(), theirs[2])[0].sum().backward()
     assert network.v_thresh.grad is not None and network.v_thresh.grad != 0
-    network.load_state_dict(CobaLIF(DEFAULTS._replace(v_rest=-60.5), learn=("v_thresh",)).state_dict())
+    network.load_state_dict(CobaLIF(DEFAULTS._replace(v_rest=-60.5), 0.1, learn=("v_thresh",)).state_dict())
     assert network.v_rest == -60.5
 
 

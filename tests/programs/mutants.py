@@ -287,9 +287,9 @@ MUTANTS = {
     "CPU sparse: the unit of graded inputs is forgotten": cpu_sparse(
         {"incoming.scales[2] * unit": "incoming.scales[2]", "incoming.scales[3] * unit": "incoming.scales[3]"}
     ),
-    "CPU sparse: every block begins with the first slot": cpu_sparse({"slot = start % longest": "slot = 0"}),
+    "CPU sparse: every block begins with the first slot": cpu_sparse({"(start + since) % longest": "0"}),
     "CPU sparse: a thread's synapses begin one neuron late": cpu_sparse({"bounds[p])": "bounds[p] + 1)"}),
-    "CPU sparse: threads do not meet": cpu_sparse({"while word >> 32 != number:": "while False:"}, "meeting.py"),
+    "CPU sparse: threads do not meet": cpu_sparse({"while word >> _NUMBER != number:": "while False:"}, "meeting.py"),
     "CPU sparse: more steps together than the shortest delay has": cpu_sparse(
         {"min(net.shortest, sparse.MOST_TOGETHER)": "min(net.shortest + 1, sparse.MOST_TOGETHER)"}, "launch.py"
     ),
