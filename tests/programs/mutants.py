@@ -165,6 +165,10 @@ def cpu_sparse(edits: dict[str, str], file: str = "sparse.py") -> Mutant:
     return Mutant("CPU sparse", f"coba_triton/backend/cpu/{file}", edits)
 
 
+def cpu_products(edits: dict[str, str]) -> Mutant:
+    return Mutant("CPU recurrent", "coba_triton/backend/cpu/products.py", edits)
+
+
 def synapses(file: str, edits: dict[str, str]) -> Mutant:
     return Mutant("synapses", f"coba_triton/{file}", edits)
 
@@ -347,6 +351,12 @@ MUTANTS = {
     "CPU: the adjoint reads left of the step after": refractory(
         "coba_triton/backend/cpu/feed_forward.py",
         {KEPT_LEFT.format(""): KEPT_LEFT.format("FRAME + ")},
+    ),
+    "CPU: the product back takes the other sign's adjoint": cpu_products(
+        {"select(inhibitory[k], i, e)": "select(inhibitory[k], e, i)"}
+    ),
+    "CPU: the product back forgets the last neuron": cpu_products(
+        {"for_range(builder, neurons) as": "for_range(builder, builder.sub(neurons, integer(1))) as"}
     ),
     "a current depends on the potential": current(
         "coba_triton/neuron/step.py", {"c.e_rev_E - c.coupling * s.v": "c.e_rev_E - s.v"}
