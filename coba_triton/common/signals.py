@@ -1,4 +1,7 @@
-"""Signals end the command line: while it is imported, at once and without a message; while it runs, after a tidy-up."""
+"""Signals end the command line: while it is imported, at once and without a message; while it runs, after a tidy-up.
+
+They wait while threads run a kernel together.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +58,31 @@ def as_interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# Signals whose handlers may raise; Ctrl-C is the last that is handled as before.
+_NAMES = ("SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGINT")
+_RAISING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]  # Windows lacks most
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Signals that come within the block are handled at its end, as if they came then.
+
+    An exception of a handler would otherwise leave a call from C without a trace, or a thread without the one it waits for.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
+        yield
+        return
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        for number in _RAISING:
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)

@@ -9,6 +9,7 @@ import pickle
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -483,6 +484,24 @@ def test_an_error_of_openmp_or_the_pool_is_raised(openmp: bool, monkeypatch: pyt
 
     with pytest.raises(ValueError, match="of share 1"):
         of_shares.run(kernel, shares=[(0,), (1,)])
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_ctrl_c_waits_for_all_shares_and_is_not_lost(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coba_triton.backend.cpu import threads as of_shares
+
+    if not openmp:
+        monkeypatch.setattr(of_shares, "_PROCESS", 0)
+    handler, done = signal.getsignal(signal.SIGINT), []
+
+    def kernel(share: int) -> None:
+        if share == 0:
+            signal.raise_signal(signal.SIGINT)
+        done.append(share)
+
+    with pytest.raises(KeyboardInterrupt):
+        of_shares.run(kernel, shares=[(0,), (1,)], meet=True)
+    assert sorted(done) == [0, 1] and signal.getsignal(signal.SIGINT) is handler
 
 
 LIMITED = """

@@ -47,7 +47,8 @@ def test_whatever_still_reads_an_output_keeps_its_memory(hold) -> None:
     assert second.data_ptr() != at
     assert bool((part == before).all())
     del part, second
-    assert spikes(2).data_ptr() == at or len(memory._unused) == 1
+    gc.collect()
+    assert len(memory._unused) == 2
 
 
 def test_no_more_than_documented_is_kept() -> None:

@@ -574,7 +574,7 @@ def sparse_block(
     most = parameters_of("recurrent_forward", state.dtype, neurons, batch)["threads"]
     work = 4 * steps * cells
     together = min(net.shortest, sparse.MOST_TOGETHER)
-    before = (strided_bytes(x.reshape(steps, -1)),)
+    sources = strided_bytes(x.reshape(steps, -1))
     after = (
         _array(ring),
         start,
@@ -604,7 +604,7 @@ def sparse_block(
         done = np.zeros(1, np.int64)
         middle = inputs, _array_if_given(drive, 4, state.dtype), wires, paths
         kernel = sparse.block_kernel()
-        run(kernel, *before, *middle, *after, since, steps, together, share, LONG_WAITS, done, shares=shares, meet=parts > 1)
+        run(kernel, sources, *middle, *after, since, steps, together, share, LONG_WAITS, done, shares=shares, meet=parts > 1)
         return int(done[0])
 
     threads = min(count_threads(most, work), neurons * together // MIN_STEPS_TO_MEETING)
@@ -614,8 +614,9 @@ def sparse_block(
         for row in range(batch):
             done = steps_of_rows([(row, row + 1)], 0, -(-neurons // share), share) if _sharing_pays() else 0
             if done < steps:
-                _share_no_more_for_a_while()
                 steps_of_rows([(row, row + 1)], done, 1, neurons)
+            if 0 < done < steps:
+                _share_no_more_for_a_while()
     else:
         steps_of_rows(rows, 0, 1, neurons)
     if states is not None and not in_place:

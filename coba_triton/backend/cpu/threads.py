@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...common.signals import deferred
+
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # OpenMP's threads do not survive a fork: a process in which this module was not imported has a pool of its own.
 _PROCESS = os.getpid()
@@ -61,7 +63,7 @@ def run(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[Any, ...
     if len(shares) == 1:
         kernel(*args, *shares[0])
         return
-    with _one_meeting if meet else contextlib.nullcontext():
+    with deferred(), _one_meeting if meet else contextlib.nullcontext():
         openmp = _openmp() if os.getpid() == _PROCESS else None
         if openmp is None or not _run_in_openmp(openmp, kernel, args, shares):
             _run_in_pool(openmp if meet else None, kernel, args, shares)
