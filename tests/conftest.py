@@ -71,6 +71,12 @@ def forget_stability_checks() -> None:
     tensors._kept.clear()
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same random numbers, alone and after others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Set the number of threads, which small problems use, too; put it back afterwards."""

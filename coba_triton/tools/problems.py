@@ -7,7 +7,7 @@ matters. In :func:`sparse_problem` they fire about as often as in simulated netw
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,16 +41,31 @@ VALUES = {
 REFRACTORY = 0.025
 
 
+def _weighted_sum(outputs: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of all outputs with random weights, always the same ones."""
+    generator = torch.Generator().manual_seed(7)
+    total = torch.zeros((), dtype=dtype, device=outputs[0].device)
+    for output in outputs:
+        weights = torch.randn(output.shape, generator=generator, dtype=dtype)
+        total = total + (output.to(dtype) * weights.to(output.device)).sum()
+    return total
+
+
 class _Runs:
     """What both kinds of problem have in common."""
 
     x: Tensor
+    state: Any
     parameters: dict[str, Tensor]
     alpha: float
 
     def leaves(self) -> dict[str, Tensor]:
         """All tensors by which a gradient can be taken."""
         raise NotImplementedError
+
+    def shared(self) -> dict[str, Tensor]:
+        """Those of :meth:`leaves` that all steps share: parameters and weights."""
+        return {name: leaf for name, leaf in self.leaves().items() if name not in ("x", *self.state._fields)}
 
     def run(self, backend: str, **options: Any) -> tuple[Tensor, Any]:
         """Run the public function; ``options`` are ``method`` and the function's own keywords."""
@@ -68,15 +83,50 @@ class _Runs:
             leaf.requires_grad_()
         spikes, state = self.run(backend, **options)
         outputs = [spikes, *state]
-        generator = torch.Generator().manual_seed(7)
-        loss = torch.zeros((), dtype=state.v.dtype, device=self.x.device)
-        for output in outputs:
-            weights = torch.randn(output.shape, generator=generator, dtype=state.v.dtype)
-            loss = loss + (output.to(state.v.dtype) * weights.to(output.device)).sum()
+        loss = _weighted_sum(outputs, state.v.dtype)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         for leaf in leaves.values():
             leaf.requires_grad_(False)
         return [output.detach() for output in outputs], dict(zip(leaves, grads, strict=True))
+
+    def magnitudes(self, **options: Any) -> dict[str, Tensor]:
+        """The magnitudes of the terms whose sum is a gradient of :meth:`gradients`, added up, for what all steps share.
+
+        The gradient by a parameter has a term for every step and neuron, that by a weight one for every step. The reference
+        runs one step after the other, each with parameters and weights of its own, whose gradients are these terms.
+        """
+        v = torch.as_tensor(self.state.v)
+        shared = self.shared()
+        sums = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in shared.items()}
+
+        def of_a_step(name: str) -> Tensor:
+            leaf, total = shared[name], sums[name]
+            own = leaf.to(v.dtype).expand(v.shape if name in self.parameters else leaf.shape).clone().requires_grad_()
+
+            def add(grad: Tensor) -> None:
+                total.add_(grad.double().abs().sum_to_size(total.shape))
+
+            own.register_hook(add)
+            return own
+
+        record = options.pop("record_states", False)
+        state: Any = self.state
+        spikes, states = [], []
+        for x in self.x.split(1):
+            own = {name: of_a_step(name) for name in shared}
+            changes: dict[str, Any] = {"x": x, "state": state, "parameters": {name: own[name] for name in self.parameters}}
+            for name in own.keys() - self.parameters.keys():
+                given = getattr(self, name)
+                changes[name] = given.with_weights(own[name]) if isinstance(given, Synapses) else own[name]
+            part: _Runs = replace(self, **changes)  # type: ignore[type-var]  # every kind of problem is a dataclass
+            fired, state = part.run("reference", **options)
+            spikes.append(fired)
+            states.append(state)
+        last = state._asdict()
+        if record:
+            last |= {name: torch.stack([getattr(s, name) for s in states]) for name in last if name != "history"}
+        _weighted_sum([torch.cat(spikes), *last.values()], v.dtype).backward()
+        return sums
 
     def results(self, backend: str, gradients: bool, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The outputs, and with ``gradients`` also those of :meth:`gradients`, by the leaf's name."""

@@ -202,11 +202,10 @@ class Timed:
         for number, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
             if found := checker.compare(f"output {number}", ours, theirs):
                 raise ValueError(f"not the reference's bits: {found}")
+        if found := checker.compare_gradients(self.case, grads, expected_grads, {}):
+            raise ValueError(f"not the reference's numbers: {found}")
         for name, ours in grads.items():
             theirs = expected_grads[name]
-            allowed = checker.gradient_bound(self.case, name, "super", theirs)
-            if found := checker.compare(f"gradient by {name}", ours, theirs, allowed):
-                raise ValueError(f"not the reference's numbers: {found}")
             scale = float(theirs.abs().max().clamp(min=1e-30)) if theirs.numel() else 1.0
             worst = max(worst, float((ours - theirs).abs().max()) / scale if theirs.numel() else 0.0)
         bits = [*outputs, *grads.values()]

@@ -25,7 +25,7 @@ from coba_triton.tools import check_process, check_shrink, checker
 from coba_triton.tools.check_cases import Check, Run
 from coba_triton.tools.check_shrink import part, shrink
 from coba_triton.tools.checker import find_mismatch, sums_are_exact
-from coba_triton.tools.problems import DT, NetworkProblem, network_problem, problem, recurrent_problem
+from coba_triton.tools.problems import DT, NetworkProblem, RecurrentProblem, network_problem, problem, recurrent_problem
 
 CPU = torch.device("cpu")
 
@@ -225,6 +225,42 @@ def test_your_own_input() -> None:
     exact = [torch.round(w * 1024) / 1024 for w in weights]
     report = coba_triton.check((x > 1).float(), None, *exact, dt=0.1, backend="cpu")
     assert report.ok and len(report.results) == 3
+
+
+@pytest.mark.parametrize("seed", [82, 207, 286, 443])
+def test_terms_that_cancel(seed: int, monkeypatch) -> None:
+    """A gradient may be small because its terms cancel. Their rounding errors do not, and are no fault."""
+    torch.manual_seed(seed)
+    x = (torch.randn(20, 3, 5) > 1).float()
+    weights = [torch.round(0.01 * torch.randn(4, size) * 1024) / 1024 for size in (5, 4)]
+    for record in (False, True):
+        assert coba_triton.check(x, None, *weights, dt=0.1, backend="cpu", record_states=record).ok
+
+    gradients = RecurrentProblem.gradients
+
+    def spoil(self, backend, **options):
+        """Each term is wrong by 1e-4 of itself."""
+        outputs, grads = gradients(self, backend, **options)
+        if backend == "cpu":
+            grads["g_l"] = grads["g_l"] + 1e-4 * self.magnitudes()["g_l"]
+        return outputs, grads
+
+    monkeypatch.setattr(RecurrentProblem, "gradients", spoil)
+    report = coba_triton.check(x, None, *weights, dt=0.1, backend="cpu")
+    assert [failed.name for failed in report.failures] == ["gradients"] and "g_l" in report.failures[0].detail
+
+
+def test_magnitudes() -> None:
+    """Of a gradient whose terms all have one sign, they are the gradient itself; they are never less."""
+    for case in (problem(9, (4,)), recurrent_problem(9, 2, 5, per_neuron=True), network_problem(9, 2, 12)):
+        magnitudes, (_, grads) = case.magnitudes(), case.gradients("reference")
+        assert magnitudes.keys() == case.shared().keys()
+        for name, total in magnitudes.items():
+            assert (total * (1 + 1e-5) >= grads[name].abs()).all(), name
+    case = problem(1, (1,))  # one term
+    magnitudes, (_, grads) = case.magnitudes(), case.gradients("reference")
+    for name, total in magnitudes.items():
+        assert total == grads[name].abs().double(), name
 
 
 def test_your_own_input_that_fails(monkeypatch) -> None:
