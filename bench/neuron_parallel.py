@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coba_triton import CobaLIFParameters, PoissonSource, coba_lif_integral, distributed
+from coba_triton.distributed.ranks import Ranks
 from coba_triton.tools.problems import SPARSE_VALUES
 
 DT = 0.1  # ms
@@ -82,7 +83,7 @@ def main() -> None:
         f"{neurons} neurons x {batch} rows, {rate:.2%} spikes per neuron and step; {dist.get_world_size()} processes, "
         f"{torch.get_num_threads()} threads each: {steps / took:.0f} steps a second, {took / steps * 1e6:.0f} us a step"
     )
-    ranks = distributed._Ranks(None)
+    ranks = Ranks(None)
     ranks.divide(neurons)
     z = torch.zeros(batch, words.shape[-1], dtype=torch.uint8, device=device)
     took, _ = seconds(lambda: [ranks.gather_spikes(z) for _ in range(steps)], device)

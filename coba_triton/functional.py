@@ -25,7 +25,7 @@ from .neuron.records import (
 from .ops import operators, sparse_operators, time_blocks, validation
 from .ops.call import Call, Connections, Weights
 from .ops.constants import constants_table, derive_constants
-from .ops.grid import grid_of
+from .ops.grid import Grid, grid_of
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
 from .ops.synapses import Synapses
 from .ops.tensors import is_refractory, keep, known, number_key, numbers_on
@@ -694,10 +694,11 @@ def _run_sparse_reference(
     return rows, s if wiring.longest == 1 else recurrent_state(*s, history.clone())
 
 
-def reference_synapses(synapses: Synapses, weights: Tensor, dt: float) -> reference.SparseWeights:
-    """The synapses one by one."""
+def reference_synapses(synapses: Synapses, weights: Tensor, dt: float, grid: Grid | None = None) -> reference.SparseWeights:
+    """The synapses one by one; ``grid``: on which they are added up, None for that of these synapses."""
     sources = synapses.source_of()
-    grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons, spikes=False)
+    if grid is None:
+        grid = grid_of(weights, synapses.indptr, synapses.targets, synapses.neurons, spikes=False)
 
     def each(numbers: Tensor) -> Tensor:
         return numbers[sources, 0] if numbers.dim() == 2 else numbers.expand(synapses.count)

@@ -81,14 +81,15 @@ def deliver(
     list_ptr, count, part, parts, values_ptr, source_stride,
     sums_ptr, limit, M, first, N, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scale_e, scale_i, per_ms,
     SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr, DELAY: tl.constexpr, RING: tl.constexpr,
-    CACHE: tl.constexpr = tl.constexpr(""),
+    CACHE: tl.constexpr = tl.constexpr(""), AROUND: tl.constexpr = tl.constexpr(False),
 ):  # fmt: skip
     """Add the synapses of listed sources to the sums ``[2, limit, M]`` at the steps of their arrival.
 
     ``parts`` programs share the list, each takes ``SOURCES`` entries at a time, ``LANES`` synapses of each at a time. They
-    are sources, whose spikes of step ``first`` arrive after the delay, or nowhere if that is not one of ``limit`` steps. Or
-    the sums are a ``RING``: then ``first`` is a slot of it, and an entry is the number of steps from there, times N, plus a
-    source. ``values_ptr`` has the sources' values, or is None where all of them are 1.
+    are sources, whose spikes of step ``first`` arrive after the delay, or nowhere if that is not one of ``limit`` steps;
+    ``AROUND``: it is one then, after the last comes the first. Or the sums are a ``RING``: then ``first`` is a slot of it,
+    and an entry is the number of steps from there, times N, plus a source. ``values_ptr`` has the sources' values, or is
+    None where all of them are 1.
     """
     for start in range(part * SOURCES, count, parts * SOURCES):
         index = start + tl.arange(0, SOURCES)
@@ -124,7 +125,7 @@ def deliver(
             slot = sent
             if delays_ptr is not None:
                 slot = sent + load_steps(delays_ptr, source, synapse, mask, per_ms, DELAY)
-            if RING:
+            if RING or AROUND:
                 slot = tl.where(slot >= limit, slot - limit, slot)
             else:
                 mask = mask & (slot >= 0) & (slot < limit)
@@ -136,20 +137,24 @@ def deliver(
 def scatter_kernel(
     values_ptr, lists_ptr, counts_ptr, sums_ptr, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, scales_ptr,
     K, B, N, limit, begin, row_stride, source_stride, per_ms,
-    SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr, DELAY: tl.constexpr,
+    SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr, DELAY: tl.constexpr, AROUND: tl.constexpr,
 ):  # fmt: skip
     """Add what the sources ``[T B, K]`` of T steps from ``begin`` on send to the sums ``[2, limit, B, N]``.
 
-    A program owns a row of sources, of which ``lists`` and ``counts`` say where they are not 0.
+    ``AROUND``: these are a ring, and ``begin`` is a slot of it. A program owns a row of sources, of which ``lists`` and
+    ``counts`` say where they are not 0.
     """
     step = tl.program_id(0) // B
     b = (tl.program_id(0) % B).to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     N = tl.cast(N, tl.int64)
+    first = begin + step
+    if AROUND:
+        first = first % limit
     deliver(
         lists_ptr + row * K, tl.load(counts_ptr + row), 0, 1, values_ptr + row * row_stride, source_stride,
-        sums_ptr + b * N, tl.cast(limit, tl.int64), B * N, begin + step, 0, indptr_ptr, targets_ptr, weights_ptr, delays_ptr,
-        tl.load(scales_ptr), tl.load(scales_ptr + 1), per_ms, SOURCES, LANES, WEIGHT, DELAY, False,
+        sums_ptr + b * N, tl.cast(limit, tl.int64), B * N, first, 0, indptr_ptr, targets_ptr, weights_ptr, delays_ptr,
+        tl.load(scales_ptr), tl.load(scales_ptr + 1), per_ms, SOURCES, LANES, WEIGHT, DELAY, False, AROUND=AROUND,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
+from coba_triton.distributed import ranks as ranks_module
 from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
 from helpers.bits import assert_same_bits
 from helpers.marks import slow
@@ -287,14 +288,12 @@ def requiring(x: Tensor) -> Tensor:
             ],
         ),
         (
-            [{"recurrent_weights": synapses}] * 2,
-            ["TypeError: recurrent_weights must be dense where ranks share the neurons, got Synapses; give the dense rows"]
-            * 2,
+            [{"recurrent_weights": synapses}, {}],
+            ["ValueError: whether synapses are sparse must be the same on every rank, got True, False"] * 2,
         ),
         (
             [{"input_weights": layout}, {"input_weights": layout}],
-            ["TypeError: input_weights must be dense where ranks share the neurons, got torch.sparse_coo; give the dense"]
-            * 2,
+            ["TypeError: recurrent_weights must be coba_triton.Synapses or a sparse matrix where .* got a dense matrix"] * 2,
         ),
         ([{"order": "sideways"}, {}], ["ValueError: order must be 'decay_first'", "RuntimeError: rank 0 refused"]),
         (
@@ -341,8 +340,8 @@ def test_owned_neurons(ranks: Ranks) -> None:
 def test_every_byte_is_packed_and_unpacked() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(4, 64)
     spikes = ((every[..., None] >> torch.arange(8)) & 1).to(torch.uint8).flatten(1)
-    assert torch.equal(distributed._pack(spikes), every)
-    assert torch.equal(distributed._unpack(every), spikes)
+    assert torch.equal(ranks_module.pack(spikes), every)
+    assert torch.equal(ranks_module.unpack(every), spikes)
 
 
 def test_without_a_process_group() -> None:

@@ -145,10 +145,21 @@ class Backend(Protocol):
     # rint(|weight| * value * scale) of a synapse, added up for each neuron and sign, times the inverse of the scale. A spike
     # has the value 1. ``R`` is the longest delay in steps.
 
-    def sparse_ring(self, net: SparseNetwork, history: Tensor) -> Tensor:
-        """The sums under way after the spikes ``history [R, B, N]`` of the last R steps, the last one in the last row.
+    # Where processes share the neurons, each has N of its own and the synapses onto these. K are the neurons of all of them.
+    # Elsewhere K is N.
 
-        Its values are between -1 and 1. The ring has sums for the next R steps, in a layout of the backend's own.
+    def sparse_ring(self, net: SparseNetwork, history: Tensor) -> Tensor:
+        """The sums under way after the spikes ``history [R, B, K]`` of the last R steps, the last one in the last row.
+
+        Its values are between -1 and 1. The ring has sums for the next R steps. Its second axis is that of the steps, the
+        other axes are the backend's own.
+        """
+
+    def sparse_send(self, net: SparseNetwork, ring: Tensor, start: int, events: Tensor) -> None:
+        """Add to the ring what the spikes of other processes send, as :meth:`sparse_block` does with those of its own.
+
+        ``events``, int64, has ``(t B + b) K + source`` for a spike of step ``start + t`` after the ring was made, of batch
+        row ``b``. That step is at most R steps before the next one whose sums are taken.
         """
 
     def sparse_block(
@@ -203,7 +214,7 @@ class Backend(Protocol):
     def sparse_history_gradient(
         self, net: SparseNetwork, history: Tensor, adjoints: Tensor, grad_history: Tensor, sweep: SparseSweep
     ) -> None:
-        """Fill ``grad_history [R, B, N]`` from the ``adjoints [R, B, 2, N]`` of the first R steps.
+        """Fill ``grad_history [t, B, K]`` from the ``adjoints [R, B, 2, N]`` of the R steps after the ``history [t, B, K]``.
 
-        Add what the values of the ``history [R, B, N]`` add to ``sweep.recurrent``, if it is there.
+        Add what the values of the history add to ``sweep.recurrent``, if it is there.
         """

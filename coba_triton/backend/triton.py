@@ -518,8 +518,11 @@ def _events(sources: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, lists, counts
 
 
-def _scatter(net: SparseNetwork, sums: Tensor, sources: Tensor, begin: int) -> None:
-    """Add to the ``sums [2, L, B, N]`` of L steps what the ``sources [t, B, N]`` of the steps from ``begin`` on send."""
+def _scatter(net: SparseNetwork, sums: Tensor, sources: Tensor, begin: int, around: bool = False) -> None:
+    """Add to the ``sums [2, L, B, N]`` of L steps what the ``sources [t, B, K]`` of the steps from ``begin`` on send.
+
+    What arrives in no step of these is left out, or, ``around`` a ring, goes into that of L steps before.
+    """
     if sources.shape[0] == 0 or len(net.recurrent.targets) == 0:
         return
     _, limit, batch, neurons = sums.shape
@@ -530,8 +533,9 @@ def _scatter(net: SparseNetwork, sums: Tensor, sources: Tensor, begin: int) -> N
     _launch(
         sparse.scatter_kernel, (len(values),), sums.device, num_warps,
         values, lists, counts, sums, indptr, targets, weights, delays, grid.scales,
-        neurons, batch, neurons, limit, begin, *values.stride(), net.per_ms,
+        sources.shape[2], batch, neurons, limit, begin, *values.stride(), net.per_ms,
         SOURCES=num_warps * threads_per_warp() // together, LANES=together, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        AROUND=around,
     )  # fmt: skip
 
 
@@ -560,9 +564,17 @@ def _sparse_projection(net: SparseNetwork, x: Tensor, drive: Tensor | None) -> T
 def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     """See :meth:`coba_triton.backend.protocol.Backend.sparse_ring`. The ring is ``[2, R, B, N]``."""
     sums = net.recurrent.grid.sums
-    ring = torch.zeros(2, *history.shape, dtype=sums, device=history.device)
+    ring = torch.zeros(2, *history.shape[:2], net.neurons, dtype=sums, device=history.device)
     _scatter(net, ring, history, -net.longest)
     return ring
+
+
+def sparse_send(net: SparseNetwork, ring: Tensor, start: int, events: Tensor) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_send`."""
+    batch, sources = ring.shape[2], len(net.recurrent.indptr) - 1
+    spikes = torch.zeros(net.shortest, batch, sources, dtype=torch.uint8, device=ring.device)
+    spikes.view(-1).index_fill_(0, events, 1)
+    _scatter(net, ring, spikes, start % net.longest, around=True)
 
 
 def sparse_block(
@@ -662,9 +674,9 @@ def sparse_history_gradient(
     net: SparseNetwork, history: Tensor, adjoints: Tensor, grad_history: Tensor, sweep: SparseSweep
 ) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.sparse_history_gradient`."""
-    _fill_source_gradient(net, net.recurrent, grad_history, adjoints, -net.longest)
+    _fill_source_gradient(net, net.recurrent, grad_history, adjoints, -len(history))
     if sweep.recurrent is not None:
-        _add_synapse_gradient(net, net.recurrent, sweep.recurrent, history, adjoints, -net.longest)
+        _add_synapse_gradient(net, net.recurrent, sweep.recurrent, history, adjoints, -len(history))
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -164,6 +164,13 @@ class Exchange(Protocol):
     def gather_spikes(self, spikes: Tensor) -> Tensor:
         """:meth:`gather` of 0 and 1."""
 
+    def send_spikes(self, spikes: Tensor) -> Callable[[], Tensor]:
+        """Begin to exchange the spikes ``[t, B, n]`` of some steps, uint8.
+
+        A call of what it returns waits for those of all processes: int64, ``(t B + b) N + neuron`` of each spike. Calls are
+        in the order in which exchanges began, the same in all processes.
+        """
+
     def add_up(self, parts: Tensor) -> Tensor:
         """The sum over the processes of ``[..., N]``, of which each keeps its own ``[..., n]``."""
 
@@ -326,6 +333,8 @@ class SparseNetwork(NamedTuple):
         constants: the table of constants, ``[C, B N]`` or ``[C, 1]``.
         jump_first: whether a step adds its drive before the decay.
         backend: runs the kernels.
+        exchange: how this process works with those that own the other neurons, None if there are none. With one, N are the
+            neurons of this process. All synapses are onto these; the sources of ``recurrent`` are the neurons of all.
     """
 
     neurons: int
@@ -339,18 +348,35 @@ class SparseNetwork(NamedTuple):
     constants: Tensor
     jump_first: bool
     backend: Backend
+    exchange: Exchange | None = None
 
     @classmethod
-    def of(cls, to: Connections, history: Tensor, jump_first: bool, backend: Backend) -> SparseNetwork:
-        """The network that goes on after the spikes ``history [R, ..., N]``; its sums may be narrow if these are 0 or 1."""
+    def of(
+        cls,
+        to: Connections,
+        history: Tensor,
+        jump_first: bool,
+        backend: Backend,
+        grids: tuple[Grid | None, Grid] | None = None,
+        exchange: Exchange | None = None,
+    ) -> SparseNetwork:
+        """The network that goes on after the spikes ``history [R, ..., N]``; its sums may be narrow if these are 0 or 1.
+
+        ``grids``, of the inputs' synapses and of the others, are those of all processes with an ``exchange``.
+        """
         longest, neurons = history.shape[0], history.shape[-1]
-        spikes = history.device.type == "cpu" and bool(((history == 0) | (history == 1)).all())  # a GPU is not waited for
+        if grids is None:
+            spikes = history.device.type == "cpu" and is_binary(history)  # a GPU is not waited for
+            of_inputs = None
+            if to.input_indptr is not None and to.input_targets is not None and to.input_values is not None:
+                of_inputs = grid_of(to.input_values, to.input_indptr, to.input_targets, neurons, spikes=False)
+            grids = of_inputs, grid_of(to.weights, to.indptr, to.targets, neurons, spikes)
+        input_grid, grid = grids
         inputs = None
         if to.input_indptr is not None and to.input_targets is not None and to.input_values is not None:
+            assert input_grid is not None
             values = to.input_values.contiguous()
-            grid = grid_of(to.input_values, to.input_indptr, to.input_targets, neurons, spikes=False)
-            inputs = Projection(to.input_indptr.contiguous(), to.input_targets.contiguous(), values, None, grid)
-        grid = grid_of(to.weights, to.indptr, to.targets, neurons, spikes)
+            inputs = Projection(to.input_indptr.contiguous(), to.input_targets.contiguous(), values, None, input_grid)
         recurrent = Projection(
             to.indptr.contiguous(), to.targets.contiguous(), to.weights.contiguous(), to.delays.contiguous(), grid
         )
@@ -368,11 +394,29 @@ class SparseNetwork(NamedTuple):
             constants,
             jump_first,
             backend,
+            exchange,
         )
 
     @property
     def dtype(self) -> torch.dtype:
         return self.constants.dtype
+
+    def unconnected(self, steps: int) -> SparseNetwork:
+        """The same neurons without the synapses between them, for ``steps`` in which none of their spikes arrives."""
+        new = self.recurrent.indptr.new_zeros
+        none = Projection(
+            new(self.neurons + 1),
+            self.recurrent.targets[:0],
+            self.constants.new_zeros(1),
+            new(1, dtype=torch.float32),
+            self.recurrent.grid,
+        )
+        return self._replace(recurrent=none, shortest=steps, exchange=None)
+
+
+def is_binary(spikes: Tensor) -> bool:
+    """Whether all numbers are 0 or 1."""
+    return bool(((spikes == 0) | (spikes == 1)).all())
 
 
 class SparseSweep(NamedTuple):

@@ -9,6 +9,7 @@ A float32 weight of more than ``2**-38`` of that sum is on the grid as it is; a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,14 @@ def _bit_length(count: Tensor) -> Tensor:
     return torch.where(high > 0, high + 31, low)
 
 
-def make_grid(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, narrow: bool) -> Grid:
+def make_grid(
+    weights: Tensor,
+    indptr: Tensor,
+    targets: Tensor,
+    neurons: int,
+    narrow: bool,
+    greatest: Callable[[Tensor], Tensor] = lambda numbers: numbers,
+) -> Grid:
     """The grid of the synapses of one projection.
 
     Args:
@@ -58,17 +66,19 @@ def make_grid(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, na
         indptr, targets: as :class:`coba_triton.Synapses` has them.
         neurons: N.
         narrow: take int32 sums where they are exact. This looks at the weights, for which the host waits.
+        greatest: the greatest of such numbers in all processes, where these are the synapses of one of several.
     """
     device, dtype = weights.device, weights.dtype
     limit = MOST_BITS[dtype]
     largest = torch.zeros(2, dtype=torch.float64, device=device)
     if weights.numel():
         largest = torch.stack([weights.amax(), -weights.amin()]).clamp(min=0).double()
+    largest = greatest(largest)
     parts = [(begin, min(begin + PART, len(targets))) for begin in range(0, len(targets), PART)]
     fan_in = torch.zeros(neurons, dtype=torch.int64, device=device)
     for begin, end in parts:
         fan_in += torch.bincount(targets[begin:end], minlength=neurons)
-    most = fan_in.amax() if neurons else fan_in.new_zeros(())
+    most = greatest(fan_in.amax() if neurons else fan_in.new_zeros(()))
     # first a coarse grid, from the largest weight and the largest number of synapses
     bits = SUM_BITS[torch.int64]
     coarse = bits - 2 - torch.frexp(largest)[1] - _bit_length(most)
@@ -78,7 +88,7 @@ def make_grid(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, na
         index = targets[begin:end].long()
         for sign, row in enumerate(sums):
             row.index_add_(0, index, torch.ceil(torch.ldexp(torch.relu(-part if sign else part), coarse[sign])).long())
-    found = sums.amax(1) if neurons else sums.new_zeros(2)
+    found = greatest(sums.amax(1) if neurons else sums.new_zeros(2))
     power = torch.where(found > 0, coarse + bits - _bit_length(found), 0).clamp(-limit, limit)
     width = torch.int64
     if narrow:

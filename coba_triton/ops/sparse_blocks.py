@@ -7,6 +7,9 @@ from the spikes that were saved.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,8 +26,12 @@ from .call import (
     SparseSweep,
 )
 from .constants import constants_gradient
-from .spikes import WORD_BITS, word_count
+from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
 from .time_blocks import by_sign, choose_block_steps, project, split, without_autocast, words_of
+
+# How often processes exchange spikes in as many steps as the shortest delay has. With two or more, messages are under way
+# while neurons go on.
+WINDOWS = 2
 
 
 def input_drive(net: SparseNetwork, x: Tensor, events: bool) -> Tensor | None:
@@ -63,8 +70,56 @@ def forward(
             None if out.states is None else out.states[:, here],
         )
         drive = input_drive(net, x[here], events)
-        state = net.backend.sparse_block(net, ring, start + begin, x[here], drive, state, filled, chosen)
+        block = net.backend.sparse_block if net.exchange is None else _block_of_ranks
+        state = block(net, ring, start + begin, x[here], drive, state, filled, chosen)
     return state
+
+
+def _block_of_ranks(
+    net: SparseNetwork,
+    ring: Tensor,
+    start: int,
+    x: Tensor,
+    drive: Tensor | None,
+    state: Tensor,
+    out: Outputs,
+    chosen: Tensor | None,
+) -> Tensor:
+    """:meth:`coba_triton.backend.protocol.Backend.sparse_block` of a process that owns some of the neurons.
+
+    In some steps no spike arrives that was sent in them. The neurons go through these on their own, and their spikes are on
+    their way to the other processes during the next ones.
+    """
+    assert net.exchange is not None
+    steps, under_way = len(x), deque[tuple[int, Callable[[], Tensor]]]()
+    fired = torch.empty(steps, *state.shape[1:], dtype=torch.uint8, device=x.device)
+    window = max(1, net.shortest // WINDOWS)
+    alone = net.unconnected(window)
+
+    def deliver() -> None:
+        first, sent = under_way.popleft()
+        net.backend.sparse_send(net, ring, start + first, sent())
+
+    for begin in range(0, steps, window):
+        here = slice(begin, min(begin + window, steps))
+        while under_way and under_way[0][0] + net.shortest < here.stop:
+            deliver()
+        filled = Outputs(fired[here], None, None if out.states is None else out.states[:, here])
+        own_drive = None if drive is None else drive[:, here].contiguous()
+        state = net.backend.sparse_block(alone, ring, start + begin, x[here], own_drive, state, filled, chosen)
+        under_way.append((begin, net.exchange.send_spikes(fired[here])))
+    while under_way:
+        deliver()
+    if out.spikes is not None:
+        out.spikes.copy_(fired)
+    if out.words is not None:
+        out.words.copy_(pack_spikes(fired))
+    return state
+
+
+def ring_of(net: SparseNetwork, history: Tensor) -> Tensor:
+    """The sums under way after the spikes ``history [R, B, N]`` of the last steps, and of those of other processes."""
+    return net.backend.sparse_ring(net, history if net.exchange is None else net.exchange.gather(history))
 
 
 def bits_of(words: Tensor, first: int, last: int) -> Tensor:
@@ -137,9 +192,10 @@ def backward(
             first = grads.states[:, start - 1 : start] if start else torch.zeros_like(grads.states[:, :1])
             from_states = torch.cat([first, grads.states[:, start : here.stop - 1]], 1)
         by_x = new(t, *x.shape[1:]) if asked.x and net.inputs is not None else None
-        net.backend.sparse_backward_block(
+        block = net.backend.sparse_backward_block if net.exchange is None else _backward_block_of_ranks
+        block(
             net,
-            net.backend.sparse_ring(net, before),
+            ring_of(net, before),
             x[here],
             input_drive(net, x[here], input_events),
             saved.checkpoints[start // block_steps],
@@ -161,7 +217,9 @@ def backward(
                 net.backend.add_products(own, sent_by.flatten(0, 1), received.flatten(0, 1), input_events)
         later = adjoints[:longest].clone()
     by_history = new(history.shape)
-    if not empty:
+    if not empty and net.exchange is not None:
+        by_history = _history_gradient_of_ranks(net, net.exchange.gather(history), later, sweep)
+    elif not empty:
         net.backend.sparse_history_gradient(net, history, later, by_history, sweep)
     if grad_history is not None and steps < longest:  # what was in the history at the end as well
         by_history[steps:] += grad_history[: longest - steps]
@@ -174,6 +232,71 @@ def backward(
         _per_weight(sweep.recurrent, to.weights, to.indptr, history),
         constants_gradient(new(len(Sums._fields), 0) if sweep.sums is None else sweep.sums, net.constants),
     )
+
+
+def _backward_block_of_ranks(
+    net: SparseNetwork,
+    ring: Tensor,
+    x: Tensor,
+    drive: Tensor | None,
+    state: Tensor,
+    words: Tensor,
+    grad_spikes: Tensor | None,
+    grad_states: Tensor | None,
+    sweep: SparseSweep,
+    adjoints: Tensor,
+    grad_x: Tensor | None,
+) -> None:
+    """:meth:`coba_triton.backend.protocol.Backend.sparse_backward_block` of a process that owns some of the neurons.
+
+    In as many steps as the shortest delay has, no spike arrives that was sent in them. So the neurons go back through these
+    on their own, and then processes exchange what the spikes of the steps before are worth.
+    """
+    assert net.exchange is not None
+    steps, longest, window = len(x), net.longest, net.shortest
+    own = unpack_spikes(words, steps, torch.uint8)
+    spikes = net.exchange.gather_spikes(own)
+    alone = net.unconnected(window)
+    begins = range(0, steps, window)
+    before, arriving = [], []
+    for begin in begins:
+        here = slice(begin, min(begin + window, steps))
+        slots = torch.arange(here.start, here.stop, device=ring.device) % longest
+        before.append(state)
+        arriving.append(ring.index_select(1, slots))
+        own_drive = None if drive is None else drive[:, here].contiguous()
+        state = net.backend.sparse_block(alone, ring, begin, x[here], own_drive, state, Outputs())
+        net.backend.sparse_send(net, ring, begin, torch.nonzero(spikes[here].reshape(-1)).flatten())
+    for begin, first, sums in zip(reversed(begins), reversed(before), reversed(arriving), strict=True):
+        here = slice(begin, min(begin + window, steps))
+        count = here.stop - begin
+        later = adjoints[here.stop : here.stop + longest]
+        received = _history_gradient_of_ranks(net, spikes[here].to(net.dtype), later, sweep)
+        if grad_spikes is not None:
+            received = grad_spikes[here] + received
+        found = adjoints.new_zeros(2 * count, *adjoints.shape[1:])
+        net.backend.sparse_backward_block(
+            alone._replace(shortest=count, longest=count),
+            sums,
+            x[here],
+            None if drive is None else drive[:, here].contiguous(),
+            first,
+            pack_spikes(own[here]),
+            received,
+            None if grad_states is None else grad_states[:, here].contiguous(),
+            sweep._replace(recurrent=None),
+            found,
+            None if grad_x is None else grad_x[here],
+        )
+        adjoints[here] = found[:count]
+
+
+def _history_gradient_of_ranks(net: SparseNetwork, history: Tensor, adjoints: Tensor, sweep: SparseSweep) -> Tensor:
+    """The gradient by the own ones of the spikes ``history [t, B, K]`` of all processes, which sum up what each finds."""
+    assert net.exchange is not None
+    worth = history.new_empty(history.shape)
+    net.backend.sparse_history_gradient(net, history, adjoints.contiguous(), worth, sweep)
+    return net.exchange.add_up(worth)
 
 
 def _spikes_gradient(

@@ -146,12 +146,17 @@ def _check_steps(to: Connections, longest: int) -> None:
     _check_once(to.delays, (longest, to.shortest, to.per_ms), check_delays)
 
 
-def _network(history: Tensor, to: Connections, call: Call) -> SparseNetwork:
+def check_connections(history: Tensor, to: Connections) -> None:
+    """Look at the numbers of the synapses, by which kernels find their way."""
     longest, _, neurons = history.shape
     if to.input_indptr is not None and to.input_targets is not None:
         _check_wiring("input_", to.input_indptr, to.input_targets, neurons)
     _check_wiring("", to.indptr, to.targets, neurons)
     _check_steps(to, longest)
+
+
+def _network(history: Tensor, to: Connections, call: Call) -> SparseNetwork:
+    check_connections(history, to)
     return SparseNetwork.of(to, history, call.jump_first, launcher(call.backend))
 
 
@@ -174,13 +179,12 @@ def _allocate_sparse(x: Tensor, history: Tensor, state: Tensor, to: Connections,
 
 
 def _run(
-    x: Tensor, history: Tensor, state: Tensor, to: Connections, out: Outputs, call: Call, train: bool
+    net: SparseNetwork, x: Tensor, history: Tensor, state: Tensor, out: Outputs, call: Call, train: bool
 ) -> tuple[Tensor, Tensor]:
     """The spikes of the last steps, and the state, after a run that fills the outputs."""
-    net = _network(history, to, call)
     steps, cells = x.shape[0], history[0].numel()
     block_steps = choose_block_steps(call.block_steps, steps, cells, history.element_size(), train)
-    ring = net.backend.sparse_ring(net, history)
+    ring = sparse_blocks.ring_of(net, history)
     state = sparse_blocks.forward(net, x, ring, state.contiguous(), out, block_steps)
     spikes = out.words if out.spikes is None else out.spikes
     assert spikes is not None
@@ -188,12 +192,19 @@ def _run(
 
 
 def _compute_sparse(x: Tensor, history: Tensor, state: Tensor, to: Connections, call: Call) -> tuple[Tensor, ...]:
+    return sparse_forward(_network(history, to, call), x, history, state, to, call)
+
+
+def sparse_forward(
+    net: SparseNetwork, x: Tensor, history: Tensor, state: Tensor, to: Connections, call: Call
+) -> tuple[Tensor, ...]:
+    """What ``coba_triton::sparse`` returns, of any network: also of one whose processes exchange spikes."""
     spikes, _, _, states, words, checkpoints = _allocate_sparse(x, history, state, to, call)
     _clear_spare(words, x.shape[0])
     if x.shape[0] == 0 or history.numel() == 0:
         return spikes, _copy(history), _copy(state), states, words, checkpoints
     out = _outputs(call, spikes, states, *_saves(call, len(state), words, checkpoints))
-    last, final = _run(x, history, state, to, out, call, bool(call.save))
+    last, final = _run(net, x, history, state, out, call, bool(call.save))
     return spikes, last, final, states, words, checkpoints
 
 
@@ -216,7 +227,7 @@ def _compute_sparse_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or history.numel() == 0:
         return _copy(history), _copy(state)
-    return _run(x, history, state, to, _outputs(call, spikes, None), call, train=False)
+    return _run(_network(history, to, call), x, history, state, _outputs(call, spikes, None), call, train=False)
 
 
 def _check_sparse_backward(

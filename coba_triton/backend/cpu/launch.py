@@ -527,11 +527,23 @@ def _wires(synapses: Projection | None, net: SparseNetwork, parts: int = 1, shar
 
 def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     """See :meth:`coba_triton.backend.protocol.Backend.sparse_ring`."""
-    longest, batch, neurons = history.shape
-    ring = torch.empty(batch, longest, 2, neurons, dtype=net.recurrent.grid.sums)
+    longest, batch, _ = history.shape
+    ring = torch.empty(batch, longest, 2, net.neurons, dtype=net.recurrent.grid.sums)
     work = 2 * history.numel()
     run(sparse.ring_kernel(), _array(ring), _array(history), _wires(net.recurrent, net), shares=_split_rows(batch, work))
     return ring
+
+
+def sparse_send(net: SparseNetwork, ring: Tensor, start: int, events: Tensor) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.sparse_send`."""
+    synapses = net.recurrent
+    fan_out = len(synapses.targets) // max(1, len(synapses.indptr) - 1)
+    threads = count_threads(None, 8 * len(events) * fan_out)
+    share = -(-net.neurons // (threads * SHARE_OF)) * SHARE_OF
+    parts = -(-net.neurons // share)
+    wires = _wires(synapses, net, parts, share)
+    shares = [(part,) for part in range(parts)]
+    run(sparse.send_kernel(), _array(ring), start % net.longest, _array(events), wires, shares=shares)
 
 
 # While something else keeps the cores, threads that meet are slower by far than one alone: until when none shares a row.

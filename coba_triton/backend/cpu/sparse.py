@@ -344,8 +344,8 @@ def ring_kernel() -> Any:
     def ring(ring: Any, history: Any, wires: Wires, first: int, last: int) -> None:
         _ = digest  # part of the key of the disk cache
         ring, history, w = borrow(ring), borrow(history), borrow_wires(wires)
-        longest, _, neurons = history.shape
-        events = np.empty(neurons + 1, np.int64)
+        longest, neurons = ring.shape[1], ring.shape[3]
+        events = np.empty(history.shape[2] + 1, np.int64)
         for row in range(first, last):
             sums = ring[row].reshape(-1)
             sums[:] = 0
@@ -355,6 +355,27 @@ def ring_kernel() -> Any:
                     send_value(sums, neurons, w, events[k], 0, history[r, row, events[k]], 1.0, longest - r)
 
     return entry_point(ring)
+
+
+@functools.cache
+def send_kernel() -> Any:
+    """Add to the ring what spikes send to the neurons of one part; ``slot``: of their first step."""
+    digest = sources()
+
+    def send_spikes(ring: Any, slot: int, events: Any, wires: Wires, part: int) -> None:
+        """``events``: each spike as ``(step * B + row) * K + source``."""
+        _ = digest  # part of the key of the disk cache
+        ring, events, w = borrow(ring), borrow(events), borrow_wires(wires)
+        batch, longest, _, neurons = ring.shape
+        sources = w.splits.shape[1]
+        for k in range(len(events)):
+            if k + 1 < len(events):
+                ask_for_targets(w, events[k + 1] % sources, part)
+            cell = events[k] // sources
+            now = (slot + cell // batch) % longest
+            send(ring[cell % batch].reshape(-1), now, longest, neurons, w, events[k] % sources, part)
+
+    return entry_point(send_spikes)
 
 
 @functools.cache

@@ -382,31 +382,32 @@ def history_kernel() -> Any:
         _ = digest  # part of the key of the disk cache
         paths, history, adjoints = borrow_paths(synapses), borrow(history), borrow(adjoints)
         grad_history, by_weights = borrow(grad_history), borrow(by_weights)
-        longest, _, neurons = history.shape
+        steps, _, sources = history.shape
+        longest, _, _, neurons = adjoints.shape
         cells = neurons * lanes
         # steps are counted from the first row of the history on: arrivals before its end are of the past
-        flow = np.zeros(2 * longest * 2 * cells, history.dtype)
+        flow = np.zeros((steps + longest) * 2 * cells, history.dtype)
         for t in range(longest):
             for lane in range(rows):
                 for sign in range(2):
                     for n in range(neurons):
-                        at = (2 * (longest + t) + sign) * cells + n * lanes + lane
+                        at = (2 * (steps + t) + sign) * cells + n * lanes + lane
                         flow[at] = adjoints[t, group + lane, sign, n]
-        by_spike = np.zeros(cells, history.dtype)
-        events = np.empty(neurons + 1, np.int64)
+        by_spike = np.zeros(sources * lanes, history.dtype)
+        events = np.empty(sources + 1, np.int64)
         if by_weights.size > 0:
             by_weights[number, :] = 0
-        for r in range(longest):
-            worth(by_spike, flow, r, longest, neurons, lanes, paths)
+        for r in range(steps):
+            worth(by_spike, flow, r, steps, neurons, lanes, paths)
             for lane in range(rows):
-                for n in range(neurons):
+                for n in range(sources):
                     grad_history[r, group + lane, n] = by_spike[n * lanes + lane]
                 if by_weights.size > 0:
                     count = compact(events, history[r, group + lane])
                     for k in range(count):
                         value = history[r, group + lane, events[k]]
                         add_to_weights(
-                            by_weights[number], flow, r, longest, neurons, lanes, paths, events[k], lane, value
+                            by_weights[number], flow, r, steps, neurons, lanes, paths, events[k], lane, value
                         )  # fmt: skip
 
         if by_weights.size > 0:

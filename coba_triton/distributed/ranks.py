@@ -1,0 +1,240 @@
+"""The processes of a group, which of the neurons each owns, and what they exchange."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ops import validation
+
+Group = Any  # torch.distributed.ProcessGroup, which a build of torch without torch.distributed has not
+
+
+def owned_neurons(neurons: int, group: Group = None) -> slice:
+    """The neurons that this rank owns: ``ceil(N / ranks)`` a rank, in order, the last ones fewer.
+
+    That is how ``torch.chunk`` and DTensor's ``Shard(0)`` divide the rows of a matrix.
+
+    Args:
+        neurons: N of the whole network.
+        group: of processes, None for all.
+
+    Raises:
+        RuntimeError: if there is no process group, or this process is not in it.
+        ValueError: if a rank would own none.
+
+    Example:
+        >>> own = owned_neurons(4000)  # doctest: +SKIP
+        >>> recurrent_weights = all_weights[own]  # doctest: +SKIP
+    """
+    neurons = validation.check_int(neurons, "neurons")
+    ranks = Ranks(group)
+    ranks.divide(neurons)
+    return ranks.own
+
+
+class Ranks:
+    """The processes of a group, and which of the neurons each owns: the exchange of :mod:`coba_triton.ops.time_blocks`."""
+
+    def __init__(self, group: Group) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "coba_triton.distributed needs a process group, and there is none; start the program with torchrun and "
+                "call torch.distributed.init_process_group() first"
+            )
+        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise RuntimeError("group must have this process among its ranks, and has not; call it on its own ranks alone")
+
+    def divide(self, neurons: int) -> None:
+        """Give every rank its share of the neurons."""
+        self.neurons, self.share = neurons, -(-neurons // self.ranks)
+        if self.share * (self.ranks - 1) >= neurons:
+            raise ValueError(
+                f"every rank must own a neuron, and {self.ranks} ranks of ceil({neurons} / {self.ranks}) = {self.share} "
+                f"neurons leave the last one without; use {-(-neurons // max(self.share, 1))} ranks"
+            )
+        bounds = [min(rank * self.share, neurons) for rank in range(self.ranks + 1)]
+        self.slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self.own = self.slices[self.rank]
+        self.room = 0  # spikes for which a list has room; none: bits are sent
+
+    def gather(self, values: Tensor) -> Tensor:
+        """``[..., n]`` of every rank to ``[..., N]`` in all of them."""
+        padded = values.new_zeros(*values.shape[:-1], self.share)
+        padded[..., : values.shape[-1]] = values
+        return self._join(self._swap([padded] * self.ranks))
+
+    def gather_spikes(self, spikes: Tensor) -> Tensor:
+        """:meth:`gather` of 0 and 1, eight neurons in a byte: ``[..., n]`` to uint8 ``[..., N]``."""
+        return self._start_bits(spikes)()
+
+    def send_spikes(self, spikes: Tensor) -> Callable[[], Tensor]:
+        """See :meth:`coba_triton.ops.call.Exchange.send_spikes`.
+
+        All ranks send lists or all send bits, whichever is shorter. A list has room for twice as many spikes as any rank
+        had before, which all of them know. Where that is too little for one rank, all send bits afterwards.
+        """
+        own = _places(spikes)
+        steps, batch, _ = spikes.shape
+        as_list = self.ranks > 1 and 4 * (1 + self.room) < steps * batch * -(-self.share // 8)
+        if not as_list:
+            wait_for_bits = self._start_bits(spikes)
+            return lambda: self._remember(_places(wait_for_bits()))
+        room = self.room
+        message = torch.zeros(1 + room, dtype=torch.int32, device=spikes.device)
+        message[0] = len(own)
+        message[1 : 1 + len(own)] = own[:room]
+        wait_for_lists = self._start([message] * self.ranks)
+
+        def wait() -> Tensor:
+            every = wait_for_lists()
+            counts = every[:, 0].tolist()
+            if max(counts) > room:
+                return self._remember(_places(self._start_bits(spikes)()))
+            found = []
+            for neurons, count, entries in zip(self.slices, counts, every[:, 1:].long(), strict=True):
+                cell, neuron = entries[:count].div(neurons.stop - neurons.start, rounding_mode="floor"), entries[:count]
+                neuron = neuron - cell * (neurons.stop - neurons.start)
+                found.append(cell * self.neurons + neurons.start + neuron)
+            return self._remember(torch.cat(found), max(counts))
+
+        return wait
+
+    def _remember(self, events: Tensor, most: int | None = None) -> Tensor:
+        """Make room for the next list; ``most``: how many of the ``events`` the rank had that had most, if it is known."""
+        if most is None:
+            owners = (events % self.neurons).div(self.share, rounding_mode="floor")
+            most = int(torch.bincount(owners, minlength=1).max())
+        self.room = max(16 + 2 * most, self.room * 3 // 4)
+        return events
+
+    def _start_bits(self, spikes: Tensor) -> Callable[[], Tensor]:
+        """Begin to exchange the spikes ``[..., n]`` as bits; the call of what it returns gives uint8 ``[..., N]``."""
+        padded = torch.zeros(*spikes.shape[:-1], -(-self.share // 8) * 8, dtype=torch.uint8, device=spikes.device)
+        padded[..., : spikes.shape[-1]] = spikes
+        wait = self._start([pack(padded)] * self.ranks)
+        return lambda: self._join(unpack(wait())[..., : self.share])
+
+    def greatest(self, numbers: Tensor) -> Tensor:
+        """The greatest of such numbers in all ranks."""
+        numbers = numbers.clone()
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
+        return numbers
+
+    def add_up(self, parts: Tensor) -> Tensor:
+        """The sum over the ranks, in their order, of ``[..., N]``, of which each keeps its own ``[..., n]``."""
+        every = self._swap([parts[..., each].contiguous() for each in self.slices])
+        total = every[0]
+        for other in every[1:]:
+            total = total + other
+        return total
+
+    def _swap(self, parts: Sequence[Tensor]) -> Tensor:
+        """Give every rank its part, and return what all have for this one, ``[ranks, ...]``."""
+        return self._start(parts)()
+
+    def _start(self, parts: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Begin to give every rank its part; a call of what it returns waits for what all have for this one.
+
+        In messages, which ``nccl`` takes as one: ``gloo`` has no collective that adds up parts, and is slower in others.
+        """
+        mine = parts[self.rank]
+        every = mine.new_empty(self.ranks, *mine.shape)
+        every[self.rank] = mine
+        messages = []
+        for shift in range(1, self.ranks):
+            to, source = (self.rank + shift) % self.ranks, (self.rank - shift) % self.ranks
+            messages.append(dist.P2POp(dist.isend, parts[to], group=self.group, group_peer=to))
+            messages.append(dist.P2POp(dist.irecv, every[source], group=self.group, group_peer=source))
+        started = dist.batch_isend_irecv(messages) if messages else []
+
+        def wait() -> Tensor:
+            for message in started:
+                message.wait()
+            return every
+
+        return wait
+
+    def _join(self, every: Tensor) -> Tensor:
+        return every.movedim(0, -2).flatten(-2)[..., : self.neurons]
+
+    def share_facts(self, facts: Any) -> list[Any]:
+        """What all ranks have to say, a small object of each."""
+        given: list[Any] = [None] * self.ranks
+        dist.all_gather_object(given, facts, group=self.group)
+        return given
+
+    def agree(self, call: dict[str, Any], error: Exception | None) -> None:
+        """Raise in all ranks where one has an error or another call than the others, before they wait for each other."""
+        given = self.share_facts(None if error else call)
+        if error is not None:
+            raise error
+        if None in given:
+            raise RuntimeError(f"rank {given.index(None)} refused its arguments; its own error says what to change")
+        for name in call:
+            values = [other.get(name) for other in given]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"{name} must be the same on every rank, got {', '.join(map(str, values))} on ranks 0 to "
+                    f"{self.ranks - 1}; make them equal"
+                )
+
+
+def _places(spikes: Tensor) -> Tensor:
+    """Where a tensor of bytes is not 0, int64, counted as if it were flat."""
+    if spikes.device.type == "cpu":  # several times as fast
+        return torch.from_numpy(np.flatnonzero(spikes.view(torch.bool).numpy()))
+    return torch.nonzero(spikes.reshape(-1)).flatten()
+
+
+def pack(spikes: Tensor) -> Tensor:
+    """Bytes of 0 and 1 ``[..., 8 W]`` to bits ``[..., W]``, bit ``i`` of a byte being neuron ``8 w + i``.
+
+    In the product of eight bytes with the sum of ``2**(7 k)``, k from 1 to 8, bit ``56 + i`` is byte ``i``, and no two terms
+    meet in a bit.
+    """
+    return (spikes.view(torch.int64) * 0x0102040810204080 >> 56 & 0xFF).to(torch.uint8)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of :func:`pack`: byte ``i`` takes bit ``i``, and gives 1 if adding 127 sets its highest bit."""
+    bits = packed.to(torch.int64) * 0x0101010101010101 & (0x8040201008040201 - 2**64)
+    return (bits + 0x7F7F7F7F7F7F7F7F >> 7 & 0x0101010101010101).view(torch.uint8)
+
+
+class Gather(torch.autograd.Function):
+    """:meth:`Ranks.gather`, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.gather(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.add_up(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class Shared(torch.autograd.Function):
+    """What all ranks have in common: as it is, with a gradient that is the sum of those of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, device: torch.device, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.device = group, device
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sums = [grad.to(ctx.device, memory_format=torch.contiguous_format, copy=True) for grad in grads]
+        for total in sums:
+            dist.all_reduce(total, group=ctx.group)
+        return None, None, *(total.to(grad.device) for total, grad in zip(sums, grads, strict=True))
