@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +41,10 @@ def owned_neurons(neurons: int, group: Group = None) -> slice:
     return ranks.own
 
 
+# So many runs of steps are tried with one exchange of spikes, and so many with two.
+TRIALS = 5
+
+
 class Ranks:
     """The processes of a group, and which of the neurons each owns: the exchange of :mod:`coba_triton.ops.time_blocks`."""
 
@@ -64,6 +70,9 @@ class Ranks:
         self.slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
         self.own = self.slices[self.rank]
         self.room = 0  # spikes for which a list has room; none: bits are sent
+        self.moments: list[float] = []  # when the first runs of steps began
+        self.parts = 1
+        self.device = torch.device("cpu")
 
     def gather(self, values: Tensor) -> Tensor:
         """``[..., n]`` of every rank to ``[..., N]`` in all of them."""
@@ -73,7 +82,24 @@ class Ranks:
 
     def gather_spikes(self, spikes: Tensor) -> Tensor:
         """:meth:`gather` of 0 and 1, eight neurons in a byte: ``[..., n]`` to uint8 ``[..., N]``."""
-        return self._start_bits(spikes)()
+        return self._join(self._start_bits(spikes.to(torch.uint8))())
+
+    def windows(self) -> int:
+        """See :meth:`coba_triton.ops.call.Exchange.windows`.
+
+        More messages cost time, and save that for which neurons wait. So the ranks try one part a few times and then two,
+        and keep to what was faster.
+        """
+        if self.ranks > 1 and len(self.moments) <= 2 * TRIALS:
+            self.moments.append(time.perf_counter())
+            tried = len(self.moments) - 1
+            self.parts = 1 + (tried >= TRIALS)
+            if tried == 2 * TRIALS:
+                took = [after - before for before, after in itertools.pairwise(self.moments)]
+                one, two = (statistics.median(times[1:]) for times in (took[:TRIALS], took[TRIALS:]))
+                slowest = self.greatest(torch.tensor([one, two], dtype=torch.float64, device=self.device))
+                self.parts = 1 + bool(slowest[1] < slowest[0])
+        return self.parts
 
     def send_spikes(self, spikes: Tensor) -> Callable[[], Tensor]:
         """See :meth:`coba_triton.ops.call.Exchange.send_spikes`.
@@ -81,13 +107,13 @@ class Ranks:
         All ranks send lists or all send bits, whichever is shorter. A list has room for twice as many spikes as any rank
         had before, which all of them know. Where that is too little for one rank, all send bits afterwards.
         """
-        own = _places(spikes)
-        steps, batch, _ = spikes.shape
-        as_list = self.ranks > 1 and 4 * (1 + self.room) < steps * batch * -(-self.share // 8)
-        if not as_list:
-            wait_for_bits = self._start_bits(spikes)
-            return lambda: self._remember(_places(wait_for_bits()))
+        self.device = spikes.device
+        steps, batch, neurons = spikes.shape
         room = self.room
+        if self.ranks == 1 or 4 * (1 + room) >= steps * batch * -(-self.share // 8):
+            wait_for_bits = self._start_bits(spikes)
+            return lambda: self._events(_places(wait_for_bits()), steps * batch)
+        own = _places(spikes)
         message = torch.zeros(1 + room, dtype=torch.int32, device=spikes.device)
         message[0] = len(own)
         message[1 : 1 + len(own)] = own[:room]
@@ -95,32 +121,36 @@ class Ranks:
 
         def wait() -> Tensor:
             every = wait_for_lists()
-            counts = every[:, 0].tolist()
-            if max(counts) > room:
-                return self._remember(_places(self._start_bits(spikes)()))
-            found = []
-            for neurons, count, entries in zip(self.slices, counts, every[:, 1:].long(), strict=True):
-                cell, neuron = entries[:count].div(neurons.stop - neurons.start, rounding_mode="floor"), entries[:count]
-                neuron = neuron - cell * (neurons.stop - neurons.start)
-                found.append(cell * self.neurons + neurons.start + neuron)
-            return self._remember(torch.cat(found), max(counts))
+            counts = every[:, 0]
+            if int(counts.max()) > room:
+                return self._events(_places(self._start_bits(spikes)()), steps * batch)
+            listed = torch.arange(room, device=every.device) < counts[:, None]
+            rank = torch.repeat_interleave(torch.arange(self.ranks, device=every.device), counts)
+            entries = every[:, 1:][listed].long()
+            owned = torch.where(rank < self.ranks - 1, self.share, self.neurons - self.share * (self.ranks - 1))
+            cell = entries.div(owned, rounding_mode="floor")
+            return self._events((rank * steps * batch + cell) * self.share + entries - cell * owned, steps * batch)
 
         return wait
 
-    def _remember(self, events: Tensor, most: int | None = None) -> Tensor:
-        """Make room for the next list; ``most``: how many of the ``events`` the rank had that had most, if it is known."""
-        if most is None:
-            owners = (events % self.neurons).div(self.share, rounding_mode="floor")
-            most = int(torch.bincount(owners, minlength=1).max())
+    def _events(self, places: Tensor, cells: int) -> Tensor:
+        """Spikes ``(cell, neuron)`` of the network from places in ``[ranks, cells, share]``; makes room for the next list."""
+        rank = places.div(cells * self.share, rounding_mode="floor")
+        cell = places.div(self.share, rounding_mode="floor")
+        most = int(torch.bincount(rank, minlength=1).max())
         self.room = max(16 + 2 * most, self.room * 3 // 4)
-        return events
+        # neuron = rank * share + place % share
+        return (cell - rank * cells) * self.neurons + rank * self.share + places - cell * self.share
 
     def _start_bits(self, spikes: Tensor) -> Callable[[], Tensor]:
-        """Begin to exchange the spikes ``[..., n]`` as bits; the call of what it returns gives uint8 ``[..., N]``."""
-        padded = torch.zeros(*spikes.shape[:-1], -(-self.share // 8) * 8, dtype=torch.uint8, device=spikes.device)
+        """Begin to exchange the spikes ``[..., n]`` as bits.
+
+        The call of what it returns gives those of all, uint8 ``[ranks, ..., share]``, in contiguous memory.
+        """
+        padded = spikes.new_zeros(*spikes.shape[:-1], -(-self.share // 8) * 8)
         padded[..., : spikes.shape[-1]] = spikes
         wait = self._start([pack(padded)] * self.ranks)
-        return lambda: self._join(unpack(wait())[..., : self.share])
+        return lambda: unpack(wait())[..., : self.share].contiguous()
 
     def greatest(self, numbers: Tensor) -> Tensor:
         """The greatest of such numbers in all ranks."""
@@ -200,11 +230,15 @@ def pack(spikes: Tensor) -> Tensor:
     In the product of eight bytes with the sum of ``2**(7 k)``, k from 1 to 8, bit ``56 + i`` is byte ``i``, and no two terms
     meet in a bit.
     """
+    if spikes.device.type == "cpu":  # several times as fast
+        return torch.from_numpy(np.packbits(spikes.numpy(), axis=-1, bitorder="little"))
     return (spikes.view(torch.int64) * 0x0102040810204080 >> 56 & 0xFF).to(torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The inverse of :func:`pack`: byte ``i`` takes bit ``i``, and gives 1 if adding 127 sets its highest bit."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, bitorder="little"))
     bits = packed.to(torch.int64) * 0x0101010101010101 & (0x8040201008040201 - 2**64)
     return (bits + 0x7F7F7F7F7F7F7F7F >> 7 & 0x0101010101010101).view(torch.uint8)
 

@@ -164,6 +164,12 @@ class Exchange(Protocol):
     def gather_spikes(self, spikes: Tensor) -> Tensor:
         """:meth:`gather` of 0 and 1."""
 
+    def windows(self) -> int:
+        """In how many parts to exchange the spikes of the next steps, which are as many as the shortest delay has.
+
+        With two, one is under way while neurons go on. All processes ask before each such run of steps, and get one answer.
+        """
+
     def send_spikes(self, spikes: Tensor) -> Callable[[], Tensor]:
         """Begin to exchange the spikes ``[t, B, n]`` of some steps, uint8.
 

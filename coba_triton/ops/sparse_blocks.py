@@ -29,10 +29,6 @@ from .constants import constants_gradient
 from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
 from .time_blocks import by_sign, choose_block_steps, project, split, without_autocast, words_of
 
-# How often processes exchange spikes in as many steps as the shortest delay has. With two or more, messages are under way
-# while neurons go on.
-WINDOWS = 2
-
 
 def input_drive(net: SparseNetwork, x: Tensor, events: bool) -> Tensor | None:
     """The drive ``[2, t, B, N]`` of dense weights; None where there are none, or no input."""
@@ -87,21 +83,25 @@ def _block_of_ranks(
 ) -> Tensor:
     """:meth:`coba_triton.backend.protocol.Backend.sparse_block` of a process that owns some of the neurons.
 
-    In some steps no spike arrives that was sent in them. The neurons go through these on their own, and their spikes are on
-    their way to the other processes during the next ones.
+    In as many steps as the shortest delay has, no spike arrives that was sent in them. The neurons go through these on their
+    own, at once or in two parts. With two, the spikes of one are on their way to the other processes during the other.
     """
     assert net.exchange is not None
     steps, under_way = len(x), deque[tuple[int, Callable[[], Tensor]]]()
     fired = torch.empty(steps, *state.shape[1:], dtype=torch.uint8, device=x.device)
-    window = max(1, net.shortest // WINDOWS)
-    alone = net.unconnected(window)
+    alone = net.unconnected(net.shortest)
 
     def deliver() -> None:
         first, sent = under_way.popleft()
         net.backend.sparse_send(net, ring, start + first, sent())
 
-    for begin in range(0, steps, window):
-        here = slice(begin, min(begin + window, steps))
+    end = until = 0
+    while end < steps:
+        if end == until:
+            until = min(end + net.shortest, steps)
+            window = -(-net.shortest // net.exchange.windows())
+        begin, end = end, min(end + window, until)
+        here = slice(begin, end)
         while under_way and under_way[0][0] + net.shortest < here.stop:
             deliver()
         filled = Outputs(fired[here], None, None if out.states is None else out.states[:, here])
