@@ -108,7 +108,7 @@ class Ranks:
         had before, which all of them know. Where that is too little for one rank, all send bits afterwards.
         """
         self.device = spikes.device
-        steps, batch, neurons = spikes.shape
+        steps, batch, _ = spikes.shape
         room = self.room
         if self.ranks == 1 or 4 * (1 + room) >= steps * batch * -(-self.share // 8):
             wait_for_bits = self._start_bits(spikes)
@@ -134,7 +134,7 @@ class Ranks:
         return wait
 
     def _events(self, places: Tensor, cells: int) -> Tensor:
-        """Spikes ``(cell, neuron)`` of the network from places in ``[ranks, cells, share]``; makes room for the next list."""
+        """Spikes as ``cell N + neuron`` from places in ``[ranks, cells, share]``; makes room for the next list."""
         rank = places.div(cells * self.share, rounding_mode="floor")
         cell = places.div(self.share, rounding_mode="floor")
         most = int(torch.bincount(rank, minlength=1).max())
