@@ -12,7 +12,21 @@ the number of ranks:
 The device of the tensors must be one that the group's backend serves: ``gloo`` on the CPU, ``nccl`` on GPUs.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .integral import coba_lif_integral
 from .ranks import owned_neurons
 
-__all__ = ["coba_lif_integral", "owned_neurons"]
+if TYPE_CHECKING:
+    from ..stream.ranks import simulate
+
+__all__ = ["coba_lif_integral", "owned_neurons", "simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Long runs are imported when they are asked for."""
+    if name == "simulate":
+        from ..stream.ranks import simulate
+
+        return simulate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

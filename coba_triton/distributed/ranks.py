@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -58,13 +58,13 @@ class Ranks:
         if self.rank < 0:
             raise RuntimeError("group must have this process among its ranks, and has not; call it on its own ranks alone")
 
-    def divide(self, neurons: int) -> None:
-        """Give every rank its share of the neurons."""
+    def divide(self, neurons: int, what: str = "neuron") -> None:
+        """Give every rank its share of the neurons, or of something else that they have a number of."""
         self.neurons, self.share = neurons, -(-neurons // self.ranks)
         if self.share * (self.ranks - 1) >= neurons:
             raise ValueError(
-                f"every rank must own a neuron, and {self.ranks} ranks of ceil({neurons} / {self.ranks}) = {self.share} "
-                f"neurons leave the last one without; use {-(-neurons // max(self.share, 1))} ranks"
+                f"every rank must own a {what}, and {self.ranks} ranks of ceil({neurons} / {self.ranks}) = {self.share} "
+                f"{what}s leave the last one without; use {-(-neurons // max(self.share, 1))} ranks"
             )
         bounds = [min(rank * self.share, neurons) for rank in range(self.ranks + 1)]
         self.slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
@@ -196,18 +196,28 @@ class Ranks:
         return every.movedim(0, -2).flatten(-2)[..., : self.neurons]
 
     def share_facts(self, facts: Any) -> list[Any]:
-        """What all ranks have to say, a small object of each."""
+        """What all ranks have to say, a small object of each.
+
+        Raises:
+            RuntimeError: if a rank says that it has failed, see :meth:`refuse`.
+        """
         given: list[Any] = [None] * self.ranks
         dist.all_gather_object(given, facts, group=self.group)
+        failed = [rank for rank, other in enumerate(given) if isinstance(other, _Failed)]
+        if failed and not isinstance(facts, _Failed):
+            raise RuntimeError(f"rank {failed[0]} refused its arguments; its own error says what to change")
         return given
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raise an error, after the other ranks are told, which are about to share facts."""
+        self.share_facts(_Failed())
+        raise error
 
     def agree(self, call: dict[str, Any], error: Exception | None) -> None:
         """Raise in all ranks where one has an error or another call than the others, before they wait for each other."""
-        given = self.share_facts(None if error else call)
         if error is not None:
-            raise error
-        if None in given:
-            raise RuntimeError(f"rank {given.index(None)} refused its arguments; its own error says what to change")
+            self.refuse(error)
+        given = self.share_facts(call)
         for name in call:
             values = [other.get(name) for other in given]
             if any(value != values[0] for value in values):
@@ -215,6 +225,10 @@ class Ranks:
                     f"{name} must be the same on every rank, got {', '.join(map(str, values))} on ranks 0 to "
                     f"{self.ranks - 1}; make them equal"
                 )
+
+
+class _Failed:
+    """What a rank says that cannot go on."""
 
 
 def _places(spikes: Tensor) -> Tensor:

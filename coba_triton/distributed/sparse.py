@@ -102,7 +102,7 @@ class SparseRows:
         history, initial = initial_sparse_state(x, state, self.wiring, p, self.dt, x.shape[1:])
         return history, initial, *(weights.to(initial.dtype) for weights in self.weights)
 
-    def _agree_on_grids(self, weights: list[Tensor], binary: bool) -> tuple[Grid | None, Grid]:
+    def agree_on_grids(self, weights: list[Tensor], binary: bool) -> tuple[Grid | None, Grid]:
         """The grids on which all ranks add up. They are kept until a weight of any rank changes."""
         synapses = [(own, w) for own, w in zip(self.wiring[:2], weights, strict=True) if isinstance(own, Synapses)]
         kept: list[Grid | None] = []
@@ -127,7 +127,7 @@ class SparseRows:
         self, x: Tensor, prepared: tuple[Tensor, ...], p: Any, jump_first: bool, record_states: bool
     ) -> tuple[list[Tensor], RecurrentState]:
         history, initial, *weights = prepared
-        grids = self._agree_on_grids(weights, False)
+        grids = self.agree_on_grids(weights, False)
         c = derive_constants(p, self.dt, initial.dtype, x.device)
         inputs, recurrent = (
             reference_synapses(own, w, self.dt, grid) if isinstance(own, Synapses) and grid is not None else None
@@ -157,7 +157,7 @@ class SparseRows:
 
     def run(self, x: Tensor, prepared: tuple[Tensor, ...], p: Any, call: Call) -> tuple[Tensor, RecurrentState]:
         history, initial, *weights = prepared
-        grids = self._agree_on_grids(weights, history.device.type == "cpu" and is_binary(history))
+        grids = self.agree_on_grids(weights, history.device.type == "cpu" and is_binary(history))
         steps, neurons, dtype = len(x), initial.shape[1:], initial.dtype
         batch, own = neurons[:-1].numel(), neurons[-1]
         to = connections(self.wiring, constants_table(p, self.dt, dtype, x.device, neurons), self.dt)

@@ -41,6 +41,7 @@ from ..neuron.records import (
 from ..ops import sparse_blocks, time_blocks, validation
 from ..ops.call import Network, Outputs, SparseNetwork, Weights
 from ..ops.constants import constants_table
+from ..ops.grid import PART, weights_of
 from ..ops.spikes import WORD_BITS, word_count
 from ..ops.synapses import Synapses
 from ..ops.tensors import is_refractory
@@ -156,11 +157,11 @@ def simulate(
     run = BlockRun(network, source, state, Record() if record is None else record, block_steps, stop_if_unstable)
     sink = open_sink(sink)
     with sink.held():
-        _go_on(run, sink, resume, progress)
+        go_on(run, sink, resume, progress)
         return Result(*sink.result(), path=sink.path)
 
 
-def _go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
+def go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[int], None]) -> None:
     """Simulate the blocks that the sink does not have yet, and give them to it."""
     begun = sink.begin(run.header, resume)
     block_steps, steps = run.header.block_steps, run.header.steps
@@ -270,8 +271,13 @@ class _Commits:
         if self._pending is None:
             return
         stop, writing = self._pending
+        failure: OSError | None = None
         try:
             writing.result()
+        except OSError as error:
+            failure = error
+        try:
+            self.sink.settle(failure)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -361,48 +367,51 @@ class BlockRun:
         self.device: torch.device = self.network.v_thresh.device
         self.recurrent = isinstance(network, CobaLIFRecurrent)
         self.blocks = Blocks(source, self.device)
-        channels = self.blocks.first.shape[1:]
+        first = self._own_input(self.blocks.first).to(self.device)
+        channels = first.shape[1:]
         driven = not self.recurrent or self.network.input_size
         if not (channels if driven else channels[:-1]).numel():
             raise ValueError(
                 f"a step of source must have at least one number, got shape {list(channels)}; leave out axes of size 0"
             )
-        first = self.blocks.first.to(self.device)
         self.wiring: Wiring | None = None
         with torch.no_grad():
             weights = [w.detach() if isinstance(w, Tensor) else w.with_weights(w.weights.detach()) for w in self._weights()]
             delay = getattr(self.network, "delay", None)
-            self.digests = dict(zip(("input", "recurrent"), map(_digest_of, weights), strict=False))
+            self.digests = dict(zip(("input", "recurrent"), map(self._digest_of, weights), strict=False))
             if delay is not None:
                 self.digests["delay"] = digest(delay) if isinstance(delay, Tensor) else float(delay)
             if self.recurrent and is_sparse(weights[0], weights[1], delay):
                 # matrices become records once here, and not for every block
-                self.wiring = connect(first.new_empty(channels), weights[0], weights[1], delay, self.network.dt)
+                self.wiring = self._connect(first[:0], weights, delay)
                 self.weights: Any = self.wiring[:2]
             else:  # the kernels read rows of the transposed weights
                 self.weights = tuple(w.t().contiguous().t() for w in weights)
             p = self.network.p if self.recurrent else self.network._parameters_for(first, 1)
             detached: Any = [value.detach() if isinstance(value, Tensor) else value for value in p]
-            self.p: Any = CobaLIFParameters(*detached)
+            self.whole_p: Any = CobaLIFParameters(*detached)
+            self.p: Any = CobaLIFParameters(*map(self._own_part, detached))
             self._check_numbers()
-            self.state = self._integrate(first[:0], state, False)[1]
+            self.state = self._initial_state(first[:0], state)
             if state is not None:
                 validation.check_numbers({f"state.{name}": field for name, field in self.state._asdict().items()})
                 _check_spikes(self.state)
         self.shape = self.state.v.shape
-        cells = self.shape.numel()
-        chosen = validation.check_neurons(record.neurons, cells, "record.neurons")
-        self.neurons = torch.as_tensor(chosen, device=self.device)
+        self.whole_shape = self._whole_shape()
+        cells = self.whole_shape.numel()
+        self.recorded = validation.check_neurons(record.neurons, cells, "record.neurons")
+        self.neurons = torch.as_tensor(self._own_cells(self.recorded), device=self.device)
         self.every = validation.check_int(record.every, "record.every")
         if (least := math.lcm(WORD_BITS, self.every)) > MAX_BLOCK_STEPS:
             raise ValueError(
                 f"record.every must have a common multiple with {WORD_BITS} of at most {MAX_BLOCK_STEPS:,}, got "
                 f"{self.every} with {least:,}; take a number with more factors of 2"
             )
-        self.populations = {
+        populations = {
             name: validation.check_neurons(members, cells, f"record.populations[{name!r}]")
             for name, members in record.populations.items()
         }
+        self.populations = {name: self._own_cells(members) for name, members in populations.items()}
         for name in record.variables:
             if not validation.is_one_of(name, State._fields):
                 raise ValueError(f"record.variables must be among 'v', 'g_e' and 'g_i', got {name!r:.50}")
@@ -422,15 +431,66 @@ class BlockRun:
             order = self.neurons.argsort()
             self.ascending, self.places = self.neurons[order], order.argsort()
         if record.inputs and self.recurrent:
-            self.mean_weights = _mean_weights(self.weights[0])
+            self.mean_weights = self._mean_weights(self.weights[0])
         rates = self.network.dt * self.p.c_m_inv, self.p.g_l, self.p.conductance_based
         self.rates = [torch.as_tensor(rate).cpu().numpy() for rate in rates]
         self.limit = _next_limit(np.max(self.rates[0] * self.rates[1]))  # _check_numbers has warned of the state at rest
         self.fires_always = False
         self.stop_if_unstable = stop_if_unstable
-        self.part = self._first_part()
+        self.part = self._least(self._first_part())
         self.show: Callable[[int], None] = lambda done: None
-        self.header = self._header(state, block_steps)
+        self.header = self._header(state, block_steps, populations)
+
+    # What a process that has a part of the neurons does in another way; see :mod:`coba_triton.stream.ranks`.
+
+    def _own_input(self, x: Tensor) -> Tensor:
+        """What this process reads of some steps of the source."""
+        return x
+
+    def _own_part(self, values: Any) -> Any:
+        """The part of a parameter or of a field of a state for the neurons of this process."""
+        return values
+
+    def _own_cells(self, cells: Any) -> Any:
+        """The numbers within this process of those among some neurons that it has."""
+        return cells
+
+    def _whole_shape(self) -> torch.Size:
+        """The axes of all neurons."""
+        return torch.Size(self.shape)
+
+    def _whole_state(self) -> Tensor:
+        """The state of all neurons, packed."""
+        return pack_state(self.state)
+
+    def _digest_of(self, weights: Any) -> Any:
+        """What the result keeps of weights, to know them again."""
+        return sums_of(weights) if isinstance(weights, Synapses) else digest(weights)
+
+    def _greatest(self, number: float) -> float:
+        """The greatest of such numbers of all processes."""
+        return number
+
+    def _least(self, number: int) -> int:
+        """The least of such numbers of all processes."""
+        return number
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return numbers
+
+    def _mean_weights(self, weights: Any) -> list[Tensor]:
+        """What a spike of each source adds to the excitatory and the inhibitory conductances, as means over the neurons."""
+        dtype = weights.weights.dtype if isinstance(weights, Synapses) else weights.dtype
+        return list((self._sum(_weight_sums(weights)) / self.whole_shape[-1]).to(dtype))
+
+    def _connect(self, x: Tensor, weights: Sequence[Any], delay: Any) -> Wiring:
+        """The sparse synapses onto the neurons of this process."""
+        return connect(x, weights[0], weights[1], delay, self.network.dt)
+
+    def _initial_state(self, x: Tensor, state: Any) -> Any:
+        """The state before the first step, of an input of no steps."""
+        return self._integrate(x, state, False)[1]
 
     def _weights(self) -> Sequence[Any]:
         """Input and recurrent weights of connected neurons."""
@@ -470,20 +530,20 @@ class BlockRun:
         history = getattr(self.state, "history", self.state.z.unsqueeze(0))
         return SparseNetwork.of(to, history, jump_first, launcher(self.backend))
 
-    def _header(self, state: Any, block_steps: int | None) -> Header:
-        """What the sink is told about the run."""
-        cells, record, traced = self.shape.numel(), self.record, len(self.neurons)
+    def _header(self, state: Any, block_steps: int | None, populations: Mapping[str, Any]) -> Header:
+        """What the sink is told about the run, of all neurons."""
+        cells, record, traced = self.whole_shape.numel(), self.record, len(self.recorded)
         if block_steps is None:
             first, itemsize = self.blocks.first, self.state.v.element_size()
             held = 0 if self._reads_in_place() else first[:1].numel() * first.element_size()
             step = held + cells // 8 + 3 * itemsize * traced
             block_steps = min(BLOCK_BYTES // max(step, 1), MAX_BLOCK_STEPS)
         whole = math.lcm(WORD_BITS, self.every)  # so many steps fill whole rows of every array
-        numbers = numbers_of(self.p)
+        numbers = numbers_of(self.whole_p)
         arrays = {name: value.cpu().numpy() for name, value in numbers.items() if isinstance(value, Tensor) and value.dim()}
         config: dict[str, Any] = {
             "network": type(self.network).__name__,
-            "neurons": list(self.shape),
+            "neurons": list(self.whole_shape),
             "dt_ms": self.network.dt,
             "order": self.network.order,
             "backend": self.backend,
@@ -492,13 +552,13 @@ class BlockRun:
             "parameters": {name: digest(value) if name in arrays else float(value) for name, value in numbers.items()},
             "weights": self.digests,
             "source": self.blocks.describe(),
-            "initial_state": None if state is None else digest(pack_state(self.state)),
+            "initial_state": None if state is None else digest(self._whole_state()),
             "record": {
                 "spikes": record.spikes,
                 "variables": list(record.variables),
-                "neurons": self.neurons.tolist(),
+                "neurons": self.recorded.tolist(),
                 "every": self.every,
-                "populations": {name: digest(torch.from_numpy(members)) for name, members in self.populations.items()},
+                "populations": {name: digest(torch.from_numpy(members)) for name, members in populations.items()},
                 "inputs": record.inputs,
             },
             "block_steps": max(-(-block_steps // whole), 1) * whole,
@@ -511,8 +571,8 @@ class BlockRun:
             del config["parameters"]["conductance_based"]
         if self.wiring is not None and self.wiring.longest > 1:
             config["longest_delay"] = self.wiring.longest
-        arrays |= {"recorded": self.neurons.cpu().numpy()} if traced else {}
-        arrays |= {f"population_{number}": members for number, members in enumerate(self.populations.values())}
+        arrays |= {"recorded": np.asarray(self.recorded)} if traced else {}
+        arrays |= {f"population_{number}": members for number, members in enumerate(populations.values())}
         return Header(config, columns_of(config), arrays, self.blocks.steps, config["block_steps"], versions())
 
     def _reads_in_place(self) -> bool:
@@ -621,7 +681,7 @@ class BlockRun:
             if done < len(x):
                 self._check(pack_state(self.state).cpu().numpy(), part, start + done - len(part), start + done)
                 self.show(start + done)
-            seconds = time.perf_counter() - began
+            seconds = self._greatest(time.perf_counter() - began)
             if seconds < 0.25 and len(part) == self.part < MAX_BLOCK_STEPS:
                 self.part *= 2
             elif seconds > 1 and self.part > WORD_BITS:
@@ -684,7 +744,7 @@ class BlockRun:
         steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
         history = history.reshape(len(history), *rows).contiguous()
         if self.ring is None:
-            self.ring, self.since = net.backend.sparse_ring(net, history), 0
+            self.ring, self.since = sparse_blocks.ring_of(net, history), 0
         words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
         traces = z.new_empty(len(fields), steps, len(self.ascending)) if len(self.ascending) else None
         state = sparse_blocks.forward(
@@ -739,7 +799,7 @@ class BlockRun:
     def _mean_inputs(self, x: Tensor) -> tuple[Any, Any]:
         rows = x.reshape(len(x), -1)
         if self.recurrent:
-            rows = x.reshape(len(x), self.shape[:-1].numel(), x.shape[-1]).to(self.mean_weights[0].dtype)
+            rows = x.reshape(len(x), self.whole_shape[:-1].numel(), x.shape[-1]).to(self.mean_weights[0].dtype)
             means = [(rows @ weights).mean(1) for weights in self.mean_weights]
         else:
             rows = rows.to(self.state.v.dtype)
@@ -813,24 +873,46 @@ def _check_spikes(state: Any) -> None:
         )
 
 
-def _digest_of(weights: Any) -> Any:
-    """A checksum of a matrix of weights, or those of all that sparse synapses are."""
-    if not isinstance(weights, Synapses):
-        return digest(weights)
-    parts = {"indptr": weights.indptr, "targets": weights.targets, "weights": weights.weights, "delays": weights.delays}
-    return {"synapses": weights.count} | {name: None if part is None else digest(part) for name, part in parts.items()}
+def sums_of(synapses: Synapses) -> dict[str, int]:
+    """What is kept of synapses to know them again: their number, and sums modulo 2**64 of a hash of each one.
+
+    The sums have no order, and those of several parts of a network add up to those of the network. ``connections`` is of
+    sources and targets, and the others are of these with the weight or with the delay.
+    """
+    sums = {name: np.zeros((), np.uint64) for name in ("connections", "weights", "delays")}
+    numbers = torch.arange(synapses.sources, device=synapses.indptr.device).unsqueeze(1)
+    delays = torch.full((1,), -1.0) if synapses.delays is None else synapses.delays
+
+    def hashed(hashes: Any, values: Tensor) -> Any:
+        return _mixed(hashes ^ values.detach().double().cpu().numpy().view(np.uint64))
+
+    for begin in range(0, synapses.count, PART):
+        here = begin, min(begin + PART, synapses.count)
+        pairs = hashed(np.uint64(0), synapses.targets[slice(*here)])
+        pairs = hashed(pairs, weights_of(numbers, synapses.indptr, *here))
+        sums["connections"] += pairs.sum(dtype=np.uint64)
+        for name, values in (("weights", synapses.weights), ("delays", delays)):
+            sums[name] += hashed(pairs, weights_of(values, synapses.indptr, *here)).sum(dtype=np.uint64)
+    return {"synapses": synapses.count} | {name: int(total) for name, total in sums.items()}
 
 
-def _mean_weights(weights: Any) -> list[Tensor]:
-    """What a spike of each source adds to the excitatory and the inhibitory conductances, as means over the neurons."""
+def _mixed(numbers: Any) -> Any:
+    """A hash of 64 bits of each number, the finalizer of SplitMix64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def _weight_sums(weights: Any) -> Tensor:
+    """The sum of the excitatory and that of the inhibitory weights of each source, ``[2, I]`` in float64."""
     if not isinstance(weights, Synapses):
-        return [w.mean(0) for w in (weights.relu(), (-weights).relu())]
+        return torch.stack([part.double().sum(0) for part in (weights.relu(), (-weights).relu())])
     sources = weights.source_of()
     each = weights.weights[sources, 0] if weights.weights.dim() == 2 else weights.weights.expand(weights.count)
     sums = each.new_zeros(2, weights.sources, dtype=torch.float64)
     for total, part in zip(sums, (each.relu(), (-each).relu()), strict=True):
         total.index_add_(0, sources, part.double())
-    return list((sums / max(weights.neurons, 1)).to(each.dtype))
+    return sums
 
 
 def _next_limit(factor: float) -> float:

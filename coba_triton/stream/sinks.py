@@ -145,6 +145,11 @@ class Sink(ABC):
             given: the checksum of its input.
         """
 
+    def settle(self, error: OSError | None) -> None:
+        """Be told, after each :meth:`write` and in the thread of the caller, how it went; raise its error."""
+        if error is not None:
+            raise error
+
     @abstractmethod
     def end(self, steps: int, finished: bool) -> None:
         """Be told that no more blocks come, how many steps are finished, and whether that is the whole run."""
@@ -298,6 +303,13 @@ class ZarrSink(Sink):
         with self._kept_so_far(0):
             self._create(attributes, fixed, kept, header)
         return Checkpoint()
+
+    def join(self, header: Header) -> None:
+        """Prepare to write some blocks of a run that another process has begun with this header, or goes on with."""
+        self._columns, self._block_steps = header.columns, header.block_steps
+        self._kept = Store(self.path)
+        planned = self._kept.attributes["steps"]
+        self._described = planned if planned is not None else self._kept.steps + self._block_steps
 
     def _check_replaceable(self) -> None:
         if not self.overwrite:

@@ -250,7 +250,8 @@ def test_another_network_is_refused(part: str, tmp_path: Path) -> None:
         one.indptr[5] += 1
     else:
         inputs = SPARSE_INPUT.with_weights(SPARSE_INPUT.weights * 2)
-    where = "weights.input.weights" if part == "input" else f"weights.recurrent.{part}"
+    kind = {"targets": "connections", "indptr": "connections"}.get(part, part)
+    where = "weights.input.weights" if part == "input" else f"weights.recurrent.{kind}"
     with pytest.raises(ValueError, match=re.escape(f"begun with another configuration: {where}")):
         run(tmp_path / "run.zarr", network=network(one, inputs), source=drive((INPUTS,)), resume=True)
     assert run(tmp_path / "run.zarr", network=network(), source=drive((INPUTS,)), resume=True).finished

@@ -1,0 +1,202 @@
+"""Long runs that several processes share: one result, with the bits of one process.
+
+The functions without ``test_`` in their names run on every rank of a group; see ``ranks.py``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coba_triton import (
+    CobaLIF,
+    CobaLIFParameters,
+    CobaLIFRecurrent,
+    PoissonSource,
+    Record,
+    Synapses,
+    distributed,
+    open_result,
+    simulate,
+)
+from coba_triton.stream.simulation import sums_of
+from coba_triton.tools.problems import DT, VALUES
+from helpers.marks import slow
+from helpers.ranks import Ranks
+
+pytest.importorskip("zarr")
+pytestmark = pytest.mark.filterwarnings("ignore:the Euler step", "ignore:.*fire in every step")
+N = 30
+T = 230
+RECORD = Record(
+    variables=("v", "g_e"), neurons=[17, 0, 29, 3], populations={"first": range(12), "some": [25, 2, 14]}, inputs=True
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    if "forkserver" not in multiprocessing.get_all_start_methods() or not torch.distributed.is_gloo_available():
+        pytest.skip("several processes need torch with gloo, and a system that forks")
+    processes = Ranks(tmp_path_factory.mktemp("ranks"), 3)
+    yield processes
+    processes.close()
+
+
+def network(kind: str, only: tuple[int, int] | None = None) -> Any:
+    """A network of N neurons; a sparse one with the synapses onto some of them."""
+    torch.manual_seed(1)
+    p = CobaLIFParameters(**VALUES | {"v_thresh": torch.linspace(-0.15, -0.1, N)}, refractory=0.03)
+    if kind == "feed-forward":
+        return CobaLIF(p, DT)
+    if kind == "dense":
+        weights = [torch.round(torch.randn(N, size) * 48) / 1024 for size in (6, N)]
+        return CobaLIFRecurrent(
+            6, N, p, DT, input_weights=nn.Parameter(weights[0]), recurrent_weights=nn.Parameter(weights[1])
+        )
+    inputs = Synapses.fixed_probability(6, N, 0.5, 0.12, seed=1, only=only, dtype=torch.float32)
+    delay = {"delays": 0.04, "one step": None}[kind]
+    synapses = Synapses.fixed_number(N, N, 6, 0.04, delay, seed=2, only=only, dtype=torch.float32)
+    return CobaLIFRecurrent(6, N, p, DT, autapses=True, input_weights=inputs, recurrent_weights=synapses)
+
+
+def source_for(kind: str, steps: int, batch: tuple[int, ...]) -> torch.Tensor:
+    if kind == "feed-forward":
+        return 0.3 * torch.randn(T, *batch, N, generator=torch.Generator().manual_seed(3))[:steps]
+    return (torch.rand(T, *batch, 6, generator=torch.Generator().manual_seed(3)) < 0.3).float()[:steps]
+
+
+def shared(
+    group: Any, kind: str, divide: Any, batch: tuple[int, ...], steps: int, path: Path, options: dict[str, Any]
+) -> Any:
+    """A rank's part of a run; returns how the result looks to it."""
+    only = None
+    if divide == "neurons":
+        own = distributed.owned_neurons(N, group)
+        only = own.start, own.stop
+    run = network(kind, only)
+    source = source_for(kind, steps, batch)
+    result = distributed.simulate(
+        run, source, sink=path, divide=divide, group=group, block_steps=64, progress=False, record=RECORD, **options
+    )
+    return result.steps, result.finished, int(result.spikes[:].sum())
+
+
+CASES = [
+    ("feed-forward", "neurons", ()),
+    ("feed-forward", "rows", (5,)),
+    ("dense", "rows", (5,)),
+    ("delays", "neurons", ()),
+    ("delays", "rows", (6,)),
+    ("one step", "neurons", (2,)),
+]
+
+
+def assert_same_results(ours: Any, theirs: Any) -> None:
+    assert ours.steps == theirs.steps and ours.shape == theirs.shape and ours.finished
+    assert np.array_equal(ours.spikes[:], theirs.spikes[:])
+    for name in ("v", "g_e"):
+        assert np.array_equal(ours.traces[name][:], theirs.traces[name][:]), name
+    for name in ("counts", "input_e", "input_i", "recorded"):
+        assert np.array_equal(ours.array(name), theirs.array(name)), name
+    for one, other in zip(ours.state, theirs.state, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [*slow(1), 2, 3])
+@pytest.mark.parametrize(("kind", "divide", "batch"), CASES)
+def test_the_result_of_one_process(
+    ranks: Ranks, tmp_path: Path, kind: str, divide: str, batch: tuple[int, ...], size: int
+) -> None:
+    options: dict[str, Any] = {"block_steps": 64, "progress": False, "record": RECORD}
+    whole = simulate(network(kind), source_for(kind, T, batch), sink=tmp_path / "whole.zarr", **options)
+    count = int(whole.spikes[:].sum())
+    assert count > 100
+    seen = ranks(size, shared, kind, divide, batch, T, tmp_path / "shared.zarr", {})
+    assert seen == [(T, True, count)] * size
+    ours = open_result(tmp_path / "shared.zarr")
+    assert_same_results(ours, whole)
+    assert ours.attributes["config"] == whole.attributes["config"]
+
+
+@pytest.mark.parametrize(("kind", "divide", "batch"), CASES[::3])
+def test_any_number_of_ranks_goes_on(ranks: Ranks, tmp_path: Path, kind: str, divide: str, batch: tuple[int, ...]) -> None:
+    """Two ranks begin, three go on, and one process ends the run."""
+    path = tmp_path / "run.zarr"
+    ranks(2, shared, kind, divide, batch, 70, path, {})
+    ranks(3, shared, kind, divide, batch, 140, path, {"resume": True})
+    options: dict[str, Any] = {"block_steps": 64, "progress": False, "record": RECORD}
+    result = simulate(network(kind), source_for(kind, T, batch), sink=path, resume=True, **options)
+    assert_same_results(result, simulate(network(kind), source_for(kind, T, batch), sink=tmp_path / "w.zarr", **options))
+
+
+def refused(group: Any, path: Path, changes: list[dict[str, Any]]) -> str:
+    change = {"divide": "neurons", "sink": path} | changes[torch.distributed.get_rank(group)]
+    source = change.pop("source", source_for("feed-forward", 70, ()))
+    run = CobaLIF(change.pop("p", CobaLIFParameters(**VALUES)), DT)
+    try:
+        distributed.simulate(run, source, group=group, progress=False, **change)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_what_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    """Before the first step, on all ranks; nothing is written."""
+    path = tmp_path / "run.zarr"
+    other = CobaLIFParameters(**VALUES | {"g_l": 0.3})
+    for changes, expected in (
+        (
+            [{}, {"p": other}],
+            ["ValueError: rank 1 has another run than rank 0: config.parameters.g_l was 0.25 and is 0.3"] * 2,
+        ),
+        ([{"divide": "columns"}] * 2, ["ValueError: divide must be 'neurons' or 'rows', got 'columns'"] * 2),
+        ([{"sink": None}] * 2, ["ValueError: sink must be a path that ends in .zarr"] * 2),
+        ([{"divide": "rows"}] * 2, ["ValueError: divide='rows' needs an input with a batch axis"] * 2),
+        ([{}, {"record": 3}], ["RuntimeError: rank 1 refused its arguments", "TypeError: record must be a Record"]),
+    ):
+        for got, message in zip(ranks(2, refused, path, changes), expected, strict=True):
+            assert got.startswith(message), got
+    assert not path.exists()
+    assert ranks(2, refused, path, [{}, {}]) == ["nothing"] * 2
+    for got in ranks(2, refused, path, [{}, {}]):
+        assert got.startswith("FileExistsError: ") and "exists; continue it with resume=True" in got
+    changed = source_for("feed-forward", 70, ()) + 1
+    for got in ranks(2, refused, path, [{"source": changed, "resume": True}] * 2):
+        assert "was begun with another input" in got
+
+
+def test_a_sum_of_synapses_has_no_order() -> None:
+    whole = Synapses.fixed_number(40, 50, 7, 0.1, 0.3, seed=1)
+    parts = [Synapses.fixed_number(40, 50, 7, 0.1, 0.3, seed=1, only=(a, b)) for a, b in ((0, 20), (20, 33), (33, 50))]
+    sums = sums_of(whole)
+    assert {name: sum(sums_of(part)[name] for part in parts) % 2**64 for name in sums} == sums
+    each = whole.with_weights(whole.weights.expand(whole.count).clone())
+    assert sums_of(each) == sums
+
+    def changed(synapses: Synapses) -> set[str]:
+        return {name for name, value in sums_of(synapses).items() if value != sums[name]}
+
+    each.weights[11] *= 1.5
+    assert changed(each) == {"weights"}
+    assert changed(whole._replace(delays=torch.tensor([0.4]))) == changed(whole._replace(delays=None)) == {"delays"}
+    moved = whole.targets.clone()
+    moved[5] += 1
+    assert changed(whole._replace(targets=moved)) == {"connections", "weights", "delays"}
+
+
+def poisson(group: Any, path: Path) -> int:
+    source = PoissonSource(20_000.0, 100, (4, N), dt=DT, weight=0.5, seed=1)
+    result = distributed.simulate(CobaLIF(CobaLIFParameters(**VALUES), DT), source, sink=path, divide="rows", group=group)
+    return int(result.spikes[:].sum())
+
+
+def test_a_source_that_describes_itself(ranks: Ranks, tmp_path: Path) -> None:
+    [one], two = ranks(1, poisson, tmp_path / "one.zarr"), ranks(2, poisson, tmp_path / "two.zarr")
+    assert one > 20 and two == [one, one]
