@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import re
 from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
 
+from ..common.messages import logger
+
 if TYPE_CHECKING:
     from .protocol import Backend
-
-logger = logging.getLogger("coba_triton")
 
 BACKENDS = ("auto", "reference", "triton", "cpu")
 # The modules that launch kernels. The reference, which has none, is no operator.

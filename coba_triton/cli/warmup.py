@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import coba_triton
+from coba_triton.tools.warmup import warmup
 from coba_triton.tuning.tables import DTYPES
 
 from . import info
@@ -26,7 +26,7 @@ def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> i
     if arch is None:
         if cache is not None or sizes:
             raise UserError("--cache and --size are of kernels for a GPU; add --arch")
-        coba_triton.warmup([DTYPES[dtype]])
+        warmup([DTYPES[dtype]])
         return 0
     compiler = open_compiler("--arch")
     check_choice("--arch", arch, compiler.TARGETS)

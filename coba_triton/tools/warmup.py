@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..backend.choose import logger
+from ..common.messages import messages_on_stderr
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
 from ..neuron.records import CobaLIFParameters
 from ..ops.constants import constants_table
 from ..ops.synapses import Synapses
-
-
-class _OnStderr(logging.Handler):
-    """Writes to what is standard error at the moment, so that a bar or a table that is drawn there stays whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
-@contextmanager
-def messages_on_stderr() -> Iterator[None]:
-    """Within the block, write the package's messages, for example that it compiles, to standard error."""
-    handler = _OnStderr()
-    handler.setFormatter(logging.Formatter("coba_triton: %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def warmup(

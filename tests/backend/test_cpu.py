@@ -233,7 +233,7 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
 # what a fresh process prints: where its kernels were cached, and how often a compiled one was found there
 FRESH = """
 import sys, coba_triton, torch
-from coba_triton.tools.warmup import messages_on_stderr
+from coba_triton.common.messages import messages_on_stderr
 assert "numba" not in sys.modules, "importing the package imports numba"
 torch.set_num_threads(1)
 x = torch.linspace(-1, 1, 40).expand(50, 40) * 30

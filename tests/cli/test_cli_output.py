@@ -25,7 +25,7 @@ from coba_triton.cli import keys, main
 from coba_triton.cli.config import Config, load
 from coba_triton.cli.errors import UserError
 from coba_triton.cli.output import say
-from coba_triton.tools.warmup import messages_on_stderr
+from coba_triton.common.messages import messages_on_stderr
 
 COMMANDS = ("simulate", "plot", "info", "check", "tune", "bench", "warmup")
 

@@ -17,7 +17,7 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from ...common.files import read_bytes, written_whole
-from ..choose import logger
+from ...common.messages import logger
 
 MOST = 2**28  # bytes of a kernel's code
 

@@ -21,8 +21,8 @@ from llvmlite import ir
 from numba.core import cgutils, event
 from numba.extending import intrinsic, overload
 
+from ...common.messages import logger
 from ...neuron import adjoint, operations, step, surrogate
-from ..choose import logger
 from .cache import KernelCache
 
 OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
