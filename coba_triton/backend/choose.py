@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy
 import torch
 
+from ..common.garbage import no_collection
 from ..common.messages import logger
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ LAUNCHERS = {"triton": "coba_triton.backend.triton", "cpu": "coba_triton.backend
 @functools.cache
 def launcher(backend: str) -> Backend:
     """The module that launches a backend's kernels, imported when first needed."""
-    return cast("Backend", importlib.import_module(LAUNCHERS[backend]))
+    with no_collection():
+        return cast("Backend", importlib.import_module(LAUNCHERS[backend]))
 
 
 def _triton_device() -> tuple[str, str]:

@@ -19,7 +19,10 @@ class _OnStderr(logging.Handler):
 
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
-    """Within the block, write the package's messages to standard error."""
+    """Within the block, write the package's messages to standard error: each once, also in a block within a block."""
+    if any(isinstance(handler, _OnStderr) for handler in logger.handlers):
+        yield
+        return
     handler = _OnStderr()
     handler.setFormatter(logging.Formatter("coba_triton: %(message)s"))
     level = logger.level

@@ -98,6 +98,16 @@ def test_messages_go_to_what_is_standard_error_now(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == "coba_triton: told\n"
 
 
+def test_messages_are_written_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line writes them, and what it calls may want to write them as well."""
+    with messages_on_stderr():
+        with messages_on_stderr():
+            logging.getLogger("coba_triton").info("within")
+        logging.getLogger("coba_triton").info("outside")
+    logging.getLogger("coba_triton").info("afterwards")
+    assert capsys.readouterr().err == "coba_triton: within\ncoba_triton: outside\n"
+
+
 # Keys
 
 
