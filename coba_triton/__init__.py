@@ -1,42 +1,13 @@
 """Conductance-based leaky integrate-and-fire networks over long sequences, in PyTorch and Triton."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from . import _old_names as _old_names
 from .common.garbage import no_collection
-from .common.signals import silent_start
-
-with silent_start(), no_collection():
-    from . import _old_names as _old_names
-    from .functional import (
-        coba_lif_feed_forward_integral,
-        coba_lif_feed_forward_step,
-        coba_lif_integral,
-        coba_lif_step,
-    )
-    from .modules import CobaLIF, CobaLIFCell, CobaLIFFeedForwardCell, CobaLIFRecurrent
-    from .neuron.records import (
-        CobaLIFDelayState,
-        CobaLIFFeedForwardRefractoryState,
-        CobaLIFFeedForwardState,
-        CobaLIFParameters,
-        CobaLIFRefractoryState,
-        CobaLIFState,
-        default_bio_parameters,
-        default_bio_state,
-        default_learning_parameters,
-    )
-    from .ops.random_synapses import LogNormal, Normal, Uniform
-    from .ops.spikes import pack_spikes, unpack_spikes
-    from .ops.synapses import Synapses
-    from .parameter_sets import from_pynn, to_pynn
-    from .stream.events import read_events
-    from .stream.results import Result, open_result
-    from .stream.simulation import Record, simulate
-    from .stream.sinks import MemorySink, NpzSink, ZarrSink
-    from .stream.sources import EventSource, PoissonSource, stream_blocks
-    from .tools.checker import check
-    from .tools.warmup import warmup
+from .common.signals import is_command_line, silent_start
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
 if not (Path(__file__).parent / "kernels").is_dir():
@@ -47,44 +18,16 @@ try:
 except PackageNotFoundError:  # a bare checkout
     __version__ = "0+unknown"
 
-__all__ = [
-    "CobaLIF",
-    "CobaLIFCell",
-    "CobaLIFDelayState",
-    "CobaLIFFeedForwardCell",
-    "CobaLIFFeedForwardRefractoryState",
-    "CobaLIFFeedForwardState",
-    "CobaLIFParameters",
-    "CobaLIFRecurrent",
-    "CobaLIFRefractoryState",
-    "CobaLIFState",
-    "EventSource",
-    "LogNormal",
-    "MemorySink",
-    "Normal",
-    "NpzSink",
-    "PoissonSource",
-    "Record",
-    "Result",
-    "Synapses",
-    "Uniform",
-    "ZarrSink",
-    "__version__",
-    "check",
-    "coba_lif_feed_forward_integral",
-    "coba_lif_feed_forward_step",
-    "coba_lif_integral",
-    "coba_lif_step",
-    "default_bio_parameters",
-    "default_bio_state",
-    "default_learning_parameters",
-    "from_pynn",
-    "open_result",
-    "pack_spikes",
-    "read_events",
-    "simulate",
-    "stream_blocks",
-    "to_pynn",
-    "unpack_spikes",
-    "warmup",
-]
+# The public names need PyTorch, which takes a second to import. A program gets all of them at once: afterwards PyTorch knows
+# the operators and reads the records from files. The command line gets them when it first asks for one, as help needs none.
+if TYPE_CHECKING or not is_command_line():
+    with silent_start(), no_collection():
+        from ._public import *  # noqa: F403
+        from ._public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        public = import_module("._public", __name__)
+        if name == "__all__" or name in public.__all__:
+            return getattr(public, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

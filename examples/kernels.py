@@ -64,6 +64,6 @@ status = main(command)
 status = main(["bench", "--device", "cpu", "--only", "inference-small", "--rounds", "5", "--out", "bench.json"])
 
 # %% [markdown]
-# `ns` are nanoseconds for a neuron and a step, `% of copy` compares with copying as many bytes. [The
+# `ns` are nanoseconds for a neuron and a step, `limit` compares with the shortest possible time. [The
 # glossary](../tuning.md#glossary) has all words. `coba-triton bench --compare bench.json` says later whether something
 # became slower.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import re
 from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
 
+from ..common.garbage import no_collection
+from ..common.messages import logger
+
 if TYPE_CHECKING:
     from .protocol import Backend
-
-logger = logging.getLogger("coba_triton")
 
 BACKENDS = ("auto", "reference", "triton", "cpu")
 # The modules that launch kernels. The reference, which has none, is no operator.
@@ -24,7 +24,8 @@ LAUNCHERS = {"triton": "coba_triton.backend.triton", "cpu": "coba_triton.backend
 @functools.cache
 def launcher(backend: str) -> Backend:
     """The module that launches a backend's kernels, imported when first needed."""
-    return cast("Backend", importlib.import_module(LAUNCHERS[backend]))
+    with no_collection():
+        return cast("Backend", importlib.import_module(LAUNCHERS[backend]))
 
 
 def _triton_device() -> tuple[str, str]:

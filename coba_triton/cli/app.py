@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 
 from .. import __version__
+from ..common.messages import messages_on_stderr
 from ..common.signals import as_interrupts
-from ..tools.warmup import messages_on_stderr
 from . import tools
 from .errors import INTERRUPTED, UserError, require
 from .output import say
@@ -99,7 +99,8 @@ def simulate(
         _list_builtins()
         return
     if keys:
-        from .keys import listing
+        with tools.imports():
+            from .keys import listing
 
         say(*listing())
         return
@@ -140,7 +141,8 @@ def plot(
     The table and the intervals are of the whole run, also with --start and --stop.
     """
     require("plot", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
-    from . import report
+    with tools.imports():
+        from . import report
 
     path, table = report.plot(result, out, start, stop, html)
     say(table, f"Wrote {path}")
@@ -152,7 +154,8 @@ for _name, (_command, _short) in tools.COMMANDS.items():
 
 
 def _list_builtins() -> None:
-    from .config import builtin_folder, builtins, describe
+    with tools.imports():
+        from .config import builtin_folder, builtins, describe
 
     table = Table.grid(padding=(0, 2))
     for name in builtins():
@@ -162,10 +165,11 @@ def _list_builtins() -> None:
 
 def _simulate(name: str, changes: list[str], out: Path, resume: bool, form: Form, keep_going: bool) -> bool:
     """Run a configuration and write the results; returns whether Ctrl-C ended it."""
-    from . import job, report
-    from .config import load
-    from .inputs import open_source
-    from .weights import open_recurrent
+    with tools.imports():
+        from . import job, report
+        from .config import load
+        from .inputs import open_source
+        from .weights import open_recurrent
 
     name, config = load(name, changes)
 

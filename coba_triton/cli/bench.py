@@ -19,7 +19,8 @@ from torch import Tensor
 
 from coba_triton.common.files import read_json, reason
 from coba_triton.stream.plotting import NEUTRAL, OTHER, OURS
-from coba_triton.tools import contenders, tuner
+from coba_triton.tools import ceilings, contenders
+from coba_triton.tools.ceilings import Ceilings
 from coba_triton.tools.contenders import Contender
 from coba_triton.tools.problems import CASES, Case
 
@@ -54,7 +55,7 @@ def run(
     old = None if compare is None else read(compare)
     if out is not None:
         check_writable(out)
-    bandwidth, versions = tuner.copy_bandwidth(where), info.versions()
+    machine, versions = ceilings.measure(where), info.versions()
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,23 +66,25 @@ def run(
         "threads": torch.get_num_threads(),
         "versions": versions,
         "rounds": rounds,
-        "copy_gb_per_s": bandwidth / 1e9,
+        "copy_gb_per_s": machine.bytes / 1e9,
+        "product_gflop_per_s": machine.flops / 1e9,
         "cases": [],
     }
     if old is not None:
         _check_comparable(old, result, compare)
     say(f"{used} on {where} ({target.name}), {result['threads']} threads, torch {torch.__version__}")
     say(
-        f"Copy bandwidth {bandwidth / 1e9:.1f} GB/s. Medians of {rounds} interleaved calls, ± half of what the quartiles "
-        "are apart; ns: a neuron and step; speed-up: over the reference; % of copy: of the copy bandwidth, by the "
-        "bytes that have to move."
+        f"Copies move {machine.bytes / 1e9:.1f} GB/s, matrix products do {machine.flops / 1e9:.0f} GFLOP/s. Medians of "
+        f"{rounds} interleaved calls, ± half of what the quartiles are apart; ns: a neuron and step; speed-up: over the "
+        "reference; limit: the shortest time that the memory or the arithmetic of this machine allows, whichever is longer, "
+        "as a share of the median."
     )
     if not versions["norse"]:
         say("norse is not installed, and not timed: pip install --no-deps norse==1.1.0 nir nirtorch")
     interrupted = different = False
     for case in cases:
         try:
-            measured = measure(case, used, where, rounds, bandwidth)
+            measured = measure(case, used, where, rounds, machine)
         except KeyboardInterrupt:
             interrupted = True
             break
@@ -102,7 +105,7 @@ def run(
     return 1 if slower or different else 0
 
 
-def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwidth: float) -> dict[str, Any]:
+def measure(case: Case, backend: str, device: torch.device, rounds: int, machine: Ceilings) -> dict[str, Any]:
     """Compare every contender of a case with the reference, and time those that agree.
 
     Returns:
@@ -139,11 +142,14 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
             for name, taken in contenders.time_interleaved(runs, 1, device).items():
                 seconds[name] += taken
             progress.advance(line)
+    spikes = expected
+    if case.train or spikes is None:
+        spikes = problem.run("reference", order=contenders.ORDER[case.kind])[0]
     rows: list[dict[str, Any]] = []
     for contender in able:
         low, median, high = statistics.quantiles(seconds[contender.name], n=4)
-        # what at least goes through the memory: the input, the result, and in training the input a second time
-        moved = problem.x.nbytes * (2 if case.train else 1) + results[contender.name].nbytes
+        needed = ceilings.work(case, problem, spikes, results[contender.name])
+        least, limit = needed.least(machine)
         rows.append(
             {
                 "name": contender.name,
@@ -154,14 +160,15 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
                 "p25_s": low,
                 "p75_s": high,
                 "ns_per_neuron_step": median / case.neuron_steps * 1e9,
-                "bytes_moved": moved if case.kind == "feed_forward" else None,
-                "percent_of_copy": 100 * moved / median / bandwidth if case.kind == "feed_forward" else None,
+                "bytes_moved": needed.bytes,
+                "flops": needed.flops,
+                "limit": limit,
+                "percent_of_limit": 100 * least / median,
                 "peak_bytes": contenders.peak_memory(contender.run, device),
             }
         )
     for row in rows:
         row["times_reference"] = rows[0]["median_s"] / row["median_s"]
-    spikes = problem.run("reference", order=contenders.ORDER[case.kind])[0] if case.train else expected
     return {
         "name": case.name,
         "kind": case.kind,
@@ -170,7 +177,7 @@ def measure(case: Case, backend: str, device: torch.device, rounds: int, bandwid
         "N": case.neurons,
         "dtype": str(case.dtype).removeprefix("torch."),
         "train": case.train,
-        "spikes_per_neuron_step": float(spikes.mean()) if spikes is not None else None,
+        "spikes_per_neuron_step": float(spikes.mean()),
         "contenders": rows,
         "failed": failed,
         "different": different,
@@ -187,7 +194,7 @@ def _title(case: dict[str, Any]) -> str:
 def _table(case: dict[str, Any]) -> Table:
     table = Table(title=_title(case), title_justify="left")
     table.add_column("", no_wrap=True)
-    for name in ("ms", "± ms", "ns", "speed-up", "% of copy", "peak MB"):
+    for name in ("ms", "± ms", "ns", "speed-up", "limit", "peak MB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in case["contenders"]:
         spread = (row["p75_s"] - row["p25_s"]) / 2
@@ -197,11 +204,12 @@ def _table(case: dict[str, Any]) -> Table:
             f"{spread * 1e3:.2f}",
             f"{row['ns_per_neuron_step']:.2f}",
             f"{row['times_reference']:.1f}",
-            "-" if row["percent_of_copy"] is None else f"{row['percent_of_copy']:.0f}",
+            f"{row['percent_of_limit']:.0f}% {row['limit'][0]}",
             "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
         )
     notes = [row["note"] or "another surrogate derivative" for row in case["contenders"] if not row["same"]]
-    table.caption = "\n".join(f"* {note}" for note in dict.fromkeys(notes)) or None
+    limits = sorted({row["limit"] for row in case["contenders"]})
+    table.caption = "\n".join([f"{limit[0]}: {limit}" for limit in limits] + [f"* {note}" for note in dict.fromkeys(notes)])
     table.caption_justify = "left"
     return table
 

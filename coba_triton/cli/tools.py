@@ -6,14 +6,24 @@ Here are the options with their help texts. A module of the same name does the w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..common.garbage import no_collection
+from ..common.signals import silent_start
 from .errors import INTERRUPTED, UserError, require
 from .output import say
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Within the block, a command imports what it needs, also PyTorch. Ctrl-C ends it in silence, as at the start."""
+    with silent_start(), no_collection():
+        yield
 
 
 def for_users(command: Callable[..., int]) -> Callable[..., None]:
@@ -37,7 +47,8 @@ def for_users(command: Callable[..., int]) -> Callable[..., None]:
 @for_users
 def info(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> int:
     """Show versions, devices, which backends serve each device and which do not, caches, and the tuning tables in use."""
-    from . import info
+    with imports():
+        from . import info
 
     info.run(json_)
     return 0
@@ -63,7 +74,8 @@ def check(
     On a machine with a GPU this shows that the kernels, as they run on this device, give the reference's numbers. Tests on
     another machine cannot show that.
     """
-    from . import check
+    with imports():
+        from . import check
 
     return check.run(device, backend, "full" if full else "quick", only, report, apart)
 
@@ -90,7 +102,8 @@ def tune(
     The parameters change no bit of a result: every set is compared with the reference before it is timed.
     """
     require("tune", "matplotlib")
-    from . import tune
+    with imports():
+        from . import tune
 
     wanted = tune.Wanted(kernel or ["all"], neurons, batch, dtype, effort)
     if compile_only:
@@ -115,7 +128,8 @@ def bench(
     Every result is compared with the reference's first. A difference gives exit status 1.
     """
     require("bench", "matplotlib")
-    from . import bench
+    with imports():
+        from . import bench
 
     return bench.run(suite, backend, device, only, rounds, out, compare)
 
@@ -136,7 +150,8 @@ def warmup(
     Then the first job on a cluster, or on a machine that is rented by the minute, need not compile. The cache serves only
     the same release of Triton and the same path of the folder (TRITON_CACHE_DIR).
     """
-    from . import warmup
+    with imports():
+        from . import warmup
 
     return warmup.run(arch, cache, size or [], dtype)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import coba_triton
+from coba_triton.backend.cpu.numba_bridge import compile_count
+from coba_triton.tools.warmup import warmup
 from coba_triton.tuning.tables import DTYPES
 
 from . import info
@@ -26,7 +28,11 @@ def run(arch: str | None, cache: Path | None, sizes: list[str], dtype: str) -> i
     if arch is None:
         if cache is not None or sizes:
             raise UserError("--cache and --size are of kernels for a GPU; add --arch")
-        coba_triton.warmup([DTYPES[dtype]])
+        begin, before = time.perf_counter(), compile_count()
+        warmup([DTYPES[dtype]])
+        count = compile_count() - before
+        what = f"Compiled {count} CPU kernels" if count else "Found all CPU kernels compiled, and loaded them"
+        say(f"{what} in {time.perf_counter() - begin:.1f} s. Cache: {info.caches()['numba']}")
         return 0
     compiler = open_compiler("--arch")
     check_choice("--arch", arch, compiler.TARGETS)

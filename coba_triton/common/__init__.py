@@ -1,1 +1,1 @@
-"""Small helpers that many rooms use: files, texts, versions, signals."""
+"""Small helpers that many rooms use: files, texts, messages, versions, signals."""

@@ -5,6 +5,7 @@ They wait while threads run a kernel together.
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 import threading
@@ -13,11 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_MODULES = ("coba_triton", "coba_triton.cli")
 
-def _is_command_line() -> bool:
-    """Whether this process is ``coba-triton`` or ``python -m coba_triton.cli``."""
+
+def is_command_line() -> bool:
+    """Whether this process is ``coba-triton``, ``python -m coba_triton`` or ``python -m coba_triton.cli``."""
     program = next(iter(getattr(sys, "argv", ())), "")  # a program that embeds Python may have no argv
-    return Path(program).stem in ("coba-triton", "coba-triton-script") or "coba_triton.cli" in sys.orig_argv
+    modules = {name for option, name in itertools.pairwise(sys.orig_argv) if option == "-m"}
+    return Path(program).stem in ("coba-triton", "coba-triton-script") or not modules.isdisjoint(_MODULES)
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def silent_start() -> Iterator[None]:
     """Within the block, Ctrl-C ends the command line without a traceback, as there is nothing to keep yet."""
     handler = signal.getsignal(signal.SIGINT)
     mine = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if not mine or not _is_command_line():
+    if not mine or not is_command_line():
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
@@ -321,7 +322,8 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
 
 def exports_to_onnx() -> bool:
     """Whether ``torch.onnx.export`` is at work."""
-    return torch.onnx.is_in_onnx_export()
+    exporter = sys.modules.get("torch.onnx")  # which it imports, and which takes 50 ms
+    return exporter is not None and bool(exporter.is_in_onnx_export())
 
 
 # A compiler that the exporter may use takes torch's own function for False. This is what the decorator

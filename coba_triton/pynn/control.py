@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 from pyNN import common, recording
 from pyNN.common.control import DEFAULT_MIN_DELAY, DEFAULT_TIMESTEP
 
+from ..common.messages import logger
 from . import simulator
 from .engine import load_kernels
-
-logger = logging.getLogger("coba_triton")
 
 OPTIONS = {"dtype": "dtype", "backend": "backend", "device": "device", "rng_seed": "seed"}
 KERNELS = {"dtype": "float64", "backend": "auto", "device": "cpu"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +9,10 @@ import numpy as np
 from pyNN import common, errors
 from pyNN.space import Space
 
+from ..common.messages import logger
 from . import simulator
 from .engine import Array, Wires
 from .standardmodels import SimpleStochasticSynapse, StaticSynapse
-
-logger = logging.getLogger("coba_triton")
 
 
 def check_weights(weights: Any, conductances: bool, inhibitory: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,8 @@ import numpy as np
 import torch
 from pyNN import common
 
+from ..common.messages import logger
 from .engine import Engine
-
-logger = logging.getLogger("coba_triton")
 
 name = "coba_triton"
 

@@ -3,83 +3,83 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..backend.choose import logger
+from ..common.messages import messages_on_stderr
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
-from ..neuron.records import CobaLIFParameters
+from ..modules import CobaLIF
+from ..neuron.records import CobaLIFParameters, default_learning_parameters
 from ..ops.constants import constants_table
+from ..ops.random_synapses import Normal
 from ..ops.synapses import Synapses
-
-
-class _OnStderr(logging.Handler):
-    """Writes to what is standard error at the moment, so that a bar or a table that is drawn there stays whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
-@contextmanager
-def messages_on_stderr() -> Iterator[None]:
-    """Within the block, write the package's messages, for example that it compiles, to standard error."""
-    handler = _OnStderr()
-    handler.setFormatter(logging.Formatter("coba_triton: %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+from ..stream.simulation import Record, simulate
+from ..stream.sources import PoissonSource
 
 
 def warmup(
-    dtypes: Sequence[torch.dtype] = (torch.float32,), *, train: bool = True, per_neuron: bool = False, method: str = "super"
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    *,
+    train: bool = True,
+    per_neuron: bool = False,
+    method: str | None = None,
 ) -> None:
     """Compile the CPU kernels now instead of at their first call, and say so on standard error.
 
-    It takes a minute or so, once: the code is kept on the disk, and later processes load it. Of networks with sparse
+    It takes a minute or two, once: the code is kept on the disk, and later processes load it. Of networks with sparse
     synapses or delays, it compiles the kernels for float32: with and without a refractory period, for sums of 32 and of 64
-    bits, and in training those that learn weights. A sparse network in float64 compiles its own at their first call, and so
-    do the constructors of random synapses.
+    bits, and in training those that learn weights. It compiles what draws random synapses and Poisson spikes as well.
+
+    What is rarer is still compiled at its first call: gradients by the parameters, sparse networks in float64, and the
+    remaining combinations of options.
 
     Args:
         dtypes: dtypes of state and arithmetic, ``torch.float32`` or ``torch.float64``.
-        train: whether to compile the backward kernels too. Those that give gradients by the parameters are still compiled
-            at their first call.
+        train: whether to compile the backward kernels too.
         per_neuron: whether the parameters are tensors over the neurons instead of single numbers.
-        method: the surrogate derivative of the backward.
+        method: the surrogate derivative of the backward; None for both defaults, the functions' and the modules'.
 
     Example:
         >>> coba_triton.warmup(train=False)
     """
+    defaults = CobaLIFParameters().method, default_learning_parameters.method
     with messages_on_stderr():
         for dtype in dtypes:
             if dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"dtypes must be torch.float32 or torch.float64, got {dtype}; half precision computes in float32"
                 )
-            x = torch.zeros(1, 1, 2, dtype=dtype, requires_grad=train)
-            weights = torch.zeros(2, 2, dtype=dtype)
             v_rest = torch.zeros(2, dtype=dtype) if per_neuron else 0.0
-            p = CobaLIFParameters(v_rest=v_rest, method=method)
-            for spikes, _ in (
-                coba_lif_feed_forward_integral(x, None, p, backend="cpu"),
-                coba_lif_integral(x, None, weights, weights, p, backend="cpu"),
-            ):
-                if train:
-                    spikes.sum().backward()
+            for each in defaults if method is None else (method,):
+                p = CobaLIFParameters(v_rest=v_rest, method=each)
+                _warm_up_dense(p, dtype, train)
+                if dtype == torch.float32:
+                    _warm_up_synapses(p, train)
             if dtype == torch.float32:  # the kernels of a long run check only float32 input while they read it
-                _warm_up_streams(constants_table(p, 1.0, dtype, x.device, x.shape[2:]), x.detach()[0])
-                _warm_up_synapses(p, train)
+                x = torch.zeros(1, 2)
+                _warm_up_streams(constants_table(p, 1.0, dtype, x.device, x.shape[1:]), x)
+        _warm_up_draws()
+
+
+def _warm_up_dense(p: CobaLIFParameters, dtype: torch.dtype, train: bool) -> None:
+    """Compile the kernels of unconnected neurons and of dense weights."""
+    from ..backend.cpu.launch import add_products, project_events
+
+    x = torch.zeros(1, 1, 2, dtype=dtype, requires_grad=train)
+    weights = torch.zeros(2, 2, dtype=dtype)
+    for spikes, _ in (
+        coba_lif_feed_forward_integral(x, None, p, backend="cpu"),
+        coba_lif_integral(x, None, weights, weights, p, backend="cpu"),
+    ):
+        if train:
+            spikes.sum().backward()
+    project_events(x.detach(), weights)
+    if train:
+        add_products(torch.zeros(2, 2, dtype=dtype), x.detach()[0], x.detach()[0], True)
 
 
 def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
@@ -109,3 +109,12 @@ def _warm_up_synapses(p: CobaLIFParameters, train: bool) -> None:
     indptr, targets = inputs.indptr.numpy(), inputs.targets.numpy()  # of threads that share a batch row
     splits_kernel()(indptr, targets, np.arange(2), np.empty((2, 2), np.int64))
     order_of(np.zeros(2, np.int64), np.zeros(2, np.int64), 1, 1)
+
+
+def _warm_up_draws() -> None:
+    """Compile what draws random synapses and Poisson spikes, and what counts spikes."""
+    weight = Normal(1.0, 0.1)
+    Synapses.fixed_probability(2, 2, 0.5, weight, seed=1)
+    Synapses.fixed_number(2, 2, 1, weight, seed=1, per="source")
+    source = PoissonSource(1.0, 1, (2,))
+    simulate(CobaLIF(), source, record=Record(populations={"all": range(2)}), progress=False)

@@ -233,7 +233,7 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
 # what a fresh process prints: where its kernels were cached, and how often a compiled one was found there
 FRESH = """
 import sys, coba_triton, torch
-from coba_triton.tools.warmup import messages_on_stderr
+from coba_triton.common.messages import messages_on_stderr
 assert "numba" not in sys.modules, "importing the package imports numba"
 torch.set_num_threads(1)
 x = torch.linspace(-1, 1, 40).expand(50, 40) * 30
@@ -272,6 +272,7 @@ def package(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:the neurons of:UserWarning")  # they fire too often or never
 @pytest.mark.parametrize("per_neuron", [False, True])
 def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> None:
     pytest.importorskip("xxhash", reason="the extra stream is not installed")
@@ -294,6 +295,20 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
         for name, x in (("a", torch.zeros(40, 5)), ("b", torch.zeros(40, 5, dtype=torch.bool))):
             sink = tmp_path / f"{name}.zarr"
             coba_triton.simulate(coba_triton.CobaLIF(p, 0.1), x, sink=sink, progress=False)
+        defaults = coba_triton.default_learning_parameters
+        p = defaults._replace(v_rest=torch.full((5,), -60.0)) if per_neuron else defaults
+        for rate in (0.1, 0.9):  # events and products
+            spikes = (torch.rand(40, 2, 5) < rate).float().requires_grad_()
+            coba_triton.CobaLIF(p, return_state=False)(spikes).sum().backward()
+            coba_triton.CobaLIFRecurrent(5, 5, p, return_state=False)(spikes).sum().backward()
+        weight = coba_triton.Normal(1.0, 0.1)
+        drawn = coba_triton.Synapses.fixed_probability(5, 5, 0.5, weight, seed=1)
+        for per in ("target", "source"):
+            coba_triton.Synapses.fixed_number(5, 5, 2, weight, seed=1, per=per)
+        layer = coba_triton.CobaLIFRecurrent(5, 5, p, input_weights=drawn, recurrent_weights=drawn)
+        layer(spikes)[0].sum().backward()
+        source = coba_triton.PoissonSource(10.0, 40, 5)
+        coba_triton.simulate(layer, source, record=coba_triton.Record(populations={"all": range(5)}), progress=False)
     assert not caplog.records
 
 

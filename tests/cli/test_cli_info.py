@@ -111,5 +111,16 @@ def test_what_warmup_refuses(arguments, message, monkeypatch, capsys) -> None:
 
 
 def test_warmup_without_a_target_is_of_the_cpu(capsys) -> None:
+    """It says at the end what it has done, and a second time that nothing was left to do."""
     assert main(["warmup"]) == 0
-    assert capsys.readouterr().out == ""
+    first = capsys.readouterr()
+    done, where = first.out.rstrip().split(" s. Cache: ")
+    assert (
+        done.startswith(("Compiled ", "Found all CPU kernels compiled, and loaded them in "))
+        and where == info.caches()["numba"]
+    )
+    compiled = first.err.count("compiling the CPU kernel")
+    assert done.startswith(f"Compiled {compiled} CPU kernels in ") == (compiled > 0)
+    assert main(["warmup"]) == 0
+    second = capsys.readouterr()
+    assert second.out.startswith("Found all CPU kernels compiled, and loaded them in ") and second.err == ""

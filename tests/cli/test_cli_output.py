@@ -25,7 +25,7 @@ from coba_triton.cli import keys, main
 from coba_triton.cli.config import Config, load
 from coba_triton.cli.errors import UserError
 from coba_triton.cli.output import say
-from coba_triton.tools.warmup import messages_on_stderr
+from coba_triton.common.messages import messages_on_stderr
 
 COMMANDS = ("simulate", "plot", "info", "check", "tune", "bench", "warmup")
 
@@ -96,6 +96,16 @@ def test_messages_go_to_what_is_standard_error_now(capsys: pytest.CaptureFixture
         monkeypatch.setattr(sys, "stderr", sys.stdout)
         logging.getLogger("coba_triton").info("told")
     assert capsys.readouterr().out == "coba_triton: told\n"
+
+
+def test_messages_are_written_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line writes them, and what it calls may want to write them as well."""
+    with messages_on_stderr():
+        with messages_on_stderr():
+            logging.getLogger("coba_triton").info("within")
+        logging.getLogger("coba_triton").info("outside")
+    logging.getLogger("coba_triton").info("afterwards")
+    assert capsys.readouterr().err == "coba_triton: within\ncoba_triton: outside\n"
 
 
 # Keys

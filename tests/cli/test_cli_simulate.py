@@ -760,7 +760,7 @@ def test_inhibition_alone(config: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("module", ["torch", "typer"])
-@pytest.mark.parametrize("program", ["module", "script", "library"])
+@pytest.mark.parametrize("program", ["package", "module", "script", "library"])
 def test_ctrl_c_while_it_is_imported(program: str, module: str, tmp_path: Path) -> None:
     """The command line ends at once and in silence; an import within somebody's program is interrupted as ever."""
     (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
@@ -768,8 +768,9 @@ def test_ctrl_c_while_it_is_imported(program: str, module: str, tmp_path: Path) 
     if program == "script" and not script.is_file():
         pytest.skip("the command is not installed beside Python")
     command = {
-        "module": ["-m", "coba_triton.cli"],
-        "script": [str(script)],
+        "package": ["-m", "coba_triton", "info"],
+        "module": ["-m", "coba_triton.cli", "info"],
+        "script": [str(script), "info"],
         "library": ["-c", "import coba_triton.cli as cli; cli.main(['--help'])"],
     }[program]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}

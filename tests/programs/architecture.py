@@ -16,7 +16,10 @@ PAGE = ROOT / "docs" / "architecture.md"
 PACKAGE = "coba_triton"
 # Rooms that are more than a file or a folder of the package, and those that the drawing leaves out.
 SPLIT = ("backend",)
-LEFT_OUT = ("", "common", "__init__", "_old_names", "backend.__init__", "backend.choose", "backend.protocol")
+LEFT_OUT = (
+    *("", "common", "__init__", "__main__", "_old_names", "_public"),
+    *("backend.__init__", "backend.choose", "backend.protocol"),
+)
 
 
 def files() -> Iterator[tuple[str, Path]]:

@@ -39,10 +39,11 @@ def test_a_run_writes_what_other_tools_read(tmp_path, capsys) -> None:
     out = tmp_path / "folder" / "b.json"
     assert main([*ARGUMENTS, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "Copy bandwidth" in printed and "cpu, bits" in printed and "speed-up" in printed
+    assert "Copies move" in printed and "cpu, bits" in printed and "speed-up" in printed and "m: memory" in printed
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     result = json.loads(out.read_text())
     assert result["backend"] == "cpu" and result["versions"]["torch"] == torch.__version__ and result["copy_gb_per_s"] > 1
+    assert result["product_gflop_per_s"] > 1
     assert [case["name"] for case in result["cases"]] == [case.name for case in CASES]
     for case in result["cases"]:
         assert [row["name"] for row in case["contenders"]][:2] == ["reference", "cpu"]
@@ -53,7 +54,13 @@ def test_a_run_writes_what_other_tools_read(tmp_path, capsys) -> None:
     assert (
         inference["contenders"][1]["bytes_moved"] == 600 * 4 * 2 and training["contenders"][1]["bytes_moved"] == 600 * 4 * 3
     )
-    assert recurrent["contenders"][1]["bytes_moved"] is None
+    assert recurrent["contenders"][1]["bytes_moved"] == 4 * (30 * 2 * 100 + 600 + 10 * 100 + 10 * 10)
+    for case in result["cases"]:
+        for row in case["contenders"]:
+            memory, arithmetic = row["bytes_moved"] / result["copy_gb_per_s"], row["flops"] / result["product_gflop_per_s"]
+            assert row["limit"] == ("memory" if memory > arithmetic else "arithmetic")
+            least = max(memory, arithmetic) / 1e9
+            assert row["percent_of_limit"] == pytest.approx(100 * least / row["median_s"])
     assert 0 < inference["spikes_per_neuron_step"] == pytest.approx(training["spikes_per_neuron_step"])
 
 

@@ -17,7 +17,8 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from ...common.files import read_bytes, written_whole
-from ..choose import logger
+from ...common.garbage import no_collection
+from ...common.messages import logger
 
 MOST = 2**28  # bytes of a kernel's code
 
@@ -72,9 +73,10 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         # What is loaded needs Numba's memory functions, but nothing of what Numba compiles with. To import that takes longer
         # than most kernels run, and Numba does so itself before it compiles anything.
-        rtsys.initialize(target_context)
         try:
-            return self._load_overload(sig, target_context)
+            with no_collection():
+                rtsys.initialize(target_context)
+                return self._load_overload(sig, target_context)
         except Exception as error:  # whatever bytes that are no code lead to
             logger.info("the code of %s in %s cannot be used (%s); it is compiled anew", self._name, self._cache_path, error)
             return None

@@ -21,8 +21,8 @@ from llvmlite import ir
 from numba.core import cgutils, event
 from numba.extending import intrinsic, overload
 
+from ...common.messages import logger
 from ...neuron import adjoint, operations, step, surrogate
-from ..choose import logger
 from .cache import KernelCache
 
 OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
@@ -147,6 +147,7 @@ class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.count = 0
         self._begun: list[float] = []
         self._told = False
 
@@ -163,6 +164,7 @@ class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
 
     def on_end(self, event: Any) -> None:
         if event.data["dispatcher"] in _reported:
+            self.count += 1
             begun = self._begun.pop()
             if not self._begun:  # of what is compiled at once, the longest counts
                 self.seconds += time.perf_counter() - begun
@@ -170,6 +172,11 @@ class _Report(event.Listener):  # type: ignore[misc]  # numba has no types
 
 _report = _Report()
 event.register("numba:compile", _report)
+
+
+def compile_count() -> int:
+    """How many CPU kernels this process has compiled, each for some types of arguments."""
+    return _report.count
 
 
 def compile_seconds() -> float:
