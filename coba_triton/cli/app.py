@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,12 +87,17 @@ def simulate(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Go on where the time step is too long and the spikes mean nothing.")
     ] = False,
+    wait: Annotated[
+        float, typer.Option(min=1.0, help="Under torchrun: seconds after which a process without an answer counts as lost.")
+    ] = 300.0,
     list_: Annotated[bool, typer.Option("--list", help="List the built-in configurations.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List every key of a configuration.")] = False,
 ) -> None:
     """Run a configuration: writes result.zarr, raster.png and summary.json to a folder.
 
     After Ctrl-C, or if the run is killed, --resume goes on from the last finished block.
+
+    Under torchrun, processes share the neurons: torchrun --nproc-per-node 2 -m coba_triton simulate va --out DIR
     """
     require("simulate", "matplotlib", "numcodecs", "pint", "pydantic", "xxhash")
     if list_:
@@ -111,7 +116,7 @@ def simulate(
     if resume and form is Form.npz:
         raise UserError("a run into .npz cannot be resumed, as it is written at its end; leave out --format npz")
     try:
-        interrupted = _simulate(config, set_ or [], out, resume, form, keep_going)
+        interrupted = _simulate(config, set_ or [], out, resume, form, keep_going, wait)
     except KeyboardInterrupt:
         _say("Interrupted; nothing more was written.")
         raise typer.Exit(INTERRUPTED) from None
@@ -163,24 +168,34 @@ def _list_builtins() -> None:
     say(table, f"To make your own, copy one from {builtin_folder()}; simulate --keys lists what may stand in it.")
 
 
-def _simulate(name: str, changes: list[str], out: Path, resume: bool, form: Form, keep_going: bool) -> bool:
+def _simulate(name: str, changes: list[str], out: Path, resume: bool, form: Form, keep_going: bool, wait: float) -> bool:
     """Run a configuration and write the results; returns whether Ctrl-C ended it."""
     with tools.imports():
         from . import job, report
         from .config import load
         from .inputs import open_source
+        from .part import Part
         from .weights import open_recurrent
 
     name, config = load(name, changes)
-
-    with report.own_folder(out):
+    with ExitStack() as stack:
+        part = stack.enter_context(Part.joined(config.neuron.count, wait))
+        if part is not None and form is Form.npz:
+            raise UserError("several processes cannot write one .npz; leave out --format npz")
+        first = part is None or part.ranks.rank == 0
+        if part is not None and first:
+            say(f"{part.ranks.ranks} processes share the {config.neuron.count:,} neurons, at most {part.ranks.share:,} each")
+        if first:
+            stack.enter_context(report.own_folder(out))
         try:
-            source, recurrent = open_source(config), open_recurrent(config)
+            source, recurrent = open_source(config), open_recurrent(config, part)
         except (OverflowError, ValueError) as error:  # a number has the right sign and unit, but is too large
             raise UserError(f"{name}: {error}") from None
         sink = report.make_sink(out / f"result.{form.value}", name, config, source)
         with _warnings_in_one_line():
-            run = job.run(config, source, recurrent, sink, resume, keep_going)
+            run = job.run(config, source, recurrent, sink, resume, keep_going, part)
+        if not first:
+            return False
         if not run.result.steps:
             _say("Interrupted before the first block of steps was finished.")
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from coba_triton import (
 from coba_triton.backend.choose import choose_backend
 from coba_triton.backend.cpu.numba_bridge import compile_seconds
 from coba_triton.common.files import reason
+from coba_triton.distributed import simulate as simulate_together
 from coba_triton.stream.sinks import Sink
 from coba_triton.stream.sources import Described
 
 from .config import Config, Neuron, Simulation, Spread
 from .errors import UserError
 from .inputs import PoissonChannels, PoissonDrive, Source
+from .part import Part
 from .weights import Recurrent, populations
 
 
@@ -151,8 +154,10 @@ def choose_device(simulation: Simulation) -> torch.device:
     return gpu if gpu and served else torch.device("cpu")
 
 
-def make_network(config: Config, source: Source, recurrent: Recurrent | None) -> CobaLIF | CobaLIFRecurrent:
-    """The module for the population. If the neurons are connected, it has their weights."""
+def make_network(
+    config: Config, source: Source, recurrent: Recurrent | None, part: Part | None = None
+) -> CobaLIF | CobaLIFRecurrent:
+    """The module for the population. If the neurons are connected, it has their weights; with a part, those onto its own."""
     simulation, p = config.simulation, parameters(config)
     options: dict[str, Any] = {"order": simulation.order, "backend": simulation.backend}
     if recurrent is None:
@@ -160,6 +165,8 @@ def make_network(config: Config, source: Source, recurrent: Recurrent | None) ->
     given = source.weights
     inputs = given if isinstance(given, Synapses) else torch.from_numpy(given)
     channels = inputs.sources if isinstance(inputs, Synapses) else inputs.shape[1]
+    if part is not None and isinstance(inputs, Synapses):
+        inputs = part.onto_own(inputs)
     options |= {"autapses": True, "input_weights": inputs, "recurrent_weights": recurrent.synapses}
     return CobaLIFRecurrent(channels, config.neuron.count, p, simulation.dt, **options)
 
@@ -184,9 +191,17 @@ def what_to_record(config: Config, recurrent: Recurrent | None) -> Record:
 
 
 def run(
-    config: Config, source: Source, recurrent: Recurrent | None, sink: Sink, resume: bool = False, keep_going: bool = False
+    config: Config,
+    source: Source,
+    recurrent: Recurrent | None,
+    sink: Sink,
+    resume: bool = False,
+    keep_going: bool = False,
+    part: Part | None = None,
 ) -> Run:
     """Run a configuration into a sink. Ctrl-C ends the run; its finished blocks are kept.
+
+    With a part, this process simulates its own neurons, and all processes write to the sink.
 
     ``keep_going`` lets a run go on whose time step is too long for its conductances, so that its spikes mean nothing.
 
@@ -200,7 +215,12 @@ def run(
         backend = choose_backend(simulation.backend, device)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"simulation.backend: {error}") from error
-    network = make_network(config, source, recurrent).to(device)
+    if part is not None and device.type != "cpu":
+        raise UserError(
+            f"simulation.device: several processes share a run on CPUs, got {device}; set simulation.device=cpu, or use "
+            "coba_triton.distributed.simulate in Python"
+        )
+    network = make_network(config, source, recurrent, part).to(device)
     read = source.read if recurrent is None else source.channels
     feed = Feed(read, simulation.steps)
     if isinstance(source, PoissonChannels | PoissonDrive):
@@ -210,7 +230,8 @@ def run(
         before = open_result(path).steps if resume and path is not None and path.exists() else 0
         begin, compiled = time.perf_counter(), compile_seconds()
         try:
-            result = simulate(
+            share = simulate if part is None else functools.partial(simulate_together, divide="neurons")
+            result = share(
                 network,
                 feed,
                 sink=sink,

@@ -181,7 +181,7 @@ def summarize(name: str, config: Config, source: Source, recurrent: Recurrent | 
         "interval_cv": _mean_variation(variation),
         "recurrent": recurrent
         and {
-            "synapses": recurrent.synapses.count,
+            "synapses": recurrent.count,
             "input_synapses": count_synapses(source.weights),
             **recurrent.provenance,
             "populations": {

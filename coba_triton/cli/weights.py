@@ -30,6 +30,7 @@ from .config import (
     UniformLaw,
 )
 from .errors import UserError
+from .part import Part
 
 _SYNAPSES = (("row", "col", "weight"), ("row", "col", "data"))  # names of the arrays of an .npz that lists synapses
 _SCIPY = {"format", "shape", "data"}  # arrays in every .npz that scipy.sparse.save_npz writes
@@ -270,24 +271,29 @@ class Recurrent:
     """The synapses among the neurons.
 
     Attributes:
-        synapses: from every neuron to every neuron.
+        synapses: from every neuron to every neuron; with a part, onto the neurons of this process.
+        count: how many synapses there are in all.
         signs: 1 for an excitatory neuron, -1 for an inhibitory one, 0 for one that is both or has no synapses, ``[N]``.
         provenance: the origin of the synapses: a seed, or a file and its checksum, or those of several projections.
     """
 
     synapses: Synapses
+    count: int
     signs: NDArray[np.int8]
     provenance: dict[str, Any]
 
     @classmethod
-    def of(cls, synapses: Synapses, provenance: dict[str, Any]) -> Recurrent:
+    def of(cls, synapses: Synapses, provenance: dict[str, Any], part: Part | None = None) -> Recurrent:
         """With the signs of the neurons that the synapses have."""
         sources, weights = synapses.source_of(), synapses.weights
         each = weights[sources, 0] if weights.dim() == 2 else weights.expand(synapses.count)
         excites, inhibits = (torch.zeros(synapses.sources, dtype=torch.bool) for _ in range(2))
         excites[sources[each > 0]] = True
         inhibits[sources[each < 0]] = True
-        return cls(synapses, (excites.to(torch.int8) - inhibits.to(torch.int8)).numpy(), provenance)
+        count = synapses.count
+        if part is not None:
+            excites, inhibits, count = part.any(excites), part.any(inhibits), part.add_up(count)
+        return cls(synapses, count, (excites.to(torch.int8) - inhibits.to(torch.int8)).numpy(), provenance)
 
     def populations(self) -> dict[str, NDArray[np.bool_]]:
         """Masks ``[N]`` of the neurons that are excitatory, inhibitory or neither, without empty ones."""
@@ -304,25 +310,28 @@ def populations(config: Config) -> dict[str, NDArray[np.int64]]:
     return found | ({ALL_OTHERS: others} if others.size else {})
 
 
-def open_recurrent(config: Config) -> Recurrent | None:
+def open_recurrent(config: Config, part: Part | None = None) -> Recurrent | None:
     """The recurrent synapses of a configuration; None if its neurons are not connected.
+
+    With a part, only the synapses onto the neurons of this process are kept. Random ones of a projection are not even made.
 
     Raises:
         UserError: if a file cannot be read or does not fit, or a number is out of range.
     """
     settings, neurons = config.recurrent, config.neuron.count
     if isinstance(settings, RandomSynapses):
-        return draw_recurrent(settings, neurons)
+        return draw_recurrent(settings, neurons, part)
     if settings is not None:
         synapses = read_synapses(settings, (neurons, neurons), "recurrent")
-        recurrent = Recurrent.of(synapses, _origin(settings))
+        recurrent = Recurrent.of(synapses if part is None else part.onto_own(synapses), _origin(settings), part)
     elif config.projection:
         members, parts, origins = populations(config), [], []
         for number, projection in enumerate(config.projection):
-            parts.append(_project(projection, neurons, members, f"projection.{number}"))
+            parts.append(_project(projection, neurons, members, f"projection.{number}", part))
             ends = {end: getattr(projection, end) for end in ("source", "target")}
-            origins.append({**ends, "synapses": parts[-1].count, **_origin(projection)})
-        recurrent = Recurrent.of(_join(parts, config.simulation.dt), {"projections": origins})
+            count = parts[-1].count if part is None else part.add_up(parts[-1].count)
+            origins.append({**ends, "synapses": count, **_origin(projection)})
+        recurrent = Recurrent.of(_join(parts, config.simulation.dt), {"projections": origins}, part)
     else:
         return None
     with _told("recurrent" if settings is not None else "projection"):
@@ -337,7 +346,7 @@ def _origin(settings: Any) -> dict[str, Any]:
         return {"file": str(settings.path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def draw_recurrent(settings: RandomSynapses, neurons: int) -> Recurrent:
+def draw_recurrent(settings: RandomSynapses, neurons: int, part: Part | None = None) -> Recurrent:
     """Draw random synapses: each neuron has a synapse to each other neuron with the same probability, and none to itself.
 
     The first neurons are excitatory, as many as the given fraction says, and the others are inhibitory. All synapses of a
@@ -352,12 +361,15 @@ def draw_recurrent(settings: RandomSynapses, neurons: int) -> Recurrent:
         connected = rng.random((min(step, neurons - begin), neurons), dtype=np.float32) < settings.probability
         row, col = connected.nonzero()
         others = row + begin != col
+        if part is not None:
+            others &= (row + begin >= part.own.start) & (row + begin < part.own.stop)
         rows.append((row[others] + begin).astype(np.int32))
         cols.append(col[others].astype(np.int32))
     targets, sources = np.concatenate(rows), np.concatenate(cols)
     with _told("recurrent"):
         synapses = Synapses.from_coo(targets, sources, strength[:, None], settings.delay, shape=(neurons, neurons))
-    return Recurrent(synapses, signs, {"seed": settings.seed})
+    count = synapses.count if part is None else part.add_up(synapses.count)
+    return Recurrent(synapses, count, signs, {"seed": settings.seed})
 
 
 def _law(value: Any, sign: int) -> Any:
@@ -379,8 +391,12 @@ def _draw(
     neurons: int,
     members: Mapping[str, NDArray[np.int64]],
     key: str,
+    part: Part | None = None,
 ) -> Synapses:
-    """Random synapses from ``sources``: their indices, None for all, and how many there are in all."""
+    """Random synapses from ``sources``: their indices, None for all, and how many there are in all.
+
+    With a part, those onto the neurons of this process.
+    """
     chosen, count = sources
     targets = None if settings.target is None else members[settings.target]
     shape = count if chosen is None else len(chosen), neurons if targets is None else len(targets)
@@ -391,6 +407,9 @@ def _draw(
     delay = None if projection is None or projection.delay is None else _law(projection.delay, 1)
     numbers = _law(settings.weight, 1 if settings.receptor == "excitatory" else -1), delay
     options: dict[str, Any] = {"seed": settings.seed, "autapses": autapses or not same, "dtype": torch.float32}
+    if part is not None:
+        bounds = [part.own.start, part.own.stop]
+        options["only"] = tuple(bounds if targets is None else np.searchsorted(targets, bounds).tolist())
     with _told(key):
         if settings.probability is not None:
             drawn = Synapses.fixed_probability(*shape, settings.probability, *numbers, **options)
@@ -449,14 +468,17 @@ def _without_autapses(synapses: Synapses) -> Synapses:
     )
 
 
-def _project(projection: Any, neurons: int, members: Mapping[str, NDArray[np.int64]], key: str) -> Synapses:
-    """The synapses of a projection among all neurons."""
+def _project(
+    projection: Any, neurons: int, members: Mapping[str, NDArray[np.int64]], key: str, part: Part | None
+) -> Synapses:
+    """The synapses of a projection among all neurons; with a part, those onto the neurons of this process."""
     source = None if projection.source is None else members[projection.source]
     if isinstance(projection, Projection):
-        return _draw(projection, (source, neurons), neurons, members, key)
+        return _draw(projection, (source, neurons), neurons, members, key, part)
     target = None if projection.target is None else members[projection.target]
     shape = neurons if target is None else len(target), neurons if source is None else len(source)
-    return place(read_synapses(projection, shape, key), source, target, neurons, neurons)
+    placed = place(read_synapses(projection, shape, key), source, target, neurons, neurons)
+    return placed if part is None else part.onto_own(placed)
 
 
 def _join(parts: list[Synapses], dt: float | None = None) -> Synapses:

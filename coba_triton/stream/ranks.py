@@ -212,7 +212,11 @@ class RanksRun(BlockRun):
     def _connect(self, x: Tensor, weights: Sequence[Any], delay: Any) -> Wiring:
         if self.divide == "rows":
             return super()._connect(x, weights, delay)
-        self.rows = SparseRows(self.ranks, x, weights[0], weights[1], self.network.dt)
+        inputs, recurrent = weights
+        if isinstance(inputs, Tensor) and inputs.layout is torch.strided:
+            self.ranks.divide(len(inputs))
+            inputs = inputs[self.ranks.own]
+        self.rows = SparseRows(self.ranks, x, inputs, recurrent, self.network.dt)
         self.rows.agree()
         return self.rows.wiring
 
