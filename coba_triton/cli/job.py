@@ -29,6 +29,7 @@ from coba_triton.backend.choose import choose_backend
 from coba_triton.backend.cpu.numba_bridge import compile_seconds
 from coba_triton.common.files import reason
 from coba_triton.distributed import simulate as simulate_together
+from coba_triton.distributed.ranks import LostRankError
 from coba_triton.stream.sinks import Sink
 from coba_triton.stream.sources import Described
 
@@ -254,5 +255,7 @@ def run(
         raise UserError(told.replace("resume=True", "--resume")) from error
     except FloatingPointError as error:
         raise UserError(str(error).replace("stop_if_unstable=False", "--keep-going")) from error
+    except LostRankError as error:
+        raise UserError(str(error).replace("resume=True", "--resume")) from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the simulation failed: {error}") from error

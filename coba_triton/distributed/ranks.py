@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -45,6 +46,10 @@ def owned_neurons(neurons: int, group: Group = None) -> slice:
 TRIALS = 5
 
 
+class LostRankError(RuntimeError):
+    """Another process of the group has died, hangs or cannot be reached."""
+
+
 class Ranks:
     """The processes of a group, and which of the neurons each owns: the exchange of :mod:`coba_triton.ops.time_blocks`."""
 
@@ -73,6 +78,22 @@ class Ranks:
         self.moments: list[float] = []  # when the first runs of steps began
         self.parts = 1
         self.device = torch.device("cpu")
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Within the block, messages are exchanged; say what it means if they are not.
+
+        Raises:
+            LostRankError: if another process is gone, or does not answer within the time limit of the group.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            cause = str(error).splitlines()[0][:200]
+            raise LostRankError(
+                f"rank {self.rank} of {self.ranks} lost another rank, which has died, hangs or cannot be reached ({cause}); "
+                "start all ranks again"
+            ) from error
 
     def gather(self, values: Tensor) -> Tensor:
         """``[..., n]`` of every rank to ``[..., N]`` in all of them."""
@@ -155,7 +176,8 @@ class Ranks:
     def greatest(self, numbers: Tensor) -> Tensor:
         """The greatest of such numbers in all ranks."""
         numbers = numbers.clone()
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
+        with self.reached():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         return numbers
 
     def add_up(self, parts: Tensor) -> Tensor:
@@ -183,11 +205,13 @@ class Ranks:
             to, source = (self.rank + shift) % self.ranks, (self.rank - shift) % self.ranks
             messages.append(dist.P2POp(dist.isend, parts[to], group=self.group, group_peer=to))
             messages.append(dist.P2POp(dist.irecv, every[source], group=self.group, group_peer=source))
-        started = dist.batch_isend_irecv(messages) if messages else []
+        with self.reached():
+            started = dist.batch_isend_irecv(messages) if messages else []
 
         def wait() -> Tensor:
-            for message in started:
-                message.wait()
+            with self.reached():
+                for message in started:
+                    message.wait()
             return every
 
         return wait
@@ -202,7 +226,8 @@ class Ranks:
             RuntimeError: if a rank says that it has failed, see :meth:`refuse`.
         """
         given: list[Any] = [None] * self.ranks
-        dist.all_gather_object(given, facts, group=self.group)
+        with self.reached():
+            dist.all_gather_object(given, facts, group=self.group)
         failed = [rank for rank, other in enumerate(given) if isinstance(other, _Failed)]
         if failed and not isinstance(facts, _Failed):
             raise RuntimeError(f"rank {failed[0]} refused its arguments; its own error says what to change")

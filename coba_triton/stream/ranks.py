@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backend.choose import launcher
-from ..distributed.ranks import Group, Ranks
+from ..distributed.ranks import Group, LostRankError, Ranks
 from ..distributed.sparse import SparseRows
 from ..functional import connections
 from ..neuron.records import recurrent_state
@@ -97,34 +97,15 @@ def simulate(
             )
     except (TypeError, ValueError) as error:
         ranks.refuse(error)
-    with _losses(ranks, inner.path):
+    try:
         run = RanksRun(ranks, divide, network, source, state, Record() if record is None else record, block_steps,
                        stop_if_unstable)  # fmt: skip
         shared = RanksSink(inner, run)
         with shared.held():
             go_on(run, shared, resume, progress if ranks.rank == 0 else False)
             return Result(*shared.result(), path=inner.path)
-
-
-@contextlib.contextmanager
-def _losses(ranks: Ranks, path: Path) -> Iterator[None]:
-    """Say what it means that another process is gone."""
-    try:
-        yield
-    except dist.DistError as error:
-        raise _lost(ranks, path, error) from error
-    except RuntimeError as error:
-        if not any(word in str(error) for word in ("closed by peer", "Timed out", "timed out", "reset by peer", "gloo")):
-            raise
-        raise _lost(ranks, path, error) from error
-
-
-def _lost(ranks: Ranks, path: Path, error: Exception) -> RuntimeError:
-    cause = str(error).splitlines()[0][:200]
-    return RuntimeError(
-        f"rank {ranks.rank} of {ranks.ranks} lost another rank, which has died, hangs or cannot be reached ({cause}); "
-        f"what is finished is kept in {path}: start all ranks again with resume=True"
-    )
+    except LostRankError as error:
+        raise LostRankError(f"{error} with resume=True: what is finished is kept in {inner.path}") from error
 
 
 class RanksRun(BlockRun):
@@ -261,7 +242,8 @@ class RanksRun(BlockRun):
         done = super().finish(running)
         writer = done.start // self.header.block_steps % self.ranks.ranks
         parts: list[Any] | None = [None] * self.ranks.ranks if self.ranks.rank == writer else None
-        dist.gather_object((done.rows, done.state), parts, group=self.ranks.group, group_dst=writer)
+        with self.ranks.reached():
+            dist.gather_object((done.rows, done.state), parts, group=self.ranks.group, group_dst=writer)
         if parts is None:
             return done._replace(rows={})
         # a rank has no traces if none of the recorded neurons is its own
@@ -322,7 +304,8 @@ class RanksSink(Sink):
                 told[0] = action()
             except (OSError, TypeError, ValueError) as error:
                 told[1] = error
-        dist.broadcast_object_list(told, group=self.ranks.group, group_src=0)
+        with self.ranks.reached():
+            dist.broadcast_object_list(told, group=self.ranks.group, group_src=0)
         if told[1] is not None:
             raise told[1]
         return told[0]  # type: ignore[no-any-return]  # what the first rank's action returned
