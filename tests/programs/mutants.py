@@ -80,6 +80,7 @@ AREAS: dict[str, dict[str, list[str]]] = {
     "CPU feed-forward": {
         "CPU path": [*PYTEST, *CPU_TESTS, "-m", "not slow", "-k", "not triton"],
     },
+    "CPU time chunks": {"CPU path": [*PYTEST, "tests/backend/test_time_chunks.py", "-m", "not slow"]},
     "CPU recurrent": {"CPU path": CPU_RECURRENT},
     "CPU sparse": {"CPU path": SYNAPSES},
     "synapses": {
@@ -155,6 +156,10 @@ def blocks(edits: dict[str, str]) -> Mutant:
 
 def cpu(edits: dict[str, str]) -> Mutant:
     return Mutant("CPU feed-forward", "coba_triton/backend/cpu/feed_forward.py", edits)
+
+
+def cpu_chunks(edits: dict[str, str], file: str = "time_chunks.py") -> Mutant:
+    return Mutant("CPU time chunks", f"coba_triton/backend/cpu/{file}", edits)
 
 
 def cpu_rows(edits: dict[str, str]) -> Mutant:
@@ -379,6 +384,21 @@ MUTANTS = {
     ),
     "CPU: a neuron's coupling is another constant": current(
         "coba_triton/backend/cpu/rows.py", {"tile[first + 11 * ROW + j]": "tile[first + 10 * ROW + j]"}
+    ),
+    "CPU time chunks: what a repair reached is not looked at": cpu_chunks(
+        {"if len(apart) == 0:": "if len(apart) == 0 or tried == len(at):"}
+    ),
+    "CPU time chunks: only potentials are compared": cpu_chunks(
+        {"if words[at + i] != noted": "if k == 0 and words[at + i] != noted"}, "chunks.py"
+    ),
+    "CPU time chunks: the final state of the first attempt stays": cpu_chunks(
+        {"if at[count - 1] == units:": "if not compare:"}
+    ),
+    "CPU time chunks: a chunk leaves its neurons' constants behind": cpu_chunks(
+        {"range(FORWARD_ROWS // ROW)": "range(CONSTANTS // ROW)"}, "chunks.py"
+    ),
+    "CPU time chunks: spikes go on after the end": cpu_chunks(
+        {"&= (1 << count % WORD) - 1": "&= (1 << WORD) - 1"}, "chunks.py"
     ),
     "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),
