@@ -24,7 +24,7 @@ from .neuron.records import (
 )
 from .ops import operators, sparse_operators, time_blocks, validation
 from .ops.call import Call, Connections, Weights
-from .ops.constants import constants_table, derive_constants
+from .ops.constants import constants_table, derive_constants, memory_in_steps
 from .ops.grid import Grid, grid_of
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
 from .ops.synapses import Synapses
@@ -333,8 +333,9 @@ def coba_lif_feed_forward_integral(
         out: contiguous buffer that takes the spikes and is returned, apart in memory from all arguments; not for
             training. Reusing one in a loop saves the first touch of new memory, which costs a CPU more than the neurons
             do.
-        time_chunks: into how many chunks the time is cut, which are simulated side by side, on the CPU; None for a choice,
-            which cuts the long runs of few neurons, and 1 for a run in order. Changes no result.
+        time_chunks: into how many chunks the time is cut, which are simulated side by side. None for a choice, which cuts
+            long runs of few neurons where that pays: on a GPU only if all parameters are Python numbers, as the host reads
+            no tensor there. 1 for a run in order. Changes no result.
 
     Returns:
         Spikes ``[T, *shape]`` and the state; float32 unless an array among the arguments is float64.
@@ -376,7 +377,15 @@ def coba_lif_feed_forward_integral(
     written = None if spike_dtype == "bits" else spike_dtype or default
     every = operators.checkpoint_interval(dtype, backend, neurons.numel())
     call = Call(
-        backend, jump_first, p.method, written, record_states, block_steps, checkpoint_every=every, time_chunks=time_chunks
+        backend,
+        jump_first,
+        p.method,
+        written,
+        record_states,
+        block_steps,
+        checkpoint_every=every,
+        time_chunks=time_chunks,
+        memory=memory_in_steps(p, dt),
     )
     x = flat_input(input_tensor, neurons, dtype)
     return _run_operator(x, initial, constants_table(p, dt, dtype, device, neurons), call, out)

@@ -45,6 +45,7 @@ class Call(NamedTuple):
         checkpoint_every: steps of unconnected neurons between two states that are saved for the backward.
         time_chunks: into how many chunks the time of unconnected neurons is cut, which are simulated side by side; None for
             a choice.
+        memory: the largest time constant of unconnected neurons in steps, None where the host does not know it.
         save: whether to save what the backward needs; None saves it where autograd follows a tensor.
     """
 
@@ -57,6 +58,7 @@ class Call(NamedTuple):
     path: str = "auto"
     checkpoint_every: int = 1
     time_chunks: int | None = None
+    memory: float | None = None
     save: bool | None = None
 
 
@@ -450,7 +452,7 @@ class SparseSweep(NamedTuple):
 
 SCHEMA = {
     Call: "str backend, bool jump_first, str method, ScalarType? spike_dtype, bool record_states, int? block_steps, "
-    "str path, int checkpoint_every, int? time_chunks, bool? save",
+    "str path, int checkpoint_every, int? time_chunks, float? memory, bool? save",
     Asked: "bool x_grad, bool input_weights_grad, bool recurrent_weights_grad, bool constants_grad, int fields, int samples",
     Weights: "Tensor input_weights, Tensor recurrent_weights, Tensor constants",
     Connections: "Tensor? input_weights, Tensor? input_indptr, Tensor? input_targets, Tensor? input_values, Tensor indptr, "

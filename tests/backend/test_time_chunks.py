@@ -21,33 +21,7 @@ from coba_triton import (
 )
 from coba_triton.backend.cpu import launch, time_chunks
 from coba_triton.ops.constants import constants_table
-
-P = CobaLIFParameters(1 / 5, 1 / 10, 1 / 0.2, 0.01, -80.0, 0.0, -65.0, -65.0, -50.0)
-DT = 0.5
-# u, the largest time constant in steps
-MEMORY = 40
-
-
-def irregular(steps: int, neurons: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Poisson input that makes neurons fire irregularly, at some 30 Hz."""
-    generator = torch.Generator().manual_seed(seed)
-    e, i = (torch.poisson(torch.full((steps, neurons), rate), generator=generator) for rate in (0.3, 0.2))
-    return (0.006 * e - 0.008 * i).to(dtype)
-
-
-def bits(x: Tensor) -> Tensor:
-    """As integers; a NaN's sign and payload are the processor's own."""
-    if not x.is_floating_point():
-        return x
-    x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x).contiguous()
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    (z, state), (want_z, want_state) = ours, theirs
-    for name, a, b in zip(("spikes", *state._fields), (z, *state), (want_z, *want_state), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(bits(a), bits(b)), f"{name}: {int((bits(a) != bits(b)).sum())} of {a.numel()} differ"
+from helpers.few_neurons import DT, MEMORY, P, assert_same, bits, irregular
 
 
 def run(x: Tensor, chunks: int | None, p: CobaLIFParameters = P, state: Any = None, **options: Any) -> Any:
@@ -184,6 +158,13 @@ def test_some_neurons_keep_their_phase_for_a_while(passes: list[tuple[int, int]]
     x[8_000:16_000] = 0.0005
     compare(x, 30)
     assert len(passes) > 3
+
+
+def test_a_held_neuron_is_not_taken_for_one_at_rest() -> None:
+    """Its potential is that of the guess, but its conductances and the steps for which it is held are not."""
+    x, p = 4 * irregular(3000, 6), P._replace(refractory=30.0)
+    compare(x, 9, p, record_states=True)
+    assert 0.005 < run(x, 1, p)[0].mean() < 1 / 60
 
 
 def test_nan_and_infinity() -> None:

@@ -80,6 +80,10 @@ AREAS: dict[str, dict[str, list[str]]] = {
     "CPU feed-forward": {
         "CPU path": [*PYTEST, *CPU_TESTS, "-m", "not slow", "-k", "not triton"],
     },
+    "time chunks": {
+        "interpreter": [*PYTEST, "tests/kernels/test_time_chunk_kernels.py", "-m", "not slow"],
+        "executed": [*EXECUTED, "chunks"],
+    },
     "CPU time chunks": {"CPU path": [*PYTEST, "tests/backend/test_time_chunks.py", "-m", "not slow"]},
     "CPU recurrent": {"CPU path": CPU_RECURRENT},
     "CPU sparse": {"CPU path": SYNAPSES},
@@ -156,6 +160,10 @@ def blocks(edits: dict[str, str]) -> Mutant:
 
 def cpu(edits: dict[str, str]) -> Mutant:
     return Mutant("CPU feed-forward", "coba_triton/backend/cpu/feed_forward.py", edits)
+
+
+def chunks(edits: dict[str, str]) -> Mutant:
+    return Mutant("time chunks", "coba_triton/kernels/time_chunks.py", edits)
 
 
 def cpu_chunks(edits: dict[str, str], file: str = "time_chunks.py") -> Mutant:
@@ -385,11 +393,19 @@ MUTANTS = {
     "CPU: a neuron's coupling is another constant": current(
         "coba_triton/backend/cpu/rows.py", {"tile[first + 11 * ROW + j]": "tile[first + 10 * ROW + j]"}
     ),
+    "time chunks: a repair stops after one stretch": chunks({"while apart & (t < end):": "if apart & (t < end):"}),
+    "time chunks: an end that a repair changed is not told": chunks(
+        {"tl.store(late_ptr + tile * chunks + chunk, late.to(tl.uint8))": "tl.store(late_ptr + tile * chunks + chunk, 0)"}
+    ),
+    "time chunks: settling forgets what it changed": chunks(
+        {"        again = late\n": "        again = tl.load(late_ptr + tile * chunks + chunk) != 0\n"}
+    ),
+    "time chunks: only potentials are compared": chunks({"range(1, FIELDS)": "range(1, 1)"}),
     "CPU time chunks: what a repair reached is not looked at": cpu_chunks(
         {"if len(apart) == 0:": "if len(apart) == 0 or tried == len(at):"}
     ),
-    "CPU time chunks: only potentials are compared": cpu_chunks(
-        {"if words[at + i] != noted": "if k == 0 and words[at + i] != noted"}, "chunks.py"
+    "CPU time chunks: what a run in order has passed is run again": cpu_chunks(
+        {"np.flatnonzero(at > at[0])": "np.arange(1, len(at))"}
     ),
     "CPU time chunks: the final state of the first attempt stays": cpu_chunks(
         {"if at[count - 1] == units:": "if not compare:"}

@@ -197,7 +197,9 @@ def _forward_arguments(
     )
 
 
-def _split_time(arguments: tuple[Any, ...], steps: int, asked: int | None = None) -> tuple[int, int]:
+def _split_time(
+    arguments: tuple[Any, ...], steps: int, asked: int | None = None, memory: float | None = None
+) -> tuple[int, int]:
     """Into how many chunks of time a run is cut, and for how many threads; see :mod:`.time_chunks`."""
     _, state, shared, per_neuron, *_ = arguments
     neurons = state.shape[1]
@@ -205,7 +207,7 @@ def _split_time(arguments: tuple[Any, ...], steps: int, asked: int | None = None
         return 1, 1
     most = parameters_of("feed_forward_forward", torch.from_numpy(state).dtype, neurons)["threads"]
     threads = count_threads(most, time_chunks.COST * steps * neurons)
-    memory = time_chunks.memory_of(shared, per_neuron)
+    memory = time_chunks.memory_of(shared, per_neuron) if memory is None else memory
     return asked or time_chunks.choose_chunks(steps, neurons, memory, threads), threads
 
 
@@ -221,7 +223,7 @@ def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Ten
     steps, neurons = x.shape
     every = 0 if out.checkpoints is None else call.checkpoint_every
     arguments = _forward_arguments(x, state, constants, final, out, every, call.jump_first)
-    chunks, threads = _split_time(arguments, steps, call.time_chunks)
+    chunks, threads = _split_time(arguments, steps, call.time_chunks, call.memory)
     if chunks > 1:
         _run_in_chunks(arguments, x, chunks, threads)
         return
