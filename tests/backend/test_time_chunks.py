@@ -153,6 +153,14 @@ def test_silence_meets_at_once(passes: list[tuple[int, int]]) -> None:
     assert passes == [(9, -(-5000 // time_chunks.STEPS))]
 
 
+def test_a_pulse_and_then_silence() -> None:
+    """Silent chunks from rest end in rest, as their guess: only in order, one by one, it shows that all are wrong."""
+    x = torch.zeros(448, 2)
+    x[:5] = 0.005
+    compare(x, 7, record_states=True)
+    assert (run(x, 7)[1].v > -65).all()
+
+
 def test_some_neurons_keep_their_phase_for_a_while(passes: list[tuple[int, int]]) -> None:
     x = irregular(30_000, 2)
     x[8_000:16_000] = 0.0005

@@ -98,6 +98,14 @@ def test_a_held_neuron_is_not_taken_for_one_at_rest(device: torch.device) -> Non
     assert 0.005 < spikes.mean() < 1 / 60
 
 
+def test_a_pulse_and_then_silence(device: torch.device) -> None:
+    """Silent chunks from rest end in rest, as their guess: only in order, one by one, it shows that all are wrong."""
+    x = torch.zeros(448, 2)
+    x[:5] = 0.005
+    _, states = compare(x, 7, device, record_states=True)
+    assert (states.v[-1] > -65).all()
+
+
 def test_regular_firing(device: torch.device) -> None:
     """Neurons that keep their phase meet nowhere: every chunk is settled in order."""
     compare(torch.full((400, 3), 0.0012), 6, device, spike_dtype="bits")
