@@ -1,10 +1,12 @@
 """Feed-forward populations of few neurons: chunks of one long run side by side, with the bits of a run in order.
 
+Forward, the state goes from chunk to chunk; back, the gradient by the state does, in the other direction.
+
 Arrays are those of ``feed_forward.py``, and besides:
 
 =======  =========================  ============================================================================
 notes    ``[ceil(T/MARK), F, M]``   the state before every ``MARK``-th step; in training these are the checkpoints
-ends     ``[chunks, F, M]``         the state after each chunk
+ends     ``[chunks, F, M]``         the state after each chunk; back, the gradient by that before it
 late     ``[tiles, chunks]``        1 where a launch has changed the end of a chunk, by programs of ``BLOCK`` neurons
 =======  =========================  ============================================================================
 
@@ -17,8 +19,9 @@ between. Every state that is used was compared bit for bit, so the result never 
 import triton
 import triton.language as tl
 
-from .feed_forward import forward_steps, load_rows
-from .neuron import load_constants, load_fields, store_fields
+from ..neuron.records import State
+from .feed_forward import backward_run, backward_single, forward_steps, last_adjoint, load_rows
+from .neuron import NUM_FIELDS, load_constants, load_fields, no_sums, state_of, store_fields
 
 
 @triton.jit
@@ -138,7 +141,9 @@ def repair_kernel(
     neurons = tile * BLOCK + tl.arange(0, BLOCK)
     chunk = tl.program_id(1).to(tl.int64)
     mask = None if EVEN else neurons < M
+    # the end stays unless another one is found; it is not kept in registers until then
     end = load_fields(before_ptr + chunk * FIELDS * M + neurons, M, mask, FIELDS)
+    store_fields(after_ptr + chunk * FIELDS * M + neurons, M, end, mask, FIELDS)
     late = False
     again = tl.load(changed_ptr + tile * chunks + tl.maximum(chunk - 1, 0)) != 0
     if again & (chunk > 0):
@@ -150,9 +155,8 @@ def repair_kernel(
             neurons, mask, T, M, tl.cast(x_stride_t, tl.int64), x_stride_m, FIELDS, STEPS, MARK, CHECK, JUMP_FIRST,
         )  # fmt: skip
         if apart:
-            end = s
+            store_fields(after_ptr + chunk * FIELDS * M + neurons, M, s, mask, FIELDS)
             late = differs(s, before_ptr + chunk * FIELDS * M + neurons, M, mask, FIELDS)
-    store_fields(after_ptr + chunk * FIELDS * M + neurons, M, end, mask, FIELDS)
     tl.store(late_ptr + tile * chunks + chunk, late.to(tl.uint8))
 
 
@@ -187,3 +191,176 @@ def settle_kernel(
         again = late
     s = load_fields(ends_ptr + (tl.cast(chunks, tl.int64) - 1) * FIELDS * M + neurons, M, mask, FIELDS)
     store_fields(final_ptr + neurons, M, s, mask, FIELDS)
+
+
+@triton.jit
+def stretch_back(
+    t, start, lam, c, notes_ptr,
+    x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+    neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+    FIELDS: tl.constexpr, EVERY: tl.constexpr, STEPS: tl.constexpr, CHECK: tl.constexpr,
+    JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """Go back from the gradient by the state before step ``t`` to that before step ``start``, with all outputs and notes.
+
+    ``start`` is a multiple of ``CHECK``, and ``t`` is one, or T. The gradient is noted at every multiple.
+    """
+    none = no_sums(lam.v)
+    whole = tl.minimum(t, T // EVERY * EVERY)
+    for back in range(0, t - whole):
+        lam, _ = backward_single(
+            t - 1 - tl.cast(back, tl.int64), lam, none, c,
+            x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+            neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+            FIELDS, EVERY, JUMP_FIRST, METHOD, False,
+        )  # fmt: skip
+    for back in range(0, (whole - start) // STEPS):
+        before = whole - tl.cast(back, tl.int64) * STEPS
+        if before % CHECK == 0:
+            store_fields(notes_ptr + before // CHECK * NUM_FIELDS * M + neurons, M, lam, mask, NUM_FIELDS)
+        lam, _ = backward_run(
+            before - STEPS, lam, none, c,
+            x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+            neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+            FIELDS, EVERY, STEPS, JUMP_FIRST, METHOD, False,
+        )  # fmt: skip
+    return lam
+
+
+@triton.jit
+def follow_back(
+    t, start, lam, c, notes_ptr,
+    x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+    neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+    FIELDS: tl.constexpr, EVERY: tl.constexpr, STEPS: tl.constexpr, CHECK: tl.constexpr,
+    JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """Go back from ``t`` until the gradient has the noted bits; returns whether it had them nowhere, and the gradient."""
+    apart = differs(lam, notes_ptr + t // CHECK * NUM_FIELDS * M + neurons, M, mask, NUM_FIELDS)
+    while apart & (t > start):
+        to = tl.maximum(t - CHECK, start)
+        lam = stretch_back(
+            t, to, lam, c, notes_ptr,
+            x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+            neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+            FIELDS, EVERY, STEPS, CHECK, JUMP_FIRST, METHOD,
+        )  # fmt: skip
+        t = to
+        if t > start:
+            apart = differs(lam, notes_ptr + t // CHECK * NUM_FIELDS * M + neurons, M, mask, NUM_FIELDS)
+    return apart, lam
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "M", "chunk_steps", "chunks", "x_stride_t", "x_stride_m", "grad_stride_t", "grad_stride_m", "constants_stride",
+    ]
+)  # fmt: skip
+def speculate_back_kernel(
+    grad_final_ptr, ends_ptr, late_ptr, notes_ptr,
+    x_ptr, words_ptr, checkpoints_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+    T, M, chunk_steps, chunks, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m, constants_stride,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, EVERY: tl.constexpr, STEPS: tl.constexpr, CHECK: tl.constexpr,
+    EVEN: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """Go back through every chunk: the last one from the gradients that come in at its end, the others from a guess, 0."""
+    T = tl.cast(T, tl.int64)
+    M = tl.cast(M, tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
+    neurons = tile * BLOCK + tl.arange(0, BLOCK)
+    chunk = tl.program_id(1).to(tl.int64)
+    mask = None if EVEN else neurons < M
+    c = load_constants(constants_ptr, constants_stride, neurons, mask, PER_NEURON)
+    zeros = tl.zeros([BLOCK], constants_ptr.dtype.element_ty)
+    lam = State(zeros, zeros, zeros)
+    if chunk == chunks - 1:
+        lam = last_adjoint(zeros, grad_final_ptr, grad_states_ptr, neurons, mask, T, M)
+    start = chunk * chunk_steps
+    lam = stretch_back(
+        tl.minimum(start + chunk_steps, T), start, lam, c, notes_ptr,
+        x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+        neurons, mask, T, M, tl.cast(x_stride_t, tl.int64), x_stride_m, tl.cast(grad_stride_t, tl.int64), grad_stride_m,
+        FIELDS, EVERY, STEPS, CHECK, JUMP_FIRST, METHOD,
+    )  # fmt: skip
+    store_fields(ends_ptr + chunk * NUM_FIELDS * M + neurons, M, lam, mask, NUM_FIELDS)
+    tl.store(late_ptr + tile * chunks + chunk, 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "M", "chunk_steps", "chunks", "x_stride_t", "x_stride_m", "grad_stride_t", "grad_stride_m", "constants_stride",
+    ]
+)  # fmt: skip
+def repair_back_kernel(
+    before_ptr, after_ptr, changed_ptr, late_ptr, notes_ptr,
+    x_ptr, words_ptr, checkpoints_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+    T, M, chunk_steps, chunks, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m, constants_stride,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, EVERY: tl.constexpr, STEPS: tl.constexpr, CHECK: tl.constexpr,
+    EVEN: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """As :func:`repair_kernel`: a chunk goes on from where the chunk after it came to."""
+    T = tl.cast(T, tl.int64)
+    M = tl.cast(M, tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
+    neurons = tile * BLOCK + tl.arange(0, BLOCK)
+    chunk = tl.program_id(1).to(tl.int64)
+    mask = None if EVEN else neurons < M
+    end = load_fields(before_ptr + chunk * NUM_FIELDS * M + neurons, M, mask, NUM_FIELDS)
+    store_fields(after_ptr + chunk * NUM_FIELDS * M + neurons, M, end, mask, NUM_FIELDS)
+    late = False
+    after = tl.minimum(chunk + 1, chunks - 1)
+    again = tl.load(changed_ptr + tile * chunks + after) != 0
+    if again & (chunk < after):
+        c = load_constants(constants_ptr, constants_stride, neurons, mask, PER_NEURON)
+        lam = state_of(load_fields(before_ptr + after * NUM_FIELDS * M + neurons, M, mask, NUM_FIELDS))
+        start = chunk * chunk_steps
+        apart, lam = follow_back(
+            start + chunk_steps, start, lam, c, notes_ptr,
+            x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+            neurons, mask, T, M, tl.cast(x_stride_t, tl.int64), x_stride_m, tl.cast(grad_stride_t, tl.int64), grad_stride_m,
+            FIELDS, EVERY, STEPS, CHECK, JUMP_FIRST, METHOD,
+        )  # fmt: skip
+        if apart:
+            store_fields(after_ptr + chunk * NUM_FIELDS * M + neurons, M, lam, mask, NUM_FIELDS)
+            late = differs(lam, before_ptr + chunk * NUM_FIELDS * M + neurons, M, mask, NUM_FIELDS)
+    tl.store(late_ptr + tile * chunks + chunk, late.to(tl.uint8))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "M", "chunk_steps", "chunks", "x_stride_t", "x_stride_m", "grad_stride_t", "grad_stride_m", "constants_stride",
+    ]
+)  # fmt: skip
+def settle_back_kernel(
+    grad_state_ptr, before_ptr, ends_ptr, late_ptr, notes_ptr,
+    x_ptr, words_ptr, checkpoints_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+    T, M, chunk_steps, chunks, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m, constants_stride,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, EVERY: tl.constexpr, STEPS: tl.constexpr, CHECK: tl.constexpr,
+    EVEN: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """As :func:`settle_kernel`, from the last chunk to the first; fills the gradient by the initial state."""
+    T = tl.cast(T, tl.int64)
+    M = tl.cast(M, tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
+    neurons = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = None if EVEN else neurons < M
+    c = load_constants(constants_ptr, constants_stride, neurons, mask, PER_NEURON)
+    again = False
+    for back in range(1, chunks):
+        chunk = chunks - 1 - tl.cast(back, tl.int64)
+        late = tl.load(late_ptr + tile * chunks + chunk) != 0
+        if again:
+            start = chunk * chunk_steps
+            lam = state_of(load_fields(ends_ptr + (chunk + 1) * NUM_FIELDS * M + neurons, M, mask, NUM_FIELDS))
+            apart, lam = follow_back(
+                start + chunk_steps, start, lam, c, notes_ptr,
+                x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+                neurons, mask, T, M, tl.cast(x_stride_t, tl.int64), x_stride_m, tl.cast(grad_stride_t, tl.int64),
+                grad_stride_m, FIELDS, EVERY, STEPS, CHECK, JUMP_FIRST, METHOD,
+            )  # fmt: skip
+            if apart:
+                store_fields(ends_ptr + chunk * NUM_FIELDS * M + neurons, M, lam, mask, NUM_FIELDS)
+                late = differs(lam, before_ptr + chunk * NUM_FIELDS * M + neurons, M, mask, NUM_FIELDS)
+        again = late
+    lam = state_of(load_fields(ends_ptr + neurons, M, mask, NUM_FIELDS))
+    store_fields(grad_state_ptr + neurons, M, lam, mask, NUM_FIELDS)

@@ -13,6 +13,7 @@ from triton.compiler import CompiledKernel
 
 from ..kernels import feed_forward, recurrent, sparse, time_chunks
 from ..ops.call import (
+    DIFFERENTIABLE,
     Block,
     Call,
     Incoming,
@@ -192,6 +193,48 @@ def _forward_in_chunks(
     )  # fmt: skip
 
 
+def _backward_in_chunks(
+    x: Tensor,
+    constants: Tensor,
+    saved: Saved,
+    grads: Incoming,
+    grad_x: Tensor,
+    grad_state: Tensor,
+    call: Call,
+    chunks: int,
+    steps: int,
+) -> None:
+    """:func:`feed_forward_backward` in at most so many chunks of time, without the sums over time."""
+    length, neurons = x.shape
+    device, block = x.device, threads_per_warp()
+    chunk_steps = _cdiv(length, chunks * CHECK_STEPS) * CHECK_STEPS
+    tiles, chunks = _cdiv(neurons, block), _cdiv(length, chunk_steps)
+    notes = constants.new_empty(length // CHECK_STEPS + 1, DIFFERENTIABLE, neurons)
+    before, after = (constants.new_empty(chunks, DIFFERENTIABLE, neurons) for _ in range(2))
+    changed, late = (constants.new_empty(tiles, chunks, dtype=torch.uint8) for _ in range(2))
+    given = _kernel_view(x), saved.words, saved.checkpoints, constants, grads.spikes, grads.states, _none_if_empty(grad_x)
+    strides = grads.spikes.stride() if grads.spikes is not None else (0, 0)
+    sizes = length, neurons, chunk_steps, chunks, *x.stride(), *strides, constants.stride(0)
+    meta = {"BLOCK": block, "FIELDS": len(grad_state), "EVERY": call.checkpoint_every}
+    meta |= {"STEPS": steps, "CHECK": CHECK_STEPS, "EVEN": neurons % block == 0}
+    how = {"PER_NEURON": constants.shape[1] > 1, "JUMP_FIRST": call.jump_first, "METHOD": call.method}
+    grid = tiles, chunks
+    _launch(
+        time_chunks.speculate_back_kernel, grid, device, 1,
+        grads.final, before, changed, notes, *given, *sizes, **meta, **how,
+    )  # fmt: skip
+    for _ in range(2):
+        _launch(
+            time_chunks.repair_back_kernel, grid, device, 1,
+            before, after, changed, late, notes, *given, *sizes, **meta, **how,
+        )  # fmt: skip
+        before, after, changed, late = after, before, late, changed
+    _launch(
+        time_chunks.settle_back_kernel, (tiles,), device, 1,
+        grad_state, after, before, changed, notes, *given, *sizes, **meta, **how,
+    )  # fmt: skip
+
+
 def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, call: Call) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_forward`."""
     parameters = parameters_of("feed_forward_forward", state, x.shape[1])
@@ -235,6 +278,12 @@ def feed_forward_backward(
 ) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_backward`."""
     parameters = parameters_of("feed_forward_backward", constants, x.shape[1])
+    length, neurons = x.shape
+    steps = min(parameters["steps"], call.checkpoint_every)
+    chunks = call.time_chunks or choose_time_chunks(length, neurons, call.memory)
+    if chunks > 1 and not sums.numel():  # a sum over time has one order
+        _backward_in_chunks(x, constants, saved, grads, grad_x, grad_state, call, chunks, steps)
+        return
     _launch_feed_forward(
         feed_forward.backward_kernel,
         parameters["num_warps"],
@@ -257,7 +306,7 @@ def feed_forward_backward(
         constants.stride(0),
         FIELDS=len(grad_state),
         EVERY=call.checkpoint_every,
-        STEPS=parameters["steps"],
+        STEPS=steps,
         METHOD=call.method,
     )
 

@@ -48,6 +48,7 @@ POINTERS = {
 TRITON_FUNCTIONS = {
     **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
     **{name: (time_chunks, name) for name in ("speculate_kernel", "repair_kernel", "settle_kernel")},
+    **{name: (time_chunks, name) for name in ("speculate_back_kernel", "repair_back_kernel", "settle_back_kernel")},
     "recurrent_forward_kernel": (recurrent, "forward_kernel"),
     "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
     "recurrent_backward_kernel": (recurrent, "backward_kernel"),

@@ -102,16 +102,25 @@ def test_feed_forward_in_chunks(name: str) -> None:
     assert launched() == {"speculate_kernel", "repair_kernel", "settle_kernel"}
 
 
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_feed_forward_training_in_chunks(dtype: torch.dtype) -> None:
-    """Their checkpoints are those of a run in order."""
-    tensors = []
-    for chunks in (3, 1):
-        x = irregular(150, 5, dtype=dtype).requires_grad_()
-        z, state = coba_lif_feed_forward_integral(x, None, P, FEW_DT, backend="triton", time_chunks=chunks)
-        (z.sum() + state.v.sum()).backward()
-        tensors.append([z.detach(), *(field.detach() for field in state), x.grad])
-    assert_same_bits(*tensors)
+@pytest.mark.parametrize("name", ["recorded", "float64", "end"])
+def test_feed_forward_gradients_in_chunks(name: str) -> None:
+    """As those of a run in order."""
+    case = irregular(280, 5, dtype=F64 if name == "float64" else F32)
+    p = P._replace(method="triangle", alpha=0.1)
+
+    def run(backend: str) -> list[Tensor]:
+        x = case.clone().requires_grad_()
+        z, state = coba_lif_feed_forward_integral(
+            x, None, p, FEW_DT, backend=backend, time_chunks=4, record_states=name == "recorded"
+        )
+        loss = (state.v * state.g_e).sum() if name == "end" else z.sum() + state.v.sum()
+        return [z.detach(), *(field.detach() for field in state), *torch.autograd.grad(loss, x)]
+
+    theirs = run("reference")
+    assert theirs[0].any() and theirs[-1].any()
+    for _ in schedules():
+        assert_same_bits(run("triton"), theirs)
+    assert {f"{name}_back_kernel" for name in ("speculate", "repair", "settle")} < launched()
 
 
 def test_feed_forward_potentials_on_the_threshold() -> None:

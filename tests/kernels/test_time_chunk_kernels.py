@@ -76,20 +76,67 @@ def test_parameters_of_each_neuron(dtype: torch.dtype, refractory: float, device
     assert spikes.any()
 
 
+BACK = ["speculate_back_kernel", "repair_back_kernel", "repair_back_kernel", "settle_back_kernel"]
+
+
+@pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float64)], ids=str)
-def test_gradients(dtype: torch.dtype, device: torch.device) -> None:
-    """The checkpoints are the notes; of a last, shorter run of steps there is one before each."""
+def test_training(dtype: torch.dtype, learn: bool, device: torch.device, launches: list[str]) -> None:
+    """The checkpoints are the notes; of a last, shorter run of steps there is one before each.
+
+    The sums over time in the gradient by a parameter have one order, for which the sweep back is in order.
+    """
     results = []
-    for name, chunks in (("triton", 3), ("triton", 1)):
+    for chunks in (3, 1):
         x = irregular(205, 3, dtype=dtype).to(device).requires_grad_()
-        thresholds = torch.tensor([-50.0, -51.0, -52.0], device=device, requires_grad=True)
+        thresholds = torch.tensor([-50.0, -51.0, -52.0], device=device, requires_grad=learn)
         p = P._replace(v_thresh=thresholds, method="triangle", alpha=0.1)
-        z, state = integral(x, None, p, DT, backend=name, time_chunks=chunks)
+        z, state = integral(x, None, p, DT, backend="triton", time_chunks=chunks)
         ((z * torch.linspace(1, 2, len(x), device=device)[:, None]).sum() + state.v.sum()).backward()
-        results.append([z, *state, x.grad, thresholds.grad])
+        results.append([z, *state, x.grad, *([thresholds.grad] if learn else [])])
     for ours, theirs in zip(*results, strict=True):
+        assert ours.abs().max() > 0
         assert torch.equal(bits(ours.detach()), bits(theirs.detach()))
-    assert results[0][0].any() and results[0][-1].abs().max() > 0
+    assert launches[4:] == [*(["backward_kernel"] if learn else BACK), "forward_kernel", "backward_kernel"]
+
+
+GRADIENTS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "ragged": (330, 33, 3, {}),
+    "many chunks": (448, 2, 7, {"method": "super", "alpha": 100.0}),
+    "recorded, jump first": (270, 4, 4, {"record_states": True, "order": "jump_first"}),
+    "float64": (205, 3, 3, {"dtype": torch.float64}),
+    "parameters of each neuron": (205, 3, 3, {"v_thresh": torch.tensor([-50.0, -51.0, -52.0]), "refractory": 2.0}),
+    "of the end alone": (448, 2, 7, {"end": True}),
+    "of bool spikes": (205, 3, 3, {"spike_dtype": torch.bool}),
+    "shorter than a chunk": (50, 3, 2, {}),
+    "one step more than a chunk": (65, 3, 2, {}),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients(name: str, device: torch.device, launches: list[str]) -> None:
+    steps, neurons, chunks, options = GRADIENTS[name]
+    options = {"method": "triangle", "alpha": 0.1, "dtype": torch.float32, "end": False} | options
+    x = irregular(steps, neurons, dtype=options.pop("dtype"))
+    end = options.pop("end")
+    p = P._replace(**{field: options.pop(field) for field in P._fields if field in options})
+    results = []
+    for backend_name, count in (("triton", chunks), ("reference", 1)):
+        leaf = x.to(device).clone().requires_grad_()
+        before = [torch.full((neurons,), v, dtype=x.dtype, device=device, requires_grad=True) for v in (-60.0, 0.01, 0.01)]
+        z, state = integral(
+            leaf, CobaLIFFeedForwardState(*before), p, DT, backend=backend_name, time_chunks=count, **options
+        )
+        weights = torch.linspace(1, 2, steps, dtype=x.dtype, device=device)[:, None]
+        loss = sum((k + 1) * field.sum() for k, field in enumerate(state[:3]))
+        if z.requires_grad and not end:
+            loss = loss + (z * weights).sum()
+        grads = torch.autograd.grad(loss, [leaf, *before])
+        results.append([grad.cpu() for grad in grads])
+    assert results[0][0].abs().max() > 0
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(bits(ours), bits(theirs)), f"{(ours != theirs).sum()} of {ours.numel()} differ"
+    assert launches[-4:] == BACK
 
 
 def test_a_held_neuron_is_not_taken_for_one_at_rest(device: torch.device) -> None:
