@@ -400,6 +400,12 @@ MUTANTS = {
     "time chunks: settling forgets what it changed": chunks(
         {"        again = late\n": "        again = tl.load(late_ptr + tile * chunks + chunk) != 0\n"}
     ),
+    "time chunks: back, a note is compared with the next one": chunks(
+        {"notes_ptr + before // CHECK * NUM_FIELDS": "notes_ptr + (before // CHECK - 1) * NUM_FIELDS"}
+    ),
+    "time chunks: back, settling begins with the last but one": chunks(
+        {"for back in range(1, chunks):": "for back in range(2, chunks):"}
+    ),
     "time chunks: only potentials are compared": chunks({"range(1, FIELDS)": "range(1, 1)"}),
     "CPU time chunks: what a repair reached is not looked at": cpu_chunks(
         {"if len(apart) == 0:": "if len(apart) == 0 or tried == len(at):"}
