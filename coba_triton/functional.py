@@ -24,7 +24,7 @@ from .neuron.records import (
 )
 from .ops import operators, sparse_operators, time_blocks, validation
 from .ops.call import Call, Connections, Weights
-from .ops.constants import constants_table, derive_constants
+from .ops.constants import constants_table, derive_constants, memory_in_steps
 from .ops.grid import Grid, grid_of
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
 from .ops.synapses import Synapses
@@ -297,6 +297,7 @@ def coba_lif_feed_forward_integral(
     record_states: bool = False,
     spike_dtype: SpikeDtype = None,
     out: Tensor | None = None,
+    time_chunks: int | None = None,
 ) -> tuple[Tensor, FeedForwardState]:
     """Unconnected conductance-based LIF neurons over a whole sequence.
 
@@ -332,6 +333,9 @@ def coba_lif_feed_forward_integral(
         out: contiguous buffer that takes the spikes and is returned, apart in memory from all arguments; not for
             training. Reusing one in a loop saves the first touch of new memory, which costs a CPU more than the neurons
             do.
+        time_chunks: into how many chunks the time is cut, which are simulated side by side. None for a choice, which cuts
+            long runs of few neurons where that pays: on a GPU only if all parameters are Python numbers, as the host reads
+            no tensor there. 1 for a run in order. Changes no result.
 
     Returns:
         Spikes ``[T, *shape]`` and the state; float32 unless an array among the arguments is float64.
@@ -347,6 +351,7 @@ def coba_lif_feed_forward_integral(
         torch.Size([1000, 4])
     """
     block_steps = check_sequence(input_tensor, "[T, ...]", 1, order, block_steps, record_states, spike_dtype)
+    time_chunks = validation.check_time_chunks(time_chunks)
     dt = validation.check_dt(dt)
     steps, device = input_tensor.shape[0], input_tensor.device
     initial = initial_feed_forward_state(input_tensor, state, p, dt, input_tensor.shape[1:])
@@ -371,7 +376,17 @@ def coba_lif_feed_forward_integral(
         return _into(out, format_spikes(rows, initial[0], spike_dtype, default)), final
     written = None if spike_dtype == "bits" else spike_dtype or default
     every = operators.checkpoint_interval(dtype, backend, neurons.numel())
-    call = Call(backend, jump_first, p.method, written, record_states, block_steps, checkpoint_every=every)
+    call = Call(
+        backend,
+        jump_first,
+        p.method,
+        written,
+        record_states,
+        block_steps,
+        checkpoint_every=every,
+        time_chunks=time_chunks,
+        memory=memory_in_steps(p, dt),
+    )
     x = flat_input(input_tensor, neurons, dtype)
     return _run_operator(x, initial, constants_table(p, dt, dtype, device, neurons), call, out)
 

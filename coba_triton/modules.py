@@ -456,6 +456,7 @@ class CobaLIF(_WholeSequence, _Neurons):
         block_steps: steps in one launch; None for all of them.
         spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype, of one of bool or integers
             the dtype of the module (``.half()``).
+        time_chunks: as in :func:`coba_triton.coba_lif_feed_forward_integral`; changes no result.
 
     Shape:
         ``input_tensor [T, *shape]`` in the unit of ``g_l`` and the state, or None to start at rest, to spikes
@@ -476,6 +477,8 @@ class CobaLIF(_WholeSequence, _Neurons):
         torch.Size([100, 8, 2])
     """
 
+    _defaults: ClassVar[dict[str, Any]] = _WholeSequence._defaults | dict(time_chunks=None)
+
     def __init__(
         self,
         p: Any = default_learning_parameters,
@@ -488,6 +491,7 @@ class CobaLIF(_WholeSequence, _Neurons):
         backend: str = "auto",
         block_steps: int | None = None,
         spike_dtype: SpikeDtype = None,
+        time_chunks: int | None = None,
     ) -> None:
         super().__init__(p, dt, learn)
         self._set_options(
@@ -497,6 +501,7 @@ class CobaLIF(_WholeSequence, _Neurons):
             backend=backend,
             block_steps=block_steps,
             spike_dtype=spike_dtype,
+            time_chunks=validation.check_time_chunks(time_chunks),
         )
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> Any:

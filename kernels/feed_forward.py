@@ -188,6 +188,60 @@ def backward_steps(
     return lam, sums
 
 
+@triton.jit
+def backward_run(
+    t, lam, sums, c, x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+    neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+    FIELDS: tl.constexpr, EVERY: tl.constexpr, STEPS: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+    CONSTANTS_GRAD: tl.constexpr,
+):  # fmt: skip
+    """Go back through the ``STEPS`` steps from ``t`` on, which are replayed from the checkpoint before them."""
+    block = t // EVERY
+    s = load_fields(checkpoints_ptr + block * FIELDS * M + neurons, M, mask, FIELDS)
+    if EVERY > STEPS:
+        for between in range(0, t - block * EVERY, STEPS):
+            start = block * EVERY + tl.cast(between, tl.int64)
+            xs = load_rows(x_ptr + start * x_stride_t + neurons * x_stride_m, x_stride_t, mask, STEPS)
+            word = load_word(words_ptr, start, M, neurons, mask)
+            for i in tl.static_range(STEPS):
+                _, s = replay_step(xs[i], word, i, s, c, JUMP_FIRST)
+    return backward_steps(
+        t, s, lam, sums, c,
+        x_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+        neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+        STEPS, JUMP_FIRST, METHOD, CONSTANTS_GRAD,
+    )  # fmt: skip
+
+
+@triton.jit
+def backward_single(
+    t, lam, sums, c, x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+    neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+    FIELDS: tl.constexpr, EVERY: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+    CONSTANTS_GRAD: tl.constexpr,
+):  # fmt: skip
+    """Go back through step ``t`` after the last whole run of ``EVERY`` steps, where every step has a checkpoint."""
+    s = load_fields(checkpoints_ptr + (T // EVERY + t % EVERY) * FIELDS * M + neurons, M, mask, FIELDS)
+    return backward_steps(
+        t, s, lam, sums, c,
+        x_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+        neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
+        1, JUMP_FIRST, METHOD, CONSTANTS_GRAD,
+    )  # fmt: skip
+
+
+@triton.jit
+def last_adjoint(zeros, grad_final_ptr, grad_states_ptr, neurons, mask, T, M):
+    """The gradient by the state after the last step."""
+    lam = State(zeros, zeros, zeros)
+    if grad_final_ptr is not None:
+        lam = state_of(load_fields(grad_final_ptr + neurons, M, mask, NUM_FIELDS))
+    if grad_states_ptr is not None:
+        last = load_fields(grad_states_ptr + (T - 1) * M + neurons, T * M, mask, NUM_FIELDS)
+        lam = State(lam.v + last[0], lam.g_e + last[1], lam.g_i + last[2])
+    return lam
+
+
 @triton.jit(
     do_not_specialize=[
         "T", "M", "x_stride_t", "x_stride_m", "grad_stride_t", "grad_stride_m", "constants_stride",
@@ -216,40 +270,22 @@ def backward_kernel(
     c = load_constants(constants_ptr, constants_stride, neurons, mask, PER_NEURON)
     zeros = tl.zeros([BLOCK], constants_ptr.dtype.element_ty)
     sums = no_sums(zeros)
-    lam = State(zeros, zeros, zeros)
-    if grad_final_ptr is not None:
-        lam = state_of(load_fields(grad_final_ptr + neurons, M, mask, NUM_FIELDS))
-    if grad_states_ptr is not None:
-        last = load_fields(grad_states_ptr + (T - 1) * M + neurons, T * M, mask, NUM_FIELDS)
-        lam = State(lam.v + last[0], lam.g_e + last[1], lam.g_i + last[2])
+    lam = last_adjoint(zeros, grad_final_ptr, grad_states_ptr, neurons, mask, T, M)
 
-    blocks = T // EVERY
-    whole = blocks * EVERY
+    whole = T // EVERY * EVERY
     for back in range(0, T - whole):
-        t = T - 1 - tl.cast(back, tl.int64)
-        s = load_fields(checkpoints_ptr + (blocks + (t - whole)) * FIELDS * M + neurons, M, mask, FIELDS)
-        lam, sums = backward_steps(
-            t, s, lam, sums, c,
-            x_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+        lam, sums = backward_single(
+            T - 1 - tl.cast(back, tl.int64), lam, sums, c,
+            x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
             neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
-            1, JUMP_FIRST, METHOD, grad_constants_ptr is not None,
+            FIELDS, EVERY, JUMP_FIRST, METHOD, grad_constants_ptr is not None,
         )  # fmt: skip
     for back in range(0, whole // STEPS):
-        t = whole - (tl.cast(back, tl.int64) + 1) * STEPS
-        block = t // EVERY
-        s = load_fields(checkpoints_ptr + block * FIELDS * M + neurons, M, mask, FIELDS)
-        if EVERY > STEPS:
-            for between in range(0, t - block * EVERY, STEPS):
-                start = block * EVERY + tl.cast(between, tl.int64)
-                xs = load_rows(x_ptr + start * x_stride_t + neurons * x_stride_m, x_stride_t, mask, STEPS)
-                word = load_word(words_ptr, start, M, neurons, mask)
-                for i in tl.static_range(STEPS):
-                    _, s = replay_step(xs[i], word, i, s, c, JUMP_FIRST)
-        lam, sums = backward_steps(
-            t, s, lam, sums, c,
-            x_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
+        lam, sums = backward_run(
+            whole - (tl.cast(back, tl.int64) + 1) * STEPS, lam, sums, c,
+            x_ptr, words_ptr, checkpoints_ptr, grad_spikes_ptr, grad_states_ptr, grad_x_ptr,
             neurons, mask, T, M, x_stride_t, x_stride_m, grad_stride_t, grad_stride_m,
-            STEPS, JUMP_FIRST, METHOD, grad_constants_ptr is not None,
+            FIELDS, EVERY, STEPS, JUMP_FIRST, METHOD, grad_constants_ptr is not None,
         )  # fmt: skip
     store_fields(grad_state_ptr + neurons, M, lam, mask, NUM_FIELDS)
     if grad_constants_ptr is not None:

@@ -41,9 +41,12 @@ class Backend(Protocol):
     ) -> None:
         """Simulate ``x [T, M]``, of any strides, from ``state [F, M]``.
 
-        Fill ``final [F, M]`` and every output that is there. Of the call, ``jump_first`` and, if there are checkpoints,
-        ``checkpoint_every`` matter. The checkpoints are the states before every such step; after the last whole run of steps
-        :func:`coba_triton.ops.operators.checkpoint_count` says which there are. Neither T nor M is 0.
+        Fill ``final [F, M]`` and every output that is there. Of the call, ``jump_first``, ``time_chunks``, ``memory`` and,
+        if there are checkpoints, ``checkpoint_every`` matter. Neither T nor M is 0.
+
+        The checkpoints are the states before every such step; after the last whole run of steps
+        :func:`coba_triton.ops.operators.checkpoint_count` says which there are. The run is cut into ``time_chunks`` chunks,
+        which are simulated side by side. None is for the backend's choice; no number changes a bit.
         """
 
     def feed_forward_backward(

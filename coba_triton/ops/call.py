@@ -43,6 +43,9 @@ class Call(NamedTuple):
         block_steps: steps of a time block of connected neurons, None for a choice.
         path: how the recurrent drive is added, see :data:`coba_triton.ops.time_blocks.PATHS`.
         checkpoint_every: steps of unconnected neurons between two states that are saved for the backward.
+        time_chunks: into how many chunks the time of unconnected neurons is cut, which are simulated side by side; None for
+            a choice.
+        memory: the largest time constant of unconnected neurons in steps, None where the host does not know it.
         save: whether to save what the backward needs; None saves it where autograd follows a tensor.
     """
 
@@ -54,6 +57,8 @@ class Call(NamedTuple):
     block_steps: int | None = None
     path: str = "auto"
     checkpoint_every: int = 1
+    time_chunks: int | None = None
+    memory: float | None = None
     save: bool | None = None
 
 
@@ -447,7 +452,7 @@ class SparseSweep(NamedTuple):
 
 SCHEMA = {
     Call: "str backend, bool jump_first, str method, ScalarType? spike_dtype, bool record_states, int? block_steps, "
-    "str path, int checkpoint_every, bool? save",
+    "str path, int checkpoint_every, int? time_chunks, float? memory, bool? save",
     Asked: "bool x_grad, bool input_weights_grad, bool recurrent_weights_grad, bool constants_grad, int fields, int samples",
     Weights: "Tensor input_weights, Tensor recurrent_weights, Tensor constants",
     Connections: "Tensor? input_weights, Tensor? input_indptr, Tensor? input_targets, Tensor? input_values, Tensor indptr, "

@@ -54,6 +54,14 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
     )
 
 
+def memory_in_steps(p: Any, dt: float) -> float | None:
+    """The largest time constant in steps, infinite where something does not decay; None unless all are Python numbers."""
+    if number_key(p) is None:
+        return None
+    slowest = dt * min(p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv * p.g_l)
+    return 1 / slowest if slowest > 0 else math.inf
+
+
 def _fixed(number: Any) -> Any:
     """A number to which no gradient flows."""
     return number.detach() if isinstance(number, Tensor) else number

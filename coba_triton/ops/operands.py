@@ -17,7 +17,7 @@ from ..neuron.surrogate import SURROGATES
 from .call import DIFFERENTIABLE, Asked, Call, grouper
 from .tensors import SPIKES
 from .time_blocks import PATHS
-from .validation import check_block_steps, check_path
+from .validation import check_block_steps, check_path, check_time_chunks
 
 INPUT = SPIKES
 COMPUTE = (torch.float32, torch.float64)
@@ -64,6 +64,7 @@ def check_call(call: Call) -> None:
         raise ValueError(f"checkpoint_every must be a power of two up to {64 if backend == 'cpu' else 32}, got {every}")
     check_path(call.path, PATHS)
     check_block_steps(call.block_steps)
+    check_time_chunks(call.time_chunks)
 
 
 def check_asked(asked: Asked, rows: int) -> None:

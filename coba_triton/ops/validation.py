@@ -359,6 +359,18 @@ def check_block_steps(block_steps: Any) -> int | None:
     return int(block_steps)
 
 
+def check_time_chunks(time_chunks: Any) -> int | None:
+    if time_chunks is None:
+        return None
+    if isinstance(time_chunks, bool) or not isinstance(time_chunks, numbers.Integral):
+        raise TypeError(f"time_chunks must be a positive int or None, got {type(time_chunks).__name__}")
+    if time_chunks < 1:
+        raise ValueError(
+            f"time_chunks must be a positive int, 1 for a run in order, or None for a choice, got {time_chunks}"
+        )
+    return int(time_chunks)
+
+
 _stability_checked: set[tuple[Any, ...]] = set()
 
 

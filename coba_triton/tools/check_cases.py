@@ -139,6 +139,10 @@ def generate(backend: str, device: torch.device, level: str) -> Iterator[Check]:
     for steps, block in itertools.product((45, *(() if interpreted else (1000,))), (1, 7, 32)):
         whole = functools.partial(problem, steps, (33,), torch.float32)
         yield Check("chunking", f"{steps} steps by {block}", whole, Run(backend, {"block_steps": block}), Run(backend))
+    for steps, neurons in ((300, 3), *(() if interpreted else ((1003, 1), (5000, 40)))):
+        run_of_few: Builder = functools.partial(problem, steps, (neurons,), f32)
+        cut, whole_run = (Run(backend, {"time_chunks": chunks}) for chunks in (5, 1))
+        yield Check("time chunks", f"{[steps, neurons]} in 5 chunks", run_of_few, cut, whole_run, gradients=True)
     twice: dict[str, Builder] = {
         "feed-forward": lambda d: problem(20, (70,), device=d),
         "recurrent": lambda d: recurrent_problem(20, 2, 40, device=d, exact=False),

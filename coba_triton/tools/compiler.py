@@ -24,7 +24,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from ..backend import choose
 from ..backend import triton as triton_backend
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
-from ..kernels import feed_forward, recurrent, sparse
+from ..kernels import feed_forward, recurrent, sparse, time_chunks
 from ..neuron.records import CobaLIFParameters
 from ..ops.synapses import Synapses
 from ..tuning import tables
@@ -47,6 +47,8 @@ POINTERS = {
 }
 TRITON_FUNCTIONS = {
     **{name: (feed_forward, name) for name in ("forward_kernel", "backward_kernel")},
+    **{name: (time_chunks, name) for name in ("speculate_kernel", "repair_kernel", "settle_kernel")},
+    **{name: (time_chunks, name) for name in ("speculate_back_kernel", "repair_back_kernel", "settle_back_kernel")},
     "recurrent_forward_kernel": (recurrent, "forward_kernel"),
     "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
     "recurrent_backward_kernel": (recurrent, "backward_kernel"),

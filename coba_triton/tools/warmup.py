@@ -73,6 +73,7 @@ def _warm_up_dense(p: CobaLIFParameters, dtype: torch.dtype, train: bool) -> Non
     weights = torch.zeros(2, 2, dtype=dtype)
     for spikes, _ in (
         coba_lif_feed_forward_integral(x, None, p, backend="cpu"),
+        coba_lif_feed_forward_integral(x, None, p, backend="cpu", time_chunks=2),
         coba_lif_integral(x, None, weights, weights, p, backend="cpu"),
     ):
         if train:

@@ -282,6 +282,7 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
         for case in (problem(40, (5,), per_neuron=per_neuron), recurrent_problem(40, 2, 5, per_neuron=per_neuron)):
             case.x.requires_grad_()
             case.run("cpu")[0].sum().backward()
+        problem(200, (5,), per_neuron=per_neuron).run("cpu", time_chunks=3)
         sparse = [{"delays": "none"}, {"delays": "none", "refractory": True}, {"exact": True}, {"neurons": 600, "batch": 1}]
         for options in sparse:
             network = network_problem(**{"steps": 40, "batch": 2, "neurons": 5, "per_neuron": per_neuron} | options)

@@ -19,6 +19,8 @@ from coba_triton.ops.call import Block, Call, Incoming, Network, Outputs, Saved,
 from coba_triton.ops.constants import derive_constants
 from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
 from helpers.bits import assert_same_bits
+from helpers.few_neurons import DT as FEW_DT
+from helpers.few_neurons import P, assert_same, irregular
 from helpers.sparse_memory import sparse_zeros
 
 F32, F64 = torch.float32, torch.float64
@@ -76,6 +78,49 @@ def test_feed_forward(name: str) -> None:
         case.x.fill_(40.0)
     compare(case, **options)
     assert launched() == {"forward_kernel"}
+
+
+CHUNKS: dict[str, tuple[Tensor, dict[str, Any]]] = {
+    "ragged": (irregular(150, 33), {"record_states": True}),
+    "packed": (irregular(257, 32), {"spike_dtype": "bits"}),
+    "regular firing": (torch.full((260, 3), 0.0012), {"spike_dtype": torch.uint8, "order": "jump_first"}),
+    "float64": (irregular(200, 5, dtype=F64), {"spike_dtype": "bits"}),
+    "refractory": (irregular(200, 5), {"p": P._replace(refractory=2.0, v_thresh=torch.linspace(-52, -48, 5))}),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_feed_forward_in_chunks(name: str) -> None:
+    x, options = CHUNKS[name]
+    p = options.get("p", P)
+    options = {key: value for key, value in options.items() if key != "p"}
+    theirs = coba_lif_feed_forward_integral(x, None, p, FEW_DT, backend="reference", **options)
+    assert theirs[0].any()
+    for _ in schedules():
+        ours = coba_lif_feed_forward_integral(x, None, p, FEW_DT, backend="triton", time_chunks=4, **options)
+        assert_same(ours, theirs)
+    assert launched() == {"speculate_kernel", "repair_kernel", "settle_kernel"}
+
+
+@pytest.mark.parametrize("name", ["recorded", "float64", "end"])
+def test_feed_forward_gradients_in_chunks(name: str) -> None:
+    """As those of a run in order."""
+    case = irregular(280, 5, dtype=F64 if name == "float64" else F32)
+    p = P._replace(method="triangle", alpha=0.1)
+
+    def run(backend: str) -> list[Tensor]:
+        x = case.clone().requires_grad_()
+        z, state = coba_lif_feed_forward_integral(
+            x, None, p, FEW_DT, backend=backend, time_chunks=4, record_states=name == "recorded"
+        )
+        loss = (state.v * state.g_e).sum() if name == "end" else z.sum() + state.v.sum()
+        return [z.detach(), *(field.detach() for field in state), *torch.autograd.grad(loss, x)]
+
+    theirs = run("reference")
+    assert theirs[0].any() and theirs[-1].any()
+    for _ in schedules():
+        assert_same_bits(run("triton"), theirs)
+    assert {f"{name}_back_kernel" for name in ("speculate", "repair", "settle")} < launched()
 
 
 def test_feed_forward_potentials_on_the_threshold() -> None:

@@ -100,6 +100,19 @@ def test_backward_passes_opcheck(given, backend, device) -> None:
         opcheck(ops.recurrent_backward, (*tensors, *Call(backend), *Asked(*needed, 3, 2)))
 
 
+@pytest.mark.parametrize("every", [1, 2, 4, 16, 32])
+def test_gradients_do_not_depend_on_checkpoints(every, device) -> None:
+    """Also where there are fewer steps between two of them than the backward would hold in registers."""
+    grads = []
+    for steps in (every, 8):
+        args = arguments(device, every=steps, steps=12)
+        _, final, *_ = ops.feed_forward(*args)
+        grads.append(torch.autograd.grad(final.sum(), args[:3]))
+    for ours, theirs in zip(*grads, strict=True):
+        assert ours.abs().max() > 0
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("steps", [0, 5, 16, 37])
 @pytest.mark.parametrize(("every", "save"), [(8, None), (8, True), (16, True)])
 def test_shapes_without_data(steps, every, save, device) -> None:

@@ -159,6 +159,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "spike_dtype name": (lambda: ff(spike_dtype="bit"), ValueError, "'bits' or None"),
     "block_steps": (lambda: ff(block_steps=0), ValueError, "positive int or None for one block, got 0"),
     "block_steps type": (lambda: ff(block_steps=2.0), TypeError, "positive int or None, got float"),
+    "time_chunks": (lambda: ff(time_chunks=0), ValueError, "positive int, 1 for a run in order, or None .* got 0"),
+    "time_chunks type": (lambda: ff(time_chunks=True), TypeError, "positive int or None, got bool"),
     "block_steps bits": (lambda: ff(block_steps=40, spike_dtype="bits"), ValueError, "multiple of 32 .* got 40"),
 }
 

@@ -22,6 +22,7 @@ from coba_triton.tools.compiler import TARGETS, recorded
 def run(
     *,
     dtype: torch.dtype = torch.float32,
+    steps: int = 40,
     neurons: int = 128,
     method: str = "super",
     per_neuron: bool = False,
@@ -33,7 +34,7 @@ def run(
 ) -> None:
     """Call the public function, and autograd when training."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    x = torch.zeros(40, neurons, dtype=dtype)
+    x = torch.zeros(steps, neurons, dtype=dtype)
     v = torch.zeros(neurons, dtype=compute, requires_grad=train)
     if train and dtype.is_floating_point:
         x.requires_grad_()
@@ -62,6 +63,33 @@ SPECIMENS: dict[str, dict[str, Any]] = {
     "inference float16": {"dtype": torch.float16},
     "inference uint8": {"dtype": torch.bool, "spike_dtype": torch.uint8, "neurons": 100},
     "inference float64": {"dtype": F64, "neurons": 100},
+    "inference in chunks": {"steps": 300, "time_chunks": 3},
+    "inference in chunks packed ragged": {"steps": 300, "time_chunks": 3, "spike_dtype": "bits", "neurons": 100},
+    "inference in chunks float64 everything": {
+        "steps": 300,
+        "time_chunks": 3,
+        "dtype": F64,
+        "record_states": True,
+        "per_neuron": True,
+        "refractory": 5.0,
+        "order": "jump_first",
+        "neurons": 100,
+    },
+    "inference in chunks uint8": {"steps": 300, "time_chunks": 3, "dtype": torch.bool, "spike_dtype": torch.uint8},
+    "training in chunks": {"steps": 300, "time_chunks": 3, "train": True, "learn": False},
+    "training in chunks circ everything": {
+        "steps": 300,
+        "time_chunks": 3,
+        "train": True,
+        "learn": False,
+        "method": "circ",
+        "record_states": True,
+        "per_neuron": True,
+        "refractory": 5.0,
+        "order": "jump_first",
+        "neurons": 100,
+    },
+    "training in chunks float64": {"steps": 300, "time_chunks": 3, "train": True, "learn": False, "dtype": F64},
     "training": {"train": True},
     "training ragged": {"train": True, "neurons": 100},
     "training input only": {"train": True, "learn": False},
@@ -247,6 +275,7 @@ FEW = (
     "inference float16",
     "inference uint8",
     "inference float64",
+    "inference in chunks",
     "training circ everything",
     "training heavi_erfc float16",
     "training heaviside bfloat16",

@@ -80,6 +80,11 @@ AREAS: dict[str, dict[str, list[str]]] = {
     "CPU feed-forward": {
         "CPU path": [*PYTEST, *CPU_TESTS, "-m", "not slow", "-k", "not triton"],
     },
+    "time chunks": {
+        "interpreter": [*PYTEST, "tests/kernels/test_time_chunk_kernels.py", "-m", "not slow"],
+        "executed": [*EXECUTED, "chunks"],
+    },
+    "CPU time chunks": {"CPU path": [*PYTEST, "tests/backend/test_time_chunks.py", "-m", "not slow"]},
     "CPU recurrent": {"CPU path": CPU_RECURRENT},
     "CPU sparse": {"CPU path": SYNAPSES},
     "synapses": {
@@ -155,6 +160,14 @@ def blocks(edits: dict[str, str]) -> Mutant:
 
 def cpu(edits: dict[str, str]) -> Mutant:
     return Mutant("CPU feed-forward", "coba_triton/backend/cpu/feed_forward.py", edits)
+
+
+def chunks(edits: dict[str, str]) -> Mutant:
+    return Mutant("time chunks", "coba_triton/kernels/time_chunks.py", edits)
+
+
+def cpu_chunks(edits: dict[str, str], file: str = "time_chunks.py") -> Mutant:
+    return Mutant("CPU time chunks", f"coba_triton/backend/cpu/{file}", edits)
 
 
 def cpu_rows(edits: dict[str, str]) -> Mutant:
@@ -379,6 +392,35 @@ MUTANTS = {
     ),
     "CPU: a neuron's coupling is another constant": current(
         "coba_triton/backend/cpu/rows.py", {"tile[first + 11 * ROW + j]": "tile[first + 10 * ROW + j]"}
+    ),
+    "time chunks: a repair stops after one stretch": chunks({"while apart & (t < end):": "if apart & (t < end):"}),
+    "time chunks: an end that a repair changed is not told": chunks(
+        {"tl.store(late_ptr + tile * chunks + chunk, late.to(tl.uint8))": "tl.store(late_ptr + tile * chunks + chunk, 0)"}
+    ),
+    "time chunks: settling forgets what it changed": chunks(
+        {"        again = late\n": "        again = tl.load(late_ptr + tile * chunks + chunk) != 0\n"}
+    ),
+    "time chunks: back, a note is compared with the next one": chunks(
+        {"notes_ptr + before // CHECK * NUM_FIELDS": "notes_ptr + (before // CHECK - 1) * NUM_FIELDS"}
+    ),
+    "time chunks: back, settling begins with the last but one": chunks(
+        {"for back in range(1, chunks):": "for back in range(2, chunks):"}
+    ),
+    "time chunks: only potentials are compared": chunks({"range(1, FIELDS)": "range(1, 1)"}),
+    "CPU time chunks: what a repair reached is not looked at": cpu_chunks(
+        {"if len(apart) == 0:": "if len(apart) == 0 or tried == len(at):"}
+    ),
+    "CPU time chunks: what a run in order has passed is run again": cpu_chunks(
+        {"np.flatnonzero(at > at[0])": "np.arange(1, len(at))"}
+    ),
+    "CPU time chunks: the final state of the first attempt stays": cpu_chunks(
+        {"if at[count - 1] == units:": "if not compare:"}
+    ),
+    "CPU time chunks: a chunk leaves its neurons' constants behind": cpu_chunks(
+        {"range(FORWARD_ROWS // ROW)": "range(CONSTANTS // ROW)"}, "chunks.py"
+    ),
+    "CPU time chunks: spikes go on after the end": cpu_chunks(
+        {"&= (1 << count % WORD) - 1": "&= (1 << WORD) - 1"}, "chunks.py"
     ),
     "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),

@@ -16,6 +16,7 @@ SPECIMENS = {
     "inference": ("forward_kernel",),
     "inference packed": ("forward_kernel",),
     "inference uint8": ("forward_kernel",),
+    "inference in chunks": ("speculate_kernel", "repair_kernel", "settle_kernel"),
     "training": ("forward_kernel", "backward_kernel"),
     "training float64": ("forward_kernel", "backward_kernel"),
     "recurrent 100": ("recurrent_forward_kernel", "recurrent_backward_kernel", "driven_kernel", "projection_kernel"),

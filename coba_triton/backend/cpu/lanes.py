@@ -1,4 +1,4 @@
-"""Sixteen numbers side by side in vector registers: one of each batch row of a group.
+"""Sixteen numbers side by side in vector registers: of each batch row of a group, or of each chunk of time.
 
 Numba keeps an accumulator that is an array in memory, because it may overlap with what a loop reads. A value of this type
 stays in registers.
@@ -77,3 +77,60 @@ def put_lanes(context: Any, array: Any, index: Any, lanes: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, lanes), generate
+
+
+@intrinsic
+def copy_lanes(context: Any, target: Any, to: Any, source: Any, start: Any) -> Any:
+    """``target[to : to + LANES] = source[start : start + LANES]``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, to, source, start = arguments
+        align = signature.args[2].dtype.bitwidth // 8
+        lanes = builder.load(_pointer(context, builder, signature.args[2], source, start), align=align)
+        builder.store(lanes, _pointer(context, builder, signature.args[0], target, to), align=align)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp), generate
+
+
+@intrinsic
+def transpose_lanes(context: Any, target: Any, to: Any, width: Any, source: Any, start: Any, apart: Any) -> Any:
+    """``LANES`` rows of ``source``, ``apart`` from each other, as columns of ``target``, whose rows are ``width`` apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, to, width, source, start, apart = arguments
+        align = signature.args[3].dtype.bitwidth // 8
+
+        def place(array: Any, number: int, first: Any, distance: Any) -> Any:
+            index = builder.add(first, builder.mul(distance, ir.Constant(distance.type, number)))
+            return _pointer(context, builder, signature.args[array], (target, source)[array == 3], index)
+
+        def mixed(a: Any, b: Any, chosen: list[int]) -> Any:
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), chosen))
+
+        rows = [builder.load(place(3, number, start, apart), align=align) for number in range(LANES)]
+        half = LANES // 2
+        while half:  # exchange the squares of this size that are off the diagonal
+            low = [j if not j & half else LANES + j - half for j in range(LANES)]
+            high = [j + half if not j & half else LANES + j for j in range(LANES)]
+            for first in range(LANES):
+                if not first & half:
+                    a, b = rows[first], rows[first + half]
+                    rows[first], rows[first + half] = mixed(a, b, low), mixed(a, b, high)
+            half //= 2
+        for number, row in enumerate(rows):
+            builder.store(row, place(0, number, to, width), align=align)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, types.intp, source, types.intp, types.intp), generate
+
+
+@intrinsic
+def lowest_bit(context: Any, word: Any) -> Any:
+    """The number of the lowest bit that is set in an unsigned word, which is not 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+        return builder.zext(number, ir.IntType(64)) if word.bitwidth < 64 else number
+
+    return types.intp(word), generate

@@ -32,7 +32,7 @@ from ...ops.call import (
     kept_count,
 )
 from ...tuning.tables import Parameters, launch_parameters
-from . import checksums, feed_forward, products, recurrent, sparse, sparse_backward
+from . import checksums, feed_forward, products, recurrent, sparse, sparse_backward, time_chunks
 from .meeting import memory_apart
 from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
 from .threads import run
@@ -197,11 +197,36 @@ def _forward_arguments(
     )
 
 
+def _split_time(
+    arguments: tuple[Any, ...], steps: int, asked: int | None = None, memory: float | None = None
+) -> tuple[int, int]:
+    """Into how many chunks of time a run is cut, and for how many threads; see :mod:`.time_chunks`."""
+    _, state, shared, per_neuron, *_ = arguments
+    neurons = state.shape[1]
+    if asked == 1 or (asked is None and not time_chunks.may_pay(steps, neurons)):
+        return 1, 1
+    most = parameters_of("feed_forward_forward", torch.from_numpy(state).dtype, neurons)["threads"]
+    threads = count_threads(most, time_chunks.COST * steps * neurons)
+    memory = time_chunks.memory_of(shared, per_neuron) if memory is None else memory
+    return asked or time_chunks.choose_chunks(steps, neurons, memory, threads), threads
+
+
+def _run_in_chunks(arguments: tuple[Any, ...], x: Tensor, chunks: int, threads: int, sums: Any = None) -> None:
+    """A run in chunks of time, and the checksum of its input, if it has one."""
+    time_chunks.run_in_chunks(arguments, len(x), chunks, threads)
+    if sums is not None:
+        checksums.checksum_kernel()(array_of_rows(x).view(np.uint32), sums)
+
+
 def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, call: Call) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_forward`."""
     steps, neurons = x.shape
     every = 0 if out.checkpoints is None else call.checkpoint_every
     arguments = _forward_arguments(x, state, constants, final, out, every, call.jump_first)
+    chunks, threads = _split_time(arguments, steps, call.time_chunks, call.memory)
+    if chunks > 1:
+        _run_in_chunks(arguments, x, chunks, threads)
+        return
     tile, shares = _split_neurons("feed_forward_forward", state.dtype, steps, neurons)
     run(feed_forward.forward_kernel(), *arguments, None, tile, steps, shares=shares)
 
@@ -225,7 +250,8 @@ def row_sums(x: Tensor) -> Any:
 class ForwardStream:
     """The forward of block after block: a thread goes on with its own neurons and waits for no other between two blocks.
 
-    So a core that something else keeps busy for a while, such as packing the block before, delays its neurons alone.
+    So a core that something else keeps busy for a while, such as packing the block before, delays its neurons alone. Blocks
+    of few neurons and many steps are cut into chunks of time, which threads share.
 
     Args:
         constants: as in ``kernels/feed_forward.py``.
@@ -247,6 +273,9 @@ class ForwardStream:
         before, self._state = self._state, torch.empty_like(self._state)
         out = Outputs(words=words)
         arguments = _forward_arguments(x, before, self._constants, self._state, out, 0, self._jump_first)
+        chunks, threads = _split_time(arguments, len(x))
+        if chunks > 1:
+            return self._state, [self._threads[0].submit(_run_in_chunks, arguments, x, chunks, threads, sums)]
         kernel = functools.partial(feed_forward.forward_kernel(), *arguments, sums, self._tile, len(x))
         shares = zip(self._threads, self._shares, strict=True)
         return self._state, [thread.submit(kernel, *share) for thread, share in shares]
