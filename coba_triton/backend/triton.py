@@ -97,8 +97,10 @@ def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Para
     if kernel == "feed_forward_backward":
         return {"num_warps": warps_per_program(neurons), "steps": replay_steps(dtype)}
     if kernel == "recurrent_forward":
-        block = _power_of_2(neurons) if neurons <= ROW_IN_REGISTERS else TILE
-        return {"num_warps": _warps_for(block), "events_ahead": EVENTS_AHEAD, "tile": TILE}
+        tile = TILE // (dtype.itemsize // 4)
+        block = _power_of_2(neurons) if neurons <= row_in_registers(dtype) else tile
+        ahead = events_ahead(dtype)
+        return {"num_warps": _warps_for(block), "events_ahead": ahead // 2 if _is_wide(block) else ahead, "tile": tile}
     return {"num_warps": 4, "replay_warps": warps_per_program(neurons * batch)}
 
 
@@ -204,12 +206,12 @@ def feed_forward_backward(
     )
 
 
-# Loads on their way while weights are added; the order of the sum does not depend on it.
-EVENTS_AHEAD = 4
+# Weights of float32 on their way while others are added; the order of the sum does not depend on it.
+EVENTS_AHEAD = 16
 # Rows of sources that a program projects, if there are enough of them to fill a GPU, else one.
 ROWS_TOGETHER = 4
 MANY_ROWS = 2048
-# A program of the event-driven kernel keeps so many neurons in registers; a larger row is swept tile by tile.
+# A program of the event-driven kernel keeps so many neurons of float32 in registers; a larger row is swept tile by tile.
 ROW_IN_REGISTERS = 2048
 TILE = 2048
 # Looks at the arrival counter before a program of a sliced row gives up: seconds on a GPU.
@@ -221,6 +223,21 @@ SWEEP_IN_ONE_LAUNCH = 256
 def _warps_for(block: int) -> int:
     """Warps for a program with ``block`` neurons, of which a thread has 2, or 4 where there are more than 1024."""
     return max(1, min(16, block // 64))
+
+
+def _is_wide(block: int) -> bool:
+    """Whether a thread of a program with ``block`` neurons has 4 of them."""
+    return block > 1024
+
+
+def events_ahead(dtype: torch.dtype) -> int:
+    """Weights on their way: in float64 everything takes two registers, and as many weights as in float32 would spill."""
+    return EVENTS_AHEAD if dtype.itemsize == 4 else max(1, EVENTS_AHEAD // 4)
+
+
+def row_in_registers(dtype: torch.dtype) -> int:
+    """Neurons of a row that one program of the event-driven kernel keeps in registers, at most."""
+    return ROW_IN_REGISTERS // (dtype.itemsize // 4)
 
 
 def synapses(rows: Tensor, uses: int) -> None:
@@ -258,7 +275,7 @@ def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     _launch(
         recurrent.projection_kernel, (_cdiv(rows, together), _cdiv(neurons, block)), weights.device,
         _warps_for(block), values, lists, counts, weights, drive, inputs, neurons, rows, *values.stride(),
-        BLOCK=block, UNROLL=EVENTS_AHEAD, ROWS=together,
+        BLOCK=block, UNROLL=events_ahead(weights.dtype), ROWS=together,
     )  # fmt: skip
     return drive
 
@@ -288,16 +305,21 @@ def recurrent_block(
         return _sliced_block(net, drive, first, state, out, slices)
     final = torch.empty_like(state)
     parameters = parameters_of("recurrent_forward", state, neurons, batch)
-    one_tile = neurons <= ROW_IN_REGISTERS
+    one_tile = neurons <= row_in_registers(state.dtype)
     block = _power_of_2(neurons) if one_tile else parameters["tile"]
+    ahead = parameters["events_ahead"]
+    per_neuron = net.constants.shape[1] > 1
+    if per_neuron and not one_tile:  # the constants of half of the neurons take the registers of the others
+        block //= 2
+    elif per_neuron and _is_wide(block):
+        ahead = max(1, ahead // 2)
     scratch = torch.empty(3, batch, neurons, dtype=torch.int32, device=state.device)
     _launch(
         recurrent.forward_kernel, (batch,), state.device, parameters["num_warps"],
         drive, first, net.recurrent_rows, state, net.constants, final, scratch[:2], scratch[2],
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0),
-        BLOCK=block, FIELDS=len(state), ONE_TILE=one_tile, UNROLL=parameters["events_ahead"],
-        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+        BLOCK=block, FIELDS=len(state), ONE_TILE=one_tile, UNROLL=ahead, PER_NEURON=per_neuron, JUMP_FIRST=net.jump_first,
     )  # fmt: skip
     return final
 
@@ -333,7 +355,7 @@ def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out
         integers((2, batch, slices, block)), integers((2, batch, slices)), arrived, failed,
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT,
-        BLOCK=block, FIELDS=len(state), SLICES=slices, UNROLL=EVENTS_AHEAD,
+        BLOCK=block, FIELDS=len(state), SLICES=slices, UNROLL=events_ahead(state.dtype),
         PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, launch_cooperative_grid=True,
     )  # fmt: skip
     torch._assert_async(  # on the device: the host does not wait for it
@@ -423,7 +445,7 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
             weights, lam, lam_z, adjoints, sums,
             begin, end, block.start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
             net.constants.stride(0), *grad_strides,
-            BLOCK=threads, KEPT=planes - 2, UNROLL=EVENTS_AHEAD,
+            BLOCK=threads, KEPT=planes - 2, UNROLL=events_ahead(lam.dtype),
             PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=sweep.method,
         )  # fmt: skip
 
@@ -656,7 +678,7 @@ def sparse_backward_block(
         trajectory, words, net.constants, _contiguous(grad_spikes), _contiguous(grad_states), indptr, targets, weights,
         delays, sweep.lam, adjoints, sweep.sums, meeting.arrived, meeting.failed,
         steps, batch, neurons, _window(net, steps), net.constants.stride(0), SPIN_LIMIT, net.per_ms,
-        BLOCK=block, KEPT=kept, UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        BLOCK=block, KEPT=kept, UNROLL=events_ahead(state.dtype), WEIGHT=_mode(weights), DELAY=_mode(delays),
         TOGETHER=meeting.together, PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
         METHOD=sweep.method, **meeting.options,
     )  # fmt: skip
@@ -695,7 +717,7 @@ def _fill_source_gradient(net: SparseNetwork, projection: Projection, grad: Tens
     _launch(
         sparse.source_gradient_kernel, (steps * batch, _cdiv(sources, block)), grad.device, num_warps,
         indptr, targets, weights, delays, adjoints, filled, sources, batch, net.neurons, begin, net.per_ms,
-        BLOCK=block, UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        BLOCK=block, UNROLL=events_ahead(grad.dtype), WEIGHT=_mode(weights), DELAY=_mode(delays),
     )  # fmt: skip
     if filled is not grad:
         grad.copy_(filled)
@@ -719,5 +741,5 @@ def _add_synapse_gradient(
         sparse.synapse_gradient_kernel, (samples * count,), grad.device, num_warps,
         values, lists, counts, indptr, targets, weights, delays, adjoints, grad,
         steps * rows, count, batch, net.neurons, synapses, rows, begin, net.per_ms,
-        BLOCK=num_warps * threads_per_warp(), UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        BLOCK=num_warps * threads_per_warp(), UNROLL=events_ahead(grad.dtype), WEIGHT=_mode(weights), DELAY=_mode(delays),
     )  # fmt: skip

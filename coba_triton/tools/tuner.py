@@ -85,7 +85,7 @@ class Task:
         if self.backend == "triton" and self.recurrent:
             from ..backend import triton as triton_backend
 
-            if key["neurons"] <= triton_backend.ROW_IN_REGISTERS and "tile" in space:
+            if key["neurons"] <= triton_backend.row_in_registers(tables.DTYPES[self.dtype]) and "tile" in space:
                 space["tile"] = (rule["tile"],)
             if self.kernel == "recurrent_backward" and key["neurons"] <= triton_backend.SWEEP_IN_ONE_LAUNCH:
                 space["num_warps"] = (rule["num_warps"],)
