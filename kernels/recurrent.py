@@ -51,19 +51,18 @@ def compact(hits, base, list_ptr, values):
 @triton.jit
 def add_rows(
     drive_e, drive_i, list_ptr, count, source_ptr, source_stride, weights_ptr, N, neurons, mask,
-    UNROLL: tl.constexpr, CACHE: tl.constexpr = tl.constexpr(""),
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Add the weights of the listed sources one after the other, ``UNROLL`` loads ahead.
 
-    ``source_ptr`` has the sources' values, or is None where all of them are 1. ``CACHE`` is ``.cg`` for a list that
-    another program wrote: it must not come from this processor's own cache.
+    ``source_ptr`` has the sources' values, or is None where all of them are 1.
     """
     for start in range(0, count, UNROLL):
         rows = ()
         values = ()
         for i in tl.static_range(UNROLL):
             listed = start + i < count
-            source = tl.load(list_ptr + start + i, mask=listed, other=0, cache_modifier=CACHE).to(tl.int64)
+            source = tl.load(list_ptr + start + i, mask=listed, other=0).to(tl.int64)
             rows = rows + (
                 tl.load(weights_ptr + source * N + neurons, mask=tl.where(mask, start + i, count) < count, other=0.0),
             )
@@ -278,60 +277,79 @@ def forward_kernel(
             tl.debug_barrier()  # the list is complete before any thread reads it
 
 
+@triton.jit
+def meet(arrived_ptr, target, spin_limit):
+    """Wait until ``target`` arrivals are counted; returns whether they were, within ``spin_limit`` looks.
+
+    What the programs wrote before is there for all of them afterwards, if it is not read from a processor's own cache.
+    """
+    tl.debug_barrier()  # all threads are done before the arrival is announced
+    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
+    arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu")
+    looks = 0
+    while (arrived < target) & (looks < spin_limit):
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu")
+        looks += 1
+    tl.debug_barrier()  # no thread goes on before the others are known to be there
+    return arrived >= target
+
+
 @triton.jit(do_not_specialize=["T", "B", "N", "constants_stride", "states_stride", "spin_limit"])
 def sliced_forward_kernel(
-    drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, lists_ptr, counts_ptr, arrived_ptr,
+    drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, fired_ptr, lists_ptr, arrived_ptr,
     failed_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, constants_stride, states_stride, spin_limit,
-    BLOCK: tl.constexpr, FIELDS: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """``SLICES`` programs share a batch row, ``BLOCK`` neurons each, and wait for each other after every step.
+    """Several programs share a batch row, ``BLOCK`` neurons each, and wait for each other after every step.
 
-    A program writes the list of its own spikes and its length, ``lists [2, B, SLICES, BLOCK]`` and
-    ``counts [2, B, SLICES]``; in the next step all read the lists slice by slice, so that the sum over synapses keeps its
-    ascending order. Both are double buffered: a program is at most one step ahead of another of its row. ``arrived [B]``
-    counts finished steps. Whoever waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
+    A program publishes a byte for each of its neurons, whether it fired, in ``fired [2, B, N]``. When all have, each reads
+    the bytes of the whole row and makes its own ascending list of them, in ``lists [B, programs, N]``: the sum over synapses
+    has the order of ``forward_kernel``. The bytes are double buffered, as a program is at most one step ahead of another of
+    its row. ``arrived [B]`` counts finished steps. Who waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
     """
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
     part = tl.program_id(0)
+    parts = tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     M = B * N
     neurons = part * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     mask = neurons < N
     cells = row * N + neurons
+    list_ptr = lists_ptr + (row * parts + part) * N
     c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
     s = load_fields(state_ptr + cells, M, mask, FIELDS)
     word = tl.zeros([BLOCK], tl.int32)
+    recurrent_e, recurrent_i = load_fields(first_ptr + cells, M, mask, 2)
+    drive_e, drive_i = load_fields(drive_ptr + cells, T * M, mask, 2)
+    zeros = tl.zeros([BLOCK], weights_ptr.dtype.element_ty)
     step = 0
     waiting = True
     while (step < T) & waiting:
         t = tl.cast(step, tl.int64)
-        recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
-        slot = (t % 2) * B + row
-        for other in range(0, tl.where(t == 0, 0, SLICES)):
-            count = tl.load(counts_ptr + slot * SLICES + other, cache_modifier=".cg")
-            list_ptr = lists_ptr + (slot * SLICES + other) * BLOCK
-            recurrent_e, recurrent_i = add_rows(
-                recurrent_e, recurrent_i, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL, ".cg"
-            )
-        slot = ((t + 1) % 2) * B + row
-        s, word, count = forward_tile(
-            t, row, s, word, Drive(recurrent_e, recurrent_i), lists_ptr + (slot * SLICES + part) * BLOCK, 0, c,
-            neurons, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS, JUMP_FIRST,
+        spike, s, word = step_cells(
+            t, cells, s, word, Drive(drive_e, drive_i), Drive(recurrent_e, recurrent_i), c, mask, spikes_ptr, words_ptr,
+            states_ptr, T, M, states_stride, FIELDS, JUMP_FIRST,
         )  # fmt: skip
-        tl.store(counts_ptr + slot * SLICES + part, count)
         step += 1
-        tl.debug_barrier()  # this program's list is complete before its arrival is announced
-        tl.atomic_add(arrived_ptr + row, 1, sem="release", scope="gpu")
-        arrived = tl.atomic_add(arrived_ptr + row, 0, sem="acquire", scope="gpu")
-        looks = 0
-        while (arrived < step * SLICES) & (looks < spin_limit):
-            arrived = tl.atomic_add(arrived_ptr + row, 0, sem="acquire", scope="gpu")
-            looks += 1
-        waiting = arrived >= step * SLICES
-        tl.debug_barrier()  # no thread reads the other lists before they are known to be complete
+        if step < T:
+            published = fired_ptr + ((t % 2) * B + row) * N
+            tl.store(published + neurons, spike.to(tl.uint8), mask=mask)
+            drive_e, drive_i = load_fields(
+                drive_ptr + (t + 1) * M + cells, T * M, mask, 2
+            )  # while the others are waited for
+            waiting = meet(arrived_ptr + row, step * parts, spin_limit)
+            count = 0
+            for start in range(0, N, TILE):
+                sources = start + tl.arange(0, TILE)
+                fired = tl.load(published + sources, mask=sources < N, other=0, cache_modifier=".cg")
+                count = compact(fired != 0, count, list_ptr, sources)
+            tl.debug_barrier()  # the list is complete before any thread reads it
+            recurrent_e, recurrent_i = add_rows(
+                zeros, zeros, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL
+            )  # fmt: skip
     if not waiting:
         tl.store(failed_ptr, 1)
     store_fields(final_ptr + cells, M, s, mask, FIELDS)

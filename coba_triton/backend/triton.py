@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, overload
 
@@ -69,9 +70,23 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps:
     Triton takes about 10 us to find what a call was compiled to; here it takes 3. This is right for kernels that are not
     specialized for the values of their numbers, as a test makes sure of.
     """
+    if meta.get("launch_cooperative_grid"):
+        try:
+            return _launch_on(kernel, grid, device, num_warps, *args, **meta)
+        except RuntimeError as error:
+            if "cooperative" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{kernel.__name__} needs its {math.prod(grid)} programs to run at once, and {device} does not hold them "
+                f"({error}); is a part of it reserved? Pass path='events' for dense weights, else backend='reference'"
+            ) from error
+    _launch_on(kernel, grid, device, num_warps, *args, **meta)
+
+
+def _launch_on(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any) -> None:
     if device.type != "cpu" and (on := torch.get_device_module(device)).current_device() != device.index:
         with on.device(device):
-            return _launch(kernel, grid, device, num_warps, *args, **meta)
+            return _launch_on(kernel, grid, device, num_warps, *args, **meta)
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
         return
@@ -214,7 +229,12 @@ MANY_ROWS = 2048
 # A program of the event-driven kernel keeps so many neurons of float32 in registers; a larger row is swept tile by tile.
 ROW_IN_REGISTERS = 2048
 TILE = 2048
-# Looks at the arrival counter before a program of a sliced row gives up: seconds on a GPU.
+# Neurons of a program that shares its row, at least, and programs that share a row unasked, at least.
+SLICE = 128
+ROWS_SHARED_BY = 4
+# Neurons whose spikes such a program lists together, at most; a thread has at most 8 of them.
+READ_TOGETHER = 4096
+# Looks at the arrival counter before a program of a shared row gives up: seconds on a GPU.
 SPIN_LIMIT = 10_000_000
 # Up to so many neurons a program forms the sweep's product itself, one launch a block; above, one product a step.
 SWEEP_IN_ONE_LAUNCH = 256
@@ -287,7 +307,7 @@ def recurrent_block(
     z: Tensor,
     state: Tensor,
     out: Outputs,
-    sliced: bool,
+    sliced: bool | None,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`coba_triton.backend.protocol.Backend.recurrent_block`. One event-driven launch."""
@@ -300,9 +320,10 @@ def recurrent_block(
     drive = project_events(x, net.input_rows) if drive is None else drive
     first = project_events(z, net.recurrent_rows)
     _, steps, batch, neurons = drive.shape
-    slices = slices_per_row(neurons, batch, state.device) if sliced else 1
-    if slices > 1:
-        return _sliced_block(net, drive, first, state, out, slices)
+    if _shares_rows(neurons, batch, state.device) if sliced is None else sliced:
+        block = _slice_of(neurons, batch, state.dtype, state.device)
+        if block < neurons:
+            return _sliced_block(net, drive, first, state, out, block)
     final = torch.empty_like(state)
     parameters = parameters_of("recurrent_forward", state, neurons, batch)
     one_tile = neurons <= row_in_registers(state.dtype)
@@ -313,6 +334,8 @@ def recurrent_block(
         block //= 2
     elif per_neuron and _is_wide(block):
         ahead = max(1, ahead // 2)
+    if not one_tile:  # two threads with one neuron would race for its state
+        block = max(block, parameters["num_warps"] * threads_per_warp())
     scratch = torch.empty(3, batch, neurons, dtype=torch.int32, device=state.device)
     _launch(
         recurrent.forward_kernel, (batch,), state.device, parameters["num_warps"],
@@ -332,36 +355,53 @@ def resident_programs(device: torch.device) -> int:
     return int(properties["multiprocessor_count"])
 
 
-def slices_per_row(neurons: int, batch: int, device: torch.device) -> int:
-    """Programs that share a batch row, none of fewer than 32 neurons; the sum over synapses does not depend on it."""
-    wanted = max(1, min(neurons // 32, resident_programs(device) // max(1, batch)))
-    return _cdiv(neurons, _power_of_2(_cdiv(neurons, wanted)))
+def _slice_of(neurons: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Neurons of each of the programs that share a batch row; all of them where one program has the row to itself.
+
+    A thread has at most two neurons, one in float64: more would spill.
+    """
+    programs = max(1, min(_cdiv(neurons, SLICE), resident_programs(device) // max(1, batch)))
+    block = _power_of_2(_cdiv(neurons, programs))
+    return block if block < neurons and block <= row_in_registers(dtype) // 2 else neurons
 
 
-def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out: Outputs, slices: int) -> Tensor:
-    """:func:`recurrent_block` by ``slices`` programs a row, which wait for each other after every step.
+def _shares_rows(neurons: int, batch: int, device: torch.device) -> bool:
+    """Whether programs share rows unasked: those that no program keeps in registers, if at least four can share each.
+
+    Not in the interpreter, which runs one program at a time, nor where warps have 64 threads: on AMD's data-centre GPUs a
+    meeting of all programs is said to take longer than the steps that it would save.
+    """
+    if triton.knobs.runtime.interpret or threads_per_warp() != 32:
+        return False
+    return neurons > ROW_IN_REGISTERS and resident_programs(device) >= ROWS_SHARED_BY * batch
+
+
+def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out: Outputs, block: int) -> Tensor:
+    """:func:`recurrent_block` by programs of ``block`` neurons, which wait for those of their row after every step.
 
     ``first``: the recurrent drive of the first step, ``[2, B, N]``.
     """
     _, steps, batch, neurons = drive.shape
     spikes, words, states, _ = out
     final = torch.empty_like(state)
-    block = _power_of_2(_cdiv(neurons, slices))
-    integers = functools.partial(torch.empty, dtype=torch.int32, device=state.device)
-    arrived, failed = (torch.zeros(size, dtype=torch.int32, device=state.device) for size in (batch, 1))
+    device, programs = state.device, _cdiv(neurons, block)
+    num_warps = max(4, min(16, block // threads_per_warp()))
+    arrived, failed = (torch.zeros(size, dtype=torch.int32, device=device) for size in (batch, 1))
     _launch(
-        recurrent.sliced_forward_kernel, (slices, batch), state.device, _warps_for(block),
+        recurrent.sliced_forward_kernel, (programs, batch), device, num_warps,
         drive, first, net.recurrent_rows, state, net.constants, final,
-        integers((2, batch, slices, block)), integers((2, batch, slices)), arrived, failed,
+        torch.empty(2, batch, neurons, dtype=torch.uint8, device=device),
+        torch.empty(batch, programs, neurons, dtype=torch.int32, device=device), arrived, failed,
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT,
-        BLOCK=block, FIELDS=len(state), SLICES=slices, UNROLL=events_ahead(state.dtype),
-        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, launch_cooperative_grid=True,
+        BLOCK=block, FIELDS=len(state), TILE=min(READ_TOGETHER, 8 * num_warps * threads_per_warp()),
+        UNROLL=events_ahead(state.dtype), PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+        launch_cooperative_grid=True,
     )  # fmt: skip
     torch._assert_async(  # on the device: the host does not wait for it
         failed == 0,
         f"path 'sliced': a program waited for another of its batch row for more than {SPIN_LIMIT} looks and gave "
-        f"up; expected all {slices * batch} programs to run at once; pass path='events'",
+        f"up; expected all {programs * batch} programs to run at once; pass path='events'",
     )
     return final
 

@@ -6,6 +6,7 @@ Out-of-bounds accesses, races and deadlocks raise by themselves. Races are looke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 import ptxsim
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
 from coba_triton.backend import triton as triton_backend
+from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.ops.call import Block, Call, Incoming, Network, Outputs, Saved, Sweep, Weights
 from coba_triton.ops.constants import derive_constants
 from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
+from helpers.barriers import without_barrier
 from helpers.bits import assert_same_bits
 from helpers.sparse_memory import sparse_zeros
 
@@ -27,8 +30,9 @@ STATES = ("x", "v", "g_e", "g_i")  # whose gradients have autograd's bits
 
 
 @pytest.fixture(autouse=True)
-def own_options() -> Iterator[None]:
-    """A test's changes to the options end with it."""
+def own_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test's changes to the options end with it. Slices of 32 neurons, so that small rows have several."""
+    monkeypatch.setattr(triton_backend, "SLICE", 32)
     with ptxsim.install(**vars(ptxsim.current_options())):
         yield
 
@@ -201,14 +205,47 @@ def test_slices_under_every_interleaving_of_plain_accesses() -> None:
         ptxsim.set_options(seed=seed, interleave=True)
         spikes, final = case.run("triton", path="sliced")
         assert_same_bits([spikes, *final], [expected, *reference])
-    assert ptxsim.LOG[-1].grid == (2, 2, 1)
+    assert ptxsim.LOG[-1].grid == (3, 2, 1)
+
+
+def test_a_missing_barrier_of_slices_is_noticed() -> None:
+    comment = "all threads are done before the arrival is announced"
+    case = recurrent_problem(6, 1, 75)
+    leave_out, found = without_barrier(Path(str(recurrent_kernels.__file__)), comment)
+    ptxsim.set_options(transform=leave_out)
+    with pytest.raises(ptxsim.KernelFault, match="RACE"):
+        for _ in schedules():
+            case.run("triton", path="sliced")
+    assert sum(found) > 0
+
+
+@pytest.mark.parametrize("order", ["release", "acquire"])
+def test_slices_that_meet_without_order_are_noticed(order: str) -> None:
+    """Programs that count arrivals without releasing or acquiring what was written before race."""
+    ptxsim.set_options(transform=lambda ptx: ptx.replace(f".gpu.{order}", ".gpu.relaxed"))
+    with pytest.raises(ptxsim.KernelFault, match="RACE"):
+        recurrent_problem(6, 1, 75).run("triton", path="sliced")
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_slices_have_the_bits_of_whole_rows_on_any_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each order of a sum would have bits of its own; a row's spikes are listed in several parts."""
+    monkeypatch.setattr(triton_backend, "READ_TOGETHER", 64)
+    case = recurrent_problem(9, 2, 75, dtype, exact=False, per_neuron=True, refractory=True)
+    spikes, final = case.run("triton", path="events")
+    assert spikes.any()
+    for _ in schedules():
+        ours, state = case.run("triton", path="sliced")
+        assert_same_bits([ours, *state], [spikes, *final])
+    assert launched() >= {"forward_kernel", "sliced_forward_kernel"}
 
 
 def test_more_slices_than_the_device_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cooperative launch fails at once where its programs could wait for each other for ever."""
     ptxsim.set_options(sm_count=1, resident=3)
     monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 4)
-    with pytest.raises(RuntimeError, match="too many blocks"):
+    message = "needs its 4 programs to run at once, and cpu does not hold them .*too many blocks.*Pass path='events'"
+    with pytest.raises(RuntimeError, match=message):
         recurrent_problem(3, 2, 75).run("triton", path="sliced")
 
 

@@ -28,6 +28,7 @@ P = CobaLIFParameters()
 X = torch.zeros(40, 3, 64)
 LEAF = torch.zeros(40, 3, 64, requires_grad=True)
 W_IN, W_REC = torch.zeros(100, 64), torch.zeros(100, 100)
+LARGE_IN, LARGE_REC = (torch.zeros(3000, sources) for sources in (64, 3000))
 CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "feed-forward": (
         lambda: coba_lif_feed_forward_integral(X, None, P, 0.1, backend="triton"), {"forward_kernel": 1},
@@ -46,7 +47,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
         {"compact_kernel": 4, "projection_kernel": 4, "forward_kernel": 2},
     ),
     "recurrent, sliced": (
-        lambda: coba_lif_integral(X, None, W_IN, W_REC, P, 0.1, backend="triton", path="sliced"),
+        lambda: coba_lif_integral(X[:, :1], None, LARGE_IN, LARGE_REC, P, 0.1, backend="triton"),
         {"compact_kernel": 2, "projection_kernel": 2, "sliced_forward_kernel": 1},
     ),
     "recurrent, dense": (

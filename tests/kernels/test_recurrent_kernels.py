@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.ops.call import Call
-from coba_triton.tools.problems import DT, VALUES, recurrent_problem
+from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import all_programs_at_once
 from helpers.marks import slow
@@ -204,48 +205,84 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def run_sliced(seed: int = 0, spin_limit: int = 300) -> list[torch.Tensor]:
-    """Two rows of three programs at once, more than one block of steps."""
-    case = recurrent_problem(12, 2, 75, seed=seed)
-    triton_backend.SPIN_LIMIT, limit = spin_limit, triton_backend.SPIN_LIMIT
+@contextlib.contextmanager
+def small_slices(spin_limit: int) -> Iterator[None]:
+    """Programs of 32 neurons, so that small rows have several."""
+    kept = triton_backend.SLICE, triton_backend.SPIN_LIMIT
+    triton_backend.SLICE, triton_backend.SPIN_LIMIT = 32, spin_limit
     try:
-        with all_programs_at_once(seed):
-            spikes, final = case.run("triton", path="sliced")
+        yield
     finally:
-        triton_backend.SPIN_LIMIT = limit
+        triton_backend.SLICE, triton_backend.SPIN_LIMIT = kept
+
+
+def run_sliced(
+    seed: int = 0, spin_limit: int = 300, case: RecurrentProblem | None = None, **options: Any
+) -> list[torch.Tensor]:
+    """Two rows of three programs at once."""
+    case = case or recurrent_problem(12, 2, 75, seed=seed)
+    with small_slices(spin_limit), all_programs_at_once(seed):
+        spikes, final = case.run("triton", path="sliced", **options)
     return [spikes, *final]
 
 
 @interpreted
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_slices_agree_with_the_reference(seed, device) -> None:
-    assert triton_backend.slices_per_row(75, 2, device) > 1
     expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")
     assert_same_bits(run_sliced(seed, spin_limit=100_000), [expected, *reference])
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float64)], ids=str)
+@pytest.mark.parametrize("everything", [False, *slow(True)])
+def test_slices_have_the_bits_of_whole_rows_on_any_weights(everything, dtype, device, monkeypatch) -> None:
+    """Where each order of a sum would have bits of its own; several lists a row, and most neurons fire."""
+    monkeypatch.setattr(triton_backend, "READ_TOGETHER", 32)
+    options = {"per_neuron": True, "refractory": True} if everything else {}
+    case = recurrent_problem(9, 3, 75, dtype, device, exact=False, **options)
+    asked = {"record_states": True, "order": "jump_first"} if everything else {"spike_dtype": "bits"}
+    spikes, final = case.run("triton", path="events", **asked)
+    ours = run_sliced(3, 100_000, case, **asked)
+    assert_same_bits(ours, [spikes, *final])
+    assert spikes.any()
+
+
+def test_which_rows_are_shared(monkeypatch) -> None:
+    """By N and B alone: rows that no program keeps in registers, where at least four programs can share each."""
+    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
+    monkeypatch.setattr(triton_backend, "threads_per_warp", lambda: 32)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    device, sizes = torch.device("cuda", 0), [(2048, 1), (2049, 1), (4000, 8), (4096, 33), (4096, 34), (16000, 1)]
+    shared = [triton_backend._shares_rows(neurons, batch, device) for neurons, batch in sizes]
+    assert shared == [False, True, True, True, False, True]
+    slices = [triton_backend._slice_of(neurons, batch, torch.float32, device) for neurons, batch in sizes]
+    assert slices == [128, 128, 256, 1024, 2048 * 2, 128]
+    assert triton_backend._slice_of(4096, 33, torch.float64, device) == 4096  # 1024 neurons of float64 would spill
+    monkeypatch.setattr(triton_backend, "threads_per_warp", lambda: 64)
+    assert not triton_backend._shares_rows(4096, 1, device)
+
+
+@interpreted
 def test_slices_that_wait_in_vain_raise(device) -> None:
     """One after the other, the first program waits for the second for ever: an exception, no hang."""
-    case = recurrent_problem(3, 1, 75)
-    limit, triton_backend.SPIN_LIMIT = triton_backend.SPIN_LIMIT, 20
-    try:
-        with pytest.raises(RuntimeError, match="path 'sliced': a program waited .* pass path='events'"):
-            case.run("triton", path="sliced")
-    finally:
-        triton_backend.SPIN_LIMIT = limit
+    with small_slices(20), pytest.raises(RuntimeError, match="path 'sliced': a program waited .* pass path='events'"):
+        recurrent_problem(3, 1, 75).run("triton", path="sliced")
 
 
+MEET = ("(arrived < target)", "arrived >= target")
 PLANTED = {
-    "no wait": ("(arrived < step * SLICES)", "(arrived < 0)", "arrived >= step * SLICES", "arrived >= 0"),
-    "target one short": (
-        "(arrived < step * SLICES)",
-        "(arrived < step * SLICES - 1)",
-        "arrived >= step",
-        "arrived >= 0 * step",
-    ),
-    "single buffer": ("slot = (t % 2) * B + row", "slot = row", "slot = ((t + 1) % 2) * B + row", "slot = row"),
-    "rows share a counter": ("arrived_ptr + row", "arrived_ptr", "arrived_ptr + row", "arrived_ptr"),
+    "no wait": {MEET[0]: "(arrived < 0)", MEET[1]: "arrived >= 0"},
+    "target one short": {MEET[0]: "(arrived < target - 1)", MEET[1]: "arrived >= target - 1"},
+    "single buffer": {"((t % 2) * B + row) * N": "row * N"},
+    "rows share a counter": {"arrived_ptr + row": "arrived_ptr"},
+    "published after the arrival": {
+        "tl.store(published + neurons, spike.to(tl.uint8), mask=mask)": "pass",
+        "            count = 0\n            for start in range(0, N, TILE):": (
+            "            tl.store(published + neurons, spike.to(tl.uint8), mask=mask)\n"
+            "            count = 0\n            for start in range(0, N, TILE):"
+        ),
+    },
 }
 
 
@@ -255,10 +292,11 @@ PLANTED = {
 def test_planted_barrier_bugs_are_caught(bug, tmp_path, monkeypatch) -> None:
     """Each bug changes the result, or ends in the exception, under one of a few schedules."""
     source = Path(recurrent_kernels.__file__).read_text()
-    old, new, old_too, new_too = PLANTED[bug]
-    assert old in source and old_too in source
+    for old, changed in PLANTED[bug].items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, changed)
     path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new).replace(old_too, new_too))
+    path.write_text(source)
     spec = importlib.util.spec_from_file_location(f"{kernels_package.__name__}.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, mutant)

@@ -105,7 +105,7 @@ def run_recurrent(
     **options: Any,
 ) -> None:
     """Call the public function, and autograd when training."""
-    options.setdefault("path", "events")  # "auto" would go by what unwritten memory holds
+    options.setdefault("path", "events")
     w_in = torch.ones(neurons, inputs, dtype=dtype, requires_grad=train)
     w_rec = torch.zeros(1, 1, dtype=dtype).expand(neurons, neurons).requires_grad_(train)
     v_thresh = torch.full((neurons,) if per_neuron else (), -10.0, dtype=dtype, requires_grad=train)
@@ -146,6 +146,17 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
     },
     "recurrent 9000": {"neurons": 9000},
     "recurrent 1024 sliced": {"neurons": 1024, "path": "sliced"},
+    "recurrent 4000 sliced": {"neurons": 4000, "batch": 1, "path": "sliced", "spike_dtype": "bits", "refractory": 5.0},
+    "recurrent 4096 sliced, many rows": {"neurons": 4096, "batch": 33, "path": "sliced"},
+    "recurrent 4096 float64 sliced everything": {
+        "neurons": 4096,
+        "batch": 16,
+        "path": "sliced",
+        "dtype": F64,
+        "per_neuron": True,
+        "refractory": 5.0,
+        "record_states": True,
+    },
     "recurrent 256 dense": {"neurons": 256, "path": "dense"},
 }
 
