@@ -36,6 +36,7 @@ from .neuron import (
     relu,
     state_of,
     store_fields,
+    sums_of,
     sweep,
 )
 
@@ -402,6 +403,57 @@ def load_planes(planes_ptr, stride, cells, mask, FIRST: tl.constexpr, COUNT: tl.
     return planes
 
 
+@triton.jit
+def load_step(
+    t, cells, mask, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start, steps, grad_stride_t,
+    grad_stride_m, KEPT: tl.constexpr, CONSTANTS: tl.constexpr,
+):  # fmt: skip
+    """What the adjoint of a step reads, and no step writes: one tuple, which :func:`step_back` takes apart."""
+    here = t * M + cells
+    values = load_planes(trajectory_ptr, T * M, here, mask, 0, KEPT)
+    values = values + ((load_word(words_ptr, t, M, cells, mask) & 1).to(values[0].dtype),)
+    if grad_spikes_ptr is not None:
+        spikes = grad_spikes_ptr + (start + t) * grad_stride_t + cells * grad_stride_m
+        values = values + (tl.load(spikes, mask=mask).to(values[0].dtype),)
+    if grad_states_ptr is not None:
+        before = start + t - 1
+        # the initial state is not recorded; what is read in its stead is masked out
+        in_range = tl.where(mask, before, -1) >= 0
+        states = grad_states_ptr + tl.maximum(before, 0) * M + cells
+        for i in tl.static_range(NUM_FIELDS):
+            values = values + (tl.load(states + i * steps * M, mask=in_range, other=0.0),)
+    if CONSTANTS:
+        values = values + load_planes(trajectory_ptr, T * M, here, mask, KEPT, 2)
+    return values
+
+
+@triton.jit
+def step_back(
+    values, lam, lam_z, sums, c, own_ptr, N, mask, GRAD_SPIKES: tl.constexpr, GRAD_STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr, KEPT: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of a step, from what :func:`load_step` returned: stores those by the drives, and returns ``lam, sums``."""
+    kept = (values[0], values[1], values[2], values[3])
+    if KEPT == 5:
+        kept = kept + (values[4],)
+    z = values[KEPT]
+    at: tl.constexpr = KEPT + 1 + GRAD_SPIKES
+    grad_z = lam_z
+    if GRAD_SPIKES:
+        grad_z = values[KEPT + 1] + lam_z
+    if GRAD_STATES:
+        recorded = State(values[at], values[at + 1], values[at + 2])
+    else:
+        recorded = None
+    a = sweep(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
+    if CONSTANTS:
+        decayed: tl.constexpr = at + 3 * GRAD_STATES
+        sums = add_sums(sums, z, kept, values[decayed], values[decayed + 1], lam, a, c)
+    tl.store(own_ptr, a.drive.e, mask=mask)
+    tl.store(own_ptr + N, a.drive.i, mask=mask)
+    return a.lam, sums
+
+
 @triton.jit(
     do_not_specialize=["begin", "end", "start", "steps", "T", "B", "N", "constants_stride", "grad_stride_t", "grad_stride_m"]
 )  # fmt: skip
@@ -434,33 +486,15 @@ def backward_kernel(
     sums = no_sums(zeros)
     for back in range(0, end - begin):
         t = end - 1 - tl.cast(back, tl.int64)
-        here = t * M + cells
-        kept = load_planes(trajectory_ptr, T * M, here, mask, 0, KEPT)
-        z = (load_word(words_ptr, t, M, cells, mask) & 1).to(lam_z.dtype)
-        grad_z = lam_z
-        if grad_spikes_ptr is not None:
-            spikes = grad_spikes_ptr + (start + t) * grad_stride_t + cells * grad_stride_m
-            grad_z = tl.load(spikes, mask=mask).to(lam_z.dtype) + lam_z
-        if grad_states_ptr is not None:
-            before = start + t - 1
-            # the initial state is not recorded; what is read in its stead is masked out
-            in_range = tl.where(mask, before, -1) >= 0
-            states = grad_states_ptr + tl.maximum(before, 0) * M + cells
-            recorded = State(
-                tl.load(states, mask=in_range, other=0.0),
-                tl.load(states + steps * M, mask=in_range, other=0.0),
-                tl.load(states + 2 * steps * M, mask=in_range, other=0.0),
-            )
-        else:
-            recorded = None
-        a = sweep(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
-        if grad_constants_ptr is not None:
-            decayed_e, decayed_i = load_planes(trajectory_ptr, T * M, here, mask, KEPT, 2)
-            sums = add_sums(sums, z, kept, decayed_e, decayed_i, lam, a, c)
-        lam = a.lam
+        values = load_step(
+            t, cells, mask, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start, steps, grad_stride_t,
+            grad_stride_m, KEPT, grad_constants_ptr is not None,
+        )  # fmt: skip
         adjoints = adjoints_ptr + t * 2 * M + row * 2 * N
-        tl.store(adjoints + neurons, a.drive.e, mask=mask)
-        tl.store(adjoints + N + neurons, a.drive.i, mask=mask)
+        lam, sums = step_back(
+            values, lam, lam_z, sums, c, adjoints + neurons, N, mask, grad_spikes_ptr is not None,
+            grad_states_ptr is not None, grad_constants_ptr is not None, KEPT, JUMP_FIRST, METHOD,
+        )  # fmt: skip
         if weights_ptr is not None:
             tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them
             lam_z = zeros
@@ -483,3 +517,120 @@ def backward_kernel(
         for i in tl.static_range(NUM_SUMS):
             total = tl.load(grad_constants_ptr + i * M + cells, mask=mask) + sums[i]
             tl.store(grad_constants_ptr + i * M + cells, total, mask=mask)
+
+
+@triton.jit
+def load_adjoints(adjoints_ptr, N, sources, mask):
+    """Those by both drives of some neurons of a row, a column each, as other programs wrote them."""
+    e = tl.load(adjoints_ptr + sources, mask=mask, other=0.0, cache_modifier=".cg")
+    i = tl.load(adjoints_ptr + N + sources, mask=mask, other=0.0, cache_modifier=".cg")
+    return e[:, None], i[:, None]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "start", "steps", "T", "B", "N", "constants_stride", "grad_stride_t", "grad_stride_m", "spin_limit",
+    ]
+)  # fmt: skip
+def shared_backward_kernel(
+    trajectory_ptr, words_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, weights_ptr,
+    lam_ptr, lam_z_ptr, adjoints_ptr, grad_constants_ptr, arrived_ptr, failed_ptr,
+    start, steps, T, B, N, constants_stride, grad_stride_t, grad_stride_m, spin_limit,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
+    KEPT: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """:func:`backward_kernel` for a whole block, by programs that wait for each other after every step.
+
+    A program has ``BLOCK`` neurons of ``ROWS`` batch rows. Those of the same rows store the adjoints of a step, meet, and
+    form ``lam_z`` of their own neurons from the adjoints of all. Each step has a place of its own in ``adjoints``, so that
+    one meeting a step is enough. With ``HELD`` the weights ``[N, N]`` of a program stay in registers, where ``CHUNK`` is not
+    less than N; else ``UNROLL`` chunks of them are read at a time in every step. ``arrived`` counts the steps of each
+    group of rows. Who waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
+    """
+    T = tl.cast(T, tl.int64)
+    B = tl.cast(B, tl.int64)
+    N = tl.cast(N, tl.int64)
+    M = B * N
+    grad_stride_t = tl.cast(grad_stride_t, tl.int64)
+    GRAD_SPIKES: tl.constexpr = grad_spikes_ptr is not None
+    GRAD_STATES: tl.constexpr = grad_states_ptr is not None
+    CONSTANTS: tl.constexpr = grad_constants_ptr is not None
+    parts = tl.num_programs(0)
+    group = tl.program_id(1).to(tl.int64)
+    own = tl.arange(0, ROWS * BLOCK)
+    first_row = group * ROWS
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    rows = first_row + own // BLOCK
+    neurons = first + own % BLOCK
+    mask = tl.where(neurons < N, rows, B) < B
+    cells = rows * N + neurons
+    c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
+    lam = state_of(load_fields(lam_ptr + cells, M, mask, NUM_FIELDS))
+    lam_z = tl.load(lam_z_ptr + cells, mask=mask, other=0.0)
+    zeros = tl.zeros([ROWS * BLOCK], constants_ptr.dtype.element_ty)
+    sums = no_sums(zeros)
+    if CONSTANTS:
+        sums = sums_of(load_fields(grad_constants_ptr + cells, M, mask, NUM_SUMS))
+    targets = first + tl.arange(0, BLOCK).to(tl.int64)
+    sources = tl.arange(0, CHUNK).to(tl.int64)
+    weights_ptrs = weights_ptr + sources[:, None] * N + targets[None, :]
+    if HELD:
+        weights = tl.load(weights_ptrs, mask=(sources < N)[:, None] & (targets < N)[None, :], other=0.0)
+    values = load_step(
+        T - 1, cells, mask, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start, steps, grad_stride_t,
+        grad_stride_m, KEPT, CONSTANTS,
+    )  # fmt: skip
+    back = 0
+    waiting = True
+    while (back < T) & waiting:
+        t = T - 1 - tl.cast(back, tl.int64)
+        adjoints = adjoints_ptr + t * 2 * M
+        lam, sums = step_back(
+            values, lam, lam_z, sums, c, adjoints + rows * 2 * N + neurons, N, mask, GRAD_SPIKES, GRAD_STATES, CONSTANTS,
+            KEPT, JUMP_FIRST, METHOD,
+        )  # fmt: skip
+        back += 1
+        values = load_step(  # while the others are waited for
+            t - 1, cells, tl.where(mask, t, 0) > 0, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start,
+            steps, grad_stride_t, grad_stride_m, KEPT, CONSTANTS,
+        )  # fmt: skip
+        waiting = meet(arrived_ptr + group, back * parts, spin_limit)
+        if HELD:
+            for r in tl.static_range(ROWS):
+                row = first_row + r
+                e, i = load_adjoints(adjoints + row * 2 * N, N, sources, tl.where(sources < N, row, B) < B)
+                total = tl.sum(e * relu(weights) + i * relu(-weights), 0)
+                tl.store(lam_z_ptr + row * N + targets, total, mask=tl.where(targets < N, row, B) < B)
+        else:
+            totals = ()
+            for _ in tl.static_range(ROWS):
+                totals = totals + (tl.zeros([CHUNK, BLOCK], zeros.dtype),)
+            for begin in range(0, N, UNROLL * CHUNK):
+                chunks = ()
+                for k in tl.static_range(UNROLL):
+                    inside = begin + k * CHUNK + sources < N
+                    chunks = chunks + (
+                        tl.load(
+                            weights_ptrs + (begin + k * CHUNK) * N, mask=inside[:, None] & (targets < N)[None, :], other=0.0
+                        ),
+                    )
+                for k in tl.static_range(UNROLL):
+                    some = begin + k * CHUNK + sources
+                    added = ()
+                    for r in tl.static_range(ROWS):
+                        row = first_row + r
+                        e, i = load_adjoints(adjoints + row * 2 * N, N, some, tl.where(some < N, row, B) < B)
+                        added = added + (totals[r] + (e * relu(chunks[k]) + i * relu(-chunks[k])),)
+                    totals = added
+            for r in tl.static_range(ROWS):
+                row = first_row + r
+                total = tl.sum(totals[r], 0)
+                tl.store(lam_z_ptr + row * N + targets, total, mask=tl.where(targets < N, row, B) < B)
+        tl.debug_barrier()  # what a program sends back is complete before its threads read it
+        lam_z = tl.load(lam_z_ptr + cells, mask=mask, other=0.0)
+    if not waiting:
+        tl.store(failed_ptr, 1)
+    store_fields(lam_ptr + cells, M, lam, mask, NUM_FIELDS)
+    if CONSTANTS:
+        for i in tl.static_range(NUM_SUMS):
+            tl.store(grad_constants_ptr + i * M + cells, sums[i], mask=mask)

@@ -115,7 +115,11 @@ def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Para
         tile = TILE // (dtype.itemsize // 4)
         block = _power_of_2(neurons) if neurons <= row_in_registers(dtype) else tile
         ahead = events_ahead(dtype)
-        return {"num_warps": _warps_for(block), "events_ahead": ahead // 2 if _is_wide(block) else ahead, "tile": tile}
+        if _is_wide(block) or (
+            block == 512 and dtype.itemsize == 4
+        ):  # 512 neurons spill on sm_80, which aims at more programs
+            ahead = max(1, ahead // 2)
+        return {"num_warps": _warps_for(block), "events_ahead": ahead, "tile": tile}
     return {"num_warps": 4, "replay_warps": warps_per_program(neurons * batch)}
 
 
@@ -238,6 +242,16 @@ READ_TOGETHER = 4096
 SPIN_LIMIT = 10_000_000
 # Up to so many neurons a program forms the sweep's product itself, one launch a block; above, one product a step.
 SWEEP_IN_ONE_LAUNCH = 256
+# Up to so many neurons of float32 programs that share rows hold their weights in registers. Else they read them in every
+# step, which pays for up to so many rows.
+SWEEP_HELD = 512
+SWEEP_STREAMED_ROWS = 4
+# Of such a program: rows, at most; neurons, half as many where registers are scarce; warps; weights that it reads together,
+# for each neuron.
+SWEEP_HELD_ROWS = 8
+SWEEP_COLUMNS = 32
+SWEEP_WARPS = 8
+SWEEP_CHUNK = 32
 
 
 def _warps_for(block: int) -> int:
@@ -347,6 +361,15 @@ def recurrent_block(
     return final
 
 
+def meets_unasked() -> bool:
+    """Whether programs of dense networks meet after every step where nobody asked for it.
+
+    Not in the interpreter, which runs one program at a time, nor on AMD's GPUs: there a meeting of all programs is said to
+    take longer than what it saves.
+    """
+    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
 def resident_programs(device: torch.device) -> int:
     """Programs that surely run at the same time: one for each of the device's multiprocessors."""
     if triton.knobs.runtime.interpret:
@@ -366,14 +389,8 @@ def _slice_of(neurons: int, batch: int, dtype: torch.dtype, device: torch.device
 
 
 def _shares_rows(neurons: int, batch: int, device: torch.device) -> bool:
-    """Whether programs share rows unasked: those that no program keeps in registers, if at least four can share each.
-
-    Not in the interpreter, which runs one program at a time, nor where warps have 64 threads: on AMD's data-centre GPUs a
-    meeting of all programs is said to take longer than the steps that it would save.
-    """
-    if triton.knobs.runtime.interpret or threads_per_warp() != 32:
-        return False
-    return neurons > ROW_IN_REGISTERS and resident_programs(device) >= ROWS_SHARED_BY * batch
+    """Whether programs share rows unasked: those that no program keeps in registers, if at least four can share each."""
+    return neurons > ROW_IN_REGISTERS and meets_unasked() and resident_programs(device) >= ROWS_SHARED_BY * batch
 
 
 def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out: Outputs, block: int) -> Tensor:
@@ -464,9 +481,13 @@ def recurrent_replay(
 def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.recurrent_sweep`.
 
-    One launch where a program can own whole rows; for more neurons a launch and a matrix product a step.
+    One launch where a program can own whole rows, or where all programs that share the rows run at once; else a launch
+    and a matrix product a step.
     """
     planes, steps, batch, neurons = block.trajectory.shape
+    tile = None if net.exchange is not None else _shared_sweep(neurons, batch, block.trajectory.dtype, sweep.lam.device)
+    if tile is not None:
+        return _sweep_together(net, sweep, block, adjoints, *tile)
     _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
     in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH and net.exchange is None
     # one neuron a thread: no layout conversions between the loads
@@ -495,6 +516,48 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
     for t in reversed(range(steps)):
         launch(t, t + 1)
         net.send_back(adjoints[t], sweep.split_weights, lam_z)
+
+
+def _shared_sweep(neurons: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, bool] | None:
+    """Rows and neurons of each of the programs that go back through a block together, and whether they hold their weights.
+
+    None where a program that has a row to itself, or a launch for every step, serves: for few neurons, for many of more than
+    a few rows, and where the device does not run all programs at once.
+    """
+    if neurons <= SWEEP_IN_ONE_LAUNCH or not meets_unasked():
+        return None
+    held = neurons <= SWEEP_HELD and dtype.itemsize == 4
+    if not held and batch > SWEEP_STREAMED_ROWS:
+        return None
+    rows = min(_power_of_2(batch), SWEEP_HELD_ROWS)
+    block = SWEEP_COLUMNS // 2 if held or dtype.itemsize > 4 else SWEEP_COLUMNS
+    programs = _cdiv(neurons, block) * _cdiv(batch, rows)
+    return (rows, block, held) if programs <= resident_programs(device) else None
+
+
+def _sweep_together(net: Network, sweep: Sweep, block: Block, adjoints: Tensor, rows: int, columns: int, held: bool) -> None:
+    """:func:`recurrent_sweep` in one launch of programs of ``rows`` x ``columns`` neurons that meet after every step."""
+    planes, steps, batch, neurons = block.trajectory.shape
+    _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
+    groups, programs = _cdiv(batch, rows), _cdiv(neurons, columns)
+    arrived, failed = (torch.zeros(size, dtype=torch.int32, device=lam.device) for size in (groups, 1))
+    grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
+    _launch(
+        recurrent.shared_backward_kernel, (programs, groups), lam.device, SWEEP_WARPS,
+        block.trajectory, block.words, net.constants, grad_spikes, grad_states,
+        net.recurrent_weights.contiguous(), lam, lam_z, adjoints, sums, arrived, failed,
+        block.start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
+        net.constants.stride(0), *grad_strides, SPIN_LIMIT,
+        ROWS=rows, BLOCK=columns, CHUNK=_power_of_2(neurons) if held else SWEEP_CHUNK, HELD=held,
+        UNROLL=4 if rows <= 2 else 2, KEPT=planes - 2,
+        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=sweep.method,
+        launch_cooperative_grid=True,
+    )  # fmt: skip
+    torch._assert_async(
+        failed == 0,
+        f"backward: a program waited for another of its batch rows for more than {SPIN_LIMIT} looks and gave up; expected "
+        f"all {programs * groups} programs to run at once; pass backend='reference'",
+    )
 
 
 def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:

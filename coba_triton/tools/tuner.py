@@ -256,7 +256,7 @@ COMPILED = {
     "feed_forward_forward": ("forward_kernel",),
     "feed_forward_backward": ("backward_kernel",),
     "recurrent_forward": ("recurrent_forward_kernel",),
-    "recurrent_backward": ("recurrent_backward_kernel", "driven_kernel"),
+    "recurrent_backward": ("recurrent_backward_kernel", "shared_backward_kernel", "driven_kernel"),
 }
 
 

@@ -15,7 +15,6 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,8 +56,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[st
     counts: collections.Counter[str] = collections.Counter()
     monkeypatch.setattr(choose, "triton_device_type", lambda: "meta")
     monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
-    monkeypatch.setattr(triton_backend, "threads_per_warp", lambda: 32)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton_backend, "meets_unasked", lambda: True)
     monkeypatch.setattr(triton_backend, "_launch", lambda kernel, *args, **meta: counts.update([kernel.__name__]))
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # knows no meta
     with Computing():
@@ -130,6 +128,7 @@ FEED_FORWARD = {"forward_kernel"}
 EVENTS = {"compact_kernel", "projection_kernel", "forward_kernel"}
 SLICED = {"sliced_forward_kernel"}
 BACK = {"driven_kernel", "backward_kernel"}
+TOGETHER = {"driven_kernel", "shared_backward_kernel"}
 SPARSE = {"compact_kernel", "scatter_kernel", "sparse_forward_kernel"}
 SPARSE_BACK = {"driven_kernel", "sparse_backward_kernel", "source_gradient_kernel", "synapse_gradient_kernel"}
 CASES: dict[str, tuple[Callable[..., None], dict[str, Any], set[str]]] = {
@@ -146,7 +145,11 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any], set[str]]] = {
     "recurrent, dense": (recurrent, {"path": "dense"}, EVENTS - {"forward_kernel"} | {"driven_kernel"}),
     "recurrent, training": (recurrent, {"train": True, "p": learned(100)}, EVENTS | BACK),
     "recurrent, training, half": (recurrent, {"train": True, "record_states": True, "dtype": torch.float16}, EVENTS | BACK),
-    "recurrent, training, many neurons": (recurrent, {"train": True, "neurons": 1000, "block_steps": 32}, EVENTS | BACK),
+    "recurrent, training, weights held": (recurrent, {"train": True, "neurons": 300, "block_steps": 32}, EVENTS | TOGETHER),
+    "recurrent, training, a large row": (
+        recurrent, {"train": True, "neurons": 3000, "batch": 1}, {"projection_kernel"} | SLICED | TOGETHER,
+    ),
+    "recurrent, training, many neurons": (recurrent, {"train": True, "neurons": 1000, "batch": 5}, EVENTS | BACK),
     "recurrent, training, dense": (recurrent, {"train": True, "path": "dense"}, EVENTS - {"forward_kernel"} | BACK),
     "sparse": (sparse, {}, {*SPARSE, "sparse_projection_kernel"}),
     "sparse, many neurons": (sparse, {"neurons": 2000, "inputs": "dense"}, {*SPARSE, "projection_kernel"}),

@@ -57,7 +57,7 @@ def test_kernels_where_sm_90_compiles_differently() -> None:
 @pytest.mark.slow
 def test_programs_that_meet_on_sm_90() -> None:
     """Atomic operations differ between these GPUs."""
-    execute(90, "test_kernels.py", "-k", "slices or sliced")
+    execute(90, "test_kernels.py", "-k", "slices or sliced or sweep or together")
 
 
 @pytest.mark.slow

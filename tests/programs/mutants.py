@@ -69,11 +69,11 @@ AREAS: dict[str, dict[str, list[str]]] = {
     },
     "recurrent": {
         "interpreter": RECURRENT,
-        "executed": [*EXECUTED, "recurrent or slices or tile"],
+        "executed": [*EXECUTED, "recurrent or slices or tile or together"],
     },
     "blocks": {
         "interpreter": RECURRENT,
-        "executed": [*EXECUTED, "recurrent or slices or tile"],
+        "executed": [*EXECUTED, "recurrent or slices or tile or together"],
         "CPU path": CPU_RECURRENT,
     },
     "sparse": {"interpreter": SPARSE, "executed": EXECUTED_SPARSE},
@@ -237,6 +237,10 @@ MUTANTS = {
             "(arrived < target)": "(arrived < target - 1)",
             "arrived >= target": "arrived >= target - 1",
         }
+    ),
+    "groups of rows that go back together share a counter": recurrent({"arrived_ptr + group": "arrived_ptr"}),
+    "the weights of the next neuron send back": recurrent(
+        {"weights_ptrs = weights_ptr + sources[:, None] * N": "weights_ptrs = weights_ptr + (sources[:, None] + 1) * N"}
     ),
     "exchange with a single buffer": recurrent({"((t % 2) * B + row) * N": "row * N"}),
     "sparse: a delay is one step too short": sparse({ARRIVAL: f"{ARRIVAL} - 1"}),
