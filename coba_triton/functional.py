@@ -503,8 +503,9 @@ def coba_lif_integral(
         spike_dtype: as in :func:`coba_lif_feed_forward_integral`; None with an input of bool or integers and weights in half
             precision: theirs.
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
-            (events, several programs a batch row; GPUs only), or ``auto``: events, and on a CPU dense for a block that
-            follows one with more than 0.2 spikes per neuron and step. On a GPU no choice waits for a count.
+            (events, several programs a batch row; GPUs only), or ``auto``. On a CPU, ``auto`` is dense for a block that
+            follows one with more than 0.2 spikes per neuron and step, else events. On a GPU it goes by the sizes alone:
+            sliced for few rows of more than 2048 neurons, else events. Both have the same bits.
         out: as in :func:`coba_lif_feed_forward_integral`.
         delay: of the synapses of a recurrent matrix in ms, one number or one for each source ``[N]``; None: one step.
             :class:`coba_triton.Synapses` have delays of their own.

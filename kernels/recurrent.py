@@ -36,6 +36,7 @@ from .neuron import (
     relu,
     state_of,
     store_fields,
+    sums_of,
     sweep,
 )
 
@@ -51,19 +52,18 @@ def compact(hits, base, list_ptr, values):
 @triton.jit
 def add_rows(
     drive_e, drive_i, list_ptr, count, source_ptr, source_stride, weights_ptr, N, neurons, mask,
-    UNROLL: tl.constexpr, CACHE: tl.constexpr = tl.constexpr(""),
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Add the weights of the listed sources one after the other, ``UNROLL`` loads ahead.
 
-    ``source_ptr`` has the sources' values, or is None where all of them are 1. ``CACHE`` is ``.cg`` for a list that
-    another program wrote: it must not come from this processor's own cache.
+    ``source_ptr`` has the sources' values, or is None where all of them are 1.
     """
     for start in range(0, count, UNROLL):
         rows = ()
         values = ()
         for i in tl.static_range(UNROLL):
             listed = start + i < count
-            source = tl.load(list_ptr + start + i, mask=listed, other=0, cache_modifier=CACHE).to(tl.int64)
+            source = tl.load(list_ptr + start + i, mask=listed, other=0).to(tl.int64)
             rows = rows + (
                 tl.load(weights_ptr + source * N + neurons, mask=tl.where(mask, start + i, count) < count, other=0.0),
             )
@@ -278,60 +278,79 @@ def forward_kernel(
             tl.debug_barrier()  # the list is complete before any thread reads it
 
 
+@triton.jit
+def meet(arrived_ptr, target, spin_limit):
+    """Wait until ``target`` arrivals are counted; returns whether they were, within ``spin_limit`` looks.
+
+    What the programs wrote before is there for all of them afterwards, if it is not read from a processor's own cache.
+    """
+    tl.debug_barrier()  # all threads are done before the arrival is announced
+    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
+    arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu")
+    looks = 0
+    while (arrived < target) & (looks < spin_limit):
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu")
+        looks += 1
+    tl.debug_barrier()  # no thread goes on before the others are known to be there
+    return arrived >= target
+
+
 @triton.jit(do_not_specialize=["T", "B", "N", "constants_stride", "states_stride", "spin_limit"])
 def sliced_forward_kernel(
-    drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, lists_ptr, counts_ptr, arrived_ptr,
+    drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, fired_ptr, lists_ptr, arrived_ptr,
     failed_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, constants_stride, states_stride, spin_limit,
-    BLOCK: tl.constexpr, FIELDS: tl.constexpr, SLICES: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
     PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """``SLICES`` programs share a batch row, ``BLOCK`` neurons each, and wait for each other after every step.
+    """Several programs share a batch row, ``BLOCK`` neurons each, and wait for each other after every step.
 
-    A program writes the list of its own spikes and its length, ``lists [2, B, SLICES, BLOCK]`` and
-    ``counts [2, B, SLICES]``; in the next step all read the lists slice by slice, so that the sum over synapses keeps its
-    ascending order. Both are double buffered: a program is at most one step ahead of another of its row. ``arrived [B]``
-    counts finished steps. Whoever waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
+    A program publishes a byte for each of its neurons, whether it fired, in ``fired [2, B, N]``. When all have, each reads
+    the bytes of the whole row and makes its own ascending list of them, in ``lists [B, programs, N]``: the sum over synapses
+    has the order of ``forward_kernel``. The bytes are double buffered, as a program is at most one step ahead of another of
+    its row. ``arrived [B]`` counts finished steps. Who waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
     """
     T = tl.cast(T, tl.int64)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
     part = tl.program_id(0)
+    parts = tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     M = B * N
     neurons = part * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     mask = neurons < N
     cells = row * N + neurons
+    list_ptr = lists_ptr + (row * parts + part) * N
     c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
     s = load_fields(state_ptr + cells, M, mask, FIELDS)
     word = tl.zeros([BLOCK], tl.int32)
+    recurrent_e, recurrent_i = load_fields(first_ptr + cells, M, mask, 2)
+    drive_e, drive_i = load_fields(drive_ptr + cells, T * M, mask, 2)
+    zeros = tl.zeros([BLOCK], weights_ptr.dtype.element_ty)
     step = 0
     waiting = True
     while (step < T) & waiting:
         t = tl.cast(step, tl.int64)
-        recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
-        slot = (t % 2) * B + row
-        for other in range(0, tl.where(t == 0, 0, SLICES)):
-            count = tl.load(counts_ptr + slot * SLICES + other, cache_modifier=".cg")
-            list_ptr = lists_ptr + (slot * SLICES + other) * BLOCK
-            recurrent_e, recurrent_i = add_rows(
-                recurrent_e, recurrent_i, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL, ".cg"
-            )
-        slot = ((t + 1) % 2) * B + row
-        s, word, count = forward_tile(
-            t, row, s, word, Drive(recurrent_e, recurrent_i), lists_ptr + (slot * SLICES + part) * BLOCK, 0, c,
-            neurons, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS, JUMP_FIRST,
+        spike, s, word = step_cells(
+            t, cells, s, word, Drive(drive_e, drive_i), Drive(recurrent_e, recurrent_i), c, mask, spikes_ptr, words_ptr,
+            states_ptr, T, M, states_stride, FIELDS, JUMP_FIRST,
         )  # fmt: skip
-        tl.store(counts_ptr + slot * SLICES + part, count)
         step += 1
-        tl.debug_barrier()  # this program's list is complete before its arrival is announced
-        tl.atomic_add(arrived_ptr + row, 1, sem="release", scope="gpu")
-        arrived = tl.atomic_add(arrived_ptr + row, 0, sem="acquire", scope="gpu")
-        looks = 0
-        while (arrived < step * SLICES) & (looks < spin_limit):
-            arrived = tl.atomic_add(arrived_ptr + row, 0, sem="acquire", scope="gpu")
-            looks += 1
-        waiting = arrived >= step * SLICES
-        tl.debug_barrier()  # no thread reads the other lists before they are known to be complete
+        if step < T:
+            published = fired_ptr + ((t % 2) * B + row) * N
+            tl.store(published + neurons, spike.to(tl.uint8), mask=mask)
+            drive_e, drive_i = load_fields(
+                drive_ptr + (t + 1) * M + cells, T * M, mask, 2
+            )  # while the others are waited for
+            waiting = meet(arrived_ptr + row, step * parts, spin_limit)
+            count = 0
+            for start in range(0, N, TILE):
+                sources = start + tl.arange(0, TILE)
+                fired = tl.load(published + sources, mask=sources < N, other=0, cache_modifier=".cg")
+                count = compact(fired != 0, count, list_ptr, sources)
+            tl.debug_barrier()  # the list is complete before any thread reads it
+            recurrent_e, recurrent_i = add_rows(
+                zeros, zeros, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL
+            )  # fmt: skip
     if not waiting:
         tl.store(failed_ptr, 1)
     store_fields(final_ptr + cells, M, s, mask, FIELDS)
@@ -384,6 +403,57 @@ def load_planes(planes_ptr, stride, cells, mask, FIRST: tl.constexpr, COUNT: tl.
     return planes
 
 
+@triton.jit
+def load_step(
+    t, cells, mask, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start, steps, grad_stride_t,
+    grad_stride_m, KEPT: tl.constexpr, CONSTANTS: tl.constexpr,
+):  # fmt: skip
+    """What the adjoint of a step reads, and no step writes: one tuple, which :func:`step_back` takes apart."""
+    here = t * M + cells
+    values = load_planes(trajectory_ptr, T * M, here, mask, 0, KEPT)
+    values = values + ((load_word(words_ptr, t, M, cells, mask) & 1).to(values[0].dtype),)
+    if grad_spikes_ptr is not None:
+        spikes = grad_spikes_ptr + (start + t) * grad_stride_t + cells * grad_stride_m
+        values = values + (tl.load(spikes, mask=mask).to(values[0].dtype),)
+    if grad_states_ptr is not None:
+        before = start + t - 1
+        # the initial state is not recorded; what is read in its stead is masked out
+        in_range = tl.where(mask, before, -1) >= 0
+        states = grad_states_ptr + tl.maximum(before, 0) * M + cells
+        for i in tl.static_range(NUM_FIELDS):
+            values = values + (tl.load(states + i * steps * M, mask=in_range, other=0.0),)
+    if CONSTANTS:
+        values = values + load_planes(trajectory_ptr, T * M, here, mask, KEPT, 2)
+    return values
+
+
+@triton.jit
+def step_back(
+    values, lam, lam_z, sums, c, own_ptr, N, mask, GRAD_SPIKES: tl.constexpr, GRAD_STATES: tl.constexpr,
+    CONSTANTS: tl.constexpr, KEPT: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of a step, from what :func:`load_step` returned: stores those by the drives, and returns ``lam, sums``."""
+    kept = (values[0], values[1], values[2], values[3])
+    if KEPT == 5:
+        kept = kept + (values[4],)
+    z = values[KEPT]
+    at: tl.constexpr = KEPT + 1 + GRAD_SPIKES
+    grad_z = lam_z
+    if GRAD_SPIKES:
+        grad_z = values[KEPT + 1] + lam_z
+    if GRAD_STATES:
+        recorded = State(values[at], values[at + 1], values[at + 2])
+    else:
+        recorded = None
+    a = sweep(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
+    if CONSTANTS:
+        decayed: tl.constexpr = at + 3 * GRAD_STATES
+        sums = add_sums(sums, z, kept, values[decayed], values[decayed + 1], lam, a, c)
+    tl.store(own_ptr, a.drive.e, mask=mask)
+    tl.store(own_ptr + N, a.drive.i, mask=mask)
+    return a.lam, sums
+
+
 @triton.jit(
     do_not_specialize=["begin", "end", "start", "steps", "T", "B", "N", "constants_stride", "grad_stride_t", "grad_stride_m"]
 )  # fmt: skip
@@ -416,33 +486,15 @@ def backward_kernel(
     sums = no_sums(zeros)
     for back in range(0, end - begin):
         t = end - 1 - tl.cast(back, tl.int64)
-        here = t * M + cells
-        kept = load_planes(trajectory_ptr, T * M, here, mask, 0, KEPT)
-        z = (load_word(words_ptr, t, M, cells, mask) & 1).to(lam_z.dtype)
-        grad_z = lam_z
-        if grad_spikes_ptr is not None:
-            spikes = grad_spikes_ptr + (start + t) * grad_stride_t + cells * grad_stride_m
-            grad_z = tl.load(spikes, mask=mask).to(lam_z.dtype) + lam_z
-        if grad_states_ptr is not None:
-            before = start + t - 1
-            # the initial state is not recorded; what is read in its stead is masked out
-            in_range = tl.where(mask, before, -1) >= 0
-            states = grad_states_ptr + tl.maximum(before, 0) * M + cells
-            recorded = State(
-                tl.load(states, mask=in_range, other=0.0),
-                tl.load(states + steps * M, mask=in_range, other=0.0),
-                tl.load(states + 2 * steps * M, mask=in_range, other=0.0),
-            )
-        else:
-            recorded = None
-        a = sweep(z, kept, grad_z, lam, recorded, c, JUMP_FIRST, METHOD)
-        if grad_constants_ptr is not None:
-            decayed_e, decayed_i = load_planes(trajectory_ptr, T * M, here, mask, KEPT, 2)
-            sums = add_sums(sums, z, kept, decayed_e, decayed_i, lam, a, c)
-        lam = a.lam
+        values = load_step(
+            t, cells, mask, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start, steps, grad_stride_t,
+            grad_stride_m, KEPT, grad_constants_ptr is not None,
+        )  # fmt: skip
         adjoints = adjoints_ptr + t * 2 * M + row * 2 * N
-        tl.store(adjoints + neurons, a.drive.e, mask=mask)
-        tl.store(adjoints + N + neurons, a.drive.i, mask=mask)
+        lam, sums = step_back(
+            values, lam, lam_z, sums, c, adjoints + neurons, N, mask, grad_spikes_ptr is not None,
+            grad_states_ptr is not None, grad_constants_ptr is not None, KEPT, JUMP_FIRST, METHOD,
+        )  # fmt: skip
         if weights_ptr is not None:
             tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them
             lam_z = zeros
@@ -465,3 +517,120 @@ def backward_kernel(
         for i in tl.static_range(NUM_SUMS):
             total = tl.load(grad_constants_ptr + i * M + cells, mask=mask) + sums[i]
             tl.store(grad_constants_ptr + i * M + cells, total, mask=mask)
+
+
+@triton.jit
+def load_adjoints(adjoints_ptr, N, sources, mask):
+    """Those by both drives of some neurons of a row, a column each, as other programs wrote them."""
+    e = tl.load(adjoints_ptr + sources, mask=mask, other=0.0, cache_modifier=".cg")
+    i = tl.load(adjoints_ptr + N + sources, mask=mask, other=0.0, cache_modifier=".cg")
+    return e[:, None], i[:, None]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "start", "steps", "T", "B", "N", "constants_stride", "grad_stride_t", "grad_stride_m", "spin_limit",
+    ]
+)  # fmt: skip
+def shared_backward_kernel(
+    trajectory_ptr, words_ptr, constants_ptr, grad_spikes_ptr, grad_states_ptr, weights_ptr,
+    lam_ptr, lam_z_ptr, adjoints_ptr, grad_constants_ptr, arrived_ptr, failed_ptr,
+    start, steps, T, B, N, constants_stride, grad_stride_t, grad_stride_m, spin_limit,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
+    KEPT: tl.constexpr, PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr, METHOD: tl.constexpr,
+):  # fmt: skip
+    """:func:`backward_kernel` for a whole block, by programs that wait for each other after every step.
+
+    A program has ``BLOCK`` neurons of ``ROWS`` batch rows. Those of the same rows store the adjoints of a step, meet, and
+    form ``lam_z`` of their own neurons from the adjoints of all. Each step has a place of its own in ``adjoints``, so that
+    one meeting a step is enough. With ``HELD`` the weights ``[N, N]`` of a program stay in registers, where ``CHUNK`` is not
+    less than N; else ``UNROLL`` chunks of them are read at a time in every step. ``arrived`` counts the steps of each
+    group of rows. Who waits longer than ``spin_limit`` looks sets ``failed`` and gives up.
+    """
+    T = tl.cast(T, tl.int64)
+    B = tl.cast(B, tl.int64)
+    N = tl.cast(N, tl.int64)
+    M = B * N
+    grad_stride_t = tl.cast(grad_stride_t, tl.int64)
+    GRAD_SPIKES: tl.constexpr = grad_spikes_ptr is not None
+    GRAD_STATES: tl.constexpr = grad_states_ptr is not None
+    CONSTANTS: tl.constexpr = grad_constants_ptr is not None
+    parts = tl.num_programs(0)
+    group = tl.program_id(1).to(tl.int64)
+    own = tl.arange(0, ROWS * BLOCK)
+    first_row = group * ROWS
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    rows = first_row + own // BLOCK
+    neurons = first + own % BLOCK
+    mask = tl.where(neurons < N, rows, B) < B
+    cells = rows * N + neurons
+    c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
+    lam = state_of(load_fields(lam_ptr + cells, M, mask, NUM_FIELDS))
+    lam_z = tl.load(lam_z_ptr + cells, mask=mask, other=0.0)
+    zeros = tl.zeros([ROWS * BLOCK], constants_ptr.dtype.element_ty)
+    sums = no_sums(zeros)
+    if CONSTANTS:
+        sums = sums_of(load_fields(grad_constants_ptr + cells, M, mask, NUM_SUMS))
+    targets = first + tl.arange(0, BLOCK).to(tl.int64)
+    sources = tl.arange(0, CHUNK).to(tl.int64)
+    weights_ptrs = weights_ptr + sources[:, None] * N + targets[None, :]
+    if HELD:
+        weights = tl.load(weights_ptrs, mask=(sources < N)[:, None] & (targets < N)[None, :], other=0.0)
+    values = load_step(
+        T - 1, cells, mask, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start, steps, grad_stride_t,
+        grad_stride_m, KEPT, CONSTANTS,
+    )  # fmt: skip
+    back = 0
+    waiting = True
+    while (back < T) & waiting:
+        t = T - 1 - tl.cast(back, tl.int64)
+        adjoints = adjoints_ptr + t * 2 * M
+        lam, sums = step_back(
+            values, lam, lam_z, sums, c, adjoints + rows * 2 * N + neurons, N, mask, GRAD_SPIKES, GRAD_STATES, CONSTANTS,
+            KEPT, JUMP_FIRST, METHOD,
+        )  # fmt: skip
+        back += 1
+        values = load_step(  # while the others are waited for
+            t - 1, cells, tl.where(mask, t, 0) > 0, trajectory_ptr, words_ptr, grad_spikes_ptr, grad_states_ptr, T, M, start,
+            steps, grad_stride_t, grad_stride_m, KEPT, CONSTANTS,
+        )  # fmt: skip
+        waiting = meet(arrived_ptr + group, back * parts, spin_limit)
+        if HELD:
+            for r in tl.static_range(ROWS):
+                row = first_row + r
+                e, i = load_adjoints(adjoints + row * 2 * N, N, sources, tl.where(sources < N, row, B) < B)
+                total = tl.sum(e * relu(weights) + i * relu(-weights), 0)
+                tl.store(lam_z_ptr + row * N + targets, total, mask=tl.where(targets < N, row, B) < B)
+        else:
+            totals = ()
+            for _ in tl.static_range(ROWS):
+                totals = totals + (tl.zeros([CHUNK, BLOCK], zeros.dtype),)
+            for begin in range(0, N, UNROLL * CHUNK):
+                chunks = ()
+                for k in tl.static_range(UNROLL):
+                    inside = begin + k * CHUNK + sources < N
+                    chunks = chunks + (
+                        tl.load(
+                            weights_ptrs + (begin + k * CHUNK) * N, mask=inside[:, None] & (targets < N)[None, :], other=0.0
+                        ),
+                    )
+                for k in tl.static_range(UNROLL):
+                    some = begin + k * CHUNK + sources
+                    added = ()
+                    for r in tl.static_range(ROWS):
+                        row = first_row + r
+                        e, i = load_adjoints(adjoints + row * 2 * N, N, some, tl.where(some < N, row, B) < B)
+                        added = added + (totals[r] + (e * relu(chunks[k]) + i * relu(-chunks[k])),)
+                    totals = added
+            for r in tl.static_range(ROWS):
+                row = first_row + r
+                total = tl.sum(totals[r], 0)
+                tl.store(lam_z_ptr + row * N + targets, total, mask=tl.where(targets < N, row, B) < B)
+        tl.debug_barrier()  # what a program sends back is complete before its threads read it
+        lam_z = tl.load(lam_z_ptr + cells, mask=mask, other=0.0)
+    if not waiting:
+        tl.store(failed_ptr, 1)
+    store_fields(lam_ptr + cells, M, lam, mask, NUM_FIELDS)
+    if CONSTANTS:
+        for i in tl.static_range(NUM_SUMS):
+            tl.store(grad_constants_ptr + i * M + cells, sums[i], mask=mask)

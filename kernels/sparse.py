@@ -39,7 +39,7 @@ from .neuron import (
     sums_of,
     sweep,
 )
-from .recurrent import compact, load_planes, step_cells
+from .recurrent import compact, load_planes, meet, step_cells
 
 # One number of a synapse for all, for each source, or for each synapse.
 SHARED: tl.constexpr = tl.constexpr(0)
@@ -202,23 +202,6 @@ def sparse_projection_kernel(
             total = tl.load(sums_ptr + place, mask=neurons < N, other=0, cache_modifier=".cg").to(dtype)
             drive = tl.where(infinite, float("nan"), (total.to(tl.float64) * inverse).to(dtype))
             tl.store(drive_ptr + place, drive, mask=neurons < N)
-
-
-@triton.jit
-def meet(arrived_ptr, target, spin_limit):
-    """Wait until ``target`` arrivals are counted; returns whether they were, within ``spin_limit`` looks.
-
-    What the programs wrote before is there for all of them afterwards, if it is not read from a processor's own cache.
-    """
-    tl.debug_barrier()  # all threads are done before the arrival is announced
-    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
-    arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu")
-    looks = 0
-    while (arrived < target) & (looks < spin_limit):
-        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu")
-        looks += 1
-    tl.debug_barrier()  # no thread goes on before the others are known to be there
-    return arrived >= target
 
 
 @triton.jit

@@ -95,14 +95,15 @@ class Backend(Protocol):
         z: Tensor,
         state: Tensor,
         out: Outputs,
-        sliced: bool,
+        sliced: bool | None,
         chosen: Tensor | None = None,
     ) -> Tensor:
         """Simulate a block from ``state [F, B, N]`` and the spikes ``z [B, N]`` before it; returns the state after it.
 
         The input's ``drive [2, t, B, N]`` is summed from the events in ``x [t, B, I]`` if it is None. Fill the spikes, words
-        and states of ``out`` that are there. ``sliced`` lets several programs share a batch row. With ``chosen [K]``,
-        ascending indices into the neurons of all rows, the states are theirs alone, ``[F, t, K]``.
+        and states of ``out`` that are there. ``sliced``: whether several programs may share a batch row, which changes no
+        bit; None lets the backend decide by N and B. With ``chosen [K]``, ascending indices into the neurons of all rows,
+        the states are theirs alone, ``[F, t, K]``.
         """
 
     def recurrent_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, overload
 
@@ -70,9 +71,23 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps:
     Triton takes about 10 us to find what a call was compiled to; here it takes 3. This is right for kernels that are not
     specialized for the values of their numbers, as a test makes sure of.
     """
+    if meta.get("launch_cooperative_grid"):
+        try:
+            return _launch_on(kernel, grid, device, num_warps, *args, **meta)
+        except RuntimeError as error:
+            if "cooperative" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{kernel.__name__} needs its {math.prod(grid)} programs to run at once, and {device} does not hold them "
+                f"({error}); is a part of it reserved? Pass path='events' for dense weights, else backend='reference'"
+            ) from error
+    _launch_on(kernel, grid, device, num_warps, *args, **meta)
+
+
+def _launch_on(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any) -> None:
     if device.type != "cpu" and (on := torch.get_device_module(device)).current_device() != device.index:
         with on.device(device):
-            return _launch(kernel, grid, device, num_warps, *args, **meta)
+            return _launch_on(kernel, grid, device, num_warps, *args, **meta)
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
         return
@@ -98,8 +113,14 @@ def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Para
     if kernel == "feed_forward_backward":
         return {"num_warps": warps_per_program(neurons), "steps": replay_steps(dtype)}
     if kernel == "recurrent_forward":
-        block = _power_of_2(neurons) if neurons <= ROW_IN_REGISTERS else TILE
-        return {"num_warps": _warps_for(block), "events_ahead": EVENTS_AHEAD, "tile": TILE}
+        tile = TILE // (dtype.itemsize // 4)
+        block = _power_of_2(neurons) if neurons <= row_in_registers(dtype) else tile
+        ahead = events_ahead(dtype)
+        if _is_wide(block) or (
+            block == 512 and dtype.itemsize == 4
+        ):  # 512 neurons spill on sm_80, which aims at more programs
+            ahead = max(1, ahead // 2)
+        return {"num_warps": _warps_for(block), "events_ahead": ahead, "tile": tile}
     return {"num_warps": 4, "replay_warps": warps_per_program(neurons * batch)}
 
 
@@ -311,23 +332,53 @@ def feed_forward_backward(
     )
 
 
-# Loads on their way while weights are added; the order of the sum does not depend on it.
-EVENTS_AHEAD = 4
+# Weights of float32 on their way while others are added; the order of the sum does not depend on it.
+EVENTS_AHEAD = 16
 # Rows of sources that a program projects, if there are enough of them to fill a GPU, else one.
 ROWS_TOGETHER = 4
 MANY_ROWS = 2048
-# A program of the event-driven kernel keeps so many neurons in registers; a larger row is swept tile by tile.
+# A program of the event-driven kernel keeps so many neurons of float32 in registers; a larger row is swept tile by tile.
 ROW_IN_REGISTERS = 2048
 TILE = 2048
-# Looks at the arrival counter before a program of a sliced row gives up: seconds on a GPU.
+# Neurons of a program that shares its row, at least, and programs that share a row unasked, at least.
+SLICE = 128
+ROWS_SHARED_BY = 4
+# Neurons whose spikes such a program lists together, at most; a thread has at most 8 of them.
+READ_TOGETHER = 4096
+# Looks at the arrival counter before a program of a shared row gives up: seconds on a GPU.
 SPIN_LIMIT = 10_000_000
 # Up to so many neurons a program forms the sweep's product itself, one launch a block; above, one product a step.
 SWEEP_IN_ONE_LAUNCH = 256
+# Up to so many neurons of float32 programs that share rows hold their weights in registers. Else they read them in every
+# step, which pays for up to so many rows.
+SWEEP_HELD = 512
+SWEEP_STREAMED_ROWS = 4
+# Of such a program: rows, at most; neurons, half as many where registers are scarce; warps; weights that it reads together,
+# for each neuron.
+SWEEP_HELD_ROWS = 8
+SWEEP_COLUMNS = 32
+SWEEP_WARPS = 8
+SWEEP_CHUNK = 32
 
 
 def _warps_for(block: int) -> int:
     """Warps for a program with ``block`` neurons, of which a thread has 2, or 4 where there are more than 1024."""
     return max(1, min(16, block // 64))
+
+
+def _is_wide(block: int) -> bool:
+    """Whether a thread of a program with ``block`` neurons has 4 of them."""
+    return block > 1024
+
+
+def events_ahead(dtype: torch.dtype) -> int:
+    """Weights on their way: in float64 everything takes two registers, and as many weights as in float32 would spill."""
+    return EVENTS_AHEAD if dtype.itemsize == 4 else max(1, EVENTS_AHEAD // 4)
+
+
+def row_in_registers(dtype: torch.dtype) -> int:
+    """Neurons of a row that one program of the event-driven kernel keeps in registers, at most."""
+    return ROW_IN_REGISTERS // (dtype.itemsize // 4)
 
 
 def synapses(rows: Tensor, uses: int) -> None:
@@ -365,7 +416,7 @@ def project_events(sources: Tensor, weights: Tensor) -> Tensor:
     _launch(
         recurrent.projection_kernel, (_cdiv(rows, together), _cdiv(neurons, block)), weights.device,
         _warps_for(block), values, lists, counts, weights, drive, inputs, neurons, rows, *values.stride(),
-        BLOCK=block, UNROLL=EVENTS_AHEAD, ROWS=together,
+        BLOCK=block, UNROLL=events_ahead(weights.dtype), ROWS=together,
     )  # fmt: skip
     return drive
 
@@ -377,7 +428,7 @@ def recurrent_block(
     z: Tensor,
     state: Tensor,
     out: Outputs,
-    sliced: bool,
+    sliced: bool | None,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`coba_triton.backend.protocol.Backend.recurrent_block`. One event-driven launch."""
@@ -390,23 +441,40 @@ def recurrent_block(
     drive = project_events(x, net.input_rows) if drive is None else drive
     first = project_events(z, net.recurrent_rows)
     _, steps, batch, neurons = drive.shape
-    slices = slices_per_row(neurons, batch, state.device) if sliced else 1
-    if slices > 1:
-        return _sliced_block(net, drive, first, state, out, slices)
+    if _shares_rows(neurons, batch, state.device) if sliced is None else sliced:
+        block = _slice_of(neurons, batch, state.dtype, state.device)
+        if block < neurons:
+            return _sliced_block(net, drive, first, state, out, block)
     final = torch.empty_like(state)
     parameters = parameters_of("recurrent_forward", state, neurons, batch)
-    one_tile = neurons <= ROW_IN_REGISTERS
+    one_tile = neurons <= row_in_registers(state.dtype)
     block = _power_of_2(neurons) if one_tile else parameters["tile"]
+    ahead = parameters["events_ahead"]
+    per_neuron = net.constants.shape[1] > 1
+    if per_neuron and not one_tile:  # the constants of half of the neurons take the registers of the others
+        block //= 2
+    elif per_neuron and _is_wide(block):
+        ahead = max(1, ahead // 2)
+    if not one_tile:  # two threads with one neuron would race for its state
+        block = max(block, parameters["num_warps"] * threads_per_warp())
     scratch = torch.empty(3, batch, neurons, dtype=torch.int32, device=state.device)
     _launch(
         recurrent.forward_kernel, (batch,), state.device, parameters["num_warps"],
         drive, first, net.recurrent_rows, state, net.constants, final, scratch[:2], scratch[2],
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0),
-        BLOCK=block, FIELDS=len(state), ONE_TILE=one_tile, UNROLL=parameters["events_ahead"],
-        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+        BLOCK=block, FIELDS=len(state), ONE_TILE=one_tile, UNROLL=ahead, PER_NEURON=per_neuron, JUMP_FIRST=net.jump_first,
     )  # fmt: skip
     return final
+
+
+def meets_unasked() -> bool:
+    """Whether programs of dense networks meet after every step where nobody asked for it.
+
+    Not in the interpreter, which runs one program at a time, nor on AMD's GPUs: there a meeting of all programs is said to
+    take longer than what it saves.
+    """
+    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 def resident_programs(device: torch.device) -> int:
@@ -417,36 +485,47 @@ def resident_programs(device: torch.device) -> int:
     return int(properties["multiprocessor_count"])
 
 
-def slices_per_row(neurons: int, batch: int, device: torch.device) -> int:
-    """Programs that share a batch row, none of fewer than 32 neurons; the sum over synapses does not depend on it."""
-    wanted = max(1, min(neurons // 32, resident_programs(device) // max(1, batch)))
-    return _cdiv(neurons, _power_of_2(_cdiv(neurons, wanted)))
+def _slice_of(neurons: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Neurons of each of the programs that share a batch row; all of them where one program has the row to itself.
+
+    A thread has at most two neurons, one in float64: more would spill.
+    """
+    programs = max(1, min(_cdiv(neurons, SLICE), resident_programs(device) // max(1, batch)))
+    block = _power_of_2(_cdiv(neurons, programs))
+    return block if block < neurons and block <= row_in_registers(dtype) // 2 else neurons
 
 
-def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out: Outputs, slices: int) -> Tensor:
-    """:func:`recurrent_block` by ``slices`` programs a row, which wait for each other after every step.
+def _shares_rows(neurons: int, batch: int, device: torch.device) -> bool:
+    """Whether programs share rows unasked: those that no program keeps in registers, if at least four can share each."""
+    return neurons > ROW_IN_REGISTERS and meets_unasked() and resident_programs(device) >= ROWS_SHARED_BY * batch
+
+
+def _sliced_block(net: Network, drive: Tensor, first: Tensor, state: Tensor, out: Outputs, block: int) -> Tensor:
+    """:func:`recurrent_block` by programs of ``block`` neurons, which wait for those of their row after every step.
 
     ``first``: the recurrent drive of the first step, ``[2, B, N]``.
     """
     _, steps, batch, neurons = drive.shape
     spikes, words, states, _ = out
     final = torch.empty_like(state)
-    block = _power_of_2(_cdiv(neurons, slices))
-    integers = functools.partial(torch.empty, dtype=torch.int32, device=state.device)
-    arrived, failed = (torch.zeros(size, dtype=torch.int32, device=state.device) for size in (batch, 1))
+    device, programs = state.device, _cdiv(neurons, block)
+    num_warps = max(4, min(16, block // threads_per_warp()))
+    arrived, failed = (torch.zeros(size, dtype=torch.int32, device=device) for size in (batch, 1))
     _launch(
-        recurrent.sliced_forward_kernel, (slices, batch), state.device, _warps_for(block),
+        recurrent.sliced_forward_kernel, (programs, batch), device, num_warps,
         drive, first, net.recurrent_rows, state, net.constants, final,
-        integers((2, batch, slices, block)), integers((2, batch, slices)), arrived, failed,
+        torch.empty(2, batch, neurons, dtype=torch.uint8, device=device),
+        torch.empty(batch, programs, neurons, dtype=torch.int32, device=device), arrived, failed,
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT,
-        BLOCK=block, FIELDS=len(state), SLICES=slices, UNROLL=EVENTS_AHEAD,
-        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, launch_cooperative_grid=True,
+        BLOCK=block, FIELDS=len(state), TILE=min(READ_TOGETHER, 8 * num_warps * threads_per_warp()),
+        UNROLL=events_ahead(state.dtype), PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
+        launch_cooperative_grid=True,
     )  # fmt: skip
     torch._assert_async(  # on the device: the host does not wait for it
         failed == 0,
         f"path 'sliced': a program waited for another of its batch row for more than {SPIN_LIMIT} looks and gave "
-        f"up; expected all {slices * batch} programs to run at once; pass path='events'",
+        f"up; expected all {programs * batch} programs to run at once; pass path='events'",
     )
     return final
 
@@ -509,9 +588,13 @@ def recurrent_replay(
 def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.recurrent_sweep`.
 
-    One launch where a program can own whole rows; for more neurons a launch and a matrix product a step.
+    One launch where a program can own whole rows, or where all programs that share the rows run at once; else a launch
+    and a matrix product a step.
     """
     planes, steps, batch, neurons = block.trajectory.shape
+    tile = None if net.exchange is not None else _shared_sweep(neurons, batch, block.trajectory.dtype, sweep.lam.device)
+    if tile is not None:
+        return _sweep_together(net, sweep, block, adjoints, *tile)
     _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
     in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH and net.exchange is None
     # one neuron a thread: no layout conversions between the loads
@@ -530,7 +613,7 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
             weights, lam, lam_z, adjoints, sums,
             begin, end, block.start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
             net.constants.stride(0), *grad_strides,
-            BLOCK=threads, KEPT=planes - 2, UNROLL=EVENTS_AHEAD,
+            BLOCK=threads, KEPT=planes - 2, UNROLL=events_ahead(lam.dtype),
             PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=sweep.method,
         )  # fmt: skip
 
@@ -540,6 +623,48 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
     for t in reversed(range(steps)):
         launch(t, t + 1)
         net.send_back(adjoints[t], sweep.split_weights, lam_z)
+
+
+def _shared_sweep(neurons: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, bool] | None:
+    """Rows and neurons of each of the programs that go back through a block together, and whether they hold their weights.
+
+    None where a program that has a row to itself, or a launch for every step, serves: for few neurons, for many of more than
+    a few rows, and where the device does not run all programs at once.
+    """
+    if neurons <= SWEEP_IN_ONE_LAUNCH or not meets_unasked():
+        return None
+    held = neurons <= SWEEP_HELD and dtype.itemsize == 4
+    if not held and batch > SWEEP_STREAMED_ROWS:
+        return None
+    rows = min(_power_of_2(batch), SWEEP_HELD_ROWS)
+    block = SWEEP_COLUMNS // 2 if held or dtype.itemsize > 4 else SWEEP_COLUMNS
+    programs = _cdiv(neurons, block) * _cdiv(batch, rows)
+    return (rows, block, held) if programs <= resident_programs(device) else None
+
+
+def _sweep_together(net: Network, sweep: Sweep, block: Block, adjoints: Tensor, rows: int, columns: int, held: bool) -> None:
+    """:func:`recurrent_sweep` in one launch of programs of ``rows`` x ``columns`` neurons that meet after every step."""
+    planes, steps, batch, neurons = block.trajectory.shape
+    _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
+    groups, programs = _cdiv(batch, rows), _cdiv(neurons, columns)
+    arrived, failed = (torch.zeros(size, dtype=torch.int32, device=lam.device) for size in (groups, 1))
+    grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
+    _launch(
+        recurrent.shared_backward_kernel, (programs, groups), lam.device, SWEEP_WARPS,
+        block.trajectory, block.words, net.constants, grad_spikes, grad_states,
+        net.recurrent_weights.contiguous(), lam, lam_z, adjoints, sums, arrived, failed,
+        block.start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
+        net.constants.stride(0), *grad_strides, SPIN_LIMIT,
+        ROWS=rows, BLOCK=columns, CHUNK=_power_of_2(neurons) if held else SWEEP_CHUNK, HELD=held,
+        UNROLL=4 if rows <= 2 else 2, KEPT=planes - 2,
+        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=sweep.method,
+        launch_cooperative_grid=True,
+    )  # fmt: skip
+    torch._assert_async(
+        failed == 0,
+        f"backward: a program waited for another of its batch rows for more than {SPIN_LIMIT} looks and gave up; expected "
+        f"all {programs * groups} programs to run at once; pass backend='reference'",
+    )
 
 
 def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
@@ -763,7 +888,7 @@ def sparse_backward_block(
         trajectory, words, net.constants, _contiguous(grad_spikes), _contiguous(grad_states), indptr, targets, weights,
         delays, sweep.lam, adjoints, sweep.sums, meeting.arrived, meeting.failed,
         steps, batch, neurons, _window(net, steps), net.constants.stride(0), SPIN_LIMIT, net.per_ms,
-        BLOCK=block, KEPT=kept, UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        BLOCK=block, KEPT=kept, UNROLL=events_ahead(state.dtype), WEIGHT=_mode(weights), DELAY=_mode(delays),
         TOGETHER=meeting.together, PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first,
         METHOD=sweep.method, **meeting.options,
     )  # fmt: skip
@@ -802,7 +927,7 @@ def _fill_source_gradient(net: SparseNetwork, projection: Projection, grad: Tens
     _launch(
         sparse.source_gradient_kernel, (steps * batch, _cdiv(sources, block)), grad.device, num_warps,
         indptr, targets, weights, delays, adjoints, filled, sources, batch, net.neurons, begin, net.per_ms,
-        BLOCK=block, UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        BLOCK=block, UNROLL=events_ahead(grad.dtype), WEIGHT=_mode(weights), DELAY=_mode(delays),
     )  # fmt: skip
     if filled is not grad:
         grad.copy_(filled)
@@ -826,5 +951,5 @@ def _add_synapse_gradient(
         sparse.synapse_gradient_kernel, (samples * count,), grad.device, num_warps,
         values, lists, counts, indptr, targets, weights, delays, adjoints, grad,
         steps * rows, count, batch, net.neurons, synapses, rows, begin, net.per_ms,
-        BLOCK=num_warps * threads_per_warp(), UNROLL=EVENTS_AHEAD, WEIGHT=_mode(weights), DELAY=_mode(delays),
+        BLOCK=num_warps * threads_per_warp(), UNROLL=events_ahead(grad.dtype), WEIGHT=_mode(weights), DELAY=_mode(delays),
     )  # fmt: skip

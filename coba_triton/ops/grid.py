@@ -76,8 +76,9 @@ def make_grid(
     largest = greatest(largest)
     parts = [(begin, min(begin + PART, len(targets))) for begin in range(0, len(targets), PART)]
     fan_in = torch.zeros(neurons, dtype=torch.int64, device=device)
-    for begin, end in parts:
-        fan_in += torch.bincount(targets[begin:end], minlength=neurons)
+    one = torch.ones((), dtype=torch.int64, device=device)
+    for begin, end in parts:  # not bincount, which reads the largest target back from a GPU
+        fan_in.index_add_(0, targets[begin:end], one.expand(end - begin))
     most = greatest(fan_in.amax() if neurons else fan_in.new_zeros(()))
     # first a coarse grid, from the largest weight and the largest number of synapses
     bits = SUM_BITS[torch.int64]
@@ -95,8 +96,8 @@ def make_grid(
         fewer = (power - (bits - SUM_BITS[torch.int32])).clamp(-limit, limit)
         if all(_is_exact(weights_of(weights, indptr, begin, end), fewer) for begin, end in parts):
             power, width = fewer, torch.int32
-    one = torch.ones(2, dtype=torch.float64, device=device)
-    return Grid(torch.cat([torch.ldexp(one, power), torch.ldexp(one, -power)]).to(dtype), width)
+    ones = torch.ones(2, dtype=torch.float64, device=device)
+    return Grid(torch.cat([torch.ldexp(ones, power), torch.ldexp(ones, -power)]).to(dtype), width)
 
 
 def _is_exact(weights: Tensor, power: Tensor) -> bool:

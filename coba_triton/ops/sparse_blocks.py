@@ -321,6 +321,7 @@ def _per_weight(by_synapse: Tensor | None, weights: Tensor | None, indptr: Tenso
         return like.new_empty(0)
     if weights.dim() == 2:
         sums = by_synapse.new_zeros(len(by_synapse), len(weights))
-        sources = torch.repeat_interleave(torch.arange(len(weights), device=indptr.device), indptr.diff())
+        every = torch.arange(len(weights), device=indptr.device)
+        sources = torch.repeat_interleave(every, indptr.diff(), output_size=by_synapse.shape[1])  # so that nothing waits
         return sums.index_add_(1, sources, by_synapse).unsqueeze(2)
     return by_synapse.sum(1, keepdim=True) if weights.shape[0] != by_synapse.shape[1] else by_synapse

@@ -106,7 +106,7 @@ def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor])
         return found
     with torch.inference_mode(False):  # so that any later call may save it for a gradient
         made = make()
-    if _is_capturing(device):
+    if is_capturing(device):
         return made  # the memory is the graph's
     streams = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
     if streams is not None:
@@ -119,7 +119,7 @@ def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor])
     return made
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -130,7 +130,7 @@ def numbers_on(device: torch.device, dtype: torch.dtype, numbers: Sequence[float
         return torch.stack([(one * number).to(dtype) for number in numbers])
 
     def make() -> Tensor:
-        if _is_capturing(device):  # a graph may not copy from the host
+        if is_capturing(device):  # a graph may not copy from the host
             return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
         return torch.tensor(numbers, dtype=dtype, device=device)
 

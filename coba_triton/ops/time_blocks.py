@@ -133,7 +133,8 @@ def forward(
                 words.copy_(pack_spikes(spikes))
         else:
             filled = Outputs(spikes, words, states)
-            state = net.backend.recurrent_block(net, x[here], drive, z, state, filled, path == "sliced", chosen)
+            sliced = None if path == "auto" else path == "sliced"
+            state = net.backend.recurrent_block(net, x[here], drive, z, state, filled, sliced, chosen)
         z = spikes[-1].to(net.dtype, copy=True)
         if path == "auto" and here.stop < x.shape[0]:
             dense = net.backend.fires_often(spikes)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .synapses import Synapses
+from .tensors import is_capturing
 from .validation import check_device
 
 
@@ -46,6 +47,11 @@ def connect(x: Tensor, input_weights: Any, recurrent_weights: Any, delay: Any, d
     for name, weights in named.items():
         if isinstance(weights, Tensor) and (name == "recurrent_weights" or weights.layout is not torch.strided):
             check_matrix(weights, name)
+            if is_capturing(weights.device):
+                raise RuntimeError(
+                    f"{name} must be coba_triton.Synapses while a CUDA graph is captured, got a matrix, whose synapses are "
+                    "read back in every call; make them once, before the capture, with Synapses.from_torch"
+                )
             named[name] = Synapses.from_torch(weights, delay if name == "recurrent_weights" else None)
     inputs, recurrent = named.values()
     check_synapses(inputs, recurrent, x)

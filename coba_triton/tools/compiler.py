@@ -52,6 +52,7 @@ TRITON_FUNCTIONS = {
     "recurrent_forward_kernel": (recurrent, "forward_kernel"),
     "sliced_forward_kernel": (recurrent, "sliced_forward_kernel"),
     "recurrent_backward_kernel": (recurrent, "backward_kernel"),
+    "shared_backward_kernel": (recurrent, "shared_backward_kernel"),
     **{name: (recurrent, name) for name in ("compact_kernel", "projection_kernel", "driven_kernel")},
     **{name: (sparse, name) for name in ("scatter_kernel", "sparse_projection_kernel", "sparse_forward_kernel")},
     **{name: (sparse, name) for name in ("sparse_backward_kernel", "source_gradient_kernel", "synapse_gradient_kernel")},
@@ -103,17 +104,22 @@ def recorded(target: str) -> Iterator[dict[str, Recorder]]:
     """Within the block, the backend ``triton`` takes CPU tensors, and its launches are recorded for a target, not made."""
     kernels = {kernel: getattr(module, function) for kernel, (module, function) in TRITON_FUNCTIONS.items()}
     recorders = {kernel: Recorder(function) for kernel, function in kernels.items()}
-    kept = choose.triton_device_type, triton_backend.threads_per_warp, triton_backend.resident_programs
+    kept_type = choose.triton_device_type
+    of_device = ("threads_per_warp", "resident_programs", "meets_unasked")
+    kept = {name: getattr(triton_backend, name) for name in of_device}
     choose.triton_device_type = lambda: "cpu"
     triton_backend.threads_per_warp = functools.cache(lambda: TARGETS[target].warp_size)
     triton_backend.resident_programs = lambda device: 132
+    triton_backend.meets_unasked = lambda: TARGETS[target].backend == "cuda"
     for kernel, (module, function) in TRITON_FUNCTIONS.items():
         setattr(module, function, recorders[kernel])
     try:
         with tables.off():
             yield recorders
     finally:
-        choose.triton_device_type, triton_backend.threads_per_warp, triton_backend.resident_programs = kept
+        choose.triton_device_type = kept_type
+        for name, function in kept.items():
+            setattr(triton_backend, name, function)
         for kernel, (module, function) in TRITON_FUNCTIONS.items():
             setattr(module, function, kernels[kernel])
 

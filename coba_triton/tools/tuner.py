@@ -85,7 +85,7 @@ class Task:
         if self.backend == "triton" and self.recurrent:
             from ..backend import triton as triton_backend
 
-            if key["neurons"] <= triton_backend.ROW_IN_REGISTERS and "tile" in space:
+            if key["neurons"] <= triton_backend.row_in_registers(tables.DTYPES[self.dtype]) and "tile" in space:
                 space["tile"] = (rule["tile"],)
             if self.kernel == "recurrent_backward" and key["neurons"] <= triton_backend.SWEEP_IN_ONE_LAUNCH:
                 space["num_warps"] = (rule["num_warps"],)
@@ -256,7 +256,7 @@ COMPILED = {
     "feed_forward_forward": ("forward_kernel",),
     "feed_forward_backward": ("backward_kernel",),
     "recurrent_forward": ("recurrent_forward_kernel",),
-    "recurrent_backward": ("recurrent_backward_kernel", "driven_kernel"),
+    "recurrent_backward": ("recurrent_backward_kernel", "shared_backward_kernel", "driven_kernel"),
 }
 
 

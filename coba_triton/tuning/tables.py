@@ -40,7 +40,7 @@ LARGEST = 2**62  # the largest number of neurons or batch rows in an entry
 Parameters = dict[str, int]
 
 _WARPS = (1, 2, 4, 8, 16)
-_AHEAD = (1, 2, 4, 8)
+_AHEAD = (1, 2, 4, 8, 16)
 # What the parameters are.
 MEANINGS = {
     "num_warps": "warps of a program, whose threads have a neuron each",

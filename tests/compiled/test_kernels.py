@@ -6,6 +6,7 @@ Out-of-bounds accesses, races and deadlocks raise by themselves. Races are looke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 import ptxsim
 from coba_triton import CobaLIFFeedForwardState, CobaLIFParameters, coba_lif_feed_forward_integral
 from coba_triton.backend import triton as triton_backend
+from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.ops.call import Block, Call, Incoming, Network, Outputs, Saved, Sweep, Weights
 from coba_triton.ops.constants import derive_constants
 from coba_triton.tools.problems import DT, Problem, RecurrentProblem, problem, recurrent_problem
+from helpers.barriers import without_barrier
 from helpers.bits import assert_same_bits
 from helpers.few_neurons import DT as FEW_DT
 from helpers.few_neurons import P, assert_same, irregular
@@ -29,8 +32,9 @@ STATES = ("x", "v", "g_e", "g_i")  # whose gradients have autograd's bits
 
 
 @pytest.fixture(autouse=True)
-def own_options() -> Iterator[None]:
-    """A test's changes to the options end with it."""
+def own_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test's changes to the options end with it. Slices of 32 neurons, so that small rows have several."""
+    monkeypatch.setattr(triton_backend, "SLICE", 32)
     with ptxsim.install(**vars(ptxsim.current_options())):
         yield
 
@@ -246,14 +250,47 @@ def test_slices_under_every_interleaving_of_plain_accesses() -> None:
         ptxsim.set_options(seed=seed, interleave=True)
         spikes, final = case.run("triton", path="sliced")
         assert_same_bits([spikes, *final], [expected, *reference])
-    assert ptxsim.LOG[-1].grid == (2, 2, 1)
+    assert ptxsim.LOG[-1].grid == (3, 2, 1)
+
+
+def test_a_missing_barrier_of_slices_is_noticed() -> None:
+    comment = "all threads are done before the arrival is announced"
+    case = recurrent_problem(6, 1, 75)
+    leave_out, found = without_barrier(Path(str(recurrent_kernels.__file__)), comment)
+    ptxsim.set_options(transform=leave_out)
+    with pytest.raises(ptxsim.KernelFault, match="RACE"):
+        for _ in schedules():
+            case.run("triton", path="sliced")
+    assert sum(found) > 0
+
+
+@pytest.mark.parametrize("order", ["release", "acquire"])
+def test_slices_that_meet_without_order_are_noticed(order: str) -> None:
+    """Programs that count arrivals without releasing or acquiring what was written before race."""
+    ptxsim.set_options(transform=lambda ptx: ptx.replace(f".gpu.{order}", ".gpu.relaxed"))
+    with pytest.raises(ptxsim.KernelFault, match="RACE"):
+        recurrent_problem(6, 1, 75).run("triton", path="sliced")
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_slices_have_the_bits_of_whole_rows_on_any_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each order of a sum would have bits of its own; a row's spikes are listed in several parts."""
+    monkeypatch.setattr(triton_backend, "READ_TOGETHER", 64)
+    case = recurrent_problem(9, 2, 75, dtype, exact=False, per_neuron=True, refractory=True)
+    spikes, final = case.run("triton", path="events")
+    assert spikes.any()
+    for _ in schedules():
+        ours, state = case.run("triton", path="sliced")
+        assert_same_bits([ours, *state], [spikes, *final])
+    assert launched() >= {"forward_kernel", "sliced_forward_kernel"}
 
 
 def test_more_slices_than_the_device_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cooperative launch fails at once where its programs could wait for each other for ever."""
     ptxsim.set_options(sm_count=1, resident=3)
     monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 4)
-    with pytest.raises(RuntimeError, match="too many blocks"):
+    message = "needs its 4 programs to run at once, and cpu does not hold them .*too many blocks.*Pass path='events'"
+    with pytest.raises(RuntimeError, match=message):
         recurrent_problem(3, 2, 75).run("triton", path="sliced")
 
 
@@ -262,6 +299,7 @@ def test_recurrent_gradients(steps_per_launch: str, monkeypatch: pytest.MonkeyPa
     """Two blocks, the last a short one; sums over synapses and time in float64."""
     if steps_per_launch == "step":
         monkeypatch.setattr(triton_backend, "SWEEP_IN_ONE_LAUNCH", 0)
+        monkeypatch.setattr(triton_backend, "meets_unasked", lambda: False)
     case = recurrent_problem(37, 2, 33, F64, exact=False, binary=False, per_neuron=True)
     options = {"order": "jump_first", "record_states": True} if steps_per_launch == "block" else {}
     expected, theirs = case.gradients("reference", **options)
@@ -273,6 +311,74 @@ def test_recurrent_gradients(steps_per_launch: str, monkeypatch: pytest.MonkeyPa
             assert grad.any()
             assert (ours[name] - grad).abs().max() <= 1e-8 * grad.abs().max(), name
     assert launched() >= {"driven_kernel", "backward_kernel"}
+
+
+SWEEPS = {"held": (2, 16, True), "streamed": (4, 32, False)}  # rows and neurons of a program that shares a sweep
+
+
+def share_sweeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_shared_sweep", lambda *sizes: SWEEPS[kind])
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("kind", SWEEPS)
+def test_programs_that_go_back_together(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks and two groups of rows; the same bits under every schedule, and of float64 the reference's to 1e-8."""
+    share_sweeps(kind, monkeypatch)
+    everything = {"per_neuron": True, "refractory": True} if dtype == F64 else {}
+    case = recurrent_problem(34, 3, 45, dtype, exact=dtype == F32, binary=dtype == F32, **everything)
+    options: dict[str, Any] = {"order": "jump_first", "record_states": True, "method": "circ"} if everything else {}
+    expected, theirs = case.gradients("reference", **options)
+    results = []
+    for _ in schedules():
+        outputs, ours = case.gradients("triton", block_steps=32, **options)
+        assert torch.equal(outputs[0], expected[0])
+        # sums over 34 steps and 135 cells, of as many roundings
+        bound = 1e-8 if dtype == F64 else 34 * 135 * 2**-24
+        for name, grad in theirs.items():
+            assert grad.any() == (name not in ("left", "refractory")), name
+            assert (ours[name] - grad).abs().max() <= bound * grad.abs().max(), name
+        results.append([*outputs, *ours.values()])
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+    assert launched() >= {"driven_kernel", "shared_backward_kernel"} and "backward_kernel" not in launched()
+
+
+def test_programs_that_go_back_together_under_every_interleaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads are also switched between ordinary loads and stores."""
+    case = recurrent_problem(4, 2, 40, exact=False)
+    for kind in SWEEPS:
+        share_sweeps(kind, monkeypatch)
+        ptxsim.set_options(interleave=False)
+        expected = case.gradients("triton")[1]
+        for seed in SEEDS[:2]:
+            ptxsim.set_options(seed=seed, interleave=True)
+            assert_same_bits(case.gradients("triton")[1].values(), expected.values())
+
+
+@pytest.mark.parametrize("kind", SWEEPS)
+@pytest.mark.parametrize("order", ["release", "acquire", "barrier"])
+def test_sweeps_that_meet_without_order_are_noticed(order: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that count arrivals without releasing or acquiring what was written before race, and so do their threads."""
+    share_sweeps(kind, monkeypatch)
+    case = recurrent_problem(4, 1, 45)
+    comment = "all threads are done before the arrival is announced"
+    leave_out, found = without_barrier(Path(str(recurrent_kernels.__file__)), comment)
+    if order == "barrier":
+        ptxsim.set_options(transform=leave_out)
+    else:
+        ptxsim.set_options(transform=lambda ptx: ptx.replace(f".gpu.{order}", ".gpu.relaxed"))
+    with pytest.raises(ptxsim.KernelFault, match="shared_backward_kernel: .*RACE"):
+        for _ in schedules():
+            case.gradients("triton")
+    assert order != "barrier" or sum(found) > 0
+
+
+def test_more_programs_of_a_sweep_than_the_device_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_sweeps("held", monkeypatch)
+    ptxsim.set_options(sm_count=1, resident=2)
+    with pytest.raises(RuntimeError, match="shared_backward_kernel needs its 3 programs to run at once.*too many blocks"):
+        recurrent_problem(3, 1, 45).gradients("triton")
 
 
 class LastProgram:

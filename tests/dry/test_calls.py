@@ -28,6 +28,10 @@ P = CobaLIFParameters()
 X = torch.zeros(40, 3, 64)
 LEAF = torch.zeros(40, 3, 64, requires_grad=True)
 W_IN, W_REC = torch.zeros(100, 64), torch.zeros(100, 100)
+LARGE_IN, LARGE_REC = (torch.zeros(3000, sources) for sources in (64, 3000))
+LEAF_REC = torch.zeros(1, 1).expand(3000, 3000).requires_grad_()
+MANY, AS_EVENTS = torch.zeros(6, 5, 64), {"backend": "triton", "path": "events"}
+HELD_IN, HELD_REC = torch.zeros(300, 64), torch.zeros(300, 300, requires_grad=True)
 CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "feed-forward": (
         lambda: coba_lif_feed_forward_integral(X, None, P, 0.1, backend="triton"), {"forward_kernel": 1},
@@ -46,7 +50,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
         {"compact_kernel": 4, "projection_kernel": 4, "forward_kernel": 2},
     ),
     "recurrent, sliced": (
-        lambda: coba_lif_integral(X, None, W_IN, W_REC, P, 0.1, backend="triton", path="sliced"),
+        lambda: coba_lif_integral(X[:, :1], None, LARGE_IN, LARGE_REC, P, 0.1, backend="triton"),
         {"compact_kernel": 2, "projection_kernel": 2, "sliced_forward_kernel": 1},
     ),
     "recurrent, dense": (
@@ -63,6 +67,14 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
             "compact_kernel": 7, "scatter_kernel": 2, "sparse_projection_kernel": 2, "sparse_forward_kernel": 1,
             "driven_kernel": 1, "sparse_backward_kernel": 1, "synapse_gradient_kernel": 3, "source_gradient_kernel": 2,
         },
+    ),
+    "recurrent, training, weights held": (
+        lambda: coba_lif_integral(X, None, HELD_IN, HELD_REC, P, 0.1, backend="triton")[0].sum().backward(),
+        {"compact_kernel": 8, "projection_kernel": 8, "forward_kernel": 2, "driven_kernel": 2, "shared_backward_kernel": 2},
+    ),
+    "recurrent, training, many neurons": (
+        lambda: coba_lif_integral(MANY, None, LARGE_IN, LEAF_REC, P, 0.1, **AS_EVENTS)[0].sum().backward(),
+        {"compact_kernel": 4, "projection_kernel": 4, "forward_kernel": 1, "driven_kernel": 1, "backward_kernel": 6},
     ),
     "recurrent module, training": (
         lambda: CobaLIFRecurrent(64, 100, dt=0.1, backend="triton")(X)[0].sum().backward(),
@@ -100,7 +112,7 @@ def test_the_host_takes_the_compiled_kernel_that_triton_would_take() -> None:
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
     ]
-    assert len(kernels) == 14
+    assert len(kernels) == 15
     for kernel in kernels:
         numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
         assert numbers and all(p.do_not_specialize for p in numbers), kernel

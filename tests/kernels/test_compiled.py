@@ -55,6 +55,12 @@ def test_kernels_where_sm_90_compiles_differently() -> None:
 
 
 @pytest.mark.slow
+def test_programs_that_meet_on_sm_90() -> None:
+    """Atomic operations differ between these GPUs."""
+    execute(90, "test_kernels.py", "-k", "slices or sliced or sweep or together")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_sparse_kernels(arch: int) -> None:
     """Of sparse networks; atomic operations and what is held in registers differ between these GPUs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.ops.call import Call
-from coba_triton.tools.problems import DT, VALUES, recurrent_problem
+from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import all_programs_at_once
 from helpers.marks import slow
@@ -141,6 +142,7 @@ def test_gradients(options, one_launch, device, monkeypatch) -> None:
     """Everything by everything in float64, to 1e-8; two blocks, the last a short one."""
     if not one_launch:
         monkeypatch.setattr(triton_backend, "SWEEP_IN_ONE_LAUNCH", 0)
+        monkeypatch.setattr(triton_backend, "meets_unasked", lambda: False)
     case = recurrent_problem(37, 2, 9, torch.float64, device, exact=False, binary=False, per_neuron=True)
     ours, our_grads = case.gradients("triton", block_steps=32, **options)
     theirs, their_grads = case.gradients("reference", **options)
@@ -204,48 +206,193 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def run_sliced(seed: int = 0, spin_limit: int = 300) -> list[torch.Tensor]:
-    """Two rows of three programs at once, more than one block of steps."""
-    case = recurrent_problem(12, 2, 75, seed=seed)
-    triton_backend.SPIN_LIMIT, limit = spin_limit, triton_backend.SPIN_LIMIT
+@contextlib.contextmanager
+def small_slices(spin_limit: int) -> Iterator[None]:
+    """Programs of 32 neurons, so that small rows have several."""
+    kept = triton_backend.SLICE, triton_backend.SPIN_LIMIT
+    triton_backend.SLICE, triton_backend.SPIN_LIMIT = 32, spin_limit
     try:
-        with all_programs_at_once(seed):
-            spikes, final = case.run("triton", path="sliced")
+        yield
     finally:
-        triton_backend.SPIN_LIMIT = limit
+        triton_backend.SLICE, triton_backend.SPIN_LIMIT = kept
+
+
+def run_sliced(
+    seed: int = 0, spin_limit: int = 300, case: RecurrentProblem | None = None, **options: Any
+) -> list[torch.Tensor]:
+    """Two rows of three programs at once."""
+    case = case or recurrent_problem(12, 2, 75, seed=seed)
+    with small_slices(spin_limit), all_programs_at_once(seed):
+        spikes, final = case.run("triton", path="sliced", **options)
     return [spikes, *final]
 
 
 @interpreted
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_slices_agree_with_the_reference(seed, device) -> None:
-    assert triton_backend.slices_per_row(75, 2, device) > 1
     expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")
     assert_same_bits(run_sliced(seed, spin_limit=100_000), [expected, *reference])
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.float64)], ids=str)
+@pytest.mark.parametrize("everything", [False, *slow(True)])
+def test_slices_have_the_bits_of_whole_rows_on_any_weights(everything, dtype, device, monkeypatch) -> None:
+    """Where each order of a sum would have bits of its own; several lists a row, and most neurons fire."""
+    monkeypatch.setattr(triton_backend, "READ_TOGETHER", 32)
+    options = {"per_neuron": True, "refractory": True} if everything else {}
+    case = recurrent_problem(9, 3, 75, dtype, device, exact=False, **options)
+    asked = {"record_states": True, "order": "jump_first"} if everything else {"spike_dtype": "bits"}
+    spikes, final = case.run("triton", path="events", **asked)
+    ours = run_sliced(3, 100_000, case, **asked)
+    assert_same_bits(ours, [spikes, *final])
+    assert spikes.any()
+
+
+def test_which_rows_are_shared(monkeypatch) -> None:
+    """By N and B alone: rows that no program keeps in registers, where at least four programs can share each."""
+    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
+    monkeypatch.setattr(triton_backend, "meets_unasked", lambda: True)
+    device, sizes = torch.device("cuda", 0), [(2048, 1), (2049, 1), (4000, 8), (4096, 33), (4096, 34), (16000, 1)]
+    shared = [triton_backend._shares_rows(neurons, batch, device) for neurons, batch in sizes]
+    assert shared == [False, True, True, True, False, True]
+    slices = [triton_backend._slice_of(neurons, batch, torch.float32, device) for neurons, batch in sizes]
+    assert slices == [128, 128, 256, 1024, 2048 * 2, 128]
+    assert triton_backend._slice_of(4096, 33, torch.float64, device) == 4096  # 1024 neurons of float64 would spill
+    monkeypatch.setattr(triton_backend, "meets_unasked", lambda: False)
+    assert not triton_backend._shares_rows(4096, 1, device)
+
+
+@interpreted
 def test_slices_that_wait_in_vain_raise(device) -> None:
     """One after the other, the first program waits for the second for ever: an exception, no hang."""
-    case = recurrent_problem(3, 1, 75)
-    limit, triton_backend.SPIN_LIMIT = triton_backend.SPIN_LIMIT, 20
+    with small_slices(20), pytest.raises(RuntimeError, match="path 'sliced': a program waited .* pass path='events'"):
+        recurrent_problem(3, 1, 75).run("triton", path="sliced")
+
+
+MEET = ("(arrived < target)", "arrived >= target")
+SWEEPS = {"held": (2, 16, True), "streamed": (4, 32, False)}  # rows and neurons of a program
+
+
+@contextlib.contextmanager
+def swept_together(kind: str, seed: int, spin_limit: int = 100_000) -> Iterator[None]:
+    """The sweep back by several programs at once."""
+    kept = triton_backend._shared_sweep, triton_backend._sweep_together, triton_backend.SPIN_LIMIT
+
+    def at_once(*args: Any) -> None:
+        with all_programs_at_once(seed):
+            kept[1](*args)
+
+    triton_backend._shared_sweep, triton_backend._sweep_together = lambda *sizes: SWEEPS[kind], at_once
+    triton_backend.SPIN_LIMIT = spin_limit
     try:
-        with pytest.raises(RuntimeError, match="path 'sliced': a program waited .* pass path='events'"):
-            case.run("triton", path="sliced")
+        yield
     finally:
-        triton_backend.SPIN_LIMIT = limit
+        triton_backend._shared_sweep, triton_backend._sweep_together, triton_backend.SPIN_LIMIT = kept
+
+
+SWEPT: dict[str, Any] = {"plain": {}, "everything": {"per_neuron": True, "refractory": True}}
+
+
+@interpreted
+@pytest.mark.parametrize("problem", ["plain", *slow("everything")])
+@pytest.mark.parametrize("kind", SWEEPS)
+def test_programs_that_go_back_together(kind, problem, device) -> None:
+    """Everything by everything in float64, to 1e-8; two blocks and groups of rows, and the same bits under two schedules."""
+    case = recurrent_problem(34, 3, 45, torch.float64, exact=False, binary=False, **SWEPT[problem])
+    options = {"record_states": True, "order": "jump_first", "method": "circ"} if problem == "everything" else {}
+    expected, theirs = case.gradients("reference", **options)
+    results = []
+    for seed in (0, 1):
+        with swept_together(kind, seed):
+            outputs, ours = case.gradients("triton", block_steps=32, **options)
+        assert torch.equal(outputs[0], expected[0])
+        for name, grad in theirs.items():
+            assert grad.any() == (name not in ("left", "refractory"))  # which have no derivative
+            assert (ours[name] - grad).abs().max() <= 1e-8 * grad.abs().max(), name
+        results.append([*outputs, *ours.values()])
+    assert_same_bits(*results)
+
+
+@interpreted
+def test_programs_that_wait_in_vain_on_the_way_back_raise(device, monkeypatch) -> None:
+    monkeypatch.setattr(triton_backend, "_shared_sweep", lambda *sizes: (1, 16, True))
+    monkeypatch.setattr(triton_backend, "SPIN_LIMIT", 20)
+    with pytest.raises(RuntimeError, match="backward: a program waited for another .* pass backend='reference'"):
+        recurrent_problem(3, 1, 40).gradients("triton")
+
+
+def test_which_sweeps_are_shared(monkeypatch) -> None:
+    """By N, B and the dtype alone: weights that registers hold, or few rows, where all programs run at once."""
+    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
+    monkeypatch.setattr(triton_backend, "meets_unasked", lambda: True)
+    expected = {
+        (256, 32): None, (257, 32): (8, 16, True), (512, 32): (8, 16, True), (512, 33): None, (300, 3): (4, 16, True),
+        (513, 5): None, (513, 4): (4, 32, False), (4224, 1): (1, 32, False), (4225, 1): None,
+    }  # fmt: skip
+    device = torch.device("cuda", 0)
+    assert {size: triton_backend._shared_sweep(*size, torch.float32, device) for size in expected} == expected
+    assert triton_backend._shared_sweep(300, 32, torch.float64, device) is None
+    assert triton_backend._shared_sweep(300, 2, torch.float64, device) == (2, 16, False)
+
+
+SWEEP_PLANTED = {
+    "no wait": {"(arrived < target)": "(arrived < 0)", "arrived >= target": "arrived >= 0"},
+    "target one short": {"(arrived < target)": "(arrived < target - 1)", "arrived >= target": "arrived >= target - 1"},
+    "groups share a counter": {"arrived_ptr + group": "arrived_ptr"},
+    "one step too late": {"            t - 1, cells, tl.where(mask, t, 0)": "            t, cells, tl.where(mask, t, 0)"},
+}
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SWEEPS)
+@pytest.mark.parametrize("bug", SWEEP_PLANTED)
+def test_planted_bugs_of_the_sweep_are_caught(bug, kind, tmp_path, monkeypatch) -> None:
+    """Each changes a gradient by more than rounding, or ends in the exception, under one of a few schedules."""
+    case = recurrent_problem(6, 5, 45, torch.float64, exact=False)
+    _, theirs = case.gradients("reference")
+    monkeypatch.setattr(triton_backend, "recurrent", planted(SWEEP_PLANTED[bug], tmp_path, monkeypatch))
+    for seed in range(8):
+        try:
+            with swept_together(kind, seed, 300):
+                _, ours = case.gradients("triton")
+        except RuntimeError as error:
+            assert "backward: a program waited" in str(error)
+            return
+        if any(not ((ours[name] - grad).abs().max() <= 1e-8 * grad.abs().max()) for name, grad in theirs.items()):
+            return
+    pytest.fail("no schedule showed the planted bug")
+
+
+def planted(edits: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernels with a bug."""
+    source = Path(recurrent_kernels.__file__).read_text()
+    for old, changed in edits.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, changed)
+    path = folder / "mutant.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"{kernels_package.__name__}.mutant", path)
+    assert spec is not None and spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, mutant)
+    spec.loader.exec_module(mutant)
+    return mutant
 
 
 PLANTED = {
-    "no wait": ("(arrived < step * SLICES)", "(arrived < 0)", "arrived >= step * SLICES", "arrived >= 0"),
-    "target one short": (
-        "(arrived < step * SLICES)",
-        "(arrived < step * SLICES - 1)",
-        "arrived >= step",
-        "arrived >= 0 * step",
-    ),
-    "single buffer": ("slot = (t % 2) * B + row", "slot = row", "slot = ((t + 1) % 2) * B + row", "slot = row"),
-    "rows share a counter": ("arrived_ptr + row", "arrived_ptr", "arrived_ptr + row", "arrived_ptr"),
+    "no wait": {MEET[0]: "(arrived < 0)", MEET[1]: "arrived >= 0"},
+    "target one short": {MEET[0]: "(arrived < target - 1)", MEET[1]: "arrived >= target - 1"},
+    "single buffer": {"((t % 2) * B + row) * N": "row * N"},
+    "rows share a counter": {"arrived_ptr + row": "arrived_ptr"},
+    "published after the arrival": {
+        "tl.store(published + neurons, spike.to(tl.uint8), mask=mask)": "pass",
+        "            count = 0\n            for start in range(0, N, TILE):": (
+            "            tl.store(published + neurons, spike.to(tl.uint8), mask=mask)\n"
+            "            count = 0\n            for start in range(0, N, TILE):"
+        ),
+    },
 }
 
 
@@ -254,16 +401,7 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_barrier_bugs_are_caught(bug, tmp_path, monkeypatch) -> None:
     """Each bug changes the result, or ends in the exception, under one of a few schedules."""
-    source = Path(recurrent_kernels.__file__).read_text()
-    old, new, old_too, new_too = PLANTED[bug]
-    assert old in source and old_too in source
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new).replace(old_too, new_too))
-    spec = importlib.util.spec_from_file_location(f"{kernels_package.__name__}.mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, mutant)
-    spec.loader.exec_module(mutant)
-    monkeypatch.setattr(triton_backend, "recurrent", mutant)
+    monkeypatch.setattr(triton_backend, "recurrent", planted(PLANTED[bug], tmp_path, monkeypatch))
     monkeypatch.setattr(torch, "empty", torch.zeros)  # a list that is read too early then names neurons that exist
     for seed in range(8):
         expected, reference = recurrent_problem(12, 2, 75, seed=seed).run("reference")

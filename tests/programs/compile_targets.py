@@ -133,7 +133,7 @@ def run_recurrent(
     **options: Any,
 ) -> None:
     """Call the public function, and autograd when training."""
-    options.setdefault("path", "events")  # "auto" would go by what unwritten memory holds
+    options.setdefault("path", "events")
     w_in = torch.ones(neurons, inputs, dtype=dtype, requires_grad=train)
     w_rec = torch.zeros(1, 1, dtype=dtype).expand(neurons, neurons).requires_grad_(train)
     v_thresh = torch.full((neurons,) if per_neuron else (), -10.0, dtype=dtype, requires_grad=train)
@@ -158,12 +158,55 @@ RECURRENT_SPECIMENS: dict[str, dict[str, Any]] = {
     "recurrent 256 float64": {"neurons": 256, "train": True, "dtype": F64},
     "recurrent 1024": {"neurons": 1024, "train": True},
     "recurrent 256 refractory": {"neurons": 256, "train": True, "refractory": 5.0, "per_neuron": True},
-    "recurrent 1024, many rows": {"neurons": 1024, "batch": 64},
+    "recurrent 512, held": {"neurons": 512, "batch": 32, "train": True},
+    "recurrent 500, held, everything": {
+        "neurons": 500,
+        "batch": 3,
+        "train": True,
+        "record_states": True,
+        "per_neuron": True,
+        "refractory": 5.0,
+        "order": "jump_first",
+        "method": "circ",
+    },
+    "recurrent 4000, streamed": {"neurons": 4000, "batch": 1, "train": True, "refractory": 5.0},
+    "recurrent 1000, streamed, everything": {
+        "neurons": 1000,
+        "batch": 4,
+        "train": True,
+        "record_states": True,
+        "per_neuron": True,
+        "order": "jump_first",
+        "method": "circ",
+    },
+    "recurrent 1000 float64, streamed": {"neurons": 1000, "dtype": F64, "train": True, "batch": 4},
+    "recurrent 1024, many rows": {"neurons": 1024, "batch": 64, "train": True},
     "recurrent 256 float64, many rows": {"neurons": 256, "batch": 64, "dtype": F64, "train": True},
+    "recurrent 2000 per neuron": {"neurons": 2000, "per_neuron": True, "refractory": 5.0, "record_states": True},
+    "recurrent 1000 float64": {"neurons": 1000, "dtype": F64, "spike_dtype": "bits", "refractory": 5.0},
     "recurrent 4096": {"neurons": 4096},
     "recurrent 4000 recorded": {"neurons": 4000, "record_states": True},
+    "recurrent 4000 everything": {"neurons": 4000, "per_neuron": True, "refractory": 5.0, "record_states": True},
+    "recurrent 4000 float64 everything": {
+        "neurons": 4000,
+        "dtype": F64,
+        "per_neuron": True,
+        "refractory": 5.0,
+        "record_states": True,
+    },
     "recurrent 9000": {"neurons": 9000},
     "recurrent 1024 sliced": {"neurons": 1024, "path": "sliced"},
+    "recurrent 4000 sliced": {"neurons": 4000, "batch": 1, "path": "sliced", "spike_dtype": "bits", "refractory": 5.0},
+    "recurrent 4096 sliced, many rows": {"neurons": 4096, "batch": 33, "path": "sliced"},
+    "recurrent 4096 float64 sliced everything": {
+        "neurons": 4096,
+        "batch": 16,
+        "path": "sliced",
+        "dtype": F64,
+        "per_neuron": True,
+        "refractory": 5.0,
+        "record_states": True,
+    },
     "recurrent 256 dense": {"neurons": 256, "path": "dense"},
 }
 
@@ -284,6 +327,8 @@ FEW = (
     "recurrent 256 everything",
     "recurrent 256 float64",
     "recurrent 1024 sliced",
+    "recurrent 512, held",
+    "recurrent 1000 float64, streamed",
     "recurrent 256 dense",
     "sparse 200 narrow packed",
     "sparse 256 everything",

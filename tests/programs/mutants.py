@@ -69,11 +69,11 @@ AREAS: dict[str, dict[str, list[str]]] = {
     },
     "recurrent": {
         "interpreter": RECURRENT,
-        "executed": [*EXECUTED, "recurrent or slices or tile"],
+        "executed": [*EXECUTED, "recurrent or slices or tile or together"],
     },
     "blocks": {
         "interpreter": RECURRENT,
-        "executed": [*EXECUTED, "recurrent or slices or tile"],
+        "executed": [*EXECUTED, "recurrent or slices or tile or together"],
         "CPU path": CPU_RECURRENT,
     },
     "sparse": {"interpreter": SPARSE, "executed": EXECUTED_SPARSE},
@@ -144,6 +144,10 @@ def recurrent(edits: dict[str, str]) -> Mutant:
 
 def sparse(edits: dict[str, str]) -> Mutant:
     return Mutant("sparse", "kernels/sparse.py", edits)
+
+
+def sparse_meeting(edits: dict[str, str]) -> Mutant:
+    return Mutant("sparse", "kernels/recurrent.py", edits)
 
 
 def sparse_launch(edits: dict[str, str]) -> Mutant:
@@ -243,13 +247,15 @@ MUTANTS = {
     "barrier without release and acquire": recurrent({'sem="release"': 'sem="relaxed"', 'sem="acquire"': 'sem="relaxed"'}),
     "barrier's target one short": recurrent(
         {
-            "(arrived < step * SLICES)": "(arrived < step * SLICES - 1)",
-            "arrived >= step * SLICES": "arrived >= step * SLICES - 1",
+            "(arrived < target)": "(arrived < target - 1)",
+            "arrived >= target": "arrived >= target - 1",
         }
     ),
-    "exchange with a single buffer": recurrent(
-        {"slot = (t % 2) * B + row": "slot = row", "slot = ((t + 1) % 2) * B + row": "slot = row"}
+    "groups of rows that go back together share a counter": recurrent({"arrived_ptr + group": "arrived_ptr"}),
+    "the weights of the next neuron send back": recurrent(
+        {"weights_ptrs = weights_ptr + sources[:, None] * N": "weights_ptrs = weights_ptr + (sources[:, None] + 1) * N"}
     ),
+    "exchange with a single buffer": recurrent({"((t % 2) * B + row) * N": "row * N"}),
     "sparse: a delay is one step too short": sparse({ARRIVAL: f"{ARRIVAL} - 1"}),
     "sparse: delays are cut off, not rounded": sparse(
         {"((steps + 8388608.0) - 8388608.0).to(tl.int32)": "steps.to(tl.int32)"}
@@ -274,8 +280,8 @@ MUTANTS = {
     "sparse: an integer is cut off, not rounded": sparse({"nearest(size * scale)": "(size * scale)"}),
     "sparse: negative values of a history add": sparse({"tl.where(value < 0.0, -amount, amount)": "amount"}),
     "sparse: no barrier after the sums": sparse({SUMS_BARRIER: "pass"}),
-    "sparse: a meeting orders nothing": sparse({'sem="release"': 'sem="relaxed"', 'sem="acquire"': 'sem="relaxed"'}),
-    "sparse: a meeting's target is one short": sparse(
+    "sparse: a meeting orders nothing": sparse_meeting({'sem="release"': 'sem="relaxed"', 'sem="acquire"': 'sem="relaxed"'}),
+    "sparse: a meeting's target is one short": sparse_meeting(
         {"(arrived < target)": "(arrived < target - 1)", "return arrived >= target": "return arrived >= target - 1"}
     ),
     "sparse: a list's own counter is cleared": sparse({"(1 - counter) * B": "counter * B"}),

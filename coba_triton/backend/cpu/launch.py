@@ -425,7 +425,7 @@ def recurrent_block(
     z: Tensor,
     state: Tensor,
     out: Outputs,
-    sliced: bool,
+    sliced: bool | None,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`coba_triton.backend.protocol.Backend.recurrent_block`."""
