@@ -409,8 +409,8 @@ MUTANTS = {
     "time chunks: back, a note is compared with the next one": chunks(
         {"notes_ptr + before // CHECK * NUM_FIELDS": "notes_ptr + (before // CHECK - 1) * NUM_FIELDS"}
     ),
-    "time chunks: back, settling begins with the last but one": chunks(
-        {"for back in range(1, chunks):": "for back in range(2, chunks):"}
+    "time chunks: back, settling forgets what it changed": chunks(
+        {"                late = differs(lam,": "                late = late & differs(lam,"}
     ),
     "time chunks: only potentials are compared": chunks({"range(1, FIELDS)": "range(1, 1)"}),
     "CPU time chunks: what a repair reached is not looked at": cpu_chunks(
