@@ -220,7 +220,7 @@ MUTANTS = {
     "offsets of 32 bits": feed_forward({"row = (t + i) * M\n": "row = (t + i).to(tl.int32) * M.to(tl.int32)\n"}),
     "last word of packed spikes left out": feed_forward({"if (end % 32 == 0) | (end == T):": "if end % 32 == 0:"}),
     "packed spikes one bit off": feed_forward({"<< ((t + i) % 32).to(tl.int32))": "<< ((t + i + 1) % 32).to(tl.int32))"}),
-    "checkpoints of the rest all read as one": feed_forward({"(blocks + (t - whole)) * FIELDS * M": "blocks * FIELDS * M"}),
+    "checkpoints of the rest all read as one": feed_forward({"(T // EVERY + t % EVERY) * FIELDS * M": "T // EVERY * FIELDS * M"}),
     "replay starts from the wrong checkpoint": feed_forward(
         {"checkpoints_ptr + block * FIELDS * M": "checkpoints_ptr + tl.maximum(block - 1, 0) * FIELDS * M"}
     ),
@@ -409,8 +409,8 @@ MUTANTS = {
     "time chunks: back, a note is compared with the next one": chunks(
         {"notes_ptr + before // CHECK * NUM_FIELDS": "notes_ptr + (before // CHECK - 1) * NUM_FIELDS"}
     ),
-    "time chunks: back, settling begins with the last but one": chunks(
-        {"for back in range(1, chunks):": "for back in range(2, chunks):"}
+    "time chunks: back, settling forgets what it changed": chunks(
+        {"                late = differs(lam,": "                late = late & differs(lam,"}
     ),
     "time chunks: only potentials are compared": chunks({"range(1, FIELDS)": "range(1, 1)"}),
     "CPU time chunks: what a repair reached is not looked at": cpu_chunks(
