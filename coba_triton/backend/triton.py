@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -65,32 +65,39 @@ def threads_per_warp() -> int:
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, list[str], Any]] = {}
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any
+) -> Callable[..., Any]:
     """Every launch of the package: on the tensors' device, without fusing multiplications into additions.
 
     Triton takes about 10 us to find what a call was compiled to; here it takes 3. This is right for kernels that are not
     specialized for the values of their numbers, as a test makes sure of.
+
+    Returns:
+        What launches again, with other numbers among ``args`` and the same tensors: it has nothing to find.
     """
-    if meta.get("launch_cooperative_grid"):
-        try:
-            return _launch_on(kernel, grid, device, num_warps, *args, **meta)
-        except RuntimeError as error:
-            if "cooperative" not in str(error):
-                raise
-            raise RuntimeError(
-                f"{kernel.__name__} needs its {math.prod(grid)} programs to run at once, and {device} does not hold them "
-                f"({error}); is a part of it reserved? Pass path='events' for dense weights, else backend='reference'"
-            ) from error
-    _launch_on(kernel, grid, device, num_warps, *args, **meta)
+    try:
+        return _launch_on(kernel, grid, device, num_warps, *args, **meta)
+    except RuntimeError as error:
+        if not meta.get("launch_cooperative_grid") or "cooperative" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{kernel.__name__} needs its {math.prod(grid)} programs to run at once, and {device} does not hold them "
+            f"({error}); is a part of it reserved? Pass path='events' for dense weights, else backend='reference'"
+        ) from error
 
 
-def _launch_on(kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any) -> None:
+def _launch_on(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, *args: Any, **meta: Any
+) -> Callable[..., Any]:
+    again = functools.partial(_launch_on, kernel, grid, device, num_warps, **meta)
     if device.type != "cpu" and (on := torch.get_device_module(device)).current_device() != device.index:
         with on.device(device):
-            return _launch_on(kernel, grid, device, num_warps, *args, **meta)
+            _launch_on(kernel, grid, device, num_warps, *args, **meta)
+        return again
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
-        return
+        return again
     driver = triton.runtime.driver.active
     compiled_for = [
         (arg.dtype, arg.data_ptr() & 15) if isinstance(arg, Tensor) else arg if arg is None else -(2**31) <= arg < 2**31
@@ -99,11 +106,13 @@ def _launch_on(kernel: Any, grid: tuple[int, ...], device: torch.device, num_war
     key = id(kernel), id(driver), device, num_warps, *meta.values(), *compiled_for
     if (found := _compiled.get(key)) is not None:
         compiled, last, _ = found
-        compiled[(*grid, 1, 1)[:3]](*args, *[meta[name] for name in last])
-        return
+        launch, constants = compiled[(*grid, 1, 1)[:3]], [meta[name] for name in last]
+        launch(*args, *constants)
+        return lambda *args: launch(*args, *constants)
     compiled = kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False, **meta)
     if isinstance(compiled, CompiledKernel):  # not what stands for one
         _compiled[key] = compiled, kernel.arg_names[len(args) :], driver
+    return again
 
 
 def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Parameters:
@@ -606,22 +615,24 @@ def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) 
     grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
     weights = net.recurrent_weights.contiguous() if in_one_launch else None
 
-    def launch(begin: int, end: int) -> None:
-        _launch(
-            recurrent.backward_kernel, (batch, _cdiv(neurons, threads)), lam.device, num_warps,
-            block.trajectory, block.words, net.constants, grad_spikes, grad_states,
-            weights, lam, lam_z, adjoints, sums,
-            begin, end, block.start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
-            net.constants.stride(0), *grad_strides,
-            BLOCK=threads, KEPT=planes - 2, UNROLL=events_ahead(lam.dtype),
-            PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=sweep.method,
-        )  # fmt: skip
-
+    first = 0 if in_one_launch else steps - 1
+    args = (
+        block.trajectory, block.words, net.constants, grad_spikes, grad_states, weights, lam, lam_z, adjoints, sums,
+    )  # fmt: skip
+    sizes = (
+        block.start, 0 if grad_states is None else grad_states.shape[1], steps, batch, neurons,
+        net.constants.stride(0), *grad_strides,
+    )  # fmt: skip
+    again = _launch(
+        recurrent.backward_kernel, (batch, _cdiv(neurons, threads)), lam.device, num_warps, *args, first, steps, *sizes,
+        BLOCK=threads, KEPT=planes - 2, UNROLL=events_ahead(lam.dtype),
+        PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, METHOD=sweep.method,
+    )  # fmt: skip
     if in_one_launch:
-        launch(0, steps)
         return
-    for t in reversed(range(steps)):
-        launch(t, t + 1)
+    net.send_back(adjoints[first], sweep.split_weights, lam_z)
+    for t in reversed(range(first)):
+        again(*args, t, t + 1, *sizes)
         net.send_back(adjoints[t], sweep.split_weights, lam_z)
 
 
