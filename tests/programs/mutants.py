@@ -220,7 +220,9 @@ MUTANTS = {
     "offsets of 32 bits": feed_forward({"row = (t + i) * M\n": "row = (t + i).to(tl.int32) * M.to(tl.int32)\n"}),
     "last word of packed spikes left out": feed_forward({"if (end % 32 == 0) | (end == T):": "if end % 32 == 0:"}),
     "packed spikes one bit off": feed_forward({"<< ((t + i) % 32).to(tl.int32))": "<< ((t + i + 1) % 32).to(tl.int32))"}),
-    "checkpoints of the rest all read as one": feed_forward({"(T // EVERY + t % EVERY) * FIELDS * M": "T // EVERY * FIELDS * M"}),
+    "checkpoints of the rest all read as one": feed_forward(
+        {"(T // EVERY + t % EVERY) * FIELDS * M": "T // EVERY * FIELDS * M"}
+    ),
     "replay starts from the wrong checkpoint": feed_forward(
         {"checkpoints_ptr + block * FIELDS * M": "checkpoints_ptr + tl.maximum(block - 1, 0) * FIELDS * M"}
     ),
