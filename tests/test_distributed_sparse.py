@@ -260,6 +260,13 @@ def test_bits_or_lists_whichever_is_shorter(ranks: Ranks) -> None:
 def refusal(group: Any, changes: list[dict[str, Any]]) -> str:
     """What a rank raises where each changes its call."""
     change = dict(changes[torch.distributed.get_rank(group)])
+    with pytest.MonkeyPatch.context() as patch:
+        if version := change.pop("version", None):
+            patch.setattr("coba_triton.distributed.integral.package_version", lambda name: version)
+        return refusal_of(group, change)
+
+
+def refusal_of(group: Any, change: dict[str, Any]) -> str:
     case = network_problem(5, 2, 12, delays=change.pop("delays", "one"))
     own = distributed.owned_neurons(12, group)
     leaves, inputs, synapses = part(case, change.pop("own", own))
@@ -293,6 +300,7 @@ def late(inputs: Synapses) -> Synapses:
                 r"neurons 0 to 11; make them with only=\(6, 12\)",
             ],
         ),
+        ([{"version": "0.1"}, {"version": "0.2"}], ["ValueError: the version of coba_triton must .* got 0.1, 0.2 on"] * 2),
         ([{}, {"dt": 2.0}], ["ValueError: dt must be the same on every rank, got 0.01, 0.02"] * 2),
         ([{}, {"order": "jump_first"}], ["ValueError: order must be the same on every rank"] * 2),
         ([{}, {"spike_dtype": "words"}], ["RuntimeError: rank 1 refused", "ValueError: spike_dtype must be"]),
@@ -305,7 +313,7 @@ def late(inputs: Synapses) -> Synapses:
         ),
         ([{"inputs": late}] * 2, ["ValueError: input_weights must have no delays"] * 2),
     ],
-    ids=["neurons", "dt", "order", "argument", "rows", "input delays"],
+    ids=["neurons", "version", "dt", "order", "argument", "rows", "input delays"],
 )  # fmt: skip
 def test_what_ranks_disagree_on_is_refused_by_all(ranks: Ranks, changes: list[Any], messages: list[str]) -> None:
     for got, expected in zip(ranks(2, refusal, changes), messages, strict=True):

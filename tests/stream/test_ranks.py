@@ -5,7 +5,10 @@ The functions without ``test_`` in their names run on every rank of a group; see
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from coba_triton import (
     PoissonSource,
     Record,
     Synapses,
+    ZarrSink,
     distributed,
     open_result,
     simulate,
@@ -170,6 +174,43 @@ def test_what_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     changed = source_for("feed-forward", 70, ()) + 1
     for got in ranks(2, refused, path, [{"source": changed, "resume": True}] * 2):
         assert "was begun with another input" in got
+
+
+def disk_is_full(group: Any, path: Path, full: int) -> str:
+    """A run in which the disk of one rank is full from its first block on; -1: of none."""
+    run, source = CobaLIF(CobaLIFParameters(**VALUES), DT), source_for("feed-forward", T, ())
+    put = ZarrSink._put
+
+    def refuse(self: Any, name: str, *arguments: Any) -> None:
+        if torch.distributed.get_rank(group) == full and name == "spikes":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        put(self, name, *arguments)
+
+    options: dict[str, Any] = {"block_steps": 32, "progress": False, "resume": path.exists()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ZarrSink, "_put", refuse)
+        try:
+            return str(distributed.simulate(run, source, sink=path, divide="neurons", group=group, **options).steps)
+        except OSError as error:
+            return str(error)
+
+
+def test_a_full_disk_of_one_rank_stops_all(ranks: Ranks, tmp_path: Path) -> None:
+    """All say how many steps are kept, and go on when there is room."""
+    path = tmp_path / "run.zarr"
+    for got in ranks(2, disk_is_full, path, 1):  # the second block is its first
+        assert "cannot write steps 32 to 64 (No space left on device); 32 steps are kept: make room" in got
+    assert ranks(2, disk_is_full, path, -1) == [str(T)] * 2
+
+
+def late(group: Any, path: Path) -> int:
+    """The second rank begins a second later."""
+    time.sleep(torch.distributed.get_rank(group))
+    return poisson(group, path)
+
+
+def test_a_rank_that_is_late(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, late, tmp_path / "late.zarr") == ranks(1, poisson, tmp_path / "one.zarr") * 2
 
 
 def test_a_sum_of_synapses_has_no_order() -> None:
