@@ -20,7 +20,8 @@ SPECIMENS = {
     "training": ("forward_kernel", "backward_kernel"),
     "training float64": ("forward_kernel", "backward_kernel"),
     "recurrent 100": ("recurrent_forward_kernel", "recurrent_backward_kernel", "driven_kernel", "projection_kernel"),
-    "recurrent 1024": ("recurrent_forward_kernel", "recurrent_backward_kernel"),
+    "recurrent 1024": ("recurrent_forward_kernel", "shared_backward_kernel"),
+    "recurrent 1024, many rows": ("recurrent_backward_kernel",),
     "sparse 4000": ("sparse_forward_kernel", "sparse_backward_kernel"),
 }
 
