@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING or not is_command_line():
 else:
 
     def __getattr__(name: str) -> Any:
+        if find_spec(f"{__name__}.{name}") is not None:  # `from .. import functional` asks here before it imports a module
+            raise AttributeError(f"module {__name__!r} has not imported {name!r}")
         public = import_module("._public", __name__)
         if name == "__all__" or name in public.__all__:
             return getattr(public, name)

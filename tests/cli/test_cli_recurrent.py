@@ -61,7 +61,7 @@ neurons = [3, 0]
 variables = ["v", "g_e", "g_i"]
 """
 
-NONE = Recurrent(Synapses.from_coo([], [], 0.0, shape=(N, N)), np.zeros(N, np.int8), {})
+NONE = Recurrent(Synapses.from_coo([], [], 0.0, shape=(N, N)), 0, np.zeros(N, np.int8), {})
 
 pytestmark = pytest.mark.usefixtures("compiles_in_silence")
 

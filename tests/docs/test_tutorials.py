@@ -23,8 +23,11 @@ TOLERANCE = 0.1  # of a number; accuracies and fits move by less
 # What is measured, and differs in every run, or is chaotic, as training with a surrogate that does not suit: lines with
 # these words are compared without their numbers.
 MEASURED = re.compile(r"wall time|\d s$|super, alpha")
-# Lines that not every run prints: compiled code is kept, norse is optional, and a machine has its own parameters to try.
-CHANCE = re.compile(r"compiling|norse|Best:|Nothing is faster|^│(?! (num_warps|reference|cpu|compiled)|.*chunking)")
+# Lines that not every run prints: compiled code is kept, norse is optional, a machine has its own parameters to try, and a
+# legend explains only what stands above it.
+CHANCE = re.compile(
+    r"compiling|^[am]: (arithmetic|memory)|norse|Best:|Nothing is faster|^│(?! (num_warps|reference|cpu|compiled)|.*chunking)"
+)
 
 
 def printed(page: str) -> str:

@@ -64,7 +64,7 @@ def test_quick_level_passes(backend, monkeypatch) -> None:
         monkeypatch.setattr(checker, "generate", every_third)
     report = coba_triton.check(backend=backend, device="cpu")
     assert report.ok, str(report)
-    assert len({result.group for result in report.results}) == (24 if backend == "cpu" else 21)
+    assert len({result.group for result in report.results}) == (25 if backend == "cpu" else 22)
     assert not any(result.status == "skipped" for result in report.results)
 
 
