@@ -170,7 +170,7 @@ def coba_lif_integral(
     assert rows is not None
     x = input_tensor
     if shared:
-        copies = Shared.apply(group, x.device, *shared.values())  # type: ignore[no-untyped-call]  # torch has no types here
+        copies = Shared.apply(ranks, x.device, *shared.values())  # type: ignore[no-untyped-call]  # torch has no types here
         values = dict(zip(shared, copies, strict=True))
         numbers = {name: values.get(name, value) for name, value in numbers_of(p).items()}
         p = CobaLIFParameters(**numbers, method=p.method)

@@ -300,14 +300,15 @@ class Shared(torch.autograd.Function):
     """What all ranks have in common: as it is, with a gradient that is the sum of those of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, device: torch.device, *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.device = group, device
+    def forward(ctx: Any, ranks: Ranks, device: torch.device, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.ranks, ctx.device = ranks, device
         return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sums = [grad.to(ctx.device, memory_format=torch.contiguous_format, copy=True) for grad in grads]
-        for total in sums:
-            dist.all_reduce(total, group=ctx.group)
+        with ctx.ranks.reached():
+            for total in sums:
+                dist.all_reduce(total, group=ctx.ranks.group)
         return None, None, *(total.to(grad.device) for total, grad in zip(sums, grads, strict=True))

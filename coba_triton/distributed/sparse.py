@@ -19,7 +19,7 @@ from ..ops.grid import Grid, make_grid
 from ..ops.sparse_operators import PLACES, check_connections, sparse_forward
 from ..ops.synapses import Synapses
 from ..ops.validation import check_device
-from ..ops.wiring import Wiring, check_matrix
+from ..ops.wiring import Wiring, check_matrix, check_no_delays
 from .ranks import Gather, Ranks
 
 # Targets as they are numbered within a rank, for those that are numbered within the network.
@@ -48,18 +48,13 @@ class SparseRows:
         else:
             inputs = self._own(_as_synapses(input_weights, "input_weights"), "input_weights")
             columns = inputs.sources
-            if inputs.delays is not None:
-                raise ValueError(
-                    "input_weights must have no delays, as an input arrives in the step in which it is given, got delays of "
-                    f"{inputs.shortest:g} to {inputs.longest:g} ms; shift the input in time, or make its sources neurons"
-                )
+            check_no_delays(inputs)
         if columns != x.shape[-1]:
             raise ValueError(f"input_weights must be for the I={x.shape[-1]} inputs of input_tensor, got {columns} columns")
         recurrent = self._own(recurrent, "recurrent_weights")
         for name, own_weights in (("input_weights", inputs), ("recurrent_weights", recurrent)):
             check_device(own_weights.indptr if isinstance(own_weights, Synapses) else own_weights, name, x.device)
         self.wiring = Wiring(inputs, recurrent, *recurrent.check_delays(dt))
-        self.grids: tuple[Grid | None, Grid] | None = None
 
     @property
     def weights(self) -> tuple[Tensor, ...]:

@@ -64,6 +64,15 @@ def check_matrix(weights: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be a floating matrix, rows post-synaptic, got {weights.dtype} {list(weights.shape)}")
 
 
+def check_no_delays(inputs: Synapses) -> None:
+    """Synapses of an input."""
+    if inputs.delays is not None:
+        raise ValueError(
+            "input_weights must have no delays, as an input arrives in the step in which it is given, got delays of "
+            f"{inputs.shortest:g} to {inputs.longest:g} ms; shift the input in time, or make its sources neurons"
+        )
+
+
 def check_synapses(inputs: Any, recurrent: Any, x: Tensor) -> None:
     """The synapses of a population for an input ``x [..., I]``; dense weights of inputs are a matrix ``[N, I]``."""
     for name, synapses in (("input_weights", inputs), ("recurrent_weights", recurrent)):
@@ -80,11 +89,7 @@ def check_synapses(inputs: Any, recurrent: Any, x: Tensor) -> None:
         )
     if isinstance(inputs, Synapses):
         shape = [inputs.neurons, inputs.sources]
-        if inputs.delays is not None:
-            raise ValueError(
-                "input_weights must have no delays, as an input arrives in the step in which it is given, got delays of "
-                f"{inputs.shortest:g} to {inputs.longest:g} ms; shift the input in time, or make its sources neurons"
-            )
+        check_no_delays(inputs)
     else:
         check_matrix(inputs, "input_weights")
         shape = list(inputs.shape)

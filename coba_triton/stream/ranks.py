@@ -81,12 +81,12 @@ def simulate(
         >>> source = PoissonSource(300.0, 10_000, (8, 100), dt=0.1, weight=0.5, seed=1)  # doctest: +SKIP
         >>> result = simulate(CobaLIF(dt=0.1), source, sink="run.zarr", divide="rows")  # doctest: +SKIP
     """
-    if not callable(progress):
-        validation.check_flag(progress, "progress")
-    validation.check_flag(resume, "resume")
-    validation.check_flag(stop_if_unstable, "stop_if_unstable")
     ranks = Ranks(group)
     try:
+        if not callable(progress):
+            validation.check_flag(progress, "progress")
+        validation.check_flag(resume, "resume")
+        validation.check_flag(stop_if_unstable, "stop_if_unstable")
         if not validation.is_one_of(divide, ("neurons", "rows")):
             raise ValueError(f"divide must be 'neurons' or 'rows', got {divide!r:.50}")
         inner = open_sink(sink)
@@ -193,6 +193,10 @@ class RanksRun(BlockRun):
     def _connect(self, x: Tensor, weights: Sequence[Any], delay: Any) -> Wiring:
         if self.divide == "rows":
             return super()._connect(x, weights, delay)
+        if delay is not None:
+            raise ValueError(
+                "divide='neurons' needs synapses that have their delays, got a matrix and delay=; use Synapses.from_torch"
+            )
         inputs, recurrent = weights
         if isinstance(inputs, Tensor) and inputs.layout is torch.strided:
             self.ranks.divide(len(inputs))

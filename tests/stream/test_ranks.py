@@ -143,7 +143,9 @@ def test_any_number_of_ranks_goes_on(ranks: Ranks, tmp_path: Path, kind: str, di
 def refused(group: Any, path: Path, changes: list[dict[str, Any]]) -> str:
     change = {"divide": "neurons", "sink": path} | changes[torch.distributed.get_rank(group)]
     source = change.pop("source", source_for("feed-forward", 70, ()))
-    run = CobaLIF(change.pop("p", CobaLIFParameters(**VALUES)), DT)
+    run: Any = CobaLIF(change.pop("p", CobaLIFParameters(**VALUES)), DT)
+    if "delay" in change:
+        run = CobaLIFRecurrent(N, 4, CobaLIFParameters(**VALUES), DT, delay=change.pop("delay"))
     try:
         distributed.simulate(run, source, group=group, progress=False, **change)
     except (TypeError, ValueError, RuntimeError, OSError) as error:
@@ -161,6 +163,8 @@ def test_what_is_refused(ranks: Ranks, tmp_path: Path) -> None:
             ["ValueError: rank 1 has another run than rank 0: config.parameters.g_l was 0.25 and is 0.3"] * 2,
         ),
         ([{"divide": "columns"}] * 2, ["ValueError: divide must be 'neurons' or 'rows', got 'columns'"] * 2),
+        ([{"delay": 0.03}] * 2, ["ValueError: divide='neurons' needs synapses that have their delays"] * 2),
+        ([{}, {"resume": 1}], ["RuntimeError: rank 1 refused its arguments", "TypeError: resume must be"]),
         ([{"sink": None}] * 2, ["ValueError: sink must be a path that ends in .zarr"] * 2),
         ([{"divide": "rows"}] * 2, ["ValueError: divide='rows' needs an input with a batch axis"] * 2),
         ([{}, {"record": 3}], ["RuntimeError: rank 1 refused its arguments", "TypeError: record must be a Record"]),
