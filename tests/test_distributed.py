@@ -35,7 +35,7 @@ from coba_triton import (
 from coba_triton.distributed import ranks as ranks_module
 from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
 from helpers.bits import assert_same_bits
-from helpers.marks import slow
+from helpers.marks import slow_cases
 from helpers.ranks import Ranks
 
 # Sums and products of these, of weights on a coarse grid, and of the surrogate `triangle`, are exact in float64 for a few
@@ -133,12 +133,13 @@ def joined(parts: list[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(part, -1) for part in zip(*parts, strict=True)]
 
 
-SIZES = [*slow(1), 2, 3]
+# The interpreter takes long for each process: two are enough to show that its kernels do what the others do.
+RUNS = [("cpu", 2), ("cpu", 3), *slow_cases(("cpu", 1), ("triton", 2))]
+ALL_RUNS = [("reference", 2), ("reference", 3), *slow_cases(("reference", 1)), *RUNS]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("backend", "size"), RUNS)
 @pytest.mark.parametrize("refractory", [False, True], ids=["", "refractory"])
-@pytest.mark.parametrize("backend", ["cpu", *slow("triton")])
 def test_neurons_of_several_ranks_have_the_bits_of_one_process(
     ranks: Ranks, backend: str, refractory: bool, size: int
 ) -> None:
@@ -152,8 +153,7 @@ def test_neurons_of_several_ranks_have_the_bits_of_one_process(
     assert_same_bits(joined(parts), [spikes, *trace])
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend", ["cpu", "reference", *slow("triton")])
+@pytest.mark.parametrize(("backend", "size"), ALL_RUNS)
 def test_orders_inputs_and_formats_on_exact_weights(ranks: Ranks, backend: str, size: int) -> None:
     """Dense graded input, graded first spikes, parameters of each neuron, bits; a sequence in two calls."""
     case = recurrent_problem(41, 3, 20, exact=True, binary=False, per_neuron=True, dtype=torch.float64)
@@ -185,8 +185,7 @@ def test_sequences_without_a_batch_or_without_steps(ranks: Ranks) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the Euler step overshoots")
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend", ["cpu", "reference", *slow("triton")])
+@pytest.mark.parametrize(("backend", "size"), ALL_RUNS)
 @pytest.mark.parametrize("record", [False, True], ids=["final", "recorded"])
 def test_gradients_are_those_of_one_process(ranks: Ranks, backend: str, size: int, record: bool) -> None:
     """By everything, bit for bit: with exact sums."""

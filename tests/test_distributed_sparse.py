@@ -18,7 +18,7 @@ from coba_triton import CobaLIFParameters, Synapses, coba_lif_integral, distribu
 from coba_triton.distributed import ranks as ranks_module
 from coba_triton.tools.problems import NetworkProblem, network_problem
 from helpers.bits import assert_same_bits
-from helpers.marks import slow
+from helpers.marks import slow, slow_cases
 from helpers.ranks import Ranks
 
 SIZES = [2, 3, *slow(1, 4)]
@@ -169,15 +169,26 @@ def test_messages_under_way_while_neurons_go_on(ranks: Ranks, steps: int) -> Non
     assert_same_bits([torch.cat([first, second]), *last], [spikes, *whole])
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("problem", [{"delays": "mixed"}, {"delays": "none", "dense_input": True}, {"delays": "one"}])
-@pytest.mark.parametrize("backend", ["cpu", *slow("reference", "triton")])
-def test_gradients(ranks: Ranks, problem: dict[str, Any], size: int, backend: str) -> None:
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "mixed delays": {"delays": "mixed"},
+    "dense input": {"delays": "none", "dense_input": True},
+    "one delay": {"delays": "one"},
+}
+
+
+# two ranks are enough for a backend that takes long
+@pytest.mark.parametrize(
+    ("backend", "size", "name"),
+    [
+        *(("cpu", size, name) for size in (2, 3) for name in GRADIENTS),
+        *slow_cases(*(("cpu", size, name) for size in (1, 4) for name in GRADIENTS)),
+        *slow_cases(*(("reference", 2, name) for name in GRADIENTS), ("triton", 2, "one delay")),
+    ],
+)
+def test_gradients(ranks: Ranks, name: str, size: int, backend: str) -> None:
     """Those of one process, in float64 to 1e-12 of the largest: sums over neurons of several ranks are rounded."""
-    if backend != "cpu" and size != 2:
-        pytest.skip("two ranks are enough for a backend that takes long")
     steps = 14 if backend == "triton" else 45
-    case = network_problem(steps, 2, N, torch.float64, refractory=True, per_neuron=True, **problem)
+    case = network_problem(steps, 2, N, torch.float64, refractory=True, per_neuron=True, **GRADIENTS[name])
     expected = gradients(None, case, {"backend": "cpu", "block_steps": 32})
     parts = ranks(size, gradients, case, {"backend": backend, "block_steps": 32})
     for rank, found in enumerate(parts):

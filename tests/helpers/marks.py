@@ -9,4 +9,9 @@ import pytest
 
 def slow(*values: Any) -> list[Any]:
     """Values of one parameter that ``-m "not slow"`` leaves out."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return slow_cases(*((value,) for value in values))
+
+
+def slow_cases(*cases: tuple[Any, ...]) -> list[Any]:
+    """Values of several parameters that ``-m "not slow"`` leaves out."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]

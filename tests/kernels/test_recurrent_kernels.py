@@ -295,8 +295,7 @@ SWEPT: dict[str, Any] = {"plain": {}, "everything": {"per_neuron": True, "refrac
 
 
 @interpreted
-@pytest.mark.parametrize("problem", ["plain", *slow("everything")])
-@pytest.mark.parametrize("kind", SWEEPS)
+@pytest.mark.parametrize(("kind", "problem"), [("held", "everything"), ("streamed", "plain")])
 def test_programs_that_go_back_together(kind, problem, device) -> None:
     """Everything by everything in float64, to 1e-8; two blocks and groups of rows, and the same bits under two schedules."""
     case = recurrent_problem(34, 3, 45, torch.float64, exact=False, binary=False, **SWEPT[problem])

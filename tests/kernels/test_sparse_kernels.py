@@ -28,7 +28,7 @@ from coba_triton.ops.grid import Grid
 from coba_triton.tools.problems import DT, VALUES
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import all_programs_at_once
-from helpers.marks import slow
+from helpers.marks import slow, slow_cases
 from helpers.sparse_networks import Connected, SparseProblem, sparse_network_problem
 
 interpreted = pytest.mark.skipif(
@@ -107,14 +107,17 @@ def test_bits_do_not_depend_on_the_window(window: int, device, monkeypatch) -> N
 
 @interpreted
 @pytest.mark.parametrize(
-    "options",
+    ("count", "options"),
     [
-        {"delays": (3, 7), "steps": 12},
-        *slow({"delays": (1, 2), "refractory": True}, {"exact": True, "narrow": True, "inputs": 20, "size": 0.1}),
+        (2, {"delays": (3, 7), "steps": 12}),
+        (3, {"delays": (3, 7), "steps": 12}),
+        *slow_cases(
+            (3, {"delays": (1, 2), "refractory": True}),
+            (2, {"exact": True, "narrow": True, "inputs": 20, "size": 0.1}),
+        ),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("count", [2, 3])
 def test_bits_do_not_depend_on_programs(count: int, options: dict[str, Any], device) -> None:
     """Two programs have tiles of three, so that one has two; three have one each."""
     case = problem(**options)
@@ -312,9 +315,8 @@ def test_a_weight_of_zero_has_no_gradient(device) -> None:
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("delays", [(1, 3), (3, 5)], ids=str)
-def test_gradients_have_the_same_bits_for_any_number_of_programs(delays: tuple[int, int], device) -> None:
-    case = problem(steps=8, neurons=75, fan_out=5, delays=delays, inputs=5, size=0.1)
+def test_gradients_have_the_same_bits_for_any_number_of_programs(device) -> None:
+    case = problem(steps=8, neurons=75, fan_out=5, delays=(1, 3), inputs=5, size=0.1)
     loss = case.random_loss()
     alone = case.gradients(loss, "super", 1, (5,))
     with programs(3):

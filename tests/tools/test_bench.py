@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coba_triton.cli import bench, main
-from coba_triton.tools import contenders
+from coba_triton.tools import ceilings, contenders
 from coba_triton.tools.contenders import Contender
 from coba_triton.tools.problems import VALUES, Case, recurrent_problem
 
@@ -18,6 +18,7 @@ CASES = (
     Case("training-tiny", "feed_forward", 30, 2, 10, train=True),
     Case("recurrent-tiny", "recurrent", 30, 2, 10),
 )
+measured = functools.cache(ceilings.measure)  # what the machine does at most: once for all tests
 ARGUMENTS = ["bench", "--device", "cpu", "--rounds", "3"]
 
 
@@ -25,6 +26,7 @@ ARGUMENTS = ["bench", "--device", "cpu", "--rounds", "3"]
 def few_and_small(monkeypatch) -> None:
     """Small cases, of which the quick contenders: nothing that compiles or belongs to another package."""
     every = contenders.contenders
+    monkeypatch.setattr(ceilings, "measure", measured)
     monkeypatch.setattr(bench, "CASES", CASES)
     monkeypatch.setattr(bench, "SUITES", {"quick": tuple(case.name for case in CASES), "full": ("inference-tiny",)})
     monkeypatch.setattr(
