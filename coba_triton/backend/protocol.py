@@ -78,6 +78,9 @@ class Backend(Protocol):
     def is_sparse(self, sources: Tensor) -> bool:
         """Whether the drive of these sources is to be summed over events, not computed as a matrix product."""
 
+    def unpack(self, words: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+        """The spikes ``[T, ...]`` of ``steps`` T in words of 32 steps, ``[ceil(T / 32), ...]``, as 0 or 1 of a dtype."""
+
     def fires_often(self, spikes: Tensor) -> bool:
         """Whether the block after one with these ``spikes [t, B, N]`` is to take a matrix product a step."""
 

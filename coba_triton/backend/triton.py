@@ -399,6 +399,11 @@ def is_sparse(sources: Tensor) -> bool:
     return True
 
 
+def unpack(words: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """See :meth:`coba_triton.backend.protocol.Backend.unpack`."""
+    return unpack_spikes(words, steps, dtype)
+
+
 def fires_often(spikes: Tensor) -> bool:
     """Never: the host does not wait for a count. Where neurons fire often, the caller can choose ``path="dense"``."""
     return False

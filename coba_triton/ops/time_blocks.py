@@ -20,7 +20,7 @@ from torch import Tensor
 from ..neuron.records import Sums
 from .call import DIFFERENTIABLE, Asked, Block, Call, Gradients, Incoming, Network, Outputs, Saved, Sweep
 from .constants import constants_gradient
-from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
+from .spikes import WORD_BITS, pack_spikes, word_count
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,9 +51,9 @@ def project(weights: Tensor, sources: Tensor) -> Tensor:
     return torch.reshape(drive, (2, *sources.shape[:-1], weights.shape[0]))
 
 
-def spikes_before(words: Tensor, last: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def spikes_before(net: Network, words: Tensor, last: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """What each step of a block saw of the one before it, ``[T, B, N]``; ``last``: the z or word before the block."""
-    before = unpack_spikes(words, steps, dtype).roll(1, 0)
+    before = net.backend.unpack(words, steps, dtype).roll(1, 0)
     before[0] = (last >> (WORD_BITS - 1)) & 1 if last.dtype == torch.int32 else last
     return before
 
@@ -171,7 +171,7 @@ def backward(
         sent, last = words, saved.words[start // WORD_BITS - 1] if start else z
         if net.exchange is not None:
             sent, last = net.exchange.gather(sent), net.exchange.gather(last)
-        before = spikes_before(sent, last, here.stop - start, torch.uint8 if start and on_cpu else net.dtype)
+        before = spikes_before(net, sent, last, here.stop - start, torch.uint8 if start and on_cpu else net.dtype)
         events = net.backend.is_sparse(before)
         recurrent_drive = None if events else project(net.recurrent_weights, before)
         if events and net.exchange is not None:
@@ -203,8 +203,9 @@ def backward(
 
 def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
     """The gradient by ``weights [N, K]``, from the sums ``[..., K, 2 N]`` over the sources of both signs."""
-    excitatory, inhibitory = sums.mT.chunk(2, -2)
-    return (weights > 0) * excitatory - (weights < 0) * inhibitory
+    rows = weights.t().contiguous()  # everything in the order of the sums: memory is read in its order
+    excitatory, inhibitory = sums.chunk(2, -1)
+    return ((rows > 0) * excitatory - (rows < 0) * inhibitory).mT.contiguous()
 
 
 def _begin(net: Network, z: Tensor, grads: Incoming, grad_z: Tensor | None, method: str, asked: Asked) -> Sweep:

@@ -185,7 +185,9 @@ def compile_seconds() -> float:
 
 
 # Modules of this folder from which kernels of other ones take code.
-SHARED = ("numba_bridge", "rows", "feed_forward", "checksums", "products", "recurrent", "sparse", "lanes", "meeting")
+SHARED = (
+    "numba_bridge", "rows", "events", "feed_forward", "checksums", "products", "recurrent", "sparse", "lanes", "meeting",
+)  # fmt: skip
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from ...neuron.adjoint import vjp, vjp_constants
 from ...neuron.operations import relu
 from ...neuron.records import Drive, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
+from .events import FEW, compact, count_nonzero, unpack
 from .numba_bridge import borrow, compiled, entry_point, sources
 from .products import send_back
 from .rows import (
@@ -66,9 +67,6 @@ GRAD_Z = STEP_DECAYED + 2 * ROW
 ADJOINT = GRAD_Z + ROW
 BACKWARD_SIZE = ADJOINT + 2 * ROW
 
-# Numbers that are looked through at once for one that is not 0.
-FEW = 16
-
 # Elements of a source's sums that a thread adds to at a time: so many of all sources together fit a second-level cache.
 COLUMNS = 256
 
@@ -88,40 +86,6 @@ class Synapses(NamedTuple):
 @compiled
 def borrow_synapses(synapses: Synapses) -> Synapses:
     return Synapses(borrow(synapses.starts), borrow(synapses.targets), borrow(synapses.weights))
-
-
-@compiled
-def count_nonzero(values: Any) -> int:
-    count = 0
-    for n in range(len(values)):
-        count += values[n] != 0
-    return count
-
-
-@compiled
-def compact(events: Any, values: Any) -> int:
-    """The indices of what is not 0, ascending; returns how many. ``events`` has room for one more than ``values``."""
-    count = 0
-    for begin in range(0, len(values), FEW):
-        few = values[begin : min(begin + FEW, len(values))]
-        if count_nonzero(few):
-            for n in range(len(few)):
-                events[count] = begin + n
-                count += few[n] != 0
-    return count
-
-
-@compiled
-def compact_spikes(events: Any, fired: Any) -> int:
-    """:func:`compact` of bytes whose number is a multiple of 8, most of them 0."""
-    count = 0
-    eights = fired.view(np.uint64)
-    for k in range(len(eights)):
-        if eights[k] != 0:
-            for n in range(8 * k, 8 * k + 8):
-                events[count] = n
-                count += fired[n]
-    return count
 
 
 @compiled
@@ -241,12 +205,6 @@ def step_row(
         fired[j] = spike
 
 
-@compiled
-def unpack(fired: Any, words: Any, bit: int) -> None:
-    for j in range(len(words)):
-        fired[j] = (words[j] >> bit) & 1
-
-
 @functools.cache
 def projection_kernel() -> Any:
     """``relu(W) x`` and ``relu(-W) x`` for the rows from ``first`` to ``last``."""
@@ -355,7 +313,7 @@ def block_kernel() -> Any:
                     values = row_of(buffer, bits, x, t, row * inputs, inputs)
                     input_count = compact(input_events, values[:inputs])
                 if recurrent_drive.size == 0:
-                    count = compact(events, initial[row]) if t == 0 else compact_spikes(events, fired)
+                    count = compact(events, initial[row]) if t == 0 else compact(events, fired)
                 for k in range(len(tiles)):
                     tile = tiles[k]
                     begin = k * TILE

@@ -17,9 +17,10 @@ import numpy as np
 
 from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
+from .events import compact, count_nonzero
 from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
 from .numba_bridge import borrow, compiled, converted, entry_point, prefetch_line, sources
-from .recurrent import INPUT, compact, count_nonzero, drive_at
+from .recurrent import INPUT, drive_at
 from .rows import (
     LEFT,
     LINE,

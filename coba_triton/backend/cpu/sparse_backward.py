@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .events import compact
 from .lanes import LANES, add_product, no_lanes, put_lanes
 from .numba_bridge import borrow, compiled, entry_point, sources
 from .recurrent import (
@@ -27,7 +28,6 @@ from .recurrent import (
     KEPT_FIELDS,
     RECURRENT,
     STEP,
-    compact,
     step_row,
     sweep_row,
     tile_row,
