@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..ops.call import Block, Call, Incoming, Network, Outputs, Saved, SparseNetwork, SparseSweep, Sweep
+from ..ops.call import Call, Incoming, Network, Outputs, Saved, SparseNetwork, SparseSweep, Sweep
 
 
 class Backend(Protocol):
@@ -117,7 +117,7 @@ class Backend(Protocol):
         Fill ``spikes [B, N]``, and ``states [F, B, N]`` if it is there.
         """
 
-    def recurrent_replay(
+    def recurrent_backward_block(
         self,
         net: Network,
         x: Tensor,
@@ -126,20 +126,14 @@ class Backend(Protocol):
         recurrent_drive: Tensor | None,
         state: Tensor,
         words: Tensor,
-        constants_grad: bool,
-    ) -> Tensor:
-        """Compute a block once more from ``state [F, B, N]``, with the spikes that it had; returns its trajectory.
+        sweep: Sweep,
+        start: int,
+        adjoints: Tensor,
+    ) -> None:
+        """Compute a block once more from ``state [F, B, N]``, with the spikes that it had, and go back through it.
 
-        ``words`` are the spikes of the block, and ``before [t, B, N]`` those that each step saw of the one before. A drive
-        that is None is summed from the events in ``x`` or ``before``.
-
-        The trajectory ``[P, t, B, N]`` is what :meth:`recurrent_sweep` reads of every step. Its first planes, as many as
-        :func:`coba_triton.ops.call.kept_count` says, are for the adjoint. The last two are the conductances after they
-        decayed, which a gradient by the constants needs.
-        """
-
-    def recurrent_sweep(self, net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
-        """Go back through a block step by step.
+        ``start`` is its first step. ``words`` are the spikes of the block, and ``before [t, B, N]`` those that each step saw
+        of the one before. A drive that is None is summed from the events in ``x`` or ``before``.
 
         Carry on ``sweep.lam``, ``sweep.lam_z`` and ``sweep.sums``, and fill ``adjoints [t, B, 2 N]``, the gradients by the
         excitatory and then by the inhibitory drive of every neuron.

@@ -580,7 +580,7 @@ def recurrent_step(
     return _launch_driven(net, drive, recurrent_drive, state, spikes=spikes, states=states)
 
 
-def recurrent_replay(
+def recurrent_backward_block(
     net: Network,
     x: Tensor,
     drive: Tensor | None,
@@ -588,19 +588,21 @@ def recurrent_replay(
     recurrent_drive: Tensor | None,
     state: Tensor,
     words: Tensor,
-    constants_grad: bool,
-) -> Tensor:
-    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_replay`."""
+    sweep: Sweep,
+    start: int,
+    adjoints: Tensor,
+) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_backward_block`."""
     drive = project_events(x, net.input_rows) if drive is None else drive
     if recurrent_drive is None:
         recurrent_drive = project_events(before, net.recurrent_rows)
     trajectory = state.new_empty(kept_count(len(state)) + 2, len(before), *state.shape[1:])
     _launch_driven(net, drive, recurrent_drive, state, words, trajectory=trajectory)
-    return trajectory
+    sweep_back(net, sweep, Block(start, words, trajectory), adjoints)
 
 
-def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
-    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_sweep`.
+def sweep_back(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
+    """Go back through the trajectory of a block.
 
     One launch where a program can own whole rows, or where all programs that share the rows run at once; else a launch
     and a matrix product a step.
@@ -659,7 +661,7 @@ def _shared_sweep(neurons: int, batch: int, dtype: torch.dtype, device: torch.de
 
 
 def _sweep_together(net: Network, sweep: Sweep, block: Block, adjoints: Tensor, rows: int, columns: int, held: bool) -> None:
-    """:func:`recurrent_sweep` in one launch of programs of ``rows`` x ``columns`` neurons that meet after every step."""
+    """:func:`sweep_back` in one launch of programs of ``rows`` x ``columns`` neurons that meet after every step."""
     planes, steps, batch, neurons = block.trajectory.shape
     _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
     groups, programs = _cdiv(batch, rows), _cdiv(neurons, columns)

@@ -277,7 +277,9 @@ class Block(NamedTuple):
     Attributes:
         start: its first step.
         words: its spikes, packed, int32 ``[ceil(t / 32), B, N]``.
-        trajectory: what the adjoints of its steps read, from :meth:`coba_triton.backend.protocol.Backend.recurrent_replay`.
+        trajectory: what the adjoints of its steps read, ``[P, t, B, N]``. Its first planes, as many as :func:`kept_count`
+            says, are for the adjoint. The last two are the conductances after they decayed, which a gradient by the
+            constants needs.
     """
 
     start: int

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..neuron.records import Sums
-from .call import DIFFERENTIABLE, Asked, Block, Call, Gradients, Incoming, Network, Outputs, Saved, Sweep
+from .call import DIFFERENTIABLE, Asked, Call, Gradients, Incoming, Network, Outputs, Saved, Sweep
 from .constants import constants_gradient
 from .spikes import WORD_BITS, pack_spikes, word_count
 
@@ -178,11 +178,10 @@ def backward(
             recurrent_drive = net.backend.project_events(before, net.recurrent_rows)
         drive = None if input_events else project(net.input_weights, x[here])
         state = saved.checkpoints[start // block_steps]
-        trajectory = net.backend.recurrent_replay(
-            net, x[here], drive, before, recurrent_drive, state, words, asked.constants
-        )
         adjoints = z.new_empty(here.stop - start, batch, 2 * neurons)
-        net.backend.recurrent_sweep(net, sweep, Block(start, words, trajectory), adjoints)
+        net.backend.recurrent_backward_block(
+            net, x[here], drive, before, recurrent_drive, state, words, sweep, start, adjoints
+        )
         for sums, sources, sparse in ((recurrent_sums, before, events), (input_sums, x[here], input_events)):
             parts = (tensor.tensor_split(asked.samples, 1) for tensor in (sources, adjoints))
             for own, sent_by, received in zip(sums, *parts, strict=False):

@@ -214,13 +214,13 @@ def test_machine_code_rounds_every_operation_and_works_on_vectors() -> None:
         (kernels.forward_kernel(), 8),
         (kernels.backward_kernel("super"), 20),
         (recurrent.block_kernel(), 8),
-        (recurrent.sweep_kernel("super"), 20),
+        (recurrent.backward_kernel("super"), 20),
     ):
         signature = next(s for s in kernel.signatures if "float32" in str(s))
         anew = numba.njit(**numba_bridge.OPTIONS)(kernel.py_func)  # the disk cache keeps no assembly
         anew.compile(signature)
         (assembly,) = anew.inspect_asm().values()
-        if kernel is recurrent.sweep_kernel("super"):
+        if kernel is recurrent.backward_kernel("super"):
             # The sums back through recurrent weights are no part of the equations: they alone ask for fused operations.
             (code,) = anew.inspect_llvm().values()
             assert "llvm.fmuladd.v16f32" in code

@@ -19,7 +19,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...ops.call import (
     CPU_CHECKPOINT_EVERY,
     DIFFERENTIABLE,
-    Block,
     Call,
     Incoming,
     Network,
@@ -383,6 +382,19 @@ class Drives(NamedTuple):
     recurrent: Tensor | None = None
 
 
+def _feeds(net: Network, drives: Drives, steps: int) -> recurrent.Feeds:
+    return recurrent.Feeds(
+        strided_bytes(None if drives.x is None else drives.x.reshape(steps, -1)),
+        _array_if_given(drives.input, 4, net.dtype),
+        _array(net.input_rows),
+        net.input_synapses,
+        _array_if_given(drives.z, 2, net.dtype),
+        _array_if_given(drives.recurrent, 4, net.dtype),
+        _array(net.recurrent_rows),
+        net.recurrent_synapses,
+    )
+
+
 def _block(
     net: Network,
     drives: Drives,
@@ -407,14 +419,7 @@ def _block(
     most = parameters_of(f"recurrent_{'backward' if replay else 'forward'}", state.dtype, neurons, batch)["threads"]
     run(
         recurrent.block_kernel(),
-        strided_bytes(None if drives.x is None else drives.x.reshape(steps, -1)),
-        _array_if_given(drives.input, 4, state.dtype),
-        _array(net.input_rows),
-        net.input_synapses,
-        _array_if_given(drives.z, 2, state.dtype),
-        _array_if_given(drives.recurrent, 4, state.dtype),
-        _array(net.recurrent_rows),
-        net.recurrent_synapses,
+        _feeds(net, drives, steps),
         *constants_arrays(net.constants),
         array_of_rows(final.view(-1, cells)),
         strided_bytes(None if spikes is None else spikes.view(steps, cells)),
@@ -458,7 +463,7 @@ def recurrent_step(
     return _block(net, drives, state, Outputs(spikes, states=None if states is None else states.unsqueeze(1)))
 
 
-def recurrent_replay(
+def recurrent_backward_block(
     net: Network,
     x: Tensor,
     drive: Tensor | None,
@@ -466,55 +471,76 @@ def recurrent_replay(
     recurrent_drive: Tensor | None,
     state: Tensor,
     words: Tensor,
-    constants_grad: bool,
-) -> Tensor:
-    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_replay`.
+    sweep: Sweep,
+    start: int,
+    adjoints: Tensor,
+) -> None:
+    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_backward_block`.
 
     Without a gradient by the constants, the trajectory lacks its last two planes.
     """
-    planes = kept_count(len(state)) + (2 if constants_grad else 0)
-    trajectory = state.new_empty(planes, len(before), *state.shape[1:])
+    steps, batch, neurons = before.shape[0], *state.shape[1:]
+    cells, dtype = batch * neurons, state.dtype
+    planes = kept_count(len(state)) + (0 if sweep.sums is None else 2)
     drives = Drives(x, drive, before[0].to(net.dtype), recurrent_drive)
-    _block(net, drives, state, Outputs(words=words), trajectory)
-    return trajectory
-
-
-def recurrent_sweep(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> None:
-    """See :meth:`coba_triton.backend.protocol.Backend.recurrent_sweep`."""
-    planes, steps, batch, neurons = block.trajectory.shape
-    cells = batch * neurons
-    lam, lam_z, start = sweep.lam, sweep.lam_z, block.start
-    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(lam.dtype)
-    states = sweep.states
-    if states is not None:  # by those before each step; the initial one is not recorded
-        earlier = states[:, start - 1 : start] if start else states.new_zeros(len(states), 1, batch, neurons)
-        states = torch.cat([earlier, states[:, start : start + steps - 1]], 1).view(-1, cells)
-    most = parameters_of("recurrent_backward", lam.dtype, neurons, batch)["threads"]
+    most = parameters_of("recurrent_backward", dtype, neurons, batch)["threads"]
     # A thread with batch rows of its own goes through the block alone. PyTorch's threads share the product of fewer rows.
     alone = net.exchange is None and batch >= count_threads(most, 32 * steps * cells)
-    arguments = (
-        products.panels_of(net.recurrent_weights) if alone else nothing(3, lam.dtype),
-        _array(block.trajectory.view(planes, steps, cells)),
-        _array(block.words.view(-1, cells)),
-        *constants_arrays(net.constants),
-        _array_if_given(spikes, 2, lam.dtype),
-        _array_if_given(states, 2, lam.dtype),
-        array_of_rows(lam.view(-1, cells)),
-        _array(lam_z.view(cells)),
+    back = recurrent.Back(
+        products.panels_of(net.recurrent_weights) if alone else nothing(3, dtype),
+        *_incoming(sweep, start, steps),
+        array_of_rows(sweep.lam.view(-1, cells)),
+        _array(sweep.lam_z.view(cells)),
         _array(adjoints),
-        None if sweep.sums is None else _array(sweep.sums),
-        net.jump_first,
-        holds(len(lam)),
     )
-    kernel = recurrent.sweep_kernel(sweep.method)
-    rows = _split_rows(batch, 32 * cells * (steps if alone else 1), most)
-    shares = [(*some, products.scratch(adjoints.numpy().dtype)) for some in rows]
+    sums = None if sweep.sums is None else _array(sweep.sums)
+    spikes = array_of_rows(words.view(-1, cells))
+    constants = constants_arrays(net.constants)
+    jump_first, held = net.jump_first, holds(len(state))
+
+    def shares(steps: int) -> list[tuple[Any, ...]]:
+        rows = _split_rows(batch, 32 * cells * steps, most)
+        return [(*some, products.scratch(adjoints.numpy().dtype)) for some in rows]
+
     if alone:
-        run(kernel, 0, steps, *arguments, shares=shares)
+        run(
+            recurrent.backward_kernel(sweep.method),
+            _feeds(net, drives, steps),
+            *constants,
+            array_of_rows(state.clone().view(-1, cells)),
+            strided_bytes(None),
+            bits_of_one(torch.uint8),
+            spikes,
+            True,
+            nothing(2, dtype),
+            nothing(1, torch.int64),
+            planes,
+            jump_first,
+            held,
+            steps,
+            back,
+            sums,
+            shares=shares(steps),
+        )
         return
+    trajectory = state.new_empty(planes, steps, batch, neurons)
+    _block(net, drives, state, Outputs(words=words), trajectory)
+    kept = _array(trajectory.view(planes, steps, cells))
     for t in reversed(range(steps)):
-        run(kernel, t, t + 1, *arguments, shares=shares)
-        net.send_back(adjoints[t], sweep.split_weights, lam_z)
+        kernel = recurrent.sweep_kernel(sweep.method)
+        run(kernel, t, t + 1, kept, spikes, *constants, back, sums, jump_first, held, shares=shares(1))
+        net.send_back(adjoints[t], sweep.split_weights, sweep.lam_z)
+
+
+def _incoming(sweep: Sweep, start: int, steps: int) -> tuple[Any, Any]:
+    """The incoming gradients by the spikes of a block, and by the recorded states before each of its steps."""
+    dtype, cells = sweep.lam.dtype, sweep.lam_z.numel()
+    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(dtype)
+    states = sweep.states
+    if states is not None:  # the initial one is not recorded
+        earlier = states[:, start - 1 : start] if start else states.new_zeros(len(states), 1, *states.shape[2:])
+        states = torch.cat([earlier, states[:, start : start + steps - 1]], 1).view(-1, cells)
+    return _array_if_given(spikes, 2, dtype), _array_if_given(states, 2, dtype)
 
 
 def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:

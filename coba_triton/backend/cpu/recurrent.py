@@ -18,7 +18,7 @@ from ...neuron.records import Drive, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .events import FEW, compact, count_nonzero, unpack
 from .numba_bridge import borrow, compiled, entry_point, sources
-from .products import send_back
+from .products import ROWS, send_back
 from .rows import (
     BACKWARD_ROWS,
     FIELDS,
@@ -83,6 +83,24 @@ class Synapses(NamedTuple):
     weights: Any
 
 
+class Feeds(NamedTuple):
+    """What drives the neurons of a block. A drive without elements is summed from events.
+
+    ``x`` [T, B I] and ``initial`` [B, N] are the sources of the input and of the first step's recurrent drive;
+    ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row; where most of them are 0,
+    the :class:`Synapses` have the others.
+    """
+
+    x: Any
+    input_drive: Any
+    input_rows: Any
+    input_synapses: Synapses
+    initial: Any
+    recurrent_drive: Any
+    recurrent_rows: Any
+    recurrent_synapses: Synapses
+
+
 @compiled
 def borrow_synapses(synapses: Synapses) -> Synapses:
     return Synapses(borrow(synapses.starts), borrow(synapses.targets), borrow(synapses.weights))
@@ -117,6 +135,15 @@ def add_events(tile: Any, at: int, weights: Any, events: Any, count: int, begin:
         for j in range(n):
             tile[at + j] += relu(a[j])
             tile[at + ROW + j] += relu(-a[j])
+
+
+@compiled
+def are_spikes(values: Any, events: Any, count: int) -> bool:
+    """Whether all sources that send something send 1."""
+    spikes = True
+    for k in range(count):
+        spikes &= values[events[k]] == 1
+    return spikes
 
 
 @compiled
@@ -218,9 +245,7 @@ def projection_kernel() -> Any:
         events = np.empty(inputs + 1, np.int32)
         for row in range(first, last):
             count = compact(events, values[row])
-            spikes = True
-            for k in range(count):
-                spikes &= values[row, events[k]] == 1
+            spikes = are_spikes(values[row], events, count)
             for begin in range(0, neurons, TILE):
                 n = min(TILE, neurons - begin)
                 if spikes:
@@ -265,107 +290,115 @@ def synapses_kernel() -> Any:
     return entry_point(synapses)
 
 
+@compiled
+def simulate_rows(
+    feeds: Feeds, shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool, states: Any,
+    chosen: Any, trajectory: Any, origin: int, jump_first: bool, holds: bool | None, steps: int, first: int, last: int,
+) -> None:  # fmt: skip
+    """A block of steps of the batch rows from ``first`` to ``last``. Arrays without elements are not read or written.
+
+    ``state`` is carried on; ``forced``: the spikes are those of ``words``. ``states`` are of all neurons, or of those
+    ``chosen`` (ascending). The trajectory is of the neurons from ``origin`` on. ``holds``: None, or True where there is a
+    refractory period.
+    """
+    x, spikes = borrow_strided(feeds.x), borrow_strided(spikes)
+    input_synapses, recurrent_synapses = borrow_synapses(feeds.input_synapses), borrow_synapses(feeds.recurrent_synapses)
+    input_rows, recurrent_rows, initial = borrow(feeds.input_rows), borrow(feeds.recurrent_rows), borrow(feeds.initial)
+    input_drive, recurrent_drive = borrow(feeds.input_drive), borrow(feeds.recurrent_drive)
+    state, words, states, trajectory = borrow(state), borrow(words), borrow(states), borrow(trajectory)
+    chosen = borrow(chosen)
+    inputs, neurons = input_rows.shape
+    tiles = np.empty(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
+    buffer = np.empty(max(inputs, neurons, 1), state.dtype)
+    bits = np.empty(max(inputs, 1), np.uint32)
+    fired = np.zeros(neurons, np.uint8)
+    events = np.empty(neurons + 1, np.int32)
+    input_events = np.empty(inputs + 1, np.int32)
+    input_count, input_spikes = 0, True
+    c = None if shared is None else load_shared(shared)
+    for row in range(first, last):
+        cells = row * neurons
+        chosen_first, chosen_last = first_from(chosen, cells), first_from(chosen, cells + neurons)
+        for k in range(len(tiles)):
+            begin = k * TILE
+            n = min(TILE, neurons - begin)
+            load_per_neuron(tiles[k], per_neuron, cells + begin, n)
+            load_state(tiles[k], STATE, LEFT, state, 0, 1, cells + begin, n, len(state))
+        for t in range(steps):
+            values = buffer[:inputs]
+            if input_drive.size == 0:
+                values = row_of(buffer, bits, x, t, row * inputs, inputs)
+                input_count = compact(input_events, values[:inputs])
+                input_spikes = are_spikes(values, input_events, input_count)
+            if recurrent_drive.size == 0:
+                count = compact(events, initial[row]) if t == 0 else compact(events, fired)
+            for k in range(len(tiles)):
+                tile = tiles[k]
+                begin = k * TILE
+                n = min(TILE, neurons - begin)
+                here = slice(begin, begin + n)
+                cell = cells + begin
+                if input_drive.size == 0 and input_synapses.starts.size > 0:
+                    add_synapses(tile, INPUT, input_synapses, input_rows, values, input_events, input_count, k, begin, n)
+                elif input_drive.size == 0 and input_spikes:
+                    add_events(tile, INPUT, input_rows, input_events, input_count, begin, n)
+                elif input_drive.size == 0:
+                    add_values(tile, INPUT, input_rows, values, input_events, input_count, begin, n)
+                else:
+                    tile[INPUT : INPUT + n] = input_drive[0, t, row, here]
+                    tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, row, here]
+                if recurrent_drive.size > 0:
+                    tile[RECURRENT : RECURRENT + n] = recurrent_drive[0, t, row, here]
+                    tile[RECURRENT + ROW : RECURRENT + ROW + n] = recurrent_drive[1, t, row, here]
+                elif t == 0:
+                    add_values(tile, RECURRENT, recurrent_rows, initial[row], events, count, begin, n)
+                elif recurrent_synapses.starts.size > 0:
+                    add_synapses(tile, RECURRENT, recurrent_synapses, recurrent_rows, None, events, count, k, begin, n)
+                else:
+                    add_events(tile, RECURRENT, recurrent_rows, events, count, begin, n)
+                if forced:
+                    unpack(fired[here], words[t // 32, cell : cell + n], t % 32)
+                prefetch(spikes, t + 1, cell, n)
+                if trajectory.size == 0:
+                    step_row(tile, fired[here], n, jump_first, forced, c, holds, None)
+                else:
+                    step_row(tile, fired[here], n, jump_first, forced, c, holds, True)
+                    at = cell - origin
+                    for plane in range(len(trajectory)):
+                        copy(trajectory[plane, t, at : at + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
+                if spikes.data.size > 0:
+                    at = t * spikes.stride_t + cell
+                    if spikes.itemsize == 1:
+                        spikes.data[at : at + n] = fired[here]
+                    else:
+                        expand(spikes.data, spikes.itemsize, one, at, fired[here], n)
+                if words.size > 0 and not forced:
+                    pack(words[t // 32, cell : cell + n], fired[here], t % 32, n)
+                if states.size > 0 and chosen.size == 0:
+                    store_state(tile, states, t, steps, cell, n, len(state))
+            for k in range(chosen_first, chosen_last):
+                n = chosen[k] - cells
+                for field in range(len(state)):
+                    states[field * steps + t, k] = tiles[n // TILE, row_of_field(STATE, LEFT, field) + n % TILE]
+        for k in range(len(tiles)):
+            begin = k * TILE
+            store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin), len(state))
+
+
 @functools.cache
 def block_kernel() -> Any:
-    """A block of steps of the batch rows from ``first`` to ``last``: simulated, or replayed with the spikes known."""
+    """:func:`simulate_rows`: a block of steps, simulated, or replayed with the spikes known."""
     digest = sources()
 
     def block(
-        x: Strided, input_drive: Any, input_rows: Any, input_synapses: Synapses, initial: Any, recurrent_drive: Any,
-        recurrent_rows: Any, recurrent_synapses: Synapses, shared: Any, per_neuron: Any, state: Any, spikes: Strided,
-        one: int, words: Any, forced: bool, states: Any, chosen: Any, trajectory: Any, jump_first: bool, holds: bool | None,
-        steps: int, first: int, last: int,
+        feeds: Feeds, shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool,
+        states: Any, chosen: Any, trajectory: Any, jump_first: bool, holds: bool | None, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
-        """Arrays without elements are not read or written; a drive without elements is summed from events.
-
-        ``x`` [T, B I] and ``initial`` [B, N] are the sources of the input and of the first step's recurrent drive;
-        ``input_rows`` [I, N] and ``recurrent_rows`` [N, N] have the synapses of a source in a row; where most of them are 0,
-        the :class:`Synapses` have the others. ``state`` is carried on; ``forced``: the spikes are those of ``words``.
-        ``states`` are of all neurons, or of those ``chosen`` (ascending). ``holds``: None, or True where there is a
-        refractory period.
-        """
         _ = digest  # part of the key of the disk cache
-        x, spikes = borrow_strided(x), borrow_strided(spikes)
-        input_synapses, recurrent_synapses = borrow_synapses(input_synapses), borrow_synapses(recurrent_synapses)
-        input_rows, recurrent_rows, initial = borrow(input_rows), borrow(recurrent_rows), borrow(initial)
-        input_drive, recurrent_drive = borrow(input_drive), borrow(recurrent_drive)
-        state, words, states, trajectory = borrow(state), borrow(words), borrow(states), borrow(trajectory)
-        chosen = borrow(chosen)
-        inputs, neurons = input_rows.shape
-        tiles = np.empty(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
-        buffer = np.empty(max(inputs, neurons, 1), state.dtype)
-        bits = np.empty(max(inputs, 1), np.uint32)
-        fired = np.zeros((neurons + 7) // 8 * 8, np.uint8)
-        events = np.empty(len(fired) + 1, np.int32)
-        input_events = np.empty(inputs + 1, np.int32)
-        c = None if shared is None else load_shared(shared)
-        for row in range(first, last):
-            cells = row * neurons
-            chosen_first, chosen_last = first_from(chosen, cells), first_from(chosen, cells + neurons)
-            for k in range(len(tiles)):
-                begin = k * TILE
-                n = min(TILE, neurons - begin)
-                load_per_neuron(tiles[k], per_neuron, cells + begin, n)
-                load_state(tiles[k], STATE, LEFT, state, 0, 1, cells + begin, n, len(state))
-            for t in range(steps):
-                values = buffer[:inputs]
-                if input_drive.size == 0:
-                    values = row_of(buffer, bits, x, t, row * inputs, inputs)
-                    input_count = compact(input_events, values[:inputs])
-                if recurrent_drive.size == 0:
-                    count = compact(events, initial[row]) if t == 0 else compact(events, fired)
-                for k in range(len(tiles)):
-                    tile = tiles[k]
-                    begin = k * TILE
-                    n = min(TILE, neurons - begin)
-                    here = slice(begin, begin + n)
-                    cell = cells + begin
-                    if input_drive.size == 0 and input_synapses.starts.size > 0:
-                        add_synapses(
-                            tile, INPUT, input_synapses, input_rows, values, input_events, input_count, k, begin, n
-                        )  # fmt: skip
-                    elif input_drive.size == 0:
-                        add_values(tile, INPUT, input_rows, values, input_events, input_count, begin, n)
-                    else:
-                        tile[INPUT : INPUT + n] = input_drive[0, t, row, here]
-                        tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, row, here]
-                    if recurrent_drive.size > 0:
-                        tile[RECURRENT : RECURRENT + n] = recurrent_drive[0, t, row, here]
-                        tile[RECURRENT + ROW : RECURRENT + ROW + n] = recurrent_drive[1, t, row, here]
-                    elif t == 0:
-                        add_values(tile, RECURRENT, recurrent_rows, initial[row], events, count, begin, n)
-                    elif recurrent_synapses.starts.size > 0:
-                        add_synapses(
-                            tile, RECURRENT, recurrent_synapses, recurrent_rows, None, events, count, k, begin, n
-                        )  # fmt: skip
-                    else:
-                        add_events(tile, RECURRENT, recurrent_rows, events, count, begin, n)
-                    if forced:
-                        unpack(fired[here], words[t // 32, cell : cell + n], t % 32)
-                    prefetch(spikes, t + 1, cell, n)
-                    if trajectory.size == 0:
-                        step_row(tile, fired[here], n, jump_first, forced, c, holds, None)
-                    else:
-                        step_row(tile, fired[here], n, jump_first, forced, c, holds, True)
-                        for plane in range(len(trajectory)):
-                            copy(trajectory[plane, t, cell : cell + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
-                    if spikes.data.size > 0:
-                        at = t * spikes.stride_t + cell
-                        if spikes.itemsize == 1:
-                            spikes.data[at : at + n] = fired[here]
-                        else:
-                            expand(spikes.data, spikes.itemsize, one, at, fired[here], n)
-                    if words.size > 0 and not forced:
-                        pack(words[t // 32, cell : cell + n], fired[here], t % 32, n)
-                    if states.size > 0 and chosen.size == 0:
-                        store_state(tile, states, t, steps, cell, n, len(state))
-                for k in range(chosen_first, chosen_last):
-                    n = chosen[k] - cells
-                    for field in range(len(state)):
-                        states[field * steps + t, k] = tiles[n // TILE, row_of_field(STATE, LEFT, field) + n % TILE]
-            for k in range(len(tiles)):
-                begin = k * TILE
-                store_state(tiles[k], state, 0, 1, cells + begin, min(TILE, neurons - begin), len(state))
+        simulate_rows(
+            feeds, shared, per_neuron, state, spikes, one, words, forced, states, chosen, trajectory, 0, jump_first, holds,
+            steps, first, last,
+        )  # fmt: skip
 
     return entry_point(block)
 
@@ -389,61 +422,117 @@ def sweep_row(
         tile[ADJOINT + j], tile[ADJOINT + ROW + j] = a.drive.e, a.drive.i
 
 
+class Back(NamedTuple):
+    """What a sweep back through a block reads and carries on.
+
+    ``panels``: the recurrent weights as :func:`.products.panels_of` makes them; without elements, ``lam_z`` stays.
+    ``grad_spikes`` [T, M] and ``grad_states`` [F T, M], which is by the recorded states before the steps, may have no
+    elements. ``lam`` [F, M] and ``lam_z`` [M] are carried on. ``adjoints`` [T, B, 2 N] are filled.
+    """
+
+    panels: Any
+    grad_spikes: Any
+    grad_states: Any
+    lam: Any
+    lam_z: Any
+    adjoints: Any
+
+
+@compiled
+def sweep_rows(
+    since: int, until: int, trajectory: Any, origin: int, words: Any, shared: Any, per_neuron: Any, back: Back,
+    grad_constants: Any, jump_first: bool, holds: bool | None, first: int, last: int, sums_of_rows: Any, METHOD: str,
+) -> None:  # fmt: skip
+    """The adjoint of a block, from step ``until`` back to ``since``, for the batch rows from ``first`` to ``last``.
+
+    The trajectory is of the neurons from ``origin`` on. ``grad_constants`` [S, M] is carried on, or None. ``sums_of_rows``
+    is scratch.
+    """
+    trajectory, words, grad_spikes, grad_states, panels, sums_of_rows = (
+        borrow(trajectory), borrow(words), borrow(back.grad_spikes), borrow(back.grad_states), borrow(back.panels),
+        borrow(sums_of_rows),
+    )  # fmt: skip
+    lam, lam_z, adjoints = borrow(back.lam), borrow(back.lam_z), borrow(back.adjoints)
+    steps, batch, neurons = adjoints.shape[0], adjoints.shape[1], adjoints.shape[2] // 2
+    tile = np.zeros(BACKWARD_SIZE, lam.dtype)
+    c = None if shared is None else load_shared(shared)
+    sums = None if grad_constants is None else True
+    for t in range(until - 1, since - 1, -1):
+        for row in range(first, last):
+            for begin in range(0, neurons, TILE):
+                n = min(TILE, neurons - begin)
+                cell = row * neurons + begin
+                load_per_neuron(tile, per_neuron, cell, n)
+                load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
+                if grad_states.size > 0:
+                    load_state(tile, RECORDED, LEFT, grad_states, t, steps, cell, n, FIELDS)
+                for k in range(len(trajectory)):
+                    row_at = STEP + tile_row(k, holds) * ROW
+                    copy(tile[row_at : row_at + n], trajectory[k, t], cell - origin, 1, n)
+                copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
+                if grad_spikes.size > 0:
+                    tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
+                if sums is not None:
+                    for k in range(len(grad_constants)):
+                        copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
+                sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, holds, sums, METHOD)
+                copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
+                copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
+                store_state(tile, lam, 0, 1, cell, n, FIELDS)
+                if sums is not None:
+                    for k in range(len(grad_constants)):
+                        copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
+        if panels.size > 0:
+            send_back(lam_z, panels, adjoints.reshape(-1), 2 * batch * neurons * t, first, last, sums_of_rows)
+
+
 @functools.cache
 def sweep_kernel(method: str) -> Any:
-    """The adjoint of a block, from step ``until`` back to ``since``, for the batch rows from ``first`` to ``last``."""
+    """:func:`sweep_rows` of one surrogate derivative."""
     digest = sources()
 
     def sweep(
-        since: int, until: int, panels: Any, trajectory: Any, words: Any, shared: Any, per_neuron: Any, grad_spikes: Any,
-        grad_states: Any, lam: Any, lam_z: Any, adjoints: Any, grad_constants: Any, jump_first: bool, holds: bool | None,
-        first: int, last: int, sums_of_rows: Any,
+        since: int, until: int, trajectory: Any, words: Any, shared: Any, per_neuron: Any, back: Back,
+        grad_constants: Any, jump_first: bool, holds: bool | None, first: int, last: int, sums_of_rows: Any,
     ) -> None:  # fmt: skip
-        """``panels``: the recurrent weights as :func:`.products.panels_of` makes them; without elements, ``lam_z`` stays.
-
-        ``grad_states [F t, M]``: incoming gradient by the recorded states before the steps, or without elements.
-        ``grad_constants`` [S, M] is carried on, or is None. ``sums_of_rows`` is scratch.
-        """
         _ = digest  # part of the key of the disk cache
-        trajectory, words, grad_spikes, grad_states, panels, sums_of_rows = (
-            borrow(trajectory), borrow(words), borrow(grad_spikes), borrow(grad_states), borrow(panels),
-            borrow(sums_of_rows),
+        sweep_rows(
+            since, until, trajectory, 0, words, shared, per_neuron, back, grad_constants, jump_first, holds, first, last,
+            sums_of_rows, method,
         )  # fmt: skip
-        lam, lam_z, adjoints = borrow(lam), borrow(lam_z), borrow(adjoints)
-        _, steps, cells = trajectory.shape
-        neurons = adjoints.shape[2] // 2
-        tile = np.zeros(BACKWARD_SIZE, lam.dtype)
-        c = None if shared is None else load_shared(shared)
-        sums = None if grad_constants is None else True
-        for t in range(until - 1, since - 1, -1):
-            for row in range(first, last):
-                for begin in range(0, neurons, TILE):
-                    n = min(TILE, neurons - begin)
-                    cell = row * neurons + begin
-                    load_per_neuron(tile, per_neuron, cell, n)
-                    load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
-                    if grad_states.size > 0:
-                        load_state(tile, RECORDED, LEFT, grad_states, t, steps, cell, n, FIELDS)
-                    for k in range(len(trajectory)):
-                        row_at = STEP + tile_row(k, holds) * ROW
-                        copy(tile[row_at : row_at + n], trajectory[k, t], cell, 1, n)
-                    copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
-                    if grad_spikes.size > 0:
-                        tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
-                    if sums is not None:
-                        for k in range(len(grad_constants)):
-                            copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
-                    sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, holds, sums, method)
-                    copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
-                    copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
-                    store_state(tile, lam, 0, 1, cell, n, FIELDS)
-                    if sums is not None:
-                        for k in range(len(grad_constants)):
-                            copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
-            if panels.size > 0:
-                send_back(lam_z, panels, adjoints.reshape(-1), 2 * cells * t, first, last, sums_of_rows)
 
     return entry_point(sweep)
+
+
+@functools.cache
+def backward_kernel(method: str) -> Any:
+    """A block replayed with its spikes, and the sweep back through it, for a few batch rows after the other.
+
+    Their trajectory is small enough to stay in the caches.
+    """
+    digest = sources()
+
+    def backward(
+        feeds: Feeds, shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool,
+        states: Any, chosen: Any, planes: int, jump_first: bool, holds: bool | None, steps: int, back: Back,
+        grad_constants: Any, first: int, last: int, sums_of_rows: Any,
+    ) -> None:  # fmt: skip
+        """Arguments as in :func:`simulate_rows` and :func:`sweep_rows`; ``planes`` of the trajectory."""
+        _ = digest  # part of the key of the disk cache
+        neurons = feeds.input_rows.shape[1]
+        trajectory = np.empty((planes, steps, ROWS * neurons), state.dtype)
+        for begin in range(first, last, ROWS):
+            end = min(begin + ROWS, last)
+            simulate_rows(
+                feeds, shared, per_neuron, state, spikes, one, words, forced, states, chosen, trajectory, begin * neurons,
+                jump_first, holds, steps, begin, end,
+            )  # fmt: skip
+            sweep_rows(
+                0, steps, trajectory, begin * neurons, words, shared, per_neuron, back, grad_constants, jump_first, holds,
+                begin, end, sums_of_rows, method,
+            )  # fmt: skip
+
+    return entry_point(backward)
 
 
 @functools.cache
