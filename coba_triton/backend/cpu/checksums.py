@@ -67,12 +67,15 @@ def add_row(sums: Any, row: Any, columns: int) -> None:
     """Fold a row of words into the lanes of a checksum, so that it does not matter who takes which groups of columns.
 
     A change of one word changes its lane for good, as the lane's other steps can be undone.
+
+    The groups are taken from the last to the first. In rows of 1000 words that come from memory, this was measured to take
+    half the time of the other direction, perhaps because the processor then asks for no lines beyond the row in vain.
     """
     whole = columns // GROUP
-    for g in range(whole):
-        _add_group(sums, LANES * g, row, GROUP * g, GROUP)
     if columns > GROUP * whole:
         _add_group(sums, LANES * whole, row, GROUP * whole, columns - GROUP * whole)
+    for g in range(whole - 1, -1, -1):
+        _add_group(sums, LANES * g, row, GROUP * g, GROUP)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import numpy as np
 
 from .feed_forward import forward_row
 from .lanes import LANES, copy_lanes, lowest_bit, transpose_lanes
+from .meeting import memory_apart
 from .numba_bridge import borrow, compiled, entry_point, sources
 from .rows import (
     CONSTANTS,
@@ -208,9 +209,9 @@ def scratch(dtype: Any, chunks: int, n: int) -> Scratch:
     chunks = min(chunks, TILE // n)
     width = -(-chunks * n // LANES) * LANES + LANES
     return Scratch(
-        tile=np.zeros(FORWARD_ROWS, dtype),
-        buffer=np.zeros(STEPS * width, dtype),
-        lines=np.zeros(LANES * STEPS, dtype),
+        tile=memory_apart((FORWARD_ROWS,), dtype),
+        buffer=memory_apart((STEPS * width,), dtype),
+        lines=memory_apart((LANES * STEPS,), dtype),
         bits=np.zeros(STEPS, np.uint32),
         fired=np.zeros((STEPS, width), np.uint8),
         packed=np.zeros((STEPS // WORD, width), np.int32),

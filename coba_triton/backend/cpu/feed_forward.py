@@ -37,6 +37,7 @@ from .rows import (
     put_state,
     put_sums,
     row_of,
+    scratch_on_line,
     state_at,
     store,
     store_state,
@@ -131,8 +132,8 @@ def forward_kernel() -> Any:
         _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         words, states, checkpoints = borrow(words), borrow(states), borrow(checkpoints)
-        tile = np.empty(FORWARD_ROWS, state.dtype)
-        buffer = np.empty(TILE, state.dtype)
+        tile = scratch_on_line(FORWARD_ROWS, state.dtype)
+        buffer = scratch_on_line(TILE, state.dtype)
         bits = np.empty(TILE, np.uint32)
         fired = np.empty(TILE, np.uint8)
         c = None if shared is None else load_shared(shared)
@@ -180,11 +181,11 @@ def backward_kernel(method: str) -> Any:
         _ = digest  # part of the key of the disk cache
         x, grad_spikes, grad_x = borrow_strided(x), borrow_strided(grad_spikes), borrow_strided(grad_x)
         words, checkpoints, grad_states = borrow(words), borrow(checkpoints), borrow(grad_states)
-        tile = np.empty(BACKWARD_ROWS, grad_state.dtype)
-        tape = np.empty((every + 2) * FRAME, grad_state.dtype)
-        x_buffer = np.empty(TILE, grad_state.dtype)
+        tile = scratch_on_line(BACKWARD_ROWS, grad_state.dtype)
+        tape = scratch_on_line((every + 2) * FRAME, grad_state.dtype)
+        x_buffer = scratch_on_line(TILE, grad_state.dtype)
         gradient_buffer = np.zeros(TILE, grad_state.dtype)
-        out = np.empty(TILE, grad_state.dtype)
+        out = scratch_on_line(TILE, grad_state.dtype)
         bits = np.empty(TILE, np.uint32)
         c = None if shared is None else load_shared(shared)
         sums = None if grad_constants is None else True

@@ -42,6 +42,18 @@ FLOAT32, FLOAT64, FLOAT16, BFLOAT16, UINT8 = range(5)
 
 
 @compiled
+def scratch_on_line(length: int, dtype: Any) -> Any:
+    """An array, not filled, that begins where a line of memory begins.
+
+    Otherwise a vector of a line's size lies in two lines, and to load or store it costs twice as much. Arrays that a kernel
+    makes with NumPy's functions begin at multiples of 32 bytes only.
+    """
+    memory = np.empty(length + LINE, dtype)
+    first = -memory.ctypes.data % LINE // memory.itemsize
+    return memory[first : first + length]
+
+
+@compiled
 def first_from(ascending: Any, bound: int) -> int:
     """The index of the first number that is not below ``bound``. With NumPy's search, numba would load SciPy for it."""
     low, high = 0, len(ascending)
