@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .tensors import is_watched
+
 # The largest sum is below two to this number: one bit is the sign's, and one is spare for weights that are rounded up.
 SUM_BITS = {torch.int64: 62, torch.int32: 30}
 # The powers of two of which a number of each dtype, and its inverse, has all bits.
 MOST_BITS = {torch.float32: 126, torch.float64: 1000}
 # Synapses that are looked at together, to bound the scratch.
 PART = 2**22
+COUNTED_FROM = 2**14  # synapses that the CPU kernels add up: fewer are not worth it to load them
 
 
 class Grid(NamedTuple):
@@ -83,18 +86,26 @@ def make_grid(
     # first a coarse grid, from the largest weight and the largest number of synapses
     bits = SUM_BITS[torch.int64]
     coarse = bits - 2 - torch.frexp(largest)[1] - _bit_length(most)
-    sums = torch.zeros(2, neurons, dtype=torch.int64, device=device)
-    for begin, end in parts:
-        part = weights_of(weights, indptr, begin, end).double()
-        index = targets[begin:end].long()
-        for sign, row in enumerate(sums):
-            row.index_add_(0, index, torch.ceil(torch.ldexp(torch.relu(-part if sign else part), coarse[sign])).long())
+    if device.type == "cpu" and len(targets) >= COUNTED_FROM and not is_watched():
+        from ..backend.cpu.magnitudes import magnitudes_of
+
+        scale = torch.ldexp(torch.ones(2, dtype=torch.float64), coarse).numpy()
+        numbers, starts, onto = (tensor.contiguous().numpy() for tensor in (weights, indptr, targets))
+        sums = torch.from_numpy(magnitudes_of(numbers, starts, onto, neurons, scale))
+    else:
+        sums = torch.zeros(2, neurons, dtype=torch.int64, device=device)
+        for begin, end in parts:
+            part = weights_of(weights, indptr, begin, end).double()
+            index = targets[begin:end].long()
+            for sign, row in enumerate(sums):
+                row.index_add_(0, index, torch.ceil(torch.ldexp(torch.relu(-part if sign else part), coarse[sign])).long())
     found = greatest(sums.amax(1) if neurons else sums.new_zeros(2))
     power = torch.where(found > 0, coarse + bits - _bit_length(found), 0).clamp(-limit, limit)
     width = torch.int64
     if narrow:
         fewer = (power - (bits - SUM_BITS[torch.int32])).clamp(-limit, limit)
-        if all(_is_exact(weights_of(weights, indptr, begin, end), fewer) for begin, end in parts):
+        used = weights[indptr.diff() > 0, 0] if weights.dim() == 2 else weights
+        if not parts or all(_is_exact(part, fewer) for part in used.split(PART)):
             power, width = fewer, torch.int32
     ones = torch.ones(2, dtype=torch.float64, device=device)
     return Grid(torch.cat([torch.ldexp(ones, power), torch.ldexp(ones, -power)]).to(dtype), width)

@@ -232,7 +232,7 @@ class Synapses(NamedTuple):
             raise ValueError("its targets are not sorted")
         check_range(targets, "targets", "N", neurons)
         given = values_of(weights, "weights", len(targets), len(indptr) - 1, weights.device)
-        return _record(indptr, targets, given, delays, neurons)
+        return record_of(indptr, targets, given, delays, neurons)
 
     @classmethod
     def join(cls, parts: Sequence[Synapses]) -> Synapses:
@@ -275,7 +275,7 @@ class Synapses(NamedTuple):
         delays = None
         if parts[0].delays is not None:
             delays = _merge([part.delays for part in parts if part.delays is not None], fans, sources, order, indptr)
-        return _record(indptr, targets, weights, delays, neurons)
+        return record_of(indptr, targets, weights, delays, neurons)
 
     @classmethod
     def from_coo(cls, targets: Any, sources: Any, weights: Any, delays: Any = None, *, shape: tuple[int, int]) -> Synapses:
@@ -309,7 +309,7 @@ class Synapses(NamedTuple):
         given = values_of(weights, "weights", len(rows), count_sources, device)
         taken = None if delays is None else values_of(delays, "delays", len(rows), count_sources, device)
         indptr, ordered, order = _sort(rows, columns, neurons, count_sources)
-        return _record(indptr, ordered, _permute(given, order), _permute(taken, order), neurons)
+        return record_of(indptr, ordered, _permute(given, order), _permute(taken, order), neurons)
 
     @classmethod
     def from_torch(cls, matrix: Tensor, delays: Any = None) -> Synapses:
@@ -350,7 +350,7 @@ class Synapses(NamedTuple):
             taken = None if delays is None else values_of(delays, "delays", len(stored), sources, device)
             indptr, targets, order = _sort(rows, columns, neurons, sources)
         weights: Any = _Stored.apply(matrix, order) if is_tracked(matrix) else _permute(stored, order)  # type: ignore[no-untyped-call]
-        return _record(indptr, targets, weights, _permute(taken, order), neurons)
+        return record_of(indptr, targets, weights, _permute(taken, order), neurons)
 
     @classmethod
     def _of_dense(cls, matrix: Tensor, delays: Any, device: torch.device) -> Synapses:
@@ -370,7 +370,7 @@ class Synapses(NamedTuple):
             taken = taken.reshape(1) if taken.dim() == 0 else taken
         indptr = torch.arange(sources + 1, device=device) * neurons
         targets = torch.arange(neurons, dtype=torch.int32, device=device).repeat(sources)
-        return _record(indptr, targets, matrix.t().reshape(-1), taken, neurons)
+        return record_of(indptr, targets, matrix.t().reshape(-1), taken, neurons)
 
     @classmethod
     def fixed_probability(
@@ -421,7 +421,7 @@ class Synapses(NamedTuple):
         if not 0 <= probability <= 1:
             raise ValueError(f"probability must be a number from 0 to 1, got {probability!r:.50}; divide percents by 100")
         wanted = Wanted(sources, neurons, weight, delay, seed, autapses, only, dtype).checked()
-        return _record(*draw(wanted, float(probability), -1, False, True), wanted.neurons)
+        return record_of(*draw(wanted, float(probability), -1, False, True), wanted.neurons)
 
     @classmethod
     def fixed_number(
@@ -477,7 +477,7 @@ class Synapses(NamedTuple):
                 f"number must be at most {max(most, 0)}, the {what} to choose from, got {number}"
                 + ("; pass replace=True for several synapses of a pair" if most > 0 else "; pass more of them")
             )
-        return _record(*draw(wanted, 0.0, number, replace, per == "target"), wanted.neurons)
+        return record_of(*draw(wanted, 0.0, number, replace, per == "target"), wanted.neurons)
 
     @classmethod
     def from_scipy(cls, matrix: Any, delays: Any = None) -> Synapses:
@@ -579,7 +579,7 @@ def _permute(values: Any, order: Tensor | None) -> Any:
     return values.index_select(0, order)
 
 
-def _record(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor | None, neurons: int) -> Synapses:
+def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor | None, neurons: int) -> Synapses:
     """The record of what is sorted, after a look at every number."""
     low, high = limits(weights)
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -24,14 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backend.choose import choose_backend, launcher, the_device
+from ..backend.cpu.magnitudes import magnitudes_of
+from ..backend.cpu.sorting import Listed, gather, order_of
+from ..backend.cpu.spike_lists import spikes_of
 from ..common.warned import warn
 from ..functional import connections
 from ..neuron.records import CobaLIFParameters, Constants
 from ..ops import validation
 from ..ops.call import Outputs, SparseNetwork
 from ..ops.constants import constants_table
+from ..ops.grid import weights_of
 from ..ops.spikes import WORD_BITS, word_count
-from ..ops.synapses import Synapses
+from ..ops.synapses import Synapses, record_of
 from ..ops.wiring import Wiring
 from .chance import Chance, Uncertain, earlier_in_sample
 
@@ -49,20 +53,20 @@ class Wires(NamedTuple):
     """The synapses of a projection.
 
     Attributes:
-        pre: the code of every synapse's source: a neuron's number, or ``-1 - k`` for source ``k``.
-        post: the neuron of every synapse.
-        weights: in uS, or in nA for neurons whose synapses are currents, negative where they are inhibitory.
-        delays: in steps of PyNN's count.
+        listed: as they stand; a source of spikes ``k`` has the number ``-1 - k``. Weights times the sign are in uS, or in nA
+            for neurons whose synapses are currents, negative where they are inhibitory. Delays are in steps of PyNN's count.
         probabilities: that a synapse transmits a spike; None if all always do.
         number: of the projection.
     """
 
-    pre: Array
-    post: Array
-    weights: Array
-    delays: Array
+    listed: Listed
     probabilities: Array | None
     number: int
+
+    def single(self) -> tuple[Array, Array, Array, Array]:
+        """The source, the neuron, the weight and the delay of every synapse."""
+        pre, post, weights, delays, sources, neurons, sign = self.listed
+        return sources[pre], neurons[post], sign * weights, delays
 
 
 class Trains(Protocol):
@@ -337,11 +341,7 @@ class Engine:
     def _spikes_of(self, spikes: Tensor | None, words: Tensor | None) -> tuple[Array, Array]:
         """The samples and the neurons of the spikes of a block."""
         if words is not None:
-            packed = words[:, 0].cpu().numpy()
-            word, neuron = np.divmod(np.flatnonzero(packed != 0), self.neurons)
-            eights = np.ascontiguousarray(packed[word, neuron]).astype("<i4").view(np.uint8).reshape(-1, 4)
-            which, bit = np.nonzero(np.unpackbits(eights, axis=1, bitorder="little"))
-            steps, neurons = WORD_BITS * word[which] + bit, neuron[which]
+            steps, neurons = spikes_of(words[:, 0].cpu().numpy())
         elif spikes is not None:
             steps, neurons = np.nonzero(spikes[:, 0].cpu().numpy())
         else:
@@ -411,9 +411,9 @@ class Engine:
     def _add_input(self, drive: Array, rows: Array) -> None:
         """Add what the channels send, whose spikes are counted in ``rows [count, I]``."""
         assert self._input is not None
-        indptr, targets = self._input.indptr.cpu().numpy(), self._input.targets.cpu().numpy()
-        weights = self._input.weights.cpu().numpy()
-        each = weights if len(weights) == len(targets) else np.broadcast_to(weights.reshape(-1), len(targets))
+        inputs = self._input.to("cpu")
+        indptr, targets = inputs.indptr.numpy(), inputs.targets.numpy()
+        each = weights_of(inputs.weights, inputs.indptr, 0, inputs.count).numpy()
         steps, channels = np.nonzero(rows)
         counts = indptr[channels + 1] - indptr[channels]
         before = np.cumsum(counts) - counts
@@ -507,45 +507,40 @@ class Engine:
         """The synapses of all projections as the backend takes them."""
         every = [projection.wires() for projection in self.projections]
         parts = [part for part in every if part.probabilities is None]
-        pre, post, weights, delays = (
-            np.concatenate([getattr(part, name) for part in parts]) if parts else np.empty(0, kind)
-            for name, kind in zip(Wires._fields, (np.int64, np.int64, np.float64, np.int64), strict=False)
-        )
-        inner, outer = np.flatnonzero((pre >= 0) & (weights != 0)), np.flatnonzero((pre < 0) & (weights != 0))
-        shape = self.neurons, self.neurons
-        recurrent = Synapses.from_coo(post[inner], pre[inner], weights[inner], delays[inner] + 1.0, shape=shape)
-        shortest, longest = (int(recurrent.shortest), int(recurrent.longest)) if len(inner) else (1, 1)
-        recurrent = _shared(recurrent)
+        gathered = gather([part.listed for part in parts], self.neurons, self.neurons)
+        indptr, targets, weights, lags = map(torch.from_numpy, gathered)
+        recurrent = record_of(indptr, targets, weights, lags + 1, self.neurons)
+        shortest, longest = (int(recurrent.shortest), int(recurrent.longest)) if recurrent.count else (1, 1)
         inputs: Tensor | Synapses = torch.zeros(self.neurons, 0, dtype=self.dtype)
         self._input, self._channels = None, {}
-        if len(outer):
-            sources, lags = -1 - pre[outer], delays[outer]
-            span = int(lags.max()) + 1
-            keys, channel = np.unique(sources * span + lags, return_inverse=True)
+        given = [part.single() for part in parts if len(part.listed.pre) and part.listed.sources.min() < 0]
+        if given:
+            pre, post, each, delays = (np.concatenate(column) for column in zip(*given, strict=True))
+            outer = np.flatnonzero((pre < 0) & (each != 0))
+            sources, steps = -1 - pre[outer], delays[outer].astype(np.int64)
+            span = int(steps.max(initial=0)) + 1
+            keys, channel = np.unique(sources * span + steps, return_inverse=True)
             for number, (source, lag) in enumerate(zip(keys // span, keys % span, strict=True)):
                 self._channels.setdefault(int(lag), np.full(self.sources, -1))[source] = number
+        if self._channels:
             shape = self.neurons, len(keys)
-            self._input = inputs = _shared(Synapses.from_coo(post[outer], channel, weights[outer], shape=shape)).to(
-                self.device
-            )
+            self._input = inputs = _shared(Synapses.from_coo(post[outer], channel, each[outer], shape=shape)).to(self.device)
         wiring = Wiring(inputs, recurrent.to(self.device), shortest, longest)
         silence = torch.zeros(longest, 1, self.neurons, dtype=self.dtype, device=self.device)
         self._net = SparseNetwork.of(connections(wiring, self._table, 1.0), silence, False, self.backend)
         self._empty_ring(self._net)
-        self._take_chances([part for part in every if part.probabilities is not None and len(part.pre)])
+        self._take_chances([part for part in every if part.probabilities is not None and len(part.listed.pre)])
 
     def _take_chances(self, parts: list[Wires]) -> None:
         """The synapses that transmit with a probability."""
         self._chance = None
         if not parts:
             return
-        uncertain = [
-            Uncertain(
-                np.where(part.pre >= 0, part.pre, self.neurons - 1 - part.pre), part.post, part.weights, part.delays,
-                np.asarray(part.probabilities), part.number,
-            )
-            for part in parts
-        ]  # fmt: skip
+        uncertain = []
+        for part in parts:
+            pre, post, weights, delays = part.single()
+            cells = np.where(pre >= 0, pre, self.neurons - 1 - pre)
+            uncertain.append(Uncertain(cells, post, weights, delays, np.asarray(part.probabilities), part.number))
         most = max(1, BLOCK_BYTES // (16 * self.neurons))
         self._chance = Chance(uncertain, self.neurons, self.neurons + self.sources, most)
         self._chance.begin(self.seed, self.segment)
@@ -593,14 +588,17 @@ def load_kernels(dtype: str, backend: str, device: str) -> None:
     """Load the CPU kernels of an engine from the disk, or compile them, once in a process: so no run waits for them."""
     if choose_backend(backend, the_device(device)) != "cpu":
         return
-    engine = Engine(0.1, dtype, backend, device)
-    engine.add_neurons(lambda parameters: CobaLIFParameters(), {}, 1)
-    one = np.zeros(1, np.int64)
-    engine.projections.append(_Wired(Wires(one, one, np.full(1, 0.1), one + 1, None, 0)))
-    engine.advance(1, [])
-    from ..backend.cpu.sorting import order_of
-
-    order_of(one, one, 2, 2)  # which sorts the synapses of larger networks
+    two, first = np.zeros(2, np.int32), np.zeros(1, np.int64)
+    for least in (0.1, 1e-9) if dtype == "float32" else (0.1,):  # sums have 32 bits where these hold all weights
+        engine = Engine(0.1, dtype, backend, device)
+        engine.add_neurons(lambda parameters: CobaLIFParameters(), {}, 1)
+        listed = Listed(two, two, np.array([0.1, least]), two + 1, first, first, 1.0)
+        engine.projections.append(_Wired(Wires(listed, None, 0)))
+        engine.records[:] = True
+        engine.advance(1, [])
+    # for larger networks
+    order_of(first, first, 1, 1)
+    magnitudes_of(np.zeros(1, dtype), np.arange(2), two[:1], 1, np.ones(2))
 
 
 class _Wired(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 from pyNN import common, errors
 from pyNN.space import Space
 
+from ..backend.cpu.sorting import Listed
 from ..common.messages import logger
 from . import simulator
 from .engine import Array, Wires
@@ -147,6 +148,7 @@ class Projection(common.Projection):
         simulator.state.projection_counter += 1
         self._inhibitory = self.receptor_type == "inhibitory"
         self._conductances = bool(self.post.conductance_based)
+        self._numbers = [self._engine.codes[cells.all_cells.astype(np.int64)] for cells in (self.pre, self.post)]
         self._parts: list[tuple[Array, ...]] = []
         connector.connect(self)
         self._put_together()
@@ -198,11 +200,10 @@ class Projection(common.Projection):
 
     def wires(self) -> Wires:
         """The synapses by the numbers of their cells."""
-        pre, post = (self._engine.codes[cells.all_cells.astype(np.int64)] for cells in (self.pre, self.post))
-        signed = -self.weights if self._inhibitory and self._conductances else self.weights
-        return Wires(
-            pre[self.pre_indices], post[self.post_indices], signed, self.delay_steps, self.probabilities, self.number
-        )
+        sign = -1.0 if self._inhibitory and self._conductances else 1.0
+        sources, neurons = self._numbers
+        listed = Listed(self.pre_indices, self.post_indices, self.weights, self.delay_steps, sources, neurons, sign)
+        return Wires(listed, self.probabilities, self.number)
 
     # What users read and change
 

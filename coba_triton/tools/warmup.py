@@ -95,6 +95,7 @@ def _warm_up_streams(constants: Tensor, x: Tensor) -> None:
 
 def _warm_up_synapses(p: CobaLIFParameters, train: bool) -> None:
     """Compile the kernels of sparse networks. Sums have 32 bits where these hold all weights, unless weights are learned."""
+    from ..backend.cpu.magnitudes import magnitudes_of
     from ..backend.cpu.sorting import order_of
     from ..backend.cpu.sparse import splits_kernel
 
@@ -109,7 +110,9 @@ def _warm_up_synapses(p: CobaLIFParameters, train: bool) -> None:
         spikes.sum().backward()
     indptr, targets = inputs.indptr.numpy(), inputs.targets.numpy()  # of threads that share a batch row
     splits_kernel()(indptr, targets, np.arange(2), np.empty((2, 2), np.int64))
-    order_of(np.zeros(2, np.int64), np.zeros(2, np.int64), 1, 1)
+    order_of(np.zeros(2, np.int64), np.zeros(2, np.int64), 1, 1)  # of larger networks
+    for dtype in (np.float32, np.float64):
+        magnitudes_of(np.zeros(1, dtype), np.arange(2), np.zeros(1, np.int32), 1, np.ones(2))
 
 
 def _warm_up_draws() -> None:

@@ -66,6 +66,25 @@ def test_delays_of_one_step_and_of_each_synapse() -> None:
         assert np.array_equal(always, static)
 
 
+def test_static_inputs_beside_uncertain_ones_may_have_a_weight_for_each_source() -> None:
+    """What the sources send is then added up with what transmits by chance, and has to be the same as without any chance."""
+    found = []
+    for chance in (True, False):
+        sim.setup(timestep=0.1)
+        cells = sim.Population(4, sim.IF_cond_exp())
+        pairs = sim.Population(2, sim.SpikeSourceArray(spike_times=[1.0])), sim.Population(3, sim.SpikeSourceArray())
+        pairs[1].set(spike_times=[2.0])
+        for sources, weight in zip(pairs, (W, W / 4), strict=True):
+            sim.Projection(sources, cells, sim.AllToAllConnector(), sim.StaticSynapse(weight=weight, delay=0.5))
+        if chance:
+            sim.Projection(cells, cells, sim.AllToAllConnector(), sim.SimpleStochasticSynapse(weight=W, p=0.0))
+        cells.record("gsyn_exc")
+        sim.run(4.0)
+        found.append(signal(cells, "gsyn_exc"))
+    assert np.array_equal(*found)
+    assert found[0][15, 0] == 2 * W and found[0][24].max() < found[0][25].min()
+
+
 def test_every_segment_draws_anew_and_the_same_again() -> None:
     found = []
     for _ in range(2):
