@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _old_names as _old_names
-from .common.garbage import no_collection
+from .common.garbage import importing
 from .common.signals import is_command_line, silent_start
 
 # A checkout without symbolic links (git on Windows, an unpacked sdist) has its kernels beside the package only.
@@ -22,7 +22,7 @@ except PackageNotFoundError:  # a bare checkout
 # The public names need PyTorch, which takes a second to import. A program gets all of them at once: afterwards PyTorch knows
 # the operators and reads the records from files. The command line gets them when it first asks for one, as help needs none.
 if TYPE_CHECKING or not is_command_line():
-    with silent_start(), no_collection():
+    with silent_start(), importing():
         from ._public import *  # noqa: F403
         from ._public import __all__ as __all__
 else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy
 import torch
 
-from ..common.garbage import no_collection
+from ..common.garbage import importing
 from ..common.messages import logger
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LAUNCHERS = {"triton": "coba_triton.backend.triton", "cpu": "coba_triton.backend
 @functools.cache
 def launcher(backend: str) -> Backend:
     """The module that launches a backend's kernels, imported when first needed."""
-    with no_collection():
+    with importing():
         return cast("Backend", importlib.import_module(LAUNCHERS[backend]))
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..common.garbage import no_collection
+from ..common.garbage import importing
 from ..common.signals import silent_start
 from .errors import INTERRUPTED, UserError, require
 from .output import say
@@ -22,7 +22,7 @@ from .output import say
 @contextmanager
 def imports() -> Iterator[None]:
     """Within the block, a command imports what it needs, also PyTorch. Ctrl-C ends it in silence, as at the start."""
-    with silent_start(), no_collection():
+    with silent_start(), importing():
         yield
 
 

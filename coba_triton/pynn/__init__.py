@@ -6,13 +6,13 @@ Without PyNN there are :func:`from_pynn` and :func:`to_pynn`, which convert the 
 import sys
 from importlib.util import find_spec
 
-from ..common.garbage import no_collection
+from ..common.garbage import importing
 from ..parameter_sets import from_pynn, to_pynn
 
 __all__ = ["from_pynn", "to_pynn"]
 
 if find_spec("pyNN") is not None:
-    with no_collection():
+    with importing():
         import pyNN
 
         from . import api

@@ -29,6 +29,7 @@ from . import simulator
 from .engine import Array
 
 ONE = {"low": 0, "high": 1}
+DRAWN_TOGETHER = 2**15  # numbers, which the nearest caches hold
 
 __all__ = [
     "AllToAllConnector",
@@ -133,10 +134,12 @@ class FixedProbabilityConnector(connectors.FixedProbabilityConnector):
         if self._drawn_here:
             targets, sources = np.divmod(some_of(pre * post, self.p_connect, generator(projection)), pre)
         else:  # a column of numbers for each target; PyNN's own connector draws them from a copy of the generator, too
-            rng = deepcopy(self.rng)
-            columns = [np.flatnonzero(rng.next(pre, "uniform", ONE) < self.p_connect) for _ in range(post)]
-            sources = np.concatenate([np.empty(0, np.int64), *columns])
-            targets = np.repeat(np.arange(post), [len(column) for column in columns])
+            rng, together = deepcopy(self.rng), max(1, DRAWN_TOGETHER // pre)
+            found = [np.empty(0, np.int64)]
+            for begin in range(0, post, together):
+                columns = min(together, post - begin)
+                found.append(np.flatnonzero(rng.next(columns * pre, "uniform", ONE) < self.p_connect) + begin * pre)
+            targets, sources = np.divmod(np.concatenate(found), pre)
         if not self.allow_self_connections:
             sources, targets = without_self(projection, sources, targets)
         connect_pairs(self, projection, sources, targets)

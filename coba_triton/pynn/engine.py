@@ -154,6 +154,7 @@ class Engine:
         self._net: SparseNetwork | None = None
         self._chance: Chance | None = None
         self._ring = torch.empty(0)
+        self._words = torch.empty(0, 1, 0, dtype=torch.int32)
         self._since = 0
         self._emitted = -1  # the last sample of which sources have sent
         self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)  # samples and sources of events
@@ -290,7 +291,7 @@ class Engine:
             spikes, words = None, None
             if self.records.any() or (self._chance is not None and self._chance.watches):
                 if len(cuts) == 2:
-                    words = torch.zeros(word_count(count), 1, self.neurons, dtype=torch.int32, device=self.device)
+                    words = self._empty_words(word_count(count))
                 else:
                     spikes = torch.empty(count, 1, self.neurons, dtype=torch.uint8, device=self.device)
             for begin, end in itertools.pairwise(cuts):
@@ -319,6 +320,12 @@ class Engine:
         steps, sources = self._under_way
         first = int(np.searchsorted(steps, oldest))
         self._under_way = steps[first:], sources[first:]
+
+    def _empty_words(self, rows: int) -> Tensor:
+        """Words ``[rows, 1, N]`` without a spike, in memory that is kept from block to block."""
+        if self._words.shape[0] < rows or self._words.shape[2] != self.neurons:
+            self._words = torch.empty(rows, 1, self.neurons, dtype=torch.int32, device=self.device)
+        return self._words[:rows].zero_()
 
     def _step(
         self, net: SparseNetwork, ring: Tensor, x: Tensor | None, drive: Tensor | None, count: int, out: Outputs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,24 +177,27 @@ class Projection(common.Projection):
         self._parts.append((pre, post, *(np.asarray(values, np.float64) for values in (weight, delay, p))))
 
     def _put_together(self) -> None:
+        """Make one array of each column. What all synapses of a part share is looked at once."""
         parts, self._parts = self._parts, []
-        lengths = [len(pre) for pre, *_ in parts]
+        dt, rounded = self._engine.dt, False
+        steps = []
+        for _, _, weight, delay, probability in parts:
+            check_weights(weight, self._conductances, self._inhibitory)
+            check_probabilities(probability)
+            steps.append(delay_steps(delay, dt))
+            rounded = rounded or bool(np.any(np.abs(steps[-1] * dt - delay) > 1e-6 * dt))
 
-        def each(column: int, kind: Any) -> Array:
-            values = [np.broadcast_to(part[column], (n,)) for part, n in zip(parts, lengths, strict=True)]
-            return np.concatenate([np.empty(0, kind), *values]).astype(kind)
+        def each(values: Sequence[Any], kind: Any) -> Array:
+            columns = [np.broadcast_to(value, part[0].shape) for value, part in zip(values, parts, strict=True)]
+            return np.concatenate([np.empty(0, kind), *columns], dtype=kind, casting="unsafe")
 
-        self.pre_indices, self.post_indices = each(0, np.int32), each(1, np.int32)
-        self.weights = each(2, np.float64)
-        delays = each(3, np.float64)
-        check_weights(self.weights, self._conductances, self._inhibitory)
-        self.probabilities: Array | None = None
-        if isinstance(self.synapse_type, SimpleStochasticSynapse):
-            self.probabilities = each(4, np.float64)
-            check_probabilities(self.probabilities)
-        self.delay_steps = delay_steps(delays, self._engine.dt)
-        if len(delays) and np.abs(self.delay_steps * self._engine.dt - delays).max() > 1e-6 * self._engine.dt:
-            logger.warning("delays of %s are rounded to multiples of the time step, %g ms", self.label, self._engine.dt)
+        pre, post, weights, _, probabilities = zip(*parts, strict=True) if parts else 5 * [()]
+        self.pre_indices, self.post_indices = each(pre, np.int32), each(post, np.int32)
+        self.weights, self.delay_steps = each(weights, np.float64), each(steps, np.int32)
+        uncertain = isinstance(self.synapse_type, SimpleStochasticSynapse)
+        self.probabilities: Array | None = each(probabilities, np.float64) if uncertain else None
+        if rounded:
+            logger.warning("delays of %s are rounded to multiples of the time step, %g ms", self.label, dt)
 
     # What the network reads
 

@@ -36,6 +36,15 @@ def both(pre: Any, post: Any, name: str, *arguments: Any, **options: Any) -> tup
     return found[0], found[1]
 
 
+@pytest.mark.parametrize("most", [1, 70, 2**15])
+def test_numbers_that_are_drawn_together_are_pynns(two: tuple[Any, Any], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coba_triton.pynn.connectors.DRAWN_TOGETHER", most)  # for one target, for two of 40, for all
+    pre, post = two
+    for sources, targets in ((pre, post), (post, pre + post)):
+        ours, theirs = both(sources, targets, "FixedProbabilityConnector", 0.2, rng=True)
+        assert ours == theirs and len(ours) > 100
+
+
 def test_connectors_that_draw_pynns_numbers(two: tuple[Any, Any]) -> None:
     pre, post = two
     ours, theirs = both(pre, post, "FixedProbabilityConnector", 0.2, rng=True)
