@@ -437,6 +437,15 @@ def test_compiled_code_is_cached_where_it_can_be(package, tmp_path) -> None:
     assert fresh(package, NUMBA_CACHE_DIR=str(own))[1] == "0"
 
 
+def test_scratch_begins_at_a_line_of_memory() -> None:
+    @numba.njit
+    def first_byte(length: int, like: np.ndarray) -> int:
+        return rows.scratch_on_line(length, like.dtype).ctypes.data
+
+    for dtype in (np.float32, np.float64, np.uint32):
+        assert all(first_byte(length, np.empty(1, dtype)) % rows.LINE == 0 for length in range(1, 40))
+
+
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_view_with_another_sign_than_its_memory(backend, device) -> None:
     """The imaginary part of a conjugate is read with the sign that it has, and not with that in memory."""

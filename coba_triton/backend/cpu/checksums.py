@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -18,48 +19,76 @@ GROUP = 4 * LANES
 _MULTIPLIER = 0x9E3779B1
 
 
-@intrinsic
-def _add_group(context: Any, sums: Any, to: Any, row: Any, begin: Any, columns: Any) -> Any:
-    """Fold the ``columns`` from ``row[begin]`` on, at most 64, into the lanes from ``sums[to]`` on.
+def _fold(whole: bool) -> Any:
+    """A function that folds a group of columns, all 64 of it or fewer, into its lanes.
 
     With all numbers modulo 2**32: ``lane = (lane * multiplier) turned left by 13 + column 0 + column 16 turned by 7 + column
     32 turned by 14 + column 48 turned by 21``. It is written in vectors of 16 words, as compilers do not find them reliably.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, to, row, begin, columns = arguments
-        word = ir.IntType(32)
-        vector, truths = ir.VectorType(word, LANES), ir.VectorType(ir.IntType(1), LANES)
-        pointer = vector.as_pointer()
-        sums = context.make_array(signature.args[0])(context, builder, sums).data
-        row = context.make_array(signature.args[2])(context, builder, row).data
+    @intrinsic
+    def fold(context: Any, sums: Any, to: Any, row: Any, begin: Any, columns: Any) -> Any:
+        """Fold the ``columns`` from ``row[begin]`` on into the lanes from ``sums[to]`` on."""
 
-        def function(name: str, result: Any, *parameters: Any) -> Any:
-            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, parameters), name)
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            sums, to, row, begin, columns = arguments
+            word, place = ir.IntType(32), begin.type
+            vector = ir.VectorType(word, LANES)
+            sums = context.make_array(signature.args[0])(context, builder, sums).data
+            row = context.make_array(signature.args[2])(context, builder, row).data
+            turn = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fshl.v{LANES}i32"
+            )
 
-        turn = function(f"llvm.fshl.v{LANES}i32", vector, vector, vector, vector)
-        load = function(f"llvm.masked.load.v{LANES}i32.p0", vector, pointer, word, truths, vector)
+            def every(value: Any) -> Any:
+                one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, word(0))
+                return builder.shuffle_vector(one, one, ir.Constant(vector, [0] * LANES))
 
-        def every(value: Any) -> Any:
-            one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, word(0))
-            return builder.shuffle_vector(one, one, ir.Constant(vector, [0] * LANES))
+            def words(data: Any, at: Any, count: int = LANES) -> Any:
+                some = ir.VectorType(word, count)
+                return builder.load(builder.bitcast(builder.gep(data, [at]), some.as_pointer()), align=4)
 
-        def turned(words: Any, bits: int) -> Any:
-            return builder.call(turn, [words, words, every(word(bits))])
+            def add(numbers: Any, turned_by: Any) -> None:
+                turned = builder.call(turn, [numbers, numbers, every(turned_by)])
+                builder.store(builder.add(builder.load(total), turned), total)
 
-        lanes = builder.bitcast(builder.gep(sums, [to]), pointer)
-        total = turned(builder.mul(builder.load(lanes, align=4), every(word(_MULTIPLIER))), 13)
-        there = every(builder.trunc(columns, word))
-        for first in range(0, GROUP, LANES):
-            wanted = builder.icmp_unsigned("<", ir.Constant(vector, list(range(first, first + LANES))), there)
-            place = builder.bitcast(builder.gep(row, [builder.add(begin, ir.Constant(begin.type, first))]), pointer)
-            words = builder.call(load, [place, word(4), wanted, ir.Constant(vector, [0] * LANES)])
-            total = builder.add(total, turned(words, 7 * first // LANES))
-        builder.store(total, lanes, align=4)
-        return context.get_dummy_value()
+            total = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
+            add(builder.mul(words(sums, to), every(word(_MULTIPLIER))), word(13))
+            for number in range(GROUP // LANES):
+                first = number * LANES
+                there = builder.icmp_signed(">=", columns, place(first + LANES))
+                with contextlib.nullcontext() if whole else builder.if_then(there):
+                    add(words(row, builder.add(begin, place(first))), word(7 * number))
+            if not whole:  # what is less than a vector; no load reaches beyond the row, to what no cache may have yet
+                done = builder.and_(columns, place(-LANES))
+                turned_by = builder.trunc(builder.mul(builder.sdiv(done, place(LANES)), place(7)), word)
+                end = builder.append_basic_block()
+                cases = builder.switch(builder.sub(columns, done), end)
+                for rest in range(1, LANES):
+                    cases.add_case(place(rest), builder.append_basic_block())
+                    builder.position_at_end(cases.cases[-1][1])
+                    numbers, taken = ir.Constant(vector, None), 0
+                    for count in (8, 4, 2, 1):
+                        if rest & count:
+                            some = words(row, builder.add(builder.add(begin, done), place(taken)), count)
+                            at = [k - taken if taken <= k < taken + count else count for k in range(LANES)]
+                            nothing = ir.Constant(some.type, None)
+                            moved = builder.shuffle_vector(some, nothing, ir.Constant(vector, at))
+                            numbers, taken = builder.or_(numbers, moved), taken + count
+                    add(numbers, turned_by)
+                    builder.branch(end)
+                builder.position_at_end(end)
+            lanes = builder.bitcast(builder.gep(sums, [to]), vector.as_pointer())
+            builder.store(builder.load(total), lanes, align=4)
+            return context.get_dummy_value()
 
-    integer = numba.types.int64
-    return numba.types.void(sums, integer, row, integer, integer), generate
+        integer = numba.types.int64
+        return numba.types.void(sums, integer, row, integer, integer), generate
+
+    return fold
+
+
+_fold_group, _fold_rest = _fold(whole=True), _fold(whole=False)
 
 
 @compiled
@@ -73,9 +102,9 @@ def add_row(sums: Any, row: Any, columns: int) -> None:
     """
     whole = columns // GROUP
     if columns > GROUP * whole:
-        _add_group(sums, LANES * whole, row, GROUP * whole, columns - GROUP * whole)
+        _fold_rest(sums, LANES * whole, row, GROUP * whole, columns - GROUP * whole)
     for g in range(whole - 1, -1, -1):
-        _add_group(sums, LANES * g, row, GROUP * g, GROUP)
+        _fold_group(sums, LANES * g, row, GROUP * g, GROUP)
 
 
 @functools.cache

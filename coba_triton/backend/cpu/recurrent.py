@@ -45,6 +45,7 @@ from .rows import (
     put_sums,
     row_of,
     row_of_field,
+    scratch_on_line,
     state_at,
     store_state,
     sums_at,
@@ -241,7 +242,7 @@ def projection_kernel() -> Any:
         _ = digest  # part of the key of the disk cache
         values, weights, drive = borrow(values), borrow(weights), borrow(drive)
         inputs, neurons = weights.shape
-        tile = np.empty(2 * ROW, drive.dtype)
+        tile = scratch_on_line(2 * ROW, drive.dtype)
         events = np.empty(inputs + 1, np.int32)
         for row in range(first, last):
             count = compact(events, values[row])
@@ -308,8 +309,9 @@ def simulate_rows(
     state, words, states, trajectory = borrow(state), borrow(words), borrow(states), borrow(trajectory)
     chosen = borrow(chosen)
     inputs, neurons = input_rows.shape
-    tiles = np.empty(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
-    buffer = np.empty(max(inputs, neurons, 1), state.dtype)
+    count_tiles = (neurons + TILE - 1) // TILE
+    tiles = scratch_on_line(count_tiles * FORWARD_SIZE, state.dtype).reshape(count_tiles, FORWARD_SIZE)
+    buffer = scratch_on_line(max(inputs, neurons, 1), state.dtype)
     bits = np.empty(max(inputs, 1), np.uint32)
     fired = np.zeros(neurons, np.uint8)
     events = np.empty(neurons + 1, np.int32)
@@ -454,7 +456,8 @@ def sweep_rows(
     )  # fmt: skip
     lam, lam_z, adjoints = borrow(back.lam), borrow(back.lam_z), borrow(back.adjoints)
     steps, batch, neurons = adjoints.shape[0], adjoints.shape[1], adjoints.shape[2] // 2
-    tile = np.zeros(BACKWARD_SIZE, lam.dtype)
+    tile = scratch_on_line(BACKWARD_SIZE, lam.dtype)
+    tile[:] = 0
     c = None if shared is None else load_shared(shared)
     sums = None if grad_constants is None else True
     for t in range(until - 1, since - 1, -1):
@@ -520,7 +523,7 @@ def backward_kernel(method: str) -> Any:
         """Arguments as in :func:`simulate_rows` and :func:`sweep_rows`; ``planes`` of the trajectory."""
         _ = digest  # part of the key of the disk cache
         neurons = feeds.input_rows.shape[1]
-        trajectory = np.empty((planes, steps, ROWS * neurons), state.dtype)
+        trajectory = scratch_on_line(planes * steps * ROWS * neurons, state.dtype).reshape(planes, steps, ROWS * neurons)
         for begin in range(first, last, ROWS):
             end = min(begin + ROWS, last)
             simulate_rows(
