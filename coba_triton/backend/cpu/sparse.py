@@ -178,10 +178,9 @@ def paths_kernel() -> Any:
 
 
 @compiled
-def send_along(sums: Any, now: int, neurons: int, w: Wires, paths: Paths, source: int, part: int) -> None:
-    """:func:`send` along prepared paths."""
+def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last: int) -> None:
+    """:func:`send` along the prepared paths from ``first`` to ``last``."""
     around, base = np.uintp(len(sums)), np.uintp(2 * now * neurons)
-    first, last = w.splits[part, source], w.splits[part + 1, source]
     places, units = paths.places[first:last], paths.units[first:last]
     for s in range(len(places)):
         place = base + np.uintp(places[s])
@@ -484,7 +483,7 @@ def block_kernel() -> Any:
                         if k + 1 < len(sent):
                             ask_for_targets(w, sent[k + 1] & (STEP - 1), part)
                         if paths.places.size > 0:
-                            send_along(sums, at, neurons, w, paths, source, part)
+                            send_along(sums, at, neurons, paths, w.splits[part, source], w.splits[part + 1, source])
                         else:
                             send(sums, at, longest, neurons, w, source, part)
                 slot, begin_t = (slot + count) % longest, begin_t + count
