@@ -45,7 +45,7 @@ from .rows import (
     load_state,
     row_of,
 )
-from .sparse import Paths, borrow_paths, send_along, take, unit_of
+from .sparse import Paths, ask_for_path, borrow_paths, send_along, take, unit_of
 
 
 @compiled
@@ -86,7 +86,7 @@ def adjoints_in_lanes(steps: int, cells: int, like: Any) -> tuple[Any, int]:
 
     A vector that lies in two lines takes twice as long to be read.
     """
-    flow = np.zeros(steps * 2 * cells + LANES, like.dtype)
+    flow = np.empty(steps * 2 * cells + LANES, like.dtype)
     return flow, -(flow.ctypes.data // flow.itemsize) % LANES
 
 
@@ -212,10 +212,13 @@ def backward_block_kernel(method: str) -> Any:
                         copy(trajectory[plane, t, to : to + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
                 count = compact_spikes(events, fired)
                 for k in range(count):
-                    source = events[k]
+                    source, following = events[k], events[min(k + 1, count - 1)]
+                    ask_for_path(paths, paths.starts[following], paths.starts[following + 1])
                     send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
         # back, with the adjoints of the steps after the block
         flow, origin = adjoints_in_lanes(steps + longest, neurons * lanes, state)
+        if rows < lanes:
+            flow[:] = 0
         flat, a_step = adjoints.reshape(-1), 2 * neurons * lanes
         for t in range(steps, steps + longest):
             for sign in range(2):
@@ -291,6 +294,7 @@ def history_kernel() -> Any:
         longest, _, _, neurons = adjoints.shape
         # Steps are counted from the first row of the history on. What arrived before its end adds the adjoint 0.
         flow, origin = adjoints_in_lanes(steps + longest, neurons * lanes, history)
+        flow[:] = 0
         a_step = 2 * neurons * lanes
         for t in range(longest):
             for sign in range(2):
