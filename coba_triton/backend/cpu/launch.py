@@ -667,6 +667,8 @@ def sparse_block(
 
 # Synapses that are prepared to be gone over many times, and kept until their weights change: 12 bytes each.
 PREPARED_AT_MOST = 2**22
+# So many places have numbers of 32 bits.
+PLACES_OF_32_BITS = 2**32
 # A call goes over them many times if it has so many steps of all rows.
 MANY_STEPS = 256
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -692,8 +694,8 @@ def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
     ):
         kept: sparse.Paths = found[2]
         return kept
-    fits_32_bits = 2 * (net.longest + 1) * net.neurons <= 2**32
-    places = np.empty(len(targets), np.uint32 if fits_32_bits else np.int64)
+    narrow = 2 * (net.longest + 1) * net.neurons <= PLACES_OF_32_BITS
+    places = np.empty(len(targets), np.uint32 if narrow else np.int64)
     magnitudes, units = (torch.empty(len(targets), dtype=net.dtype).numpy() for _ in range(2))
     sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
     paths = sparse.Paths(_array(synapses.indptr), places, magnitudes, units)
