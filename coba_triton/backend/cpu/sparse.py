@@ -18,7 +18,7 @@ import numpy as np
 from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
 from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
-from .numba_bridge import borrow, compiled, converted, entry_point, prefetch_line, sources
+from .numba_bridge import borrow, compiled, converted, entry_point, inlined, prefetch_line, sources
 from .recurrent import INPUT, compact, count_nonzero, drive_at
 from .rows import (
     LEFT,
@@ -177,7 +177,7 @@ def paths_kernel() -> Any:
     return entry_point(paths)
 
 
-@compiled
+@inlined
 def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last: int) -> None:
     """:func:`send` along the prepared paths from ``first`` to ``last``."""
     around, base = np.uintp(len(sums)), np.uintp(2 * now * neurons)
@@ -188,7 +188,7 @@ def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last
         sums[place] += int(units[s])
 
 
-@compiled
+@inlined
 def ask_for_path(paths: Paths, first: int, last: int) -> None:
     """Ask for the paths from ``first`` to ``last`` ahead of their use."""
     places, units = paths.places.view(np.uint8), paths.units.view(np.uint8)

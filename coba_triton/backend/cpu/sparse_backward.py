@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .lanes import LANES, add_product, lowest_bit, no_lanes, put_lanes, transpose_lanes
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .numba_bridge import borrow, compiled, entry_point, inlined, sources
 from .recurrent import (
     ADJOINT,
     BACKWARD_SIZE,
@@ -90,7 +90,7 @@ def adjoints_in_lanes(steps: int, cells: int, like: Any) -> tuple[Any, int]:
     return flow, -(flow.ctypes.data // flow.itemsize) % LANES
 
 
-@compiled
+@inlined
 def worth(out: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int) -> None:
     """The gradient by what a source sends in a step, in all lanes; its adjoints are those of ``flow`` from ``at`` on."""
     first, last = paths.starts[source], paths.starts[source + 1]
@@ -107,7 +107,7 @@ def worth(out: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int) -
         put_lanes(out, source * LANES, sums)
 
 
-@compiled
+@inlined
 def add_to_weights(
     by_weight: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int, lane: int, value: Any
 ) -> None:  # fmt: skip
