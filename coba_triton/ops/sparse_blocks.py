@@ -180,13 +180,15 @@ def backward(
     grad_x = x.new_zeros(x.shape if asked.x else (0, *x.shape[1:]))
     input_events = dense is not None and net.backend.is_sparse(x)
     later = new(longest, batch, 2, neurons)
+    room = history.new_empty(min(block_steps, steps) + longest, batch, 2, neurons)
     empty = steps == 0 or batch * neurons == 0
     for start in reversed(range(0, 0 if empty else steps, block_steps)):
         here = slice(start, min(start + block_steps, steps))
         t = here.stop - start
         words = words_of(saved.words, start, t)
         before = last_spikes(history, saved.words[: word_count(start)], start)
-        adjoints = torch.cat([new(t, batch, 2, neurons), later])
+        adjoints = room[: t + longest]
+        adjoints[t:] = later
         from_states = None
         if grads.states is not None:  # by the state before each step; the initial state is not recorded
             first = grads.states[:, start - 1 : start] if start else torch.zeros_like(grads.states[:, :1])

@@ -408,6 +408,16 @@ def test_gradients(name: str, record_states: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max().item())
 
 
+def test_places_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neurons times delays are too many for places of 32 bits, these have 64."""
+    from coba_triton.backend.cpu import launch
+
+    narrow = gradients("cpu", batch=1, delays="mixed")
+    monkeypatch.setattr(launch, "PLACES_OF_32_BITS", 1)
+    for found, wanted in zip(gradients("cpu", batch=1, delays="mixed"), narrow, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_gradients_flow_through_several_calls() -> None:
     """A sequence that is cut in two has the gradients of the whole, also through spikes that are under way at the cut."""
     x, _, inputs, recurrent, p, _ = case(dtype=torch.float64, batch=2, delays="mixed", steps=60)

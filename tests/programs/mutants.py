@@ -203,7 +203,7 @@ ADJOINT_BARRIER = "tl.debug_barrier()  # the adjoints of all neurons are written
 BY_SIGN = "(rows > 0) * excitatory {} (rows < 0) * inhibitory"
 KEPT_LEFT = "left = left_at(frame, {}FRAME_LEFT, j, holds)\n        a ="
 STORED_SPIKE = "z: Any = 1.0 if (words[j] >> {}) & 1 else 0.0"
-ROW_OF_CELLS = "cells[k * lanes + {}] = row[k]"
+ROW_OF_CELLS = "cells[np.uintp(at + n * lanes + {})] = rows["
 CARRIED = "[max(0, len(sent) - longest{}) : -1]{}"
 LAST_SYNAPSE = "first, last = w.splits[part, source], w.splits[part + 1, source]"
 IN_HISTORY = "by_spikes[begin - here.start :] += grad_history[begin - first : here.stop - first]"
@@ -320,6 +320,13 @@ MUTANTS = {
     ),
     "CPU sparse: lanes are mixed up": cpu_sparse(
         {ROW_OF_CELLS.format("lane"): ROW_OF_CELLS.format("(lanes - 1 - lane)")}, "sparse_backward.py"
+    ),
+    "CPU sparse: what a spike adds to its weights is that of another row": cpu_sparse(
+        {"((row[n] >> bit) & 1) << lane": "((row[n] >> bit) & 1) << (present - 1 - lane)"}, "sparse_backward.py"
+    ),
+    "CPU sparse: whole groups of rows are taken one neuron late": cpu_sparse(
+        {"at + n * LANES, LANES, rows, start + n, apart": "at + n * LANES, LANES, rows, start + n + 1, apart"},
+        "sparse_backward.py",
     ),
     "CPU sparse: lanes forget what they had added": cpu_sparse(
         {"return builder.fadd(total, builder.fmul(every, loaded))": "return builder.fmul(every, loaded)"}, "lanes.py"

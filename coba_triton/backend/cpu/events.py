@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .lanes import lowest_bit
 from .numba_bridge import compiled, entry_point, sources
 
 # Numbers that are compared with 0 at once.
@@ -36,23 +36,14 @@ def not_zero(context: Any, values: Any, begin: Any) -> Any:
     return types.int64(values, types.int64), generate
 
 
-def _bit_operation(name: str, *more: Any) -> Any:
-    """A function of an integer of 64 bits that LLVM has."""
+@intrinsic
+def count_bits(context: Any, bits: Any) -> Any:
+    """How many bits of an integer are set."""
 
-    @intrinsic
-    def operation(context: Any, bits: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            integer, truth = ir.IntType(64), ir.IntType(1)
-            kind = ir.FunctionType(integer, [integer, *([truth] * len(more))])
-            function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.i64")
-            return builder.call(function, [*arguments, *(truth(value) for value in more)])
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
 
-        return types.int64(types.int64), generate
-
-    return operation
-
-
-count_bits, lowest_bit = _bit_operation("ctpop"), _bit_operation("cttz", 1)
+    return types.int64(types.int64), generate
 
 
 @compiled

@@ -705,16 +705,18 @@ def sparse_block(
     return final
 
 
-# Synapses that are prepared to be gone over many times, and kept until their weights change: 24 bytes each.
+# Synapses that are prepared to be gone over many times, and kept until their weights change: 12 bytes each.
 PREPARED_AT_MOST = 2**22
+# So many places have numbers of 32 bits.
+PLACES_OF_32_BITS = 2**32
 # A call goes over them many times if it has so many steps of all rows.
 MANY_STEPS = 256
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _no_paths(net: SparseNetwork) -> sparse.Paths:
-    none = nothing(1, torch.int64)
-    return sparse.Paths(np.zeros(1, np.int64), none, nothing(1, net.dtype), none)
+    none = nothing(1, net.dtype)
+    return sparse.Paths(np.zeros(1, np.int64), np.empty(0, np.uint32), none, none)
 
 
 def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
@@ -732,8 +734,9 @@ def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
     ):
         kept: sparse.Paths = found[2]
         return kept
-    places, units = (np.empty(len(targets), np.int64) for _ in range(2))
-    magnitudes = torch.empty(len(targets), dtype=net.dtype).numpy()
+    narrow = 2 * (net.longest + 1) * net.neurons <= PLACES_OF_32_BITS
+    places = np.empty(len(targets), np.uint32 if narrow else np.int64)
+    magnitudes, units = (torch.empty(len(targets), dtype=net.dtype).numpy() for _ in range(2))
     sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
     paths = sparse.Paths(_array(synapses.indptr), places, magnitudes, units)
     if len(targets) <= PREPARED_AT_MOST:

@@ -45,14 +45,19 @@ def _compute_dtype(arguments: tuple[Any, ...]) -> type:
     return next((getattr(np, str(kind)) for kind in kinds if isinstance(kind, numba.types.Float)), np.float64)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Let compiled code call a plain function; returns the function, which stays plain Python."""
 
-    @overload(function, jit_options=OPTIONS, strict=False, prefer_literal=True)
+    @overload(function, jit_options=OPTIONS | options, strict=False, prefer_literal=True)
     def choose(*arguments: Any) -> Callable[..., Any]:
         return _with_literals(function, _compute_dtype(arguments))
 
     return function
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`compiled`, for a function that does so little at a time that the calls cost a good part of it."""
+    return compiled(function, forceinline=True)
 
 
 @overload(surrogate.surrogate, jit_options=OPTIONS, strict=False, prefer_literal=True)

@@ -424,6 +424,39 @@ def sweep_row(
         tile[ADJOINT + j], tile[ADJOINT + ROW + j] = a.drive.e, a.drive.i
 
 
+@compiled
+def sweep_tile(
+    tile: Any, trajectory: Any, at: int, grad_z: Any, at_z: int, words: Any, per_neuron: Any, grad_spikes: Any,
+    grad_states: Any, lam: Any, grad_constants: Any, t: int, cell: int, n: int, jump_first: bool, shared: Any,
+    holds: bool | None, METHOD: str,
+) -> None:  # fmt: skip
+    """The adjoint of step ``t`` of the ``n`` neurons from ``cell`` on, which leaves those of their drives in the tile.
+
+    ``lam`` and ``grad_constants`` are carried on. These neurons are those from ``at`` on in the ``trajectory``, and those
+    from ``at_z`` on in ``grad_z``: a thread may have both of some batch rows alone.
+    """
+    sums = None if grad_constants is None else True
+    steps = trajectory.shape[1]
+    load_per_neuron(tile, per_neuron, cell, n)
+    load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
+    if grad_states.size > 0:
+        load_state(tile, RECORDED, LEFT, grad_states, t, steps, cell, n, FIELDS)
+    for k in range(len(trajectory)):
+        row_at = STEP + tile_row(k, holds) * ROW
+        copy(tile[row_at : row_at + n], trajectory[k, t], at, 1, n)
+    copy(tile[GRAD_Z : GRAD_Z + n], grad_z, at_z, 1, n)
+    if grad_spikes.size > 0:
+        tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + grad_z[at_z : at_z + n]
+    if grad_constants is not None:
+        for k in range(len(grad_constants)):
+            copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
+    sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, shared, holds, sums, METHOD)
+    store_state(tile, lam, 0, 1, cell, n, FIELDS)
+    if grad_constants is not None:
+        for k in range(len(grad_constants)):
+            copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
+
+
 class Back(NamedTuple):
     """What a sweep back through a block reads and carries on.
 
@@ -455,36 +488,21 @@ def sweep_rows(
         borrow(sums_of_rows),
     )  # fmt: skip
     lam, lam_z, adjoints = borrow(back.lam), borrow(back.lam_z), borrow(back.adjoints)
-    steps, batch, neurons = adjoints.shape[0], adjoints.shape[1], adjoints.shape[2] // 2
+    batch, neurons = adjoints.shape[1], adjoints.shape[2] // 2
     tile = scratch_on_line(BACKWARD_SIZE, lam.dtype)
     tile[:] = 0
     c = None if shared is None else load_shared(shared)
-    sums = None if grad_constants is None else True
     for t in range(until - 1, since - 1, -1):
         for row in range(first, last):
             for begin in range(0, neurons, TILE):
                 n = min(TILE, neurons - begin)
                 cell = row * neurons + begin
-                load_per_neuron(tile, per_neuron, cell, n)
-                load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
-                if grad_states.size > 0:
-                    load_state(tile, RECORDED, LEFT, grad_states, t, steps, cell, n, FIELDS)
-                for k in range(len(trajectory)):
-                    row_at = STEP + tile_row(k, holds) * ROW
-                    copy(tile[row_at : row_at + n], trajectory[k, t], cell - origin, 1, n)
-                copy(tile[GRAD_Z : GRAD_Z + n], lam_z, cell, 1, n)
-                if grad_spikes.size > 0:
-                    tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + lam_z[cell : cell + n]
-                if sums is not None:
-                    for k in range(len(grad_constants)):
-                        copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
-                sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, c, holds, sums, METHOD)
+                sweep_tile(
+                    tile, trajectory, cell - origin, lam_z, cell, words, per_neuron, grad_spikes, grad_states, lam,
+                    grad_constants, t, cell, n, jump_first, c, holds, METHOD,
+                )  # fmt: skip
                 copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
                 copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
-                store_state(tile, lam, 0, 1, cell, n, FIELDS)
-                if sums is not None:
-                    for k in range(len(grad_constants)):
-                        copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
         if panels.size > 0:
             send_back(lam_z, panels, adjoints.reshape(-1), 2 * batch * neurons * t, first, last, sums_of_rows)
 

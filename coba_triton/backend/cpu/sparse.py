@@ -19,7 +19,7 @@ from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
 from .events import compact, count_nonzero
 from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
-from .numba_bridge import borrow, compiled, converted, entry_point, prefetch_line, sources
+from .numba_bridge import borrow, compiled, converted, entry_point, inlined, prefetch_line, sources
 from .recurrent import INPUT, drive_at
 from .rows import (
     LEFT,
@@ -141,10 +141,10 @@ class Paths(NamedTuple):
 
     Attributes:
         starts: the synapses of source ``k`` are ``starts[k]`` to ``starts[k + 1]``, int64 ``[K + 1]``.
-        places: ``(2 d + sign) N + target`` of each synapse, int64 ``[S]``: which number of ``[T, 2, N]``, counted from the
-            step of the source on, is the drive that it adds to.
+        places: ``(2 d + sign) N + target`` of each synapse, uint32 ``[S]``, or int64 where these would not fit: which number
+            of ``[T, 2, N]``, counted from the step of the source on, is the drive that it adds to.
         magnitudes: of the weights, ``[S]``.
-        units: the same as integers of the grid, int64 ``[S]``.
+        units: the same as whole numbers of units of the grid, ``[S]``.
     """
 
     starts: Any
@@ -173,21 +173,30 @@ def paths_kernel() -> Any:
                 sign = 1 if weight < 0 else 0
                 places[s] = (2 * steps + sign) * neurons + w.targets[s]
                 magnitudes[s] = abs(weight)
-                units[s] = int(np.rint(abs(weight) * w.scales[sign]))
+                units[s] = np.rint(abs(weight) * w.scales[sign])
 
     return entry_point(paths)
 
 
-@compiled
-def send_along(sums: Any, now: int, neurons: int, w: Wires, paths: Paths, source: int, part: int) -> None:
-    """:func:`send` along prepared paths."""
+@inlined
+def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last: int) -> None:
+    """:func:`send` along the prepared paths from ``first`` to ``last``."""
     around, base = np.uintp(len(sums)), np.uintp(2 * now * neurons)
-    first, last = w.splits[part, source], w.splits[part + 1, source]
     places, units = paths.places[first:last], paths.units[first:last]
     for s in range(len(places)):
         place = base + np.uintp(places[s])
         place = place - around if place >= around else place
-        sums[place] += units[s]
+        sums[place] += int(units[s])
+
+
+@inlined
+def ask_for_path(paths: Paths, first: int, last: int) -> None:
+    """Ask for the paths from ``first`` to ``last`` ahead of their use."""
+    places, units = paths.places.view(np.uint8), paths.units.view(np.uint8)
+    for index in range(first * paths.places.itemsize, last * paths.places.itemsize, LINE):
+        prefetch_line(places, index)
+    for index in range(first * paths.units.itemsize, last * paths.units.itemsize, LINE):
+        prefetch_line(units, index)
 
 
 @compiled
@@ -482,11 +491,12 @@ def block_kernel() -> Any:
                         source = sent[k] & (STEP - 1)
                         at = slot + (sent[k] >> 32)
                         at = at - longest if at >= longest else at
-                        if k + 1 < len(sent):
-                            ask_for_targets(w, sent[k + 1] & (STEP - 1), part)
+                        following = (sent[k + 1] if k + 1 < len(sent) else sent[k]) & (STEP - 1)
                         if paths.places.size > 0:
-                            send_along(sums, at, neurons, w, paths, source, part)
+                            ask_for_path(paths, w.splits[part, following], w.splits[part + 1, following])
+                            send_along(sums, at, neurons, paths, w.splits[part, source], w.splits[part + 1, source])
                         else:
+                            ask_for_targets(w, following, part)
                             send(sums, at, longest, neurons, w, source, part)
                 slot, begin_t = (slot + count) % longest, begin_t + count
             if part == 0:

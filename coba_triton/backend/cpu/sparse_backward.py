@@ -1,11 +1,11 @@
 """The backward of populations with sparse synapses, on the CPU.
 
-What the spikes of a neuron are worth is a sum over its synapses in every step. The rows of a batch go through it side by
-side, ``LANES`` in a group: a synapse is read once for all of them, and what it adds is a few vector operations. Where there
-are few rows, a group is a single one.
+A group of batch rows is replayed row by row, as in the forward. On the way back, what the spikes of a neuron are worth is a
+sum over its synapses in every step. There the rows of a group go side by side, ``LANES`` of them: a synapse is read once for
+all, and what it adds is one vector operation. Where there are few rows, a group is a single one.
 
-Within a group, a cell is a neuron in a lane: number ``neuron * lanes + lane``. Cells are in tiles as neurons are elsewhere.
-A group's sums do not depend on how many threads there are.
+Where rows are side by side, the ``lanes`` numbers of a neuron follow each other. A group's sums do not depend on how many
+threads there are.
 """
 
 from __future__ import annotations
@@ -15,127 +15,105 @@ from typing import Any
 
 import numpy as np
 
-from .events import compact
-from .lanes import LANES, add_product, no_lanes, put_lanes
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .events import compact, unpack
+from .lanes import LANES, add_product, lowest_bit, no_lanes, put_lanes, transpose_lanes
+from .numba_bridge import borrow, compiled, entry_point, inlined, sources
 from .recurrent import (
     ADJOINT,
     BACKWARD_SIZE,
     FORWARD_SIZE,
-    GRAD_Z,
     INPUT,
     KEPT,
     KEPT_FIELDS,
     RECURRENT,
-    STEP,
     step_row,
-    sweep_row,
+    sweep_tile,
     tile_row,
 )
 from .rows import (
-    CONSTANTS,
-    FIELDS,
     LEFT,
-    RECORDED,
     ROW,
     STATE,
-    SUMS,
     TILE,
     Strided,
     borrow_strided,
     copy,
+    load_per_neuron,
     load_shared,
+    load_state,
     row_of,
-    row_of_field,
 )
-from .sparse import Paths, borrow_paths, unit_of
+from .sparse import Paths, ask_for_path, borrow_paths, send_along, take, unit_of
 
 
 @compiled
-def to_lanes(cells: Any, rows: Any, lanes: int, neurons: int, begin: int) -> None:
-    """The cells from number ``begin`` on, from the ``rows [rows neurons]`` of a group; lanes without a row get 0."""
-    first = begin // lanes
-    count = len(cells) // lanes
-    for lane in range(lanes):
-        if (lane + 1) * neurons <= len(rows):
-            row = rows[lane * neurons + first : lane * neurons + first + count]
-            for k in range(count):
-                cells[k * lanes + lane] = row[k]
-        else:
-            for k in range(count):
-                cells[k * lanes + lane] = 0
+def to_lanes(cells: Any, at: int, rows: Any, start: int, apart: int, lanes: int, present: int, neurons: int) -> None:
+    """Put the ``neurons`` numbers of each of ``present`` rows, ``apart`` from each other, side by side."""
+    whole = neurons // LANES * LANES if present == LANES else 0
+    for n in range(0, whole, LANES):
+        transpose_lanes(cells, at + n * LANES, LANES, rows, start + n, apart)
+    for lane in range(present):
+        for n in range(whole, neurons):
+            cells[np.uintp(at + n * lanes + lane)] = rows[np.uintp(start + lane * apart + n)]
 
 
 @compiled
-def from_lanes(rows: Any, cells: Any, lanes: int, neurons: int, begin: int) -> None:
-    """The inverse of :func:`to_lanes`."""
-    first = begin // lanes
-    count = len(cells) // lanes
-    for lane in range(len(rows) // neurons):
-        row = rows[lane * neurons + first : lane * neurons + first + count]
-        for k in range(count):
-            row[k] = cells[k * lanes + lane]
+def from_lanes(rows: Any, start: int, apart: int, cells: Any, lanes: int, present: int, neurons: int) -> None:
+    """The inverse of :func:`to_lanes`, from the beginning of ``cells`` on."""
+    whole = neurons // LANES * LANES if present == LANES else 0
+    for n in range(0, whole, LANES):
+        transpose_lanes(rows, start + n, apart, cells, n * LANES, LANES)
+    for lane in range(present):
+        for n in range(whole, neurons):
+            rows[np.uintp(start + lane * apart + n)] = cells[np.uintp(n * lanes + lane)]
 
 
 @compiled
-def send_spike(sums: Any, now: int, neurons: int, lanes: int, paths: Paths, source: int, lane: int) -> None:
-    """Add what a spike sends in one lane to the ``sums [R, 2, N, lanes]``, a ring as flat array; ``now``: its slot."""
-    around = np.uintp(len(sums) // lanes)
-    base = np.uintp(2 * now * neurons)
+def send_factor(sums: Any, paths: Paths, scales: Any, source: int, factor: Any) -> None:
+    """Add what an input sends to the ``sums [2 N]`` of its row; ``factor``: its value over the grid's unit."""
+    half = len(sums) // 2
     for s in range(paths.starts[source], paths.starts[source + 1]):
-        place = base + np.uintp(paths.places[s])
-        place = place - around if place >= around else place
-        sums[place * np.uintp(lanes) + np.uintp(lane)] += paths.units[s]
-
-
-@compiled
-def send_factor(sums: Any, lanes: int, paths: Paths, scales: Any, source: int, lane: int, factor: Any) -> None:
-    """Add what an input sends in one lane to the ``sums [2, N, lanes]``; ``factor``: its value over the grid's unit."""
-    half = len(sums) // lanes // 2
-    for s in range(paths.starts[source], paths.starts[source + 1]):
-        place = paths.places[s]
+        place = np.intp(paths.places[s])
         scale = np.float64(scales[1 if place >= half else 0])
-        sums[np.uintp(place * lanes + lane)] += int(np.rint(np.float64(paths.magnitudes[s]) * factor * scale))
+        sums[np.uintp(place)] += int(np.rint(np.float64(paths.magnitudes[s]) * factor * scale))
 
 
 @compiled
-def worth(out: Any, adjoints: Any, t: int, least: int, neurons: int, lanes: int, paths: Paths) -> None:
-    """The gradient by what each source sends in step ``t``, in all lanes, from ``adjoints [T, 2, N, lanes]`` as flat array.
+def adjoints_in_lanes(steps: int, cells: int, like: Any) -> tuple[Any, int]:
+    """Room for the adjoints ``[steps, 2, N, lanes]`` as flat array, and where they begin: with a line of memory.
 
-    What arrives before step ``least`` is left out.
+    A vector that lies in two lines takes twice as long to be read.
     """
-    base, begin = 2 * t * neurons, 2 * least * neurons
-    for source in range(len(paths.starts) - 1):
-        if lanes == 1:
-            total = out[source] * 0
-            for s in range(paths.starts[source], paths.starts[source + 1]):
-                place = base + paths.places[s]
-                if place >= begin:
-                    total += paths.magnitudes[s] * adjoints[np.uintp(place)]
-            out[source] = total
-        else:
-            sums = no_lanes(adjoints)
-            for s in range(paths.starts[source], paths.starts[source + 1]):
-                place = base + paths.places[s]
-                if place >= begin:
-                    sums = add_product(sums, paths.magnitudes[s], adjoints, place * lanes)
-            put_lanes(out, source * lanes, sums)
+    flow = np.empty(steps * 2 * cells + LANES, like.dtype)
+    return flow, -(flow.ctypes.data // flow.itemsize) % LANES
 
 
-@compiled
+@inlined
+def worth(out: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int) -> None:
+    """The gradient by what a source sends in a step, in all lanes; its adjoints are those of ``flow`` from ``at`` on."""
+    first, last = paths.starts[source], paths.starts[source + 1]
+    places, magnitudes = paths.places[first:last], paths.magnitudes[first:last]
+    if lanes == 1:
+        total = out[source] * 0
+        for s in range(len(places)):
+            total += magnitudes[s] * flow[np.uintp(at + np.intp(places[s]))]
+        out[source] = total
+    else:
+        sums = no_lanes(flow)
+        for s in range(len(places)):
+            sums = add_product(sums, magnitudes[s], flow, at + np.intp(places[s]) * LANES)
+        put_lanes(out, source * LANES, sums)
+
+
+@inlined
 def add_to_weights(
-    by_weight: Any, adjoints: Any, t: int, least: int, neurons: int, lanes: int, paths: Paths, source: int, lane: int,
-    value: Any,
+    by_weight: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int, lane: int, value: Any
 ) -> None:  # fmt: skip
-    """Add what the value that a source sends in step ``t`` and one lane adds to the gradient by its weights' magnitudes."""
-    base, begin = np.uintp(2 * t * neurons), np.uintp(2 * least * neurons)
-    first = paths.starts[source]
-    sums = by_weight[first : paths.starts[source + 1]]
-    places = paths.places[first : paths.starts[source + 1]]
-    for s in range(len(sums)):
-        place = base + np.uintp(places[s])
-        if place >= begin:
-            sums[s] += value * adjoints[place * np.uintp(lanes) + np.uintp(lane)]
+    """Add what the value that a source sends in a step and one lane adds to the gradient by its weights' magnitudes."""
+    first, last = paths.starts[source], paths.starts[source + 1]
+    places, sums = paths.places[first:last], by_weight[first:last]
+    for s in range(len(places)):
+        sums[s] += value * flow[np.uintp(at + lane + np.intp(places[s]) * lanes)]
 
 
 @compiled
@@ -144,28 +122,19 @@ def by_sign(by_weight: Any, neurons: int, paths: Paths) -> None:
     for s in range(len(by_weight)):
         if paths.magnitudes[s] == 0:
             by_weight[s] = 0
-        elif paths.places[s] // neurons % 2 == 1:
+        elif np.intp(paths.places[s]) // neurons % 2 == 1:
             by_weight[s] = -by_weight[s]
 
 
 @compiled
-def load_cells(
-    tile: Any, per_neuron: Any, start: int, stop: int, lanes: int, neurons: int, begin: int, n: int
-) -> None:  # fmt: skip
-    """The constants of the cells of a tile, where neurons have their own."""
-    if per_neuron is not None:
-        for row in range(len(per_neuron)):
-            at = CONSTANTS + row * ROW
-            to_lanes(tile[at : at + n], per_neuron[row, start:stop], lanes, neurons, begin)
-
-
-@compiled
-def spikes_to_lanes(cells: Any, words: Any, bit: int, lanes: int, neurons: int) -> None:
-    """The spikes of one step, a byte each."""
-    for lane in range(len(words) // neurons):
-        row = words[lane * neurons : (lane + 1) * neurons]
+def lanes_that_fired(masks: Any, words: Any, bit: int, first: int, present: int) -> None:
+    """One bit a batch row for every neuron, from the bits of a step in the ``words`` of the rows from ``first`` on."""
+    neurons = len(masks)
+    masks[:] = 0
+    for lane in range(present):
+        row = words[(first + lane) * neurons : (first + lane + 1) * neurons]
         for n in range(neurons):
-            cells[n * lanes + lane] = (row[n] >> bit) & 1
+            masks[n] |= np.uint32(((row[n] >> bit) & 1) << lane)
 
 
 @functools.cache
@@ -183,7 +152,7 @@ def backward_block_kernel(method: str) -> Any:
         """``state``, ``lam``, ``per_neuron``, ``words``: ``[..., B N]``; ``grad_states [F T, B N]``; ``input_drive`` and
         ``adjoints [T + R, B, 2, N]`` as the protocol has them. What is absent has no elements, ``grad_constants`` is None.
 
-        ``scales [8]``: of the grid of the synapses between neurons, then of that of inputs.
+        ``scales [8]``: of the grid of the synapses between neurons, then of that of inputs. The ``ring`` is used up.
         ``by_weights [groups, S]`` and ``by_inputs`` take the sums of group ``number`` in this launch. A group has ``lanes``
         rows, of which ``rows`` are there.
         """
@@ -192,180 +161,118 @@ def backward_block_kernel(method: str) -> Any:
         input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
         grad_spikes, grad_states, lam, adjoints = borrow(grad_spikes), borrow(grad_states), borrow(lam), borrow(adjoints)
         grad_x, by_weights, by_inputs = borrow(grad_x), borrow(by_weights), borrow(by_inputs)
-        longest, neurons = ring.shape[1], ring.shape[3]
+        batch, longest, _, neurons = ring.shape
         sources = len(incoming.starts) - 1
-        cells = neurons * lanes
-        start, stop = first * neurons, (first + rows) * neurons
-        tiles = (cells + TILE - 1) // TILE
         c = None if shared is None else load_shared(shared)
-        keep_sums = None if grad_constants is None else True
-        planes = (KEPT_FIELDS if holds is None else KEPT_FIELDS + 1) + (0 if keep_sums is None else 2)
-        trajectory = np.empty((steps, planes, cells), state.dtype)
-        fired = np.zeros((steps, cells + TILE), np.uint8)
-        sums = np.zeros(longest * 2 * cells, np.int64)
-        for lane in range(rows):
-            under_way = ring[first + lane].reshape(-1)
-            for at in range(longest * 2):
-                for n in range(neurons):
-                    sums[at * cells + n * lanes + lane] = under_way[at * neurons + n]
-        for t in range(steps):
-            spikes_to_lanes(fired[t], words[t // 32, start:stop], t % 32, lanes, neurons)
-        tile_rows = np.zeros((tiles, FORWARD_SIZE), state.dtype)
-        for k in range(tiles):
-            begin = k * TILE
-            n = min(TILE, cells - begin)
-            load_cells(tile_rows[k], per_neuron, start, stop, lanes, neurons, begin, n)
-            for field in range(len(state)):
-                row = row_of_field(STATE, LEFT, field)
-                to_lanes(tile_rows[k][row : row + n], state[field, start:stop], lanes, neurons, begin)
-        inbox = np.zeros(2 * cells if incoming.places.size > 0 else 0, np.int64)
-        units = np.ones(lanes, np.float64)
+        planes = (KEPT_FIELDS if holds is None else KEPT_FIELDS + 1) + (0 if grad_constants is None else 2)
+        trajectory = np.empty((planes, steps, rows * neurons), state.dtype)
+        tiles = np.zeros(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
+        fired = np.zeros((neurons + 7) // 8 * 8, np.uint8)
+        inbox = np.zeros(2 * neurons if incoming.places.size > 0 else 0, np.int64)
         buffer, bits = np.empty(sources, state.dtype), np.empty(sources, np.uint32)
-        events = np.empty(max(sources, neurons) + 1, np.int64)
-        for t in range(steps):
-            if inbox.size > 0:
-                inbox[:] = 0
-                for lane in range(rows):
+        events = np.empty(max(sources, len(fired)) + 1, np.int64)
+        for lane in range(rows):
+            cells = (first + lane) * neurons
+            sums = ring[first + lane].reshape(-1)
+            for k in range(len(tiles)):
+                begin = k * TILE
+                n = min(TILE, neurons - begin)
+                load_per_neuron(tiles[k], per_neuron, cells + begin, n)
+                load_state(tiles[k], STATE, LEFT, state, 0, 1, cells + begin, n, len(state))
+            for t in range(steps):
+                unit = 1.0
+                if inbox.size > 0:
                     values = row_of(buffer, bits, x, t, (first + lane) * sources, sources)[:sources]
                     count = compact(events, values)
-                    units[lane] = unit_of(values)
-                    if units[lane] == units[lane]:
+                    unit = unit_of(values)
+                    if unit == unit:
                         for k in range(count):
-                            factor = np.float64(values[events[k]]) / units[lane]
-                            send_factor(inbox, lanes, incoming, scales[4:], events[k], lane, factor)
-            slot = t % longest
-            for k in range(tiles):
-                tile = tile_rows[k]
-                begin = k * TILE
-                n = min(TILE, cells - begin)
-                for sign in range(2):
-                    row = tile[RECURRENT + sign * ROW : RECURRENT + sign * ROW + n]
-                    here = sums[(2 * slot + sign) * cells + begin : (2 * slot + sign) * cells + begin + n]
-                    for j in range(n):
-                        row[j] = here[j]
-                        here[j] = 0
-                    for j in range(n):
-                        row[j] = row[j] * scales[2 + sign]
-                    row = tile[INPUT + sign * ROW : INPUT + sign * ROW + n]
+                            factor = np.float64(values[events[k]]) / unit
+                            send_factor(inbox, incoming, scales[4:], events[k], factor)
+                slot = t % longest
+                for k in range(len(tiles)):
+                    tile = tiles[k]
+                    begin = k * TILE
+                    n = min(TILE, neurons - begin)
+                    at = 2 * slot * neurons + begin
+                    take(tile, RECURRENT, sums, at, n, scales[2])
+                    take(tile, RECURRENT + ROW, sums, at + neurons, n, scales[3])
                     if inbox.size > 0:
-                        for j in range(n):
-                            row[j] = inbox[sign * cells + begin + j]
-                        for j in range(n):
-                            row[j] = row[j] * (scales[6 + sign] * units[(begin + j) % lanes])
+                        take(tile, INPUT, inbox, begin, n, scales[6] * unit)
+                        take(tile, INPUT + ROW, inbox, neurons + begin, n, scales[7] * unit)
                     elif input_drive.size > 0:
-                        flat = input_drive[sign, t].reshape(-1)[start:stop]
-                        to_lanes(row, flat, lanes, neurons, begin)
-                    else:
-                        for j in range(n):
-                            row[j] = 0
-                step_row(tile, fired[t, begin : begin + n], n, jump_first, True, c, holds, True)
-                for plane in range(planes):
-                    copy(trajectory[t, plane, begin : begin + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
-            eights = fired[t, : (cells + 7) // 8 * 8].view(np.uint64)
-            for k in range(len(eights)):
-                if eights[k] != 0:
-                    for j in range(8 * k, 8 * k + 8):
-                        if fired[t, j]:
-                            send_spike(sums, slot, neurons, lanes, paths, j // lanes, j % lanes)
+                        tile[INPUT : INPUT + n] = input_drive[0, t, first + lane, begin : begin + n]
+                        tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, first + lane, begin : begin + n]
+                    unpack(fired[begin : begin + n], words[t // 32, cells + begin : cells + begin + n], t % 32)
+                    step_row(tile, fired[begin : begin + n], n, jump_first, True, c, holds, True)
+                    to = lane * neurons + begin
+                    for plane in range(planes):
+                        copy(trajectory[plane, t, to : to + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
+                count = compact(events, fired)
+                for k in range(count):
+                    source, following = events[k], events[min(k + 1, count - 1)]
+                    ask_for_path(paths, paths.starts[following], paths.starts[following + 1])
+                    send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
         # back, with the adjoints of the steps after the block
-        flow = np.zeros((steps + longest) * 2 * cells, state.dtype)
+        flow, origin = adjoints_in_lanes(steps + longest, neurons * lanes, state)
+        if rows < lanes:
+            flow[:] = 0
+        flat, a_step = adjoints.reshape(-1), 2 * neurons * lanes
         for t in range(steps, steps + longest):
-            for lane in range(rows):
-                for sign in range(2):
-                    later = adjoints[t, first + lane, sign]
-                    here = flow[(2 * t + sign) * cells : (2 * t + sign + 1) * cells]
-                    for n in range(neurons):
-                        here[n * lanes + lane] = later[n]
-        back = np.zeros((tiles, BACKWARD_SIZE), state.dtype)
-        for k in range(tiles):
-            begin = k * TILE
-            n = min(TILE, cells - begin)
-            load_cells(back[k], per_neuron, start, stop, lanes, neurons, begin, n)
-            for field in range(FIELDS):
-                to_lanes(
-                    back[k][STATE + field * ROW : STATE + field * ROW + n], lam[field, start:stop], lanes, neurons, begin
-                )
-            if grad_constants is not None:
-                for row in range(len(grad_constants)):
-                    at = SUMS + row * ROW
-                    to_lanes(back[k][at : at + n], grad_constants[row, start:stop], lanes, neurons, begin)
-        by_spike = np.zeros(cells, state.dtype)
+            for sign in range(2):
+                at = origin + t * a_step + sign * neurons * lanes
+                start = ((t * batch + first) * 2 + sign) * neurons
+                to_lanes(flow, at, flat, start, 2 * neurons, lanes, rows, neurons)
+        tile = np.zeros(BACKWARD_SIZE, state.dtype)
+        by_spike, grad_z = np.zeros(neurons * lanes, state.dtype), np.zeros(neurons * rows, state.dtype)
         by_value = np.zeros(sources * lanes, state.dtype)
+        masks = np.zeros(neurons, np.uint32)
         if by_weights.size > 0:
             by_weights[number, :] = 0
         if by_inputs.size > 0:
             by_inputs[number, :] = 0
         for back_t in range(steps):
             t = steps - 1 - back_t
-            worth(by_spike, flow, t, 0, neurons, lanes, paths)
+            at_t = origin + t * a_step
             if by_weights.size > 0:
-                eights = fired[t, : (cells + 7) // 8 * 8].view(np.uint64)
-                for k in range(len(eights)):
-                    if eights[k] != 0:
-                        for j in range(8 * k, 8 * k + 8):
-                            if fired[t, j]:
-                                add_to_weights(
-                                    by_weights[number], flow, t, 0, neurons, lanes, paths, j // lanes, j % lanes, 1.0
-                                )  # fmt: skip
-            for k in range(tiles):
-                tile = back[k]
-                begin = k * TILE
-                n = min(TILE, cells - begin)
-                for plane in range(planes):
-                    at = STEP + tile_row(plane, holds) * ROW
-                    copy(tile[at : at + n], trajectory[t, plane], begin, 1, n)
-                copy(tile[GRAD_Z : GRAD_Z + n], by_spike, begin, 1, n)
-                if grad_spikes.size > 0:
-                    given = tile[RECORDED : RECORDED + n]
-                    to_lanes(given, grad_spikes[t, start:stop], lanes, neurons, begin)
-                    for j in range(n):
-                        tile[GRAD_Z + j] = given[j] + tile[GRAD_Z + j]
-                    for j in range(n):
-                        given[j] = 0
-                if grad_states.size > 0:
-                    for field in range(FIELDS):
-                        given = tile[RECORDED + field * ROW : RECORDED + field * ROW + n]
-                        to_lanes(given, grad_states[field * steps + t, start:stop], lanes, neurons, begin)
-                sweep_row(tile, fired[t, begin : begin + n], 0, n, jump_first, c, holds, keep_sums, method)
-                here = flow[2 * t * cells : (2 * t + 2) * cells]
-                copy(here[begin : begin + n], tile, ADJOINT, 1, n)
-                copy(here[cells + begin : cells + begin + n], tile, ADJOINT + ROW, 1, n)
-            if t < longest or input_drive.size > 0:  # nobody reads those of other steps
-                for lane in range(rows):
-                    for sign in range(2):
-                        received = adjoints[t, first + lane, sign]
-                        sent = flow[(2 * t + sign) * cells : (2 * t + sign + 1) * cells]
-                        for n in range(neurons):
-                            received[n] = sent[n * lanes + lane]
+                lanes_that_fired(masks, words[t // 32], t % 32, first, rows)
+            for source in range(neurons):
+                worth(by_spike, flow, at_t, lanes, paths, source)
+                mask = masks[source]
+                while mask != 0:  # its adjoints have just been read
+                    lane = lowest_bit(mask)
+                    mask &= mask - np.uint32(1)
+                    add_to_weights(by_weights[number], flow, at_t, lanes, paths, source, lane, 1.0)
+            from_lanes(grad_z, 0, neurons, by_spike, lanes, rows, neurons)
+            for lane in range(rows):
+                for begin in range(0, neurons, TILE):
+                    n = min(TILE, neurons - begin)
+                    sweep_tile(
+                        tile, trajectory, lane * neurons + begin, grad_z, lane * neurons + begin, words, per_neuron,
+                        grad_spikes, grad_states, lam, grad_constants, t, (first + lane) * neurons + begin, n, jump_first,
+                        c, holds, method,
+                    )  # fmt: skip
+                    copy(adjoints[t, first + lane, 0, begin : begin + n], tile, ADJOINT, 1, n)
+                    copy(adjoints[t, first + lane, 1, begin : begin + n], tile, ADJOINT + ROW, 1, n)
+            for sign in range(2):
+                start = ((t * batch + first) * 2 + sign) * neurons
+                to_lanes(flow, at_t + sign * neurons * lanes, flat, start, 2 * neurons, lanes, rows, neurons)
             if inbox.size > 0:
                 if grad_x.size > 0:
-                    worth(by_value, flow, t, 0, neurons, lanes, incoming)
-                    for lane in range(rows):
-                        for source in range(sources):
-                            grad_x[t, first + lane, source] = by_value[source * lanes + lane]
+                    for source in range(sources):
+                        worth(by_value, flow, at_t, lanes, incoming, source)
+                    from_lanes(grad_x.reshape(-1), (t * batch + first) * sources, sources, by_value, lanes, rows, sources)
                 if by_inputs.size > 0:
                     for lane in range(rows):
                         values = row_of(buffer, bits, x, t, (first + lane) * sources, sources)[:sources]
                         count = compact(events, values)
                         for k in range(count):
                             value = values[events[k]]
-                            add_to_weights(
-                                by_inputs[number], flow, t, 0, neurons, lanes, incoming, events[k], lane, value
-                            )  # fmt: skip
+                            add_to_weights(by_inputs[number], flow, at_t, lanes, incoming, events[k], lane, value)
         if by_weights.size > 0:
             by_sign(by_weights[number], neurons, paths)
         if by_inputs.size > 0:
             by_sign(by_inputs[number], neurons, incoming)
-        for k in range(tiles):
-            begin = k * TILE
-            n = min(TILE, cells - begin)
-            for field in range(FIELDS):
-                row = back[k][STATE + field * ROW : STATE + field * ROW + n]
-                from_lanes(lam[field, start:stop], row, lanes, neurons, begin)
-            if grad_constants is not None:
-                for row_number in range(len(grad_constants)):
-                    at = SUMS + row_number * ROW
-                    from_lanes(grad_constants[row_number, start:stop], back[k][at : at + n], lanes, neurons, begin)
 
     return entry_point(backward_block)
 
@@ -377,39 +284,37 @@ def history_kernel() -> Any:
 
     def history_gradient(
         synapses: Paths, history: Any, adjoints: Any, grad_history: Any, by_weights: Any, by_inputs: Any, lanes: int,
-        rows: int, group: int, number: int,
+        rows: int, first: int, number: int,
     ) -> None:  # fmt: skip
         _ = digest  # part of the key of the disk cache
         paths, history, adjoints = borrow_paths(synapses), borrow(history), borrow(adjoints)
         grad_history, by_weights = borrow(grad_history), borrow(by_weights)
-        steps, _, sources = history.shape
+        steps, batch, sources = history.shape
         longest, _, _, neurons = adjoints.shape
-        cells = neurons * lanes
-        # steps are counted from the first row of the history on: arrivals before its end are of the past
-        flow = np.zeros((steps + longest) * 2 * cells, history.dtype)
+        # Steps are counted from the first row of the history on. What arrived before its end adds the adjoint 0.
+        flow, origin = adjoints_in_lanes(steps + longest, neurons * lanes, history)
+        flow[:] = 0
+        a_step = 2 * neurons * lanes
         for t in range(longest):
-            for lane in range(rows):
-                for sign in range(2):
-                    for n in range(neurons):
-                        at = (2 * (steps + t) + sign) * cells + n * lanes + lane
-                        flow[at] = adjoints[t, group + lane, sign, n]
+            for sign in range(2):
+                at = origin + (steps + t) * a_step + sign * neurons * lanes
+                start = ((t * batch + first) * 2 + sign) * neurons
+                to_lanes(flow, at, adjoints.reshape(-1), start, 2 * neurons, lanes, rows, neurons)
         by_spike = np.zeros(sources * lanes, history.dtype)
         events = np.empty(sources + 1, np.int64)
         if by_weights.size > 0:
             by_weights[number, :] = 0
         for r in range(steps):
-            worth(by_spike, flow, r, steps, neurons, lanes, paths)
-            for lane in range(rows):
-                for n in range(sources):
-                    grad_history[r, group + lane, n] = by_spike[n * lanes + lane]
-                if by_weights.size > 0:
-                    count = compact(events, history[r, group + lane])
+            at_r = origin + r * a_step
+            for source in range(sources):
+                worth(by_spike, flow, at_r, lanes, paths, source)
+            from_lanes(grad_history.reshape(-1), (r * batch + first) * sources, sources, by_spike, lanes, rows, sources)
+            if by_weights.size > 0:
+                for lane in range(rows):
+                    count = compact(events, history[r, first + lane])
                     for k in range(count):
-                        value = history[r, group + lane, events[k]]
-                        add_to_weights(
-                            by_weights[number], flow, r, steps, neurons, lanes, paths, events[k], lane, value
-                        )  # fmt: skip
-
+                        value = history[r, first + lane, events[k]]
+                        add_to_weights(by_weights[number], flow, at_r, lanes, paths, events[k], lane, value)
         if by_weights.size > 0:
             by_sign(by_weights[number], neurons, paths)
 
