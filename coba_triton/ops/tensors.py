@@ -83,13 +83,15 @@ def known(value: Any) -> Any:
     if (
         type(value) in (Tensor, torch.nn.Parameter)  # a tensor of a compiler or of a subclass has no value to read
         and value.dim() == 0
-        and value.device.type == "cpu"
+        and value.is_cpu
         and not is_watched()
         and not is_tracked(value)
     ):
         # not .item(), which profilers take for a wait
         plain = value.dtype != torch.bfloat16 and not value.is_neg()
-        return value.detach().numpy().item() if plain else value.item()
+        if plain:
+            return (value.detach() if value.requires_grad else value).numpy().item()
+        return value.item()
     return value
 
 

@@ -350,7 +350,7 @@ def _count_nonzero(x: Tensor) -> int:
 def unpack(words: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """See :meth:`coba_triton.backend.protocol.Backend.unpack`."""
     spikes = torch.empty(steps, *words.shape[1:], dtype=torch.uint8)
-    unpack_kernel()(_array(words.view(len(words), -1)), _array(spikes.view(steps, -1)))
+    unpack_kernel()(_array(words.reshape(len(words), -1)), _array(spikes.view(steps, -1)))
     return spikes.to(dtype)
 
 
