@@ -42,6 +42,7 @@ from .rows import (
     load_shared,
     load_state,
     row_of,
+    scratch_on_line,
 )
 from .sparse import Paths, ask_for_path, borrow_paths, send_along, take, unit_of
 
@@ -76,16 +77,6 @@ def send_factor(sums: Any, paths: Paths, scales: Any, source: int, factor: Any) 
         place = np.intp(paths.places[s])
         scale = np.float64(scales[1 if place >= half else 0])
         sums[np.uintp(place)] += int(np.rint(np.float64(paths.magnitudes[s]) * factor * scale))
-
-
-@compiled
-def adjoints_in_lanes(steps: int, cells: int, like: Any) -> tuple[Any, int]:
-    """Room for the adjoints ``[steps, 2, N, lanes]`` as flat array, and where they begin: with a line of memory.
-
-    A vector that lies in two lines takes twice as long to be read.
-    """
-    flow = np.empty(steps * 2 * cells + LANES, like.dtype)
-    return flow, -(flow.ctypes.data // flow.itemsize) % LANES
 
 
 @inlined
@@ -167,10 +158,10 @@ def backward_block_kernel(method: str) -> Any:
         planes = (KEPT_FIELDS if holds is None else KEPT_FIELDS + 1) + (0 if grad_constants is None else 2)
         trajectory = np.empty((planes, steps, rows * neurons), state.dtype)
         tiles = np.zeros(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
-        fired = np.zeros((neurons + 7) // 8 * 8, np.uint8)
+        fired = np.zeros(neurons, np.uint8)
         inbox = np.zeros(2 * neurons if incoming.places.size > 0 else 0, np.int64)
         buffer, bits = np.empty(sources, state.dtype), np.empty(sources, np.uint32)
-        events = np.empty(max(sources, len(fired)) + 1, np.int64)
+        events = np.empty(max(sources, neurons) + 1, np.int64)
         for lane in range(rows):
             cells = (first + lane) * neurons
             sums = ring[first + lane].reshape(-1)
@@ -214,13 +205,13 @@ def backward_block_kernel(method: str) -> Any:
                     ask_for_path(paths, paths.starts[following], paths.starts[following + 1])
                     send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
         # back, with the adjoints of the steps after the block
-        flow, origin = adjoints_in_lanes(steps + longest, neurons * lanes, state)
+        flow = scratch_on_line((steps + longest) * 2 * neurons * lanes, state.dtype)
         if rows < lanes:
             flow[:] = 0
         flat, a_step = adjoints.reshape(-1), 2 * neurons * lanes
         for t in range(steps, steps + longest):
             for sign in range(2):
-                at = origin + t * a_step + sign * neurons * lanes
+                at = t * a_step + sign * neurons * lanes
                 start = ((t * batch + first) * 2 + sign) * neurons
                 to_lanes(flow, at, flat, start, 2 * neurons, lanes, rows, neurons)
         tile = np.zeros(BACKWARD_SIZE, state.dtype)
@@ -233,7 +224,7 @@ def backward_block_kernel(method: str) -> Any:
             by_inputs[number, :] = 0
         for back_t in range(steps):
             t = steps - 1 - back_t
-            at_t = origin + t * a_step
+            at_t = t * a_step
             if by_weights.size > 0:
                 lanes_that_fired(masks, words[t // 32], t % 32, first, rows)
             for source in range(neurons):
@@ -292,12 +283,12 @@ def history_kernel() -> Any:
         steps, batch, sources = history.shape
         longest, _, _, neurons = adjoints.shape
         # Steps are counted from the first row of the history on. What arrived before its end adds the adjoint 0.
-        flow, origin = adjoints_in_lanes(steps + longest, neurons * lanes, history)
+        flow = scratch_on_line((steps + longest) * 2 * neurons * lanes, history.dtype)
         flow[:] = 0
         a_step = 2 * neurons * lanes
         for t in range(longest):
             for sign in range(2):
-                at = origin + (steps + t) * a_step + sign * neurons * lanes
+                at = (steps + t) * a_step + sign * neurons * lanes
                 start = ((t * batch + first) * 2 + sign) * neurons
                 to_lanes(flow, at, adjoints.reshape(-1), start, 2 * neurons, lanes, rows, neurons)
         by_spike = np.zeros(sources * lanes, history.dtype)
@@ -305,7 +296,7 @@ def history_kernel() -> Any:
         if by_weights.size > 0:
             by_weights[number, :] = 0
         for r in range(steps):
-            at_r = origin + r * a_step
+            at_r = r * a_step
             for source in range(sources):
                 worth(by_spike, flow, at_r, lanes, paths, source)
             from_lanes(grad_history.reshape(-1), (r * batch + first) * sources, sources, by_spike, lanes, rows, sources)
