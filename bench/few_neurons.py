@@ -1,11 +1,13 @@
 """Time few neurons over many steps on the CPU: in order, and in the chunks of time that are chosen.
 
     python bench/few_neurons.py --neurons 1 8 64 --steps 1000000 --threads 2
+    python bench/few_neurons.py --neurons 1 8 64 --inputs irregular --what training learning
 
 Both run in turns in one process, with a check that all bits are equal, and write into buffers that are reused. "irregular"
 is excitatory and inhibitory Poisson input, "regular" a constant input that neurons answer with a constant rate, "always" one
-that makes them fire in every step. Each line gives the median and the range of the milliseconds and of the ratios. With
-``--cpu-time``, on one thread, these are times of the processor, which other processes change less.
+that makes them fire in every step. "training" is a forward and a backward with the gradient by the input, "learning" one
+with gradients by the parameters of each neuron as well. Each line gives the median and the range of the milliseconds and of
+the ratios. With ``--cpu-time``, on one thread, these are times of the processor, which other processes change less.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ P = CobaLIFParameters(
 )
 DT = 0.1  # ms
 INPUTS = ("irregular", "regular", "always")
+WHAT = ("float32", "bits", "training", "learning")
 
 
 def make_input(kind: str, steps: int, neurons: int) -> Tensor:
@@ -52,21 +55,42 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
-def compare(x: Tensor, packed: bool, rounds: int, clock: Callable[[], float]) -> str:
+def simulate(x: Tensor, packed: bool, chunks: int | None, out: Tensor) -> list[Tensor]:
+    """One run; returns all that it computes."""
+    spike_dtype = "bits" if packed else None
+    spikes, state = coba_lif_feed_forward_integral(
+        x, None, P, DT, backend="cpu", spike_dtype=spike_dtype, out=out, time_chunks=chunks
+    )
+    return [spikes, *state]
+
+
+def train(x: Tensor, learns: bool, chunks: int | None, gradient: Tensor) -> list[Tensor]:
+    """One forward and one backward from the ``gradient`` by the spikes; returns the gradients."""
+    x = x.detach().requires_grad_()
+    learned = [torch.full((x.shape[1],), value, requires_grad=True) for value in P[:9]] if learns else []
+    p = CobaLIFParameters(*(learned or P[:9]), method="triangle", alpha=0.1)
+    spikes, _ = coba_lif_feed_forward_integral(x, None, p, DT, backend="cpu", time_chunks=chunks)
+    return list(torch.autograd.grad(spikes, [x, *learned], gradient))
+
+
+def compare(x: Tensor, what: str, rounds: int, clock: Callable[[], float]) -> str:
     """The times of both, which must have the same bits."""
     times: dict[int | None, list[float]] = {1: [], None: []}
-    shape, dtype = ((-(-len(x) // 32), x.shape[1]), torch.int32) if packed else (tuple(x.shape), torch.float32)
-    outs = {chunks: torch.empty(shape, dtype=dtype) for chunks in times}
-    states = {}
+    if what in ("training", "learning"):
+        run, flag = train, what == "learning"
+        buffers = dict.fromkeys(times, torch.rand(x.shape, generator=torch.Generator().manual_seed(2)))
+    else:
+        run, flag = simulate, what == "bits"
+        shape, dtype = ((-(-len(x) // 32), x.shape[1]), torch.int32) if flag else (tuple(x.shape), torch.float32)
+        buffers = {chunks: torch.empty(shape, dtype=dtype) for chunks in times}
+    results = {}
     for number in range(rounds + 1):
-        for chunks, out in outs.items():
+        for chunks, buffer in buffers.items():
             start = clock()
-            _, states[chunks] = coba_lif_feed_forward_integral(
-                x, None, P, DT, backend="cpu", spike_dtype="bits" if packed else None, out=out, time_chunks=chunks
-            )
+            results[chunks] = run(x, flag, chunks, buffer)
             if number:  # the first time, kernels may be compiled
                 times[chunks].append(1e3 * (clock() - start))
-        for ours, theirs in zip((outs[None], *states[None]), (outs[1], *states[1]), strict=True):
+        for ours, theirs in zip(results[None], results[1], strict=True):
             if not torch.equal(ours, theirs):
                 raise SystemExit("the bits differ")
     ratios = [order / cut for order, cut in zip(times[1], times[None], strict=True)]
@@ -80,6 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS))
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--cpu-time", action="store_true", help="times of the processor, on one thread")
     asked = parser.parse_args()
     threads = 1 if asked.cpu_time else asked.threads
@@ -92,9 +117,9 @@ def main() -> None:
             x = make_input(kind, asked.steps, neurons)
             spikes, _ = coba_lif_feed_forward_integral(x, None, P, DT, backend="cpu", time_chunks=1)
             rate = float(spikes.mean()) / DT * 1e3
-            for packed in (False, True):
-                result = compare(x, packed, asked.rounds, clock)
-                print(f"{neurons} neurons, {kind}, {rate:.0f} Hz, {'bits' if packed else 'float32'}: {result}", flush=True)
+            for what in asked.what:
+                result = compare(x, what, asked.rounds, clock)
+                print(f"{neurons} neurons, {kind}, {rate:.0f} Hz, {what}: {result}", flush=True)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class Backend(Protocol):
         """Differentiate what :meth:`feed_forward_forward` did, with the spikes of ``saved`` and from its checkpoints.
 
         Fill the first three rows of ``grad_state [F, M]``, and where they have elements also ``grad_x [T, M]`` and the sums
-        over time ``sums [S, M]``. Of the call, ``jump_first``, ``method`` and ``checkpoint_every`` matter.
+        over time ``sums [S, M]``. Of the call, ``jump_first``, ``method``, ``checkpoint_every``, ``time_chunks`` and
+        ``memory`` matter.
         """
 
     # Connected neurons

@@ -38,10 +38,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     real = time_chunks.run
 
-    def note(kernel: Any, *args: Any, shares: Any) -> None:
+    def note(kernel: Any, *args: Any, shares: Any, **options: Any) -> None:
         at = next(arg for arg in args if isinstance(arg, np.ndarray) and arg.dtype == np.int64 and arg.ndim == 1)
         before = at.copy()
-        real(kernel, *args, shares=shares)
+        real(kernel, *args, shares=shares, **options)
         seen.append((shares[-1][-1], int((at - before).sum())))
 
     monkeypatch.setattr(time_chunks, "run", note)
@@ -113,22 +113,145 @@ def test_neurons(order: str, dtype: torch.dtype, refractory: Any, currents: bool
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("every", [16, 32, 64])
-@pytest.mark.parametrize("steps", [640, 1003])
-def test_gradients(dtype: torch.dtype, every: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coba_triton.ops.operators.checkpoint_interval", lambda *_: every)
-    results = []
-    for chunks in (5, 1):
-        x = irregular(steps, 3, dtype=dtype).requires_grad_()
-        thresholds = torch.tensor([-50.0, -51.0, -52.0], requires_grad=True)
-        p = P._replace(v_thresh=thresholds, refractory=1.0, method="triangle", alpha=0.1)
-        z, states = run(x, chunks, p, record_states=True)
-        ((z * torch.linspace(1, 2, steps)[:, None]).sum() + (states.v * states.g_e).sum()).backward()
-        results.append([z, *states, x.grad, thresholds.grad])
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(bits(ours.detach()), bits(theirs.detach()))
-    assert results[0][0].any() and results[0][-1].abs().max() > 0
+def gradients(x: Tensor, chunks: int | None, loss: Any, p: CobaLIFParameters = P, state: Any = None, **options: Any) -> Any:
+    """The gradients of a ``loss`` of what a call returns, by the input, the initial state and every number of ``p``."""
+    x = x.detach().requires_grad_(x.is_floating_point())
+    learned = [value for value in p if isinstance(value, Tensor) and value.requires_grad]
+    state = state or CobaLIFFeedForwardState(*(torch.full((x.shape[1],), v) for v in (-60.0, 0.01, 0.02)))
+    fields = [field.detach().requires_grad_() for field in state[:3]]
+    out = run(x, chunks, p, type(state)(*fields, *state[3:]), **options)
+    wanted = [*fields, *learned, *([x] if x.requires_grad else [])]
+    return [out[0].detach(), *torch.autograd.grad(loss(*out), wanted)]
+
+
+def compare_gradients(x: Tensor, chunks: int, loss: Any, *args: Any, **options: Any) -> list[Tensor]:
+    """The gradients in order, after a look at the bits of those in chunks."""
+    ours, theirs = (gradients(x, count, loss, *args, **options) for count in (chunks, 1))
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(bits(a), bits(b)), f"{number}: {int((bits(a) != bits(b)).sum())} of {a.numel()} differ"
+    return theirs
+
+
+def weighted(z: Tensor, states: Any) -> Tensor:
+    """A loss of all spikes and, of the states that are there, recorded or the last one."""
+    worth = torch.linspace(1, 2, z.numel(), dtype=torch.float64).to(z.dtype).view_as(z)
+    return (z * worth).sum() + (states.v * states.g_e).sum() + states.g_i.square().sum()
+
+
+SMOOTH = P._replace(method="triangle", alpha=0.1)
+
+
+def learned(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, requires_grad=True)
+
+
+class TestBack:
+    """The way back in chunks: the bits of the way back in order."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("every", [1, 16, 32, 64])
+    @pytest.mark.parametrize("steps", [640, 1003])
+    def test_checkpoints(self, dtype: torch.dtype, every: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("coba_triton.ops.operators.checkpoint_interval", lambda *_: every)
+        p = SMOOTH._replace(v_thresh=learned(-50, -51, -52, dtype=dtype), refractory=1.0)
+        state = CobaLIFFeedForwardRefractoryState(*(torch.full((3,), v, dtype=dtype) for v in (-60.0, 0.01, 0.02, 2.0)))
+        for record in (True, False):
+            z, *_, by_threshold, _ = compare_gradients(
+                irregular(steps, 3, dtype=dtype), 5, weighted, p, state, record_states=record
+            )
+            assert z.any() and by_threshold.abs().max() > 0
+
+    @pytest.mark.parametrize("steps", [1, 31, 32, 33, 63, 64, 65, 128, 129, 1000, 4097])
+    @pytest.mark.parametrize("neurons", [1, 16, 70])
+    def test_lengths(self, steps: int, neurons: int) -> None:
+        p = SMOOTH._replace(c_m_inv=learned(*[5.0] * neurons))
+        for chunks in (2, 3, 1000):
+            compare_gradients(irregular(steps, neurons), chunks, weighted, SMOOTH)
+            compare_gradients(irregular(steps, neurons), chunks, weighted, p, record_states=True)
+
+    @pytest.mark.parametrize("order", ["decay_first", "jump_first"])
+    @pytest.mark.parametrize("own", [False, True])
+    @pytest.mark.parametrize("neurons", [1, 5, 20])
+    def test_every_constant(self, order: str, own: bool, neurons: int) -> None:
+        """Parameters that all neurons share have one sum over the neurons as well."""
+        count = neurons if own else 1
+        p = SMOOTH._replace(
+            **{name: learned(*[getattr(P, name)] * count) for name in P._fields[:9]}, refractory=1.0 if own else 0
+        )
+        state = None
+        if own:
+            state = CobaLIFFeedForwardRefractoryState(*(torch.full((neurons,), v) for v in (-60.0, 0.01, 0.02, 2.0)))
+        grads = compare_gradients(irregular(2000, neurons), 7, weighted, p, state, order=order)
+        assert all(grad.abs().max() > 0 for grad in grads[4:])  # by v: a neuron that is held at first has none
+
+    @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("neurons", [1, 3, 70])
+    def test_dtypes_of_the_input(self, kind: str, neurons: int) -> None:
+        x = irregular(1500, neurons).to(getattr(torch, kind))
+        compare_gradients(x, 4, lambda z, _: (z * x).sum(), SMOOTH)
+
+    @pytest.mark.parametrize("neurons", [1, 5])
+    def test_strides(self, neurons: int) -> None:
+        """Of the input, and of the incoming gradient: that of a sum is one number for all."""
+        for x in (irregular(neurons, 2000, 1).t(), irregular(2000, 2 * neurons)[:, ::2]):
+            compare_gradients(x, 6, lambda z, _: z.sum(), SMOOTH)
+            compare_gradients(x, 6, lambda z, _: z.t().contiguous().square().sum(), SMOOTH)
+
+    def test_a_loss_of_the_end_alone(self) -> None:
+        """No chunk but the last has a gradient of its own, so the guess is right only where the true one has come to 0."""
+        x = irregular(6000, 2)
+        grads = compare_gradients(x, 12, lambda _, state: state.v.sum(), SMOOTH._replace(v_rest=learned(-65, -65)))
+        assert grads[-1][-200:].abs().max() > 0
+
+    def test_nan_and_infinity(self) -> None:
+        for value in (float("nan"), float("inf")):
+            x = irregular(3000, 3)
+            x[1500, 1] = value
+            compare_gradients(x, 8, weighted, SMOOTH._replace(g_l=learned(0.01, 0.01, 0.01)))
+
+    def test_one_repair(self, passes: list[tuple[int, int]]) -> None:
+        x = irregular(20 * 25 * MEMORY, 4)
+        gradients(x, 20, weighted, SMOOTH)
+        assert [count for count, _ in passes] == [20, 19, 20, 19]
+        assert passes[3][1] < passes[2][1] / 2
+
+    def test_any_guess_gives_these_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, p = irregular(6000, 4), SMOOTH._replace(v_thresh=learned(-50, -51, -52, -50))
+        want = gradients(x, 1, weighted, p)
+        for guess in (float("nan"), 1e30, 1.0):
+            monkeypatch.setattr(time_chunks, "GUESS_OF_GRADIENT", guess)
+            for a, b in zip(gradients(x, 10, weighted, p), want, strict=True):
+                assert torch.equal(bits(a), bits(b))
+
+    def test_number_of_threads_changes_no_bit(self, threads) -> None:
+        x, p = irregular(9000, 5), SMOOTH._replace(tau_syn_exc_inv=learned(*[0.2] * 5))
+        for count in (1, 2, 3, 7):
+            threads(count)
+            for chunks in (2, 50):
+                compare_gradients(x, chunks, weighted, p)
+
+    def test_many_sizes(self) -> None:
+        generator = np.random.default_rng(6)
+        for _ in range(40):
+            steps, neurons = int(generator.integers(1, 3000)), int(generator.integers(1, 40))
+            x = irregular(steps, neurons, int(generator.integers(100))) * float(generator.choice([0.2, 1.0, 4.0]))
+            p = SMOOTH._replace(e_rev_E=learned(*[0.0] * neurons)) if generator.integers(2) else SMOOTH
+            order, record = str(generator.choice(["decay_first", "jump_first"])), bool(generator.integers(2))
+            compare_gradients(x, int(generator.integers(2, 60)), weighted, p, order=order, record_states=record)
+
+    def test_the_rule(self, passes: list[tuple[int, int]]) -> None:
+        """Sums over time pay only where there are fewer neurons."""
+        for neurons, learns, cut in ((2, True, True), (64, False, True), (64, True, False)):
+            passes.clear()
+            p = SMOOTH._replace(v_rest=learned(*[-65.0] * neurons)) if learns else SMOOTH
+            x = irregular(20_000, neurons)
+            x.requires_grad_()
+            z, _ = coba_lif_feed_forward_integral(x, None, p, DT, backend="cpu")
+            assert passes
+            passes.clear()
+            z.sum().backward()
+            assert bool(passes) == cut
 
 
 def test_one_repair_and_nothing_to_settle(passes: list[tuple[int, int]]) -> None:

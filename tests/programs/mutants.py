@@ -432,7 +432,17 @@ MUTANTS = {
         {"if at[count - 1] == units:": "if not compare:"}
     ),
     "CPU time chunks: a chunk leaves its neurons' constants behind": cpu_chunks(
-        {"range(FORWARD_ROWS // ROW)": "range(CONSTANTS // ROW)"}, "chunks.py"
+        {"range(len(tile) // ROW)": "range(CONSTANTS // ROW)"}, "chunks.py"
+    ),
+    "CPU time chunks: back, what comes in at the end is lost in a shorter unit": cpu_chunks(
+        {"if begins >= 0 and": "if begins < 0 and"}, "chunks_back.py"
+    ),
+    "CPU time chunks: back, the state before a chunk is taken for recorded": cpu_chunks(
+        {"if 0 < t < steps:": "if 0 < t < steps and t % STEPS:"}, "chunks_back.py"
+    ),
+    "CPU time chunks: back, the terms of a unit are added from its first step on": cpu_chunks(
+        {"for s in range(min(STEPS, steps - starts[k]) - 1, -1, -1):": "for s in range(min(STEPS, steps - starts[k])):"},
+        "chunks_back.py",
     ),
     "CPU time chunks: spikes go on after the end": cpu_chunks(
         {"&= (1 << count % WORD) - 1": "&= (1 << WORD) - 1"}, "chunks.py"

@@ -1,4 +1,7 @@
-"""The CPU kernel of unconnected neurons for chunks of time that go on side by side; :mod:`.time_chunks` says what for."""
+"""The CPU kernel of unconnected neurons for chunks of time that go on side by side; :mod:`.time_chunks` says what for.
+
+Chunks go on in units of ``STEPS`` steps. :mod:`.chunks_back` has the kernel for the way back.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from .rows import (
     expand,
     load,
     load_shared,
+    load_state,
     prefetch,
     row_of_field,
 )
@@ -49,10 +53,7 @@ def put_chunk(tile: Any, lane: int, n: int, target: Any, row: int, every: int, b
 @compiled
 def take_chunk(tile: Any, lane: int, n: int, source: Any, row: int, fields: int, per_neuron: Any, begin: int) -> None:
     """The state of a chunk from the rows ``row``, ``row + 1``, ... of ``source``, and its neurons' constants."""
-    for k in range(fields):
-        at = row_of_field(STATE, LEFT, k) + lane
-        for i in range(n):
-            tile[at + i] = source[row + k, i]
+    load_state(tile, STATE + lane, LEFT + lane, source, row, 1, 0, n, fields)
     if per_neuron is not None:
         for k in range(len(per_neuron)):
             for i in range(n):
@@ -62,7 +63,7 @@ def take_chunk(tile: Any, lane: int, n: int, source: Any, row: int, fields: int,
 @compiled
 def move_chunk(tile: Any, lane: int, to: int, n: int) -> None:
     """All rows of a chunk into other lanes."""
-    for row in range(FORWARD_ROWS // ROW):
+    for row in range(len(tile) // ROW):
         for i in range(n):
             tile[row * ROW + to + i] = tile[row * ROW + lane + i]
 
@@ -80,17 +81,16 @@ def has_bits(words: Any, lane: int, n: int, noted: Any, row: int, fields: int) -
 
 @compiled
 def gather_rows(
-    buffer: Any, width: int, line: Any, bits: Any, x: Strided, slots: Any, at: Any, alive: int, steps: int, begin: int,
-    n: int,
+    buffer: Any, width: int, line: Any, bits: Any, x: Strided, starts: Any, alive: int, steps: int, begin: int, n: int
 ) -> None:  # fmt: skip
-    """The input of the chunks' next unit, into rows ``width`` apart, where the neurons of a step are side by side in ``x``.
+    """What ``x`` has for the units that begin at ``starts``, into rows ``width`` apart; neurons are side by side in ``x``.
 
     Whole vectors are copied. Behind a chunk's last neuron is what comes next in memory: it goes to the lanes of the next
     chunk, whose turn is later, or to lanes that nobody reads.
     """
     source = x.data.view(buffer.dtype)
     for k in range(alive):
-        t = at[slots[k]] * STEPS
+        t = starts[k]
         start = t * x.stride_t + begin
         if start + STEPS * x.stride_t + n + LANES <= len(source):
             for s in range(STEPS):
@@ -106,12 +106,11 @@ def gather_rows(
 
 @compiled
 def gather_columns(
-    buffer: Any, width: int, lines: Any, bits: Any, x: Strided, slots: Any, at: Any, alive: int, steps: int, begin: int,
-    n: int,
+    buffer: Any, width: int, lines: Any, bits: Any, x: Strided, starts: Any, alive: int, steps: int, begin: int, n: int
 ) -> None:  # fmt: skip
     """The same for any element type and strides: a line of steps for each lane, and then the lines become columns."""
     for lane in range(alive * n):
-        t = at[slots[lane // n]] * STEPS
+        t = starts[lane // n]
         start = t * x.stride_t + (begin + lane % n) * x.stride_m
         line = lane % LANES * STEPS
         load(lines[line : line + STEPS], bits, x.data, x.code, start, x.stride_t, min(STEPS, steps - t))
@@ -121,11 +120,22 @@ def gather_columns(
 
 
 @compiled
-def prefetch_part(x: Strided, slots: Any, at: Any, alive: int, s: int, begin: int, n: int) -> None:
-    """Ask for a part, number ``s`` of ``STEPS``, of the unit that every chunk comes to next."""
+def gather(
+    buffer: Any, width: int, lines: Any, bits: Any, x: Strided, starts: Any, alive: int, steps: int, begin: int, n: int
+) -> None:  # fmt: skip
+    """The same, whichever of both is faster."""
+    if n > 1 and x.stride_m == 1 and x.code == (FLOAT64 if buffer.itemsize == 8 else FLOAT32):
+        gather_rows(buffer, width, lines, bits, x, starts, alive, steps, begin, n)
+    else:
+        gather_columns(buffer, width, lines, bits, x, starts, alive, steps, begin, n)
+
+
+@compiled
+def prefetch_part(x: Strided, starts: Any, ahead: int, alive: int, s: int, begin: int, n: int) -> None:
+    """Ask for a part, number ``s`` of ``STEPS``, of the units that begin ``ahead`` of ``starts``."""
     steps = LINE // min(LINE, max(1, x.stride_t * x.itemsize))  # of a cache line
     for k in range(s % steps, alive, steps):
-        prefetch(x, (at[slots[k]] + 1) * STEPS + s // steps * steps, begin, n)
+        prefetch(x, starts[k] + ahead + s // steps * steps, begin, n)
 
 
 @compiled
@@ -202,12 +212,18 @@ class Scratch(NamedTuple):
     fired: Any
     packed: Any
     slots: Any
+    starts: Any
+
+
+def row_width(lanes: int) -> int:
+    """From one row of a buffer to the next. Whole vectors are copied, also those that begin with the last lane."""
+    return -(-lanes // LANES) * LANES + LANES
 
 
 def scratch(dtype: Any, chunks: int, n: int) -> Scratch:
     """Memory for so many chunks of ``n`` neurons, or for as many of them as go on at the same time."""
     chunks = min(chunks, TILE // n)
-    width = -(-chunks * n // LANES) * LANES + LANES
+    width = row_width(chunks * n)
     return Scratch(
         tile=memory_apart((FORWARD_ROWS,), dtype),
         buffer=memory_apart((STEPS * width,), dtype),
@@ -216,6 +232,7 @@ def scratch(dtype: Any, chunks: int, n: int) -> Scratch:
         fired=np.zeros((STEPS, width), np.uint8),
         packed=np.zeros((STEPS // WORD, width), np.int32),
         slots=np.zeros(chunks, np.int64),  # which chunk has the lanes from k * n on
+        starts=np.zeros(chunks, np.int64),  # the first step of its unit
     )
 
 
@@ -229,6 +246,7 @@ def borrow_scratch(scratch: Scratch) -> Scratch:
         borrow(scratch.fired),
         borrow(scratch.packed),
         borrow(scratch.slots),
+        borrow(scratch.starts),
     )
 
 
@@ -239,8 +257,8 @@ def chunks_kernel() -> Any:
 
     def advance(
         x: Strided, shared: Any, per_neuron: Any, spikes: Strided, one: int, words: Any, states: Any, checkpoints: Any,
-        every: int, jump_first: bool, holds: bool | None, notes: Any, noted: Any, reached: Any, at: Any, until: Any,
-        compare: bool, limit: int, steps: int, begin: int, n: int, scratch: Scratch, first: int, last: int,
+        every: int, jump_first: bool, holds: bool | None, steps: int, begin: int, n: int, notes: Any, noted: Any,
+        reached: Any, at: Any, until: Any, compare: bool, limit: int, scratch: Scratch, first: int, last: int,
     ) -> None:  # fmt: skip
         """Let the chunks from ``first`` to ``last`` go on, with ``n`` neurons from ``begin`` on.
 
@@ -255,9 +273,8 @@ def chunks_kernel() -> Any:
         notes, noted, reached, at, until = borrow(notes), borrow(noted), borrow(reached), borrow(at), borrow(until)
         fields = reached.shape[1]
         notes, noted, reached = notes.reshape(-1, n), noted.reshape(-1, n), reached.reshape(-1, n)
-        tile, buffer, lines, bits, fired, packed, slots = borrow_scratch(scratch)
+        tile, buffer, lines, bits, fired, packed, slots, starts = borrow_scratch(scratch)
         words_of_tile, eights, width = tile.view(noted.dtype), fired.view(np.uint64), fired.shape[1]
-        by_rows = n > 1 and x.stride_m == 1 and x.code == (FLOAT64 if notes.itemsize == 8 else FLOAT32)
         c = None if shared is None else load_shared(shared)
         for group in range(first, last, len(slots)):
             alive = min(len(slots), last - group)
@@ -282,35 +299,33 @@ def chunks_kernel() -> Any:
                 if alive == 0:
                     break
                 lanes = (alive * n + LANES - 1) // LANES * LANES  # those behind the last neuron compute what nobody reads
-                if by_rows:
-                    gather_rows(buffer, width, lines, bits, x, slots, at, alive, steps, begin, n)
-                else:
-                    gather_columns(buffer, width, lines, bits, x, slots, at, alive, steps, begin, n)
                 ends = -1  # which chunk comes to the end of the run
                 for k in range(alive):
-                    if (at[slots[k]] + 1) * STEPS >= steps:
+                    starts[k] = at[slots[k]] * STEPS
+                    if starts[k] + STEPS >= steps:
                         ends = k
+                gather(buffer, width, lines, bits, x, starts, alive, steps, begin, n)
                 packed[:] = 0
                 for s in range(STEPS):
-                    prefetch_part(x, slots, at, alive, s, begin, n)
+                    prefetch_part(x, starts, STEPS, alive, s, begin, n)
                     if spikes.data.size > 0:
-                        prefetch_part(spikes, slots, at, alive, s, begin, n)
+                        prefetch_part(spikes, starts, STEPS, alive, s, begin, n)
                     if every > 0 and s % every == 0:
                         for k in range(alive):
-                            t = at[slots[k]] * STEPS + s
+                            t = starts[k] + s
                             if t < steps:
                                 put_chunk(tile, k * n, n, checkpoints, fields * (t // every), 1, begin, fields)
                     forward_row(tile, buffer[s * width : s * width + lanes], fired[s], lanes, jump_first, c, holds)
                     pack_row(packed[s // WORD], fired[s], eights[s], s % WORD, lanes)
                     if states.size > 0:
                         for k in range(alive):
-                            t = at[slots[k]] * STEPS + s
+                            t = starts[k] + s
                             if t < steps:
                                 put_chunk(tile, k * n, n, states, t, steps, begin, fields)
-                    if ends >= 0 and at[slots[ends]] * STEPS + s == steps - 1:
+                    if ends >= 0 and starts[ends] + s == steps - 1:
                         put_chunk(tile, ends * n, n, reached, slots[ends] * fields, 1, 0, fields)
                 for k in range(alive):
-                    t = at[slots[k]] * STEPS
+                    t = starts[k]
                     count = min(STEPS, steps - t)
                     if count % WORD:  # no spikes after the end of the run
                         for i in range(n):

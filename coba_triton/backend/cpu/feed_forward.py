@@ -171,8 +171,8 @@ def backward_kernel(method: str) -> Any:
 
     def backward(
         x: Strided, shared: Any, per_neuron: Any, words: Any, checkpoints: Any, grad_spikes: Strided, grad_final: Any,
-        grad_states: Any, grad_x: Strided, grad_state: Any, grad_constants: Any, every: int, jump_first: bool,
-        holds: bool | None, wide: int, steps: int, first: int, last: int,
+        grad_states: Any, grad_x: Strided, grad_state: Any, every: int, jump_first: bool, holds: bool | None,
+        grad_constants: Any, wide: int, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
         """Differentiate the neurons from ``first`` to ``last``; arrays without elements are not read or written.
 

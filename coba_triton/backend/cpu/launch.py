@@ -198,16 +198,14 @@ def _forward_arguments(
 
 
 def _split_time(
-    arguments: tuple[Any, ...], steps: int, asked: int | None = None, memory: float | None = None
+    name: str, dtype: torch.dtype, constants: tuple[Any, Any], steps: int, neurons: int, call: Call, sums: bool = False
 ) -> tuple[int, int]:
     """Into how many chunks of time a run is cut, and for how many threads; see :mod:`.time_chunks`."""
-    _, state, shared, per_neuron, *_ = arguments
-    neurons = state.shape[1]
-    if asked == 1 or (asked is None and not time_chunks.may_pay(steps, neurons)):
+    asked, memory = call.time_chunks, call.memory
+    if asked == 1 or (asked is None and not time_chunks.may_pay(steps, neurons, sums)):
         return 1, 1
-    most = parameters_of("feed_forward_forward", torch.from_numpy(state).dtype, neurons)["threads"]
-    threads = count_threads(most, time_chunks.COST * steps * neurons)
-    memory = time_chunks.memory_of(shared, per_neuron) if memory is None else memory
+    threads = count_threads(parameters_of(name, dtype, neurons)["threads"], time_chunks.COST * steps * neurons)
+    memory = time_chunks.memory_of(*constants) if memory is None else memory
     return asked or time_chunks.choose_chunks(steps, neurons, memory, threads), threads
 
 
@@ -223,11 +221,12 @@ def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Ten
     steps, neurons = x.shape
     every = 0 if out.checkpoints is None else call.checkpoint_every
     arguments = _forward_arguments(x, state, constants, final, out, every, call.jump_first)
-    chunks, threads = _split_time(arguments, steps, call.time_chunks, call.memory)
+    name, dtype = "feed_forward_forward", state.dtype
+    chunks, threads = _split_time(name, dtype, arguments[2:4], steps, neurons, call)
     if chunks > 1:
         _run_in_chunks(arguments, x, chunks, threads)
         return
-    tile, shares = _split_neurons("feed_forward_forward", state.dtype, steps, neurons)
+    tile, shares = _split_neurons(name, dtype, steps, neurons)
     run(feed_forward.forward_kernel(), *arguments, None, tile, steps, shares=shares)
 
 
@@ -273,7 +272,8 @@ class ForwardStream:
         before, self._state = self._state, torch.empty_like(self._state)
         out = Outputs(words=words)
         arguments = _forward_arguments(x, before, self._constants, self._state, out, 0, self._jump_first)
-        chunks, threads = _split_time(arguments, len(x))
+        name, call = "feed_forward_forward", Call("cpu")
+        chunks, threads = _split_time(name, before.dtype, arguments[2:4], len(x), before.shape[1], call)
         if chunks > 1:
             return self._state, [self._threads[0].submit(_run_in_chunks, arguments, x, chunks, threads, sums)]
         kernel = functools.partial(feed_forward.forward_kernel(), *arguments, sums, self._tile, len(x))
@@ -299,11 +299,10 @@ def feed_forward_backward(
     """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_backward`."""
     steps, neurons = x.shape
     ask_for_huge_pages(grad_x)
-    tile, shares = _split_neurons("feed_forward_backward", constants.dtype, steps, neurons)
-    run(
-        feed_forward.backward_kernel(call.method),
+    table = constants_arrays(constants)
+    arguments = (
         strided_bytes(x),
-        *constants_arrays(constants),
+        *table,
         array_of_rows(saved.words),
         array_of_rows(saved.checkpoints),
         strided_bytes(grads.spikes),
@@ -311,14 +310,18 @@ def feed_forward_backward(
         rows_if_given(grads.states, constants.dtype),
         strided_bytes(grad_x),
         array_of_rows(grad_state),
-        array_of_rows(sums) if sums.numel() else None,
         call.checkpoint_every,
         call.jump_first,
         holds(len(grad_state)),
-        tile,
-        steps,
-        shares=shares,
     )
+    by_constants = array_of_rows(sums) if sums.numel() else None
+    name, dtype = "feed_forward_backward", constants.dtype
+    chunks, threads = _split_time(name, dtype, table, steps, neurons, call, by_constants is not None)
+    if chunks > 1:
+        time_chunks.go_back_in_chunks(call.method, arguments, by_constants, steps, chunks, threads)
+        return
+    tile, shares = _split_neurons(name, dtype, steps, neurons)
+    run(feed_forward.backward_kernel(call.method), *arguments, by_constants, tile, steps, shares=shares)
 
 
 def synapses(rows: Tensor, uses: int) -> recurrent.Synapses:

@@ -191,7 +191,8 @@ def compile_seconds() -> float:
 
 # Modules of this folder from which kernels of other ones take code.
 SHARED = (
-    "numba_bridge", "rows", "events", "feed_forward", "checksums", "products", "recurrent", "sparse", "lanes", "meeting",
+    "numba_bridge", "rows", "events", "feed_forward", "checksums", "chunks", "products", "recurrent", "sparse", "lanes",
+    "meeting",
 )  # fmt: skip
 
 

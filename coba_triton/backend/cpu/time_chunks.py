@@ -3,23 +3,33 @@
 All chunks start at once, from a guess. Two runs under one input forget where they started: rounding makes their states
 equal, and from then on they are one. So what a wrong guess spoiled is computed again, from the end of the chunk before,
 until the state has the very bits that were noted there. The guess decides how long that takes, and nothing else.
+
+On the way back the gradient by the state takes the place of the state, and the end of the run that of its beginning.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import numpy as np
 
 from ...neuron.records import Constants
-from .chunks import STEPS, chunks_kernel, scratch
+from .chunks import STEPS, chunks_kernel, row_width, scratch
+from .chunks_back import chunks_back_kernel, scratch_back
+from .meeting import memory_apart
+from .rows import FIELDS, TILE
 from .threads import run
 
 # Lanes of a row that fill a core's vector units.
 LANES_OF_CORE = 128
 # The neurons of a chunk that go on together until all of them have the noted state.
 NEURONS_TOGETHER = 64
+# Lanes that go back together where the gradient by the constants is summed up: what they add is kept until it is added.
+LANES_OF_SUMS = 128
+# What the gradient by the state is taken to be at the end of a chunk. Any number does.
+GUESS_OF_GRADIENT = 0.0
 # After so many of the largest time constants, nearly all neurons that spike irregularly have forgotten where they started.
 MEMORIES = 25
 # Shorter chunks than this cost more to hand out than they save.
@@ -37,9 +47,12 @@ def memory_of(shared: Any, per_neuron: Any) -> float:
     return 1 / slowest if slowest > 0 else math.inf
 
 
-def may_pay(steps: int, neurons: int) -> bool:
-    """Whether a run has so few neurons and so many steps that it is worth while to look at its constants."""
-    return neurons <= NEURONS_TOGETHER and steps >= 2 * LEAST_STEPS
+def may_pay(steps: int, neurons: int, sums: bool = False) -> bool:
+    """Whether a run has so few neurons and so many steps that it is worth while to look at its constants.
+
+    ``sums``: whether it goes back with the gradient by the constants, for which every step is computed twice.
+    """
+    return neurons <= (NEURONS_TOGETHER // 2 if sums else NEURONS_TOGETHER) and steps >= 2 * LEAST_STEPS
 
 
 def choose_chunks(steps: int, neurons: int, memory: float, threads: int) -> int:
@@ -51,48 +64,95 @@ def choose_chunks(steps: int, neurons: int, memory: float, threads: int) -> int:
 
 def run_in_chunks(arguments: tuple[Any, ...], steps: int, chunks: int, threads: int) -> None:
     """What the forward kernel does with these arguments, for all neurons, with the run cut into so many chunks of time."""
-    _, state, shared, per_neuron, *_ = arguments
+    x, state, shared, per_neuron, final, *others = arguments
+    units, size, again = _sizes(steps, chunks, shared, per_neuron)
+    count = -(-units // size)
+    for begin in range(0, state.shape[1], NEURONS_TOGETHER):
+        n = min(NEURONS_TOGETHER, state.shape[1] - begin)
+        own = [(scratch(state.dtype, -(-count // threads), n),) for _ in range(threads)]
+        guess = np.repeat(state[None, :, begin : begin + n], count, 0)  # the state before the run
+        advance = functools.partial(run, chunks_kernel(), x, shared, per_neuron, *others, steps, begin, n)
+        final[:, begin : begin + n], _ = _settle(advance, guess, units, size, again, own)
+
+
+def go_back_in_chunks(method: str, arguments: tuple[Any, ...], sums: Any, steps: int, chunks: int, threads: int) -> None:
+    """What the backward kernel does with these arguments, likewise.
+
+    ``sums [S, M]`` takes the gradient by the constants, or is None.
+    """
+    *read, grad_final, grad_states, grad_x, grad_state, every, jump_first, holds = arguments
+    _, shared, per_neuron, *_ = read
+    units, size, again = _sizes(steps, chunks, shared, per_neuron)
+    count = -(-units // size)
+    kernel = functools.partial(run, chunks_back_kernel(method), *read, grad_states)
+    for begin in range(0, grad_state.shape[1], NEURONS_TOGETHER):
+        n = min(NEURONS_TOGETHER, grad_state.shape[1] - begin)
+        here, dtype = slice(begin, begin + n), grad_state.dtype
+        room = min(-(-count // threads), TILE // n)
+        own = [(scratch_back(dtype, room, n, every, sums=False), room) for _ in range(threads)]
+        guess = np.full((count, FIELDS, n), GUESS_OF_GRADIENT, dtype)
+        guess[0] = 0
+        if grad_final.size:
+            guess[0] += grad_final[:FIELDS, here]
+        if grad_states.size:
+            guess[0] += grad_states[steps - 1 : FIELDS * steps : steps, here]
+        advance = functools.partial(kernel, grad_x, every, jump_first, holds, None, None, steps, begin, n)
+        grad_state[:FIELDS, here], notes = _settle(advance, guess, units, size, again, own)
+        if sums is None:
+            continue
+        # A sum over time has one order, but its terms do not wait for each other: each unit goes back from its note.
+        room = -(-LANES_OF_SUMS // n)
+        shares = [
+            (scratch_back(dtype, room, n, every, sums=True), threads * room, thread * room, units)
+            for thread in range(threads)
+        ]
+        total, turn = np.zeros((len(sums), row_width(n)), dtype), memory_apart((1,), np.int64)
+        each, nothing = np.arange(units), grad_x._replace(data=grad_x.data[:0])
+        how = total, turn, steps, begin, n, notes, notes.view(f"i{notes.itemsize}"), notes.copy(), each, each + 1, False, 1
+        kernel(nothing, every, jump_first, holds, *how, shares=shares, meet=True)
+        sums[:, here] = total[:, :n]
+
+
+def _sizes(steps: int, chunks: int, shared: Any, per_neuron: Any) -> tuple[int, int, int]:
+    """How many units a run has and how many a chunk, and after how many a chunk that is run again gives way.
+
+    Then what those have to say counts that ran at the same time.
+    """
     size = -(-steps // (chunks * STEPS))
     again = max(size // 4, int(min(2 * MEMORIES * memory_of(shared, per_neuron), steps)) // STEPS)
-    for begin in range(0, state.shape[1], NEURONS_TOGETHER):
-        _run_together(arguments, steps, size, again, threads, begin, min(begin + NEURONS_TOGETHER, state.shape[1]))
+    return -(-steps // STEPS), size, again
 
 
-def _run_together(
-    arguments: tuple[Any, ...], steps: int, size: int, again: int, threads: int, begin: int, stop: int
-) -> None:
-    """:func:`run_in_chunks` for the neurons from ``begin`` to ``stop``.
+def _settle(advance: Any, reached: Any, units: int, size: int, again: int, own: list[tuple[Any, ...]]) -> tuple[Any, Any]:
+    """Let chunks of ``size`` units go on, each from its guess ``reached [C, F, n]``, until all is as in a run in order.
 
-    ``size``: units of a chunk. ``again``: units after which a chunk that is run again gives way to what those have to say
-    that ran at the same time.
+    Returns what is reached after all ``units``, and what was noted before each of them. ``advance`` lets chunks go on, and
+    ``own`` has what each thread of it owns. ``again``: see :func:`_sizes`.
     """
-    x, state, shared, per_neuron, final, *others = arguments
-    units, n = -(-steps // STEPS), stop - begin
-    notes = np.empty((units, len(state), n), state.dtype)
+    notes = np.empty((units, *reached.shape[1:]), reached.dtype)
     noted = notes.view(f"i{notes.itemsize}")
+    end = reached[-1]
 
     def go_on(at: Any, reached: Any, until: Any, compare: bool, limit: int) -> None:
         """Let the first ``len(until)`` chunks go on, each to its ``until``."""
+        nonlocal end
         count = len(until)
-        parts = min(threads, count)
-        shares = [(own[part], count * part // parts, count * (part + 1) // parts) for part in range(parts)]
-        how = notes, noted, reached, at, until, compare, limit, steps, begin, n
-        run(chunks_kernel(), x, shared, per_neuron, *others, *how, shares=shares)
+        parts = min(len(own), count)
+        shares = [(*own[part], count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+        advance(notes, noted, reached, at, until, compare, limit, shares=shares)
         if at[count - 1] == units:
-            final[:, begin:stop] = reached[count - 1]
+            end = reached[count - 1]
 
     at = np.arange(0, units, size)
-    own = [scratch(notes.dtype, -(-len(at) // threads), n) for _ in range(threads)]
-    reached = np.repeat(state[None, :, begin:stop], len(at), 0)  # the guess is the state before the run
     go_on(at, reached, np.append(at[1:], units), compare=False, limit=units)
     tried, in_order = 2 * len(at), False
     while True:
-        # What was computed follows from the notes. It is right if all states that chunks have reached are the noted ones.
+        # What was computed follows from the notes. It is right if all that chunks have reached are the noted bits.
         (open_ends,) = np.nonzero(at < units)
         differs = noted[at[open_ends]] != reached[open_ends].view(noted.dtype)
         apart = open_ends[differs.any((1, 2))]
         if len(apart) == 0:
-            return
+            return end, notes
         # Where most chunks went on in vain, the rest is computed in order, and nothing twice.
         in_order = in_order or 2 * len(apart) > tried
         at, reached, tried = at[apart], reached[apart], len(apart)
