@@ -440,12 +440,8 @@ MUTANTS = {
     "CPU time chunks: back, the state before a chunk is taken for recorded": cpu_chunks(
         {"if 0 < t < steps:": "if 0 < t < steps and t % STEPS:"}, "chunks_back.py"
     ),
-    "CPU time chunks: back, the terms of a unit are added from its first step on": cpu_chunks(
-        {"for s in range(min(STEPS, steps - starts[k]) - 1, -1, -1):": "for s in range(min(STEPS, steps - starts[k])):"},
-        "chunks_back.py",
-    ),
-    "CPU time chunks: spikes go on after the end": cpu_chunks(
-        {"&= (1 << count % WORD) - 1": "&= (1 << WORD) - 1"}, "chunks.py"
+    "CPU time chunks: back, a unit begins with the sum of the one after it": cpu_chunks(
+        {"clear_sums(tile, 0, lanes)": "clear_sums(tile, 0, 0)"}, "chunks_back.py"
     ),
     "CPU: a potential on the threshold spikes": cpu({SPIKE: "spike = excess(u, c) >= 0.0"}),
     "CPU: replay reads the neighbouring bit": cpu({STORED_SPIKE.format("bit"): STORED_SPIKE.format("(bit ^ 1)")}),

@@ -23,6 +23,7 @@ from .rows import (
     LINE,
     ROW,
     STATE,
+    SUMMED_STEPS,
     TILE,
     Strided,
     borrow_strided,
@@ -36,8 +37,8 @@ from .rows import (
 )
 
 # Steps of a unit, before each of which the state is noted: a multiple of the bits of a word, and of the steps between two
-# checkpoints.
-STEPS = 64
+# checkpoints. On the way back a unit has its own part of the gradient by the constants.
+STEPS = SUMMED_STEPS
 WORD = 32
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from .chunks import STEPS, WORD, gather, has_bits, move_chunk, prefetch_part, put_chunk, row_width, take_chunk
 from .feed_forward import FRAME, FRAME_LEFT, backward_row, replay_row
-from .lanes import LANES, add_product, copy_lanes, no_lanes, put_lanes
-from .meeting import await_word, memory_apart, publish
+from .lanes import LANES, copy_lanes
+from .meeting import memory_apart
 from .numba_bridge import borrow, compiled, entry_point, sources
 from .rows import (
     BACKWARD_ROWS,
@@ -50,14 +50,10 @@ class BackScratch(NamedTuple):
     words: Any
     slots: Any
     starts: Any
-    terms: Any
 
 
-def scratch_back(dtype: Any, chunks: int, n: int, every: int, sums: bool) -> BackScratch:
-    """Memory for so many chunks of ``n`` neurons, or for as many of them as go back at the same time.
-
-    ``sums``: whether the gradient by the constants is summed up.
-    """
+def scratch_back(dtype: Any, chunks: int, n: int, every: int) -> BackScratch:
+    """Memory for so many chunks of ``n`` neurons, or for as many of them as go back at the same time."""
     chunks = min(chunks, TILE // n)
     width = row_width(chunks * n)
     line = STEPS * max(n, LANES) + LANES
@@ -72,7 +68,6 @@ def scratch_back(dtype: Any, chunks: int, n: int, every: int, sums: bool) -> Bac
         words=np.zeros((STEPS // WORD, width), np.int32),
         slots=np.zeros(chunks, np.int64),  # which chunk has the lanes from k * n on
         starts=np.zeros(chunks, np.int64),  # the first step of its unit
-        terms=memory_apart((STEPS * COUNT * width if sums else 0,), dtype),  # what each step adds to the sums
     )
 
 
@@ -89,7 +84,6 @@ def borrow_scratch_back(scratch: BackScratch) -> BackScratch:
         borrow(scratch.words),
         borrow(scratch.slots),
         borrow(scratch.starts),
-        borrow(scratch.terms),
     )
 
 
@@ -130,24 +124,10 @@ def put_unit(
 
 
 @compiled
-def clear_sums(tile: Any, lanes: int) -> None:
+def clear_sums(tile: Any, lane: int, n: int) -> None:
     for row in range(COUNT):
-        for j in range(lanes):
-            tile[SUMS + row * ROW + j] = 0
-
-
-@compiled
-def add_terms(sums: Any, terms: Any, width: int, starts: Any, alive: int, steps: int, n: int) -> None:
-    """Add what each step of the units adds to the ``sums [S, lanes]``, from the last step to the first."""
-    of_row = sums.shape[1]
-    total = sums.reshape(-1)
-    for k in range(alive):
-        for s in range(min(STEPS, steps - starts[k]) - 1, -1, -1):
-            for row in range(COUNT):
-                for i in range(0, n, LANES):  # lanes behind the last neuron are nobody's
-                    at = row * of_row + i
-                    lanes = add_product(no_lanes(total), 1.0, total, at)
-                    put_lanes(total, at, add_product(lanes, 1.0, terms, (s * COUNT + row) * width + k * n + i))
+        for i in range(n):
+            tile[SUMS + row * ROW + lane + i] = 0
 
 
 @functools.cache
@@ -157,19 +137,17 @@ def chunks_back_kernel(method: str) -> Any:
 
     def go_back(
         x: Strided, shared: Any, per_neuron: Any, words: Any, checkpoints: Any, grad_spikes: Strided, grad_states: Any,
-        grad_x: Strided, every: int, jump_first: bool, holds: bool | None, sums: Any, turn: Any, steps: int, begin: int,
-        n: int, notes: Any, noted: Any, reached: Any, at: Any, until: Any, compare: bool, limit: int,
-        scratch: BackScratch, apart: int, first: int, last: int,
+        grad_x: Strided, every: int, jump_first: bool, holds: bool | None, steps: int, begin: int, n: int,
+        parts: Any, notes: Any, noted: Any, reached: Any, at: Any, until: Any, compare: bool, limit: int,
+        scratch: BackScratch, first: int, last: int,
     ) -> None:  # fmt: skip
         """Let the chunks from ``first`` to ``last`` go back, with ``n`` neurons from ``begin`` on.
 
         As the kernel of the forward does it, with the gradient by the state instead of the state, and with units that are
         counted from the end of the run: it is noted after every unit. The other arguments are those of the backward kernel,
-        for all ``steps`` of the run. As many chunks as have room go side by side; from one such group to the next it is
-        ``apart`` chunks.
+        for all ``steps`` of the run.
 
-        ``sums``: None; or ``[S, lanes]``, for the gradient by the constants. Then the chunks are units, in order, and each
-        goes back through itself. ``turn`` is the word that says which group is to be added next: threads wait for theirs.
+        ``parts [units, S, n]`` takes each unit's part of the gradient by the constants, or is None.
         """
         _ = digest  # part of the key of the disk cache
         x, grad_spikes, grad_x = borrow_strided(x), borrow_strided(grad_spikes), borrow_strided(grad_x)
@@ -177,12 +155,12 @@ def chunks_back_kernel(method: str) -> Any:
         notes, noted, reached, at, until = borrow(notes), borrow(noted), borrow(reached), borrow(at), borrow(until)
         units = len(notes)
         notes, noted, reached = notes.reshape(-1, n), noted.reshape(-1, n), reached.reshape(-1, n)
-        tile, tape, inputs, gradients, out, lines, bits, packed, slots, starts, terms = borrow_scratch_back(scratch)
+        tile, tape, inputs, gradients, out, lines, bits, packed, slots, starts = borrow_scratch_back(scratch)
         words_of_tile, width = tile.view(noted.dtype), packed.shape[1]
         fields = FIELDS if holds is None else FIELDS + 1
         c = None if shared is None else load_shared(shared)
-        summed = None if sums is None else True
-        for group in range(first, last, apart):
+        sums = None if parts is None else True
+        for group in range(first, last, len(slots)):
             alive = min(len(slots), last - group)
             for k in range(alive):
                 slots[k] = group + k
@@ -213,6 +191,8 @@ def chunks_back_kernel(method: str) -> Any:
                 gather(inputs, width, lines, bits, x, starts, alive, steps, begin, n)
                 if grad_spikes.data.size > 0:
                     gather(gradients, width, lines, bits, grad_spikes, starts, alive, steps, begin, n)
+                if sums is not None:
+                    clear_sums(tile, 0, lanes)
                 for block in range(STEPS - every, -1, -every):
                     for k in range(alive):
                         if starts[k] + block < steps:
@@ -230,25 +210,20 @@ def chunks_back_kernel(method: str) -> Any:
                             prefetch_part(grad_spikes, starts, -STEPS, alive, s, begin, n)
                         if begins >= 0 and starts[begins] + s == steps - 1:
                             load_state(tile, STATE + begins * n, LEFT, reached, slots[begins] * FIELDS, 1, 0, n, FIELDS)
+                            if sums is not None:
+                                clear_sums(tile, begins * n, n)
                         if grad_states.size > 0:
                             for k in range(alive):
                                 take_recorded(tile, k * n, n, grad_states, starts[k] + s, steps, begin)
-                        if summed is not None:
-                            clear_sums(tile, lanes)
                         backward_row(
                             tile, tape[i * FRAME : (i + 2) * FRAME], inputs[s * width : s * width + lanes],
                             packed[s // WORD], s % WORD, gradients[s * width : s * width + lanes],
-                            out[s * width : s * width + lanes], lanes, jump_first, c, holds, summed, method,
+                            out[s * width : s * width + lanes], lanes, jump_first, c, holds, sums, method,
                         )  # fmt: skip
-                        if summed is not None:
-                            for row in range(COUNT):
-                                copy(terms[(s * COUNT + row) * width :], tile, SUMS + row * ROW, 1, lanes)
-                if sums is not None:
-                    number = group // len(slots)
-                    await_word(turn, number)
-                    add_terms(borrow(sums), terms, width, starts, alive, steps, n)
-                    publish(turn, 0, number + 1, False)
                 for k in range(alive):
+                    if parts is not None:
+                        for row in range(COUNT):
+                            copy(borrow(parts)[at[slots[k]], row], tile, SUMS + row * ROW + k * n, 1, n)
                     if grad_x.data.size > 0:
                         count = min(STEPS, steps - starts[k])
                         put_unit(grad_x, out, width, k * n, lines, bits, starts[k], count, begin, n)
@@ -256,3 +231,18 @@ def chunks_back_kernel(method: str) -> Any:
                 gone += 1
 
     return entry_point(go_back)
+
+
+@functools.cache
+def add_parts_kernel() -> Any:
+    """Add the ``parts [units, S, n]`` of units to the ``sums [S, n]``, one after the other."""
+    digest = sources()
+
+    def add_parts(parts: Any, sums: Any) -> None:
+        _ = digest  # part of the key of the disk cache
+        parts, total = parts.reshape(len(parts), -1), sums.reshape(-1)
+        for unit in range(len(parts)):
+            for j in range(len(total)):
+                total[j] += parts[unit, j]
+
+    return entry_point(add_parts)

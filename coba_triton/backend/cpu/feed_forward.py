@@ -21,12 +21,12 @@ from .rows import (
     RECORDED,
     ROW,
     STATE,
+    SUMMED_STEPS,
     SUMS,
     TILE,
     Strided,
     borrow_strided,
     constants_of,
-    copy,
     expand,
     left_at,
     load_per_neuron,
@@ -176,7 +176,8 @@ def backward_kernel(method: str) -> Any:
     ) -> None:  # fmt: skip
         """Differentiate the neurons from ``first`` to ``last``; arrays without elements are not read or written.
 
-        ``grad_constants`` [S, M] takes sums over time for each neuron, or is None.
+        ``grad_constants`` [S, M] takes sums over time for each neuron, or is None. Every ``SUMMED_STEPS`` steps have a sum
+        of their own, and these are added from the last to the first: so they can be computed side by side.
         """
         _ = digest  # part of the key of the disk cache
         x, grad_spikes, grad_x = borrow_strided(x), borrow_strided(grad_spikes), borrow_strided(grad_x)
@@ -195,6 +196,9 @@ def backward_kernel(method: str) -> Any:
             load_per_neuron(tile, per_neuron, begin, n)
             tile[:CONSTANTS] = 0
             tile[RECORDED:] = 0
+            if sums is not None:
+                for k in range(len(grad_constants)):
+                    grad_constants[k, begin : begin + n] = 0
             if grad_final.size > 0:
                 load_state(tile, STATE, LEFT, grad_final, 0, 1, begin, n, FIELDS)
             if grad_states.size > 0:
@@ -230,9 +234,11 @@ def backward_kernel(method: str) -> Any:
                     )  # fmt: skip
                     if grad_x.data.size > 0:
                         store(grad_x.data, grad_x.code, t * grad_x.stride_t + begin, out, bits, n)
+                    if sums is not None and t % SUMMED_STEPS == 0:
+                        for k in range(len(grad_constants)):
+                            for j in range(n):
+                                grad_constants[k, begin + j] += tile[SUMS + k * ROW + j]
+                                tile[SUMS + k * ROW + j] = 0
             store_state(tile, grad_state, 0, 1, begin, n, FIELDS)
-            if sums is not None:
-                for k in range(len(grad_constants)):
-                    copy(grad_constants[k, begin : begin + n], tile, SUMS + k * ROW, 1, n)
 
     return entry_point(backward)

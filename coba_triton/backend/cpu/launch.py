@@ -198,11 +198,11 @@ def _forward_arguments(
 
 
 def _split_time(
-    name: str, dtype: torch.dtype, constants: tuple[Any, Any], steps: int, neurons: int, call: Call, sums: bool = False
+    name: str, dtype: torch.dtype, constants: tuple[Any, Any], steps: int, neurons: int, call: Call
 ) -> tuple[int, int]:
     """Into how many chunks of time a run is cut, and for how many threads; see :mod:`.time_chunks`."""
     asked, memory = call.time_chunks, call.memory
-    if asked == 1 or (asked is None and not time_chunks.may_pay(steps, neurons, sums)):
+    if asked == 1 or (asked is None and not time_chunks.may_pay(steps, neurons)):
         return 1, 1
     threads = count_threads(parameters_of(name, dtype, neurons)["threads"], time_chunks.COST * steps * neurons)
     memory = time_chunks.memory_of(*constants) if memory is None else memory
@@ -316,7 +316,7 @@ def feed_forward_backward(
     )
     by_constants = array_of_rows(sums) if sums.numel() else None
     name, dtype = "feed_forward_backward", constants.dtype
-    chunks, threads = _split_time(name, dtype, table, steps, neurons, call, by_constants is not None)
+    chunks, threads = _split_time(name, dtype, table, steps, neurons, call)
     if chunks > 1:
         time_chunks.go_back_in_chunks(call.method, arguments, by_constants, steps, chunks, threads)
         return

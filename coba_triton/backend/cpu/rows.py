@@ -35,6 +35,9 @@ SUMS = RECORDED + FIELDS * ROW
 FORWARD_ROWS = RECORDED
 BACKWARD_ROWS = SUMS + len(Sums._fields) * ROW
 
+# Steps of unconnected neurons whose parts of a gradient by constants are added up before their sum joins the others.
+SUMMED_STEPS = 64
+
 # Bytes that arrive together from memory: 64 on x86; 128 on some others, which only asks twice.
 LINE = 64
 

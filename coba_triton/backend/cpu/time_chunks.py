@@ -16,18 +16,15 @@ from typing import Any
 import numpy as np
 
 from ...neuron.records import Constants
-from .chunks import STEPS, chunks_kernel, row_width, scratch
-from .chunks_back import chunks_back_kernel, scratch_back
-from .meeting import memory_apart
-from .rows import FIELDS, TILE
+from .chunks import STEPS, chunks_kernel, scratch
+from .chunks_back import add_parts_kernel, chunks_back_kernel, scratch_back
+from .rows import FIELDS
 from .threads import run
 
 # Lanes of a row that fill a core's vector units.
 LANES_OF_CORE = 128
 # The neurons of a chunk that go on together until all of them have the noted state.
 NEURONS_TOGETHER = 64
-# Lanes that go back together where the gradient by the constants is summed up: what they add is kept until it is added.
-LANES_OF_SUMS = 128
 # What the gradient by the state is taken to be at the end of a chunk. Any number does.
 GUESS_OF_GRADIENT = 0.0
 # After so many of the largest time constants, nearly all neurons that spike irregularly have forgotten where they started.
@@ -47,12 +44,9 @@ def memory_of(shared: Any, per_neuron: Any) -> float:
     return 1 / slowest if slowest > 0 else math.inf
 
 
-def may_pay(steps: int, neurons: int, sums: bool = False) -> bool:
-    """Whether a run has so few neurons and so many steps that it is worth while to look at its constants.
-
-    ``sums``: whether it goes back with the gradient by the constants, for which every step is computed twice.
-    """
-    return neurons <= (NEURONS_TOGETHER // 2 if sums else NEURONS_TOGETHER) and steps >= 2 * LEAST_STEPS
+def may_pay(steps: int, neurons: int) -> bool:
+    """Whether a run has so few neurons and so many steps that it is worth while to look at its constants."""
+    return neurons <= NEURONS_TOGETHER and steps >= 2 * LEAST_STEPS
 
 
 def choose_chunks(steps: int, neurons: int, memory: float, threads: int) -> int:
@@ -72,7 +66,7 @@ def run_in_chunks(arguments: tuple[Any, ...], steps: int, chunks: int, threads: 
         own = [(scratch(state.dtype, -(-count // threads), n),) for _ in range(threads)]
         guess = np.repeat(state[None, :, begin : begin + n], count, 0)  # the state before the run
         advance = functools.partial(run, chunks_kernel(), x, shared, per_neuron, *others, steps, begin, n)
-        final[:, begin : begin + n], _ = _settle(advance, guess, units, size, again, own)
+        final[:, begin : begin + n] = _settle(advance, guess, units, size, again, own)
 
 
 def go_back_in_chunks(method: str, arguments: tuple[Any, ...], sums: Any, steps: int, chunks: int, threads: int) -> None:
@@ -84,33 +78,24 @@ def go_back_in_chunks(method: str, arguments: tuple[Any, ...], sums: Any, steps:
     _, shared, per_neuron, *_ = read
     units, size, again = _sizes(steps, chunks, shared, per_neuron)
     count = -(-units // size)
-    kernel = functools.partial(run, chunks_back_kernel(method), *read, grad_states)
     for begin in range(0, grad_state.shape[1], NEURONS_TOGETHER):
         n = min(NEURONS_TOGETHER, grad_state.shape[1] - begin)
         here, dtype = slice(begin, begin + n), grad_state.dtype
-        room = min(-(-count // threads), TILE // n)
-        own = [(scratch_back(dtype, room, n, every, sums=False), room) for _ in range(threads)]
+        own = [(scratch_back(dtype, -(-count // threads), n, every),) for _ in range(threads)]
         guess = np.full((count, FIELDS, n), GUESS_OF_GRADIENT, dtype)
         guess[0] = 0
         if grad_final.size:
             guess[0] += grad_final[:FIELDS, here]
         if grad_states.size:
             guess[0] += grad_states[steps - 1 : FIELDS * steps : steps, here]
-        advance = functools.partial(kernel, grad_x, every, jump_first, holds, None, None, steps, begin, n)
-        grad_state[:FIELDS, here], notes = _settle(advance, guess, units, size, again, own)
-        if sums is None:
-            continue
-        # A sum over time has one order, but its terms do not wait for each other: each unit goes back from its note.
-        room = -(-LANES_OF_SUMS // n)
-        shares = [
-            (scratch_back(dtype, room, n, every, sums=True), threads * room, thread * room, units)
-            for thread in range(threads)
-        ]
-        total, turn = np.zeros((len(sums), row_width(n)), dtype), memory_apart((1,), np.int64)
-        each, nothing = np.arange(units), grad_x._replace(data=grad_x.data[:0])
-        how = total, turn, steps, begin, n, notes, notes.view(f"i{notes.itemsize}"), notes.copy(), each, each + 1, False, 1
-        kernel(nothing, every, jump_first, holds, *how, shares=shares, meet=True)
-        sums[:, here] = total[:, :n]
+        parts = None if sums is None else np.empty((units, len(sums), n), dtype)
+        how = grad_states, grad_x, every, jump_first, holds, steps, begin, n, parts
+        advance = functools.partial(run, chunks_back_kernel(method), *read, *how)
+        grad_state[:FIELDS, here] = _settle(advance, guess, units, size, again, own)
+        if sums is not None:
+            total = np.zeros((len(sums), n), dtype)
+            add_parts_kernel()(parts, total)
+            sums[:, here] = total
 
 
 def _sizes(steps: int, chunks: int, shared: Any, per_neuron: Any) -> tuple[int, int, int]:
@@ -123,11 +108,11 @@ def _sizes(steps: int, chunks: int, shared: Any, per_neuron: Any) -> tuple[int, 
     return -(-steps // STEPS), size, again
 
 
-def _settle(advance: Any, reached: Any, units: int, size: int, again: int, own: list[tuple[Any, ...]]) -> tuple[Any, Any]:
+def _settle(advance: Any, reached: Any, units: int, size: int, again: int, own: list[tuple[Any, ...]]) -> Any:
     """Let chunks of ``size`` units go on, each from its guess ``reached [C, F, n]``, until all is as in a run in order.
 
-    Returns what is reached after all ``units``, and what was noted before each of them. ``advance`` lets chunks go on, and
-    ``own`` has what each thread of it owns. ``again``: see :func:`_sizes`.
+    Returns what is reached after all ``units``. ``advance`` lets chunks go on, and ``own`` has what each thread of it owns.
+    ``again``: see :func:`_sizes`.
     """
     notes = np.empty((units, *reached.shape[1:]), reached.dtype)
     noted = notes.view(f"i{notes.itemsize}")
@@ -152,7 +137,7 @@ def _settle(advance: Any, reached: Any, units: int, size: int, again: int, own: 
         differs = noted[at[open_ends]] != reached[open_ends].view(noted.dtype)
         apart = open_ends[differs.any((1, 2))]
         if len(apart) == 0:
-            return end, notes
+            return end
         # Where most chunks went on in vain, the rest is computed in order, and nothing twice.
         in_order = in_order or 2 * len(apart) > tried
         at, reached, tried = at[apart], reached[apart], len(apart)
