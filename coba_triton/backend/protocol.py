@@ -178,9 +178,12 @@ class Backend(Protocol):
         """Simulate a block from ``state [F, B, N]``, ``start`` steps after the ring was made; returns the state after it.
 
         Take what arrives from the ring, and add to it what the spikes of the block send. The input's ``drive [2, t, B, N]``
-        comes from ``x [t, B, I]`` through ``net.inputs`` if it is None, and there is none if these are None as well. Where
-        the greatest magnitude in a row ``x[t, b]`` is more than 1, the grid of that row's sums is coarser by the least power
-        of two that is not below it. A row with a value that is not finite drives all neurons with NaN.
+        comes from ``x [t, B, I]`` if it is None: through ``net.inputs``, or through the dense ``net.input_rows`` as
+        :meth:`project_events` has it. There is none if both are None as well.
+
+        Through ``net.inputs``, where the greatest magnitude in a row ``x[t, b]`` is more than 1, the grid of that row's sums
+        is coarser by the least power of two that is not below it. A row with a value that is not finite drives all neurons
+        with NaN.
 
         Fill the spikes, words and states of ``out`` that are there. With ``chosen [K]``, ascending indices into the neurons
         of all rows, the states are theirs alone, ``[F, t, K]``.
@@ -207,7 +210,9 @@ class Backend(Protocol):
         steps; both of the compute dtype.
 
         ``adjoints [t + R, B, 2, N]``: the gradients by the excitatory and by the inhibitory drive of every step. Those of
-        the R steps after the block are there, fill those of the block; without a ``drive`` only the first R rows are read.
+        the R steps after the block are there, fill those of the block. Without dense weights of inputs only the first R rows
+        are read.
+
         Carry on ``sweep.lam`` and ``sweep.sums``. Add the block's part to ``sweep.recurrent`` and ``sweep.inputs``, and fill
         ``grad_x [t, B, I]``, of the compute dtype: these three if they are there. A weight of 0 has no gradient, as neither
         sign has.

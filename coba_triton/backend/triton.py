@@ -790,7 +790,9 @@ def _scatter(net: SparseNetwork, sums: Tensor, sources: Tensor, begin: int, arou
 
 
 def _sparse_projection(net: SparseNetwork, x: Tensor, drive: Tensor | None) -> Tensor | None:
-    """The input's drive ``[2, t, B, N]``: the given one, or that of ``x`` through its sparse synapses, if there are any."""
+    """The input's drive ``[2, t, B, N]``: the given one, or that of ``x`` through its synapses, if there are any."""
+    if drive is None and net.input_rows is not None and x.shape[-1] > 0:
+        return project_events(x, net.input_rows)
     if drive is not None or net.inputs is None:
         return drive
     steps, batch, inputs = x.shape

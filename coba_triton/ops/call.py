@@ -442,6 +442,7 @@ class SparseSweep(NamedTuple):
         sums: the gradient by the constants of each neuron, ``[S, B N]``, or None.
         recurrent: the gradient by the weight of every recurrent synapse, ``[samples, S]``, or None.
         inputs: the gradient by the weight of every sparse synapse of an input, ``[samples, S]``, or None.
+        scratch: what a backend works with in every block, under names of its own.
     """
 
     method: str
@@ -450,6 +451,7 @@ class SparseSweep(NamedTuple):
     sums: Tensor | None
     recurrent: Tensor | None
     inputs: Tensor | None
+    scratch: dict[str, Tensor]
 
 
 SCHEMA = {

@@ -31,12 +31,16 @@ from .time_blocks import by_sign, choose_block_steps, project, split, without_au
 
 
 def input_drive(net: SparseNetwork, x: Tensor, events: bool) -> Tensor | None:
-    """The drive ``[2, t, B, N]`` of dense weights; None where there are none, or no input."""
+    """The drive ``[2, t, B, N]`` of dense weights.
+
+    None where there are none, or no input, or where the backend sums it up from the ``events`` of ``x`` itself. Processes
+    that share the neurons launch a block's kernels many times, for which one projection is made.
+    """
     if net.input_weights is None or net.input_rows is None or x.shape[-1] == 0:
         return None
-    if events:
-        return net.backend.project_events(x, net.input_rows)
-    return project(net.input_weights, x)
+    if not events:
+        return project(net.input_weights, x)
+    return None if net.exchange is None else net.backend.project_events(x, net.input_rows)
 
 
 @without_autocast
@@ -173,6 +177,7 @@ def backward(
         new(len(Sums._fields), batch * neurons) if asked.constants else None,
         new(asked.samples, len(recurrent.targets)) if asked.recurrent_weights else None,
         new(asked.samples, len(net.inputs.targets)) if asked.input_weights and net.inputs is not None else None,
+        {},
     )
     dense = net.input_weights
     dense_sums = new(asked.samples, x.shape[-1], 2 * neurons) if asked.input_weights and dense is not None else None

@@ -248,6 +248,7 @@ class SparseProblem:
             torch.zeros(len(Sums._fields), batch * neurons, dtype=dtype),
             torch.zeros(samples, synapses, dtype=dtype),
             torch.zeros(samples, 0 if net.inputs is None else len(net.inputs.targets), dtype=dtype),
+            {},
         )
         if net.inputs is None:
             sweep = sweep._replace(inputs=None)

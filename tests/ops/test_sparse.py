@@ -390,6 +390,8 @@ def gradients(backend: str, record_states: bool = False, **problem: Any) -> list
 GRADIENT_CASES = {
     "one row": dict(batch=1, delays="mixed"),
     "lanes": dict(batch=18, delays="mixed", steps=40),
+    "one vector of lanes": dict(batch=16, delays="mixed", steps=40),
+    "two vectors of lanes": dict(batch=32, delays=None, steps=40),
     "one step": dict(batch=5, delays=None, steps=40),
     "jump first": dict(batch=4, delays=0.3, order="jump_first", steps=40),
     "shorter than its delays": dict(batch=4, delays="mixed", steps=5),
@@ -416,6 +418,52 @@ def test_places_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "PLACES_OF_32_BITS", 1)
     for found, wanted in zip(gradients("cpu", batch=1, delays="mixed"), narrow, strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("batch", [24, 32])
+def test_gradients_do_not_depend_on_who_reads_a_synapse(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread reads a synapse once for two vectors of rows, and two threads read it once each."""
+    from coba_triton.backend.cpu import launch, sparse_backward
+
+    assert sparse_backward.groups(batch, 1, threads=1) == (32, [(0, batch, 0)])
+    assert sparse_backward.groups(batch, 1, threads=2) == (16, [(0, 16, 0), (16, batch - 16, 0)])
+    alone = gradients("cpu", batch=batch, delays="mixed", steps=40)
+    monkeypatch.setattr(launch, "count_threads", lambda most, work: 2)
+    assert_same_bits(gradients("cpu", batch=batch, delays="mixed", steps=40), alone)
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("neurons", [37, 1050])
+def test_dense_inputs_are_summed_as_in_a_projection(neurons: int, values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of a block sum up the events of dense inputs; a projection of all steps has the same bits."""
+    from coba_triton.ops import sparse_blocks
+
+    g = torch.Generator().manual_seed(4)
+    recurrent = draw(neurons, neurons, 8 * neurons)
+    x = noise(40, 5, 11) * (3 * torch.rand(40, 5, 11, generator=g) if values else 1)
+    weights = 0.1 * torch.randn(neurons, 11, generator=g)
+
+    def everything() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_(), recurrent.weights.clone().requires_grad_()]
+        synapses = recurrent.with_weights(leaves[2])
+        spikes, state = coba_lif_integral(leaves[0], None, leaves[1], synapses, P, DT, backend="cpu")
+        assert 0.01 < spikes.mean() < 0.5
+        grads = torch.autograd.grad((spikes * torch.rand(spikes.shape, generator=g)).sum(), leaves)
+        return [spikes.detach(), state.v.detach(), *grads]
+
+    seed = g.get_state()
+    found = everything()
+    projected: list[Tensor] = []
+
+    def input_drive(net: Any, x: Tensor, events: bool) -> Tensor:
+        assert events
+        projected.append(net.backend.project_events(x, net.input_rows))
+        return projected[-1]
+
+    monkeypatch.setattr(sparse_blocks, "input_drive", input_drive)
+    g.set_state(seed)
+    assert_same_bits(found, everything())
+    assert projected
 
 
 def test_gradients_flow_through_several_calls() -> None:

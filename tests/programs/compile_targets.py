@@ -270,6 +270,7 @@ def run_sparse(
         torch.zeros(len(Sums._fields), batch * neurons, dtype=dtype) if per_neuron else None,
         torch.zeros(1, len(recurrent.targets), dtype=dtype),
         torch.zeros(1, len(from_inputs.targets), dtype=dtype) if from_inputs else None,
+        {},
     )
     grad_x = torch.zeros(x.shape, dtype=dtype) if inputs else None
     triton_backend.sparse_backward_block(

@@ -325,17 +325,17 @@ MUTANTS = {
         {"((row[n] >> bit) & 1) << lane": "((row[n] >> bit) & 1) << (present - 1 - lane)"}, "sparse_backward.py"
     ),
     "CPU sparse: whole groups of rows are taken one neuron late": cpu_sparse(
-        {"at + n * LANES, LANES, rows, start + n, apart": "at + n * LANES, LANES, rows, start + n + 1, apart"},
+        {"lanes, rows, start + n + lane * apart, apart": "lanes, rows, start + n + 1 + lane * apart, apart"},
         "sparse_backward.py",
     ),
     "CPU sparse: lanes forget what they had added": cpu_sparse(
         {"return builder.fadd(total, builder.fmul(every, loaded))": "return builder.fmul(every, loaded)"}, "lanes.py"
     ),
     "CPU sparse: a weight of 0 has a gradient": cpu_sparse(
-        {"if paths.magnitudes[s] == 0:": "if paths.magnitudes[s] < 0:"}, "sparse_backward.py"
+        {"if paths.magnitudes[s] == 0 else": "if paths.magnitudes[s] < 0 else"}, "sparse_backward.py"
     ),
     "CPU sparse: inhibitory weights keep the gradient's sign": cpu_sparse(
-        {"by_weight[s] = -by_weight[s]": "by_weight[s] = by_weight[s]"}, "sparse_backward.py"
+        {"signed = -by_weight[s] if": "signed = by_weight[s] if"}, "sparse_backward.py"
     ),
     "synapses: a spike arrives one step late": synapses(
         "backend/reference.py", {"len(history) - w.steps]": "len(history) - 1 - w.steps]"}

@@ -33,6 +33,7 @@ from ...ops.call import (
 from ...tuning.tables import Parameters, launch_parameters
 from . import checksums, feed_forward, products, recurrent, sparse, sparse_backward, time_chunks
 from .events import count_kernel, list_kernel, unpack_kernel
+from .lanes import LANES
 from .meeting import memory_apart
 from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
 from .threads import run
@@ -597,12 +598,22 @@ def _wires(synapses: Projection | None, net: SparseNetwork, parts: int = 1, shar
     )
 
 
+def _rows_of_events(net: SparseNetwork, x: Tensor, drive: Tensor | None) -> Any:
+    """The dense weights ``[I, N]`` that the kernels sum up themselves from the events of ``x``; none if there is a drive."""
+    if net.input_rows is None or drive is not None or x.shape[-1] == 0:
+        return nothing(2, net.dtype)
+    return _array(net.input_rows)
+
+
 def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     """See :meth:`coba_triton.backend.protocol.Backend.sparse_ring`."""
     longest, batch, _ = history.shape
     ring = torch.empty(batch, longest, 2, net.neurons, dtype=net.recurrent.grid.sums)
     work = 2 * history.numel()
-    run(sparse.ring_kernel(), _array(ring), _array(history), _wires(net.recurrent, net), shares=_split_rows(batch, work))
+    # a backward has prepared them, or does so next
+    paths = _paths(net.recurrent, net) if net.recurrent.weights in _prepared else _no_paths(net)
+    arrays = _array(ring), _array(history)
+    run(sparse.ring_kernel(), *arrays, _wires(net.recurrent, net), paths, shares=_split_rows(batch, work))
     return ring
 
 
@@ -681,12 +692,12 @@ def sparse_block(
         paths = _paths(net.recurrent, net) if prepare and batch * steps >= MANY_STEPS else _no_paths(net)
         lists = sparse.shared_lists(share, parts, together) if parts > 1 else None
         shares = [
-            (*some, part, parts, sparse.scratch(inputs, final.numpy().dtype, share, parts, together, lists))
+            (*some, part, parts, sparse.scratch(inputs, x.shape[-1], final.numpy().dtype, share, parts, together, lists))
             for some in rows
             for part in range(parts)
         ]
         done = np.zeros(1, np.int64)
-        middle = inputs, _array_if_given(drive, 4, state.dtype), wires, paths
+        middle = inputs, _rows_of_events(net, x, drive), _array_if_given(drive, 4, state.dtype), wires, paths
         kernel = sparse.block_kernel()
         run(kernel, sources, *middle, *after, since, steps, together, share, LONG_WAITS, done, shares=shares, meet=parts > 1)
         return int(done[0])
@@ -708,7 +719,7 @@ def sparse_block(
     return final
 
 
-# Synapses that are prepared to be gone over many times, and kept until their weights change: 12 bytes each.
+# Synapses that are prepared to be gone over many times, and kept until their weights change: 16 bytes each.
 PREPARED_AT_MOST = 2**22
 # So many places have numbers of 32 bits.
 PLACES_OF_32_BITS = 2**32
@@ -718,8 +729,8 @@ _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _no_paths(net: SparseNetwork) -> sparse.Paths:
-    none = nothing(1, net.dtype)
-    return sparse.Paths(np.zeros(1, np.int64), np.empty(0, np.uint32), none, none)
+    places, units = np.empty(0, np.uint32), nothing(1, net.recurrent.grid.sums)
+    return sparse.Paths(np.zeros(1, np.int64), places, nothing(1, net.dtype), units, True)
 
 
 def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
@@ -739,9 +750,9 @@ def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
         return kept
     narrow = 2 * (net.longest + 1) * net.neurons <= PLACES_OF_32_BITS
     places = np.empty(len(targets), np.uint32 if narrow else np.int64)
-    magnitudes, units = (torch.empty(len(targets), dtype=net.dtype).numpy() for _ in range(2))
-    sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
-    paths = sparse.Paths(_array(synapses.indptr), places, magnitudes, units)
+    magnitudes, units = (torch.empty(len(targets), dtype=kind).numpy() for kind in (net.dtype, synapses.grid.sums))
+    alike = sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
+    paths = sparse.Paths(_array(synapses.indptr), places, magnitudes, units, alike)
     if len(targets) <= PREPARED_AT_MOST:
         _prepared[weights] = fits, (targets, delays, scales), paths
     return paths
@@ -752,18 +763,32 @@ def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, 
 
     The kernel takes scratch for the sums of each group that runs at the same time, then what group it has.
     """
-    lanes, every = sparse_backward.groups(batch, sweep.samples)
+    lanes, every = sparse_backward.groups(batch, sweep.samples, threads)
     together = max(1, min(threads, len(every)))
-    parts = [None if sums is None else sums.new_empty(together, sums.shape[1]) for sums in (sweep.recurrent, sweep.inputs)]
+    vectors = sparse_backward.vectors_of(lanes)
+    parts = [
+        None if sums is None else sums.new_empty(together * vectors, sums.shape[1])
+        for sums in (sweep.recurrent, sweep.inputs)
+    ]
     scratch = [nothing(2, sweep.lam.dtype) if part is None else part.numpy() for part in parts]
     for begin in range(0, len(every), together):
         now = every[begin : begin + together]
         shares = [(lanes, rows, first, number) for number, (first, rows, _) in enumerate(now)]
         run(kernel, *args, *scratch, shares=shares)
-        for number, (_, _, sample) in enumerate(now):
+        for number, (_, rows, sample) in enumerate(now):
             for sums, part in zip((sweep.recurrent, sweep.inputs), parts, strict=True):
                 if sums is not None and part is not None:
-                    sums[sample] += part[number]
+                    for own in range(number * vectors, number * vectors + -(-rows // LANES)):
+                        sums[sample] += part[own]
+
+
+def _scratch(sweep: SparseSweep, groups: int, numbers: int) -> Any:
+    """So many numbers for each group. All blocks of a sweep have the same memory: new pages would cost more than its use."""
+    memory = sweep.scratch.get("trajectories")
+    if memory is None or memory.numel() < groups * numbers:
+        memory = sweep.scratch["trajectories"] = sweep.lam.new_empty(groups * numbers)
+        ask_for_huge_pages(memory)
+    return memory[: groups * numbers].view(groups, numbers).numpy()
 
 
 def sparse_backward_block(
@@ -783,9 +808,14 @@ def sparse_backward_block(
     _, batch, neurons = state.shape
     steps, cells, dtype = len(x), batch * neurons, state.dtype
     most = parameters_of("recurrent_backward", dtype, neurons, batch)["threads"]
+    threads = count_threads(most, 32 * steps * cells)
+    planes = kept_count(len(state)) - 1 + (0 if sweep.sums is None else 2)
+    lanes, every = sparse_backward.groups(batch, sweep.samples, threads)
+    trajectories = _scratch(sweep, min(threads, len(every)), planes * steps * lanes * neurons)
     args = (
         strided_bytes(x.reshape(steps, -1)),
         _paths(net.inputs, net),
+        _rows_of_events(net, x, drive),
         _array_if_given(drive, 4, dtype),
         _paths(net.recurrent, net),
         np.concatenate([_array(p.grid.scales) for p in (net.recurrent, net.inputs or net.recurrent)]),
@@ -802,9 +832,9 @@ def sparse_backward_block(
         net.jump_first,
         holds(len(state)),
         steps,
+        trajectories,
     )
-    kernel = sparse_backward.backward_block_kernel(sweep.method)
-    _add_groups(kernel, args, batch, sweep, count_threads(most, 32 * steps * cells))
+    _add_groups(sparse_backward.backward_block_kernel(sweep.method), args, batch, sweep, threads)
 
 
 def sparse_history_gradient(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...neuron.adjoint import vjp, vjp_constants
 from ...neuron.operations import relu
-from ...neuron.records import Drive, Kept
+from ...neuron.records import Drive, Kept, State
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .events import FEW, compact, count_nonzero, unpack
 from .numba_bridge import borrow, compiled, entry_point, sources
@@ -33,6 +33,7 @@ from .rows import (
     borrow_strided,
     constants_of,
     copy,
+    copy_part,
     expand,
     first_from,
     left_at,
@@ -68,8 +69,9 @@ GRAD_Z = STEP_DECAYED + 2 * ROW
 ADJOINT = GRAD_Z + ROW
 BACKWARD_SIZE = ADJOINT + 2 * ROW
 
-# Elements of a source's sums that a thread adds to at a time: so many of all sources together fit a second-level cache.
-COLUMNS = 256
+# A thread adds to as many elements of a source's sums at a time as fit a second-level cache of this size, those of all
+# sources together, but to no fewer than these: a short loop costs more than it saves.
+CACHED, COLUMNS = 2**20, 256
 
 
 class Synapses(NamedTuple):
@@ -119,7 +121,7 @@ def add_row(drive_e: Any, drive_i: Any, weights: Any, value: Any) -> None:
 def add_events(tile: Any, at: int, weights: Any, events: Any, count: int, begin: int, n: int) -> None:
     """Set the two rows from ``at`` on to the sum of the synapses of the neurons that fired, one after the other.
 
-    Four of them in a pass over the sums.
+    Four of them in a pass over the sums, then two, then one.
     """
     tile[at : at + n] = 0
     tile[at + ROW : at + ROW + n] = 0
@@ -131,8 +133,14 @@ def add_events(tile: Any, at: int, weights: Any, events: Any, count: int, begin:
         for j in range(n):
             tile[at + j] = (((tile[at + j] + relu(a[j])) + relu(b[j])) + relu(c[j])) + relu(d[j])
             tile[at + ROW + j] = (((tile[at + ROW + j] + relu(-a[j])) + relu(-b[j])) + relu(-c[j])) + relu(-d[j])
-    for k in range(whole, count):
-        a = weights[events[k], begin:end]
+    if count - whole >= 2:
+        a, b = weights[events[whole], begin:end], weights[events[whole + 1], begin:end]
+        for j in range(n):
+            tile[at + j] = (tile[at + j] + relu(a[j])) + relu(b[j])
+            tile[at + ROW + j] = (tile[at + ROW + j] + relu(-a[j])) + relu(-b[j])
+        whole += 2
+    if whole < count:
+        a = weights[events[whole], begin:end]
         for j in range(n):
             tile[at + j] += relu(a[j])
             tile[at + ROW + j] += relu(-a[j])
@@ -425,8 +433,29 @@ def sweep_row(
 
 
 @compiled
+def load_potentials(
+    tile: Any, trajectory: Any, at: int, begun: Any, words: Any, t: int, cell: int, n: int, shared: Any, holds: bool | None
+) -> None:  # fmt: skip
+    """Fill the potentials before step ``t`` in the tile, from those ``begun`` with, or after the reset of the step before.
+
+    The trajectory begins with the potentials before the reset. Arguments are those of :func:`sweep_tile`.
+    """
+    if t == 0:
+        copy_part(tile, STEP, begun, cell, n)
+        return
+    copy_part(tile, STEP, trajectory[0, t - 1], at, n)
+    if holds is not None:
+        copy_part(tile, STEP_LEFT, trajectory[KEPT_FIELDS - 1, t - 1], at, n)
+    word, bit = words[(t - 1) // 32, cell : cell + n], (t - 1) % 32
+    for j in range(n):
+        z = 1.0 if (word[j] >> bit) & 1 else 0.0
+        u = tile[STEP + j]
+        tile[STEP + j] = reset(State(u, u, u), z, left_at(tile, STEP_LEFT, j, holds), constants_of(tile, j, shared)).v
+
+
+@compiled
 def sweep_tile(
-    tile: Any, trajectory: Any, at: int, grad_z: Any, at_z: int, words: Any, per_neuron: Any, grad_spikes: Any,
+    tile: Any, trajectory: Any, at: int, begun: Any, grad_z: Any, at_z: int, words: Any, per_neuron: Any, grad_spikes: Any,
     grad_states: Any, lam: Any, grad_constants: Any, t: int, cell: int, n: int, jump_first: bool, shared: Any,
     holds: bool | None, METHOD: str,
 ) -> None:  # fmt: skip
@@ -434,24 +463,32 @@ def sweep_tile(
 
     ``lam`` and ``grad_constants`` are carried on. These neurons are those from ``at`` on in the ``trajectory``, and those
     from ``at_z`` on in ``grad_z``: a thread may have both of some batch rows alone.
+
+    ``begun``: None, or the potentials ``[M]`` before the first step, with a trajectory that lacks the plane of those before
+    a step: a quarter of what is written and read again.
     """
     sums = None if grad_constants is None else True
     steps = trajectory.shape[1]
     load_per_neuron(tile, per_neuron, cell, n)
-    load_state(tile, STATE, LEFT, lam, 0, 1, cell, n, FIELDS)
+    for k in range(FIELDS):
+        copy_part(tile, STATE + k * ROW, lam[k], cell, n)
     if grad_states.size > 0:
         load_state(tile, RECORDED, LEFT, grad_states, t, steps, cell, n, FIELDS)
+    if begun is not None:
+        load_potentials(tile, trajectory, at, begun, words, t, cell, n, shared, holds)
     for k in range(len(trajectory)):
-        row_at = STEP + tile_row(k, holds) * ROW
-        copy(tile[row_at : row_at + n], trajectory[k, t], at, 1, n)
-    copy(tile[GRAD_Z : GRAD_Z + n], grad_z, at_z, 1, n)
+        plane = k if begun is None else k + 1
+        copy_part(tile, STEP + tile_row(plane, holds) * ROW, trajectory[k, t], at, n)
     if grad_spikes.size > 0:
         tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + grad_z[at_z : at_z + n]
+    else:
+        copy_part(tile, GRAD_Z, grad_z, at_z, n)
     if grad_constants is not None:
         for k in range(len(grad_constants)):
             copy(tile[SUMS + k * ROW : SUMS + k * ROW + n], grad_constants[k], cell, 1, n)
     sweep_row(tile, words[t // 32, cell : cell + n], t % 32, n, jump_first, shared, holds, sums, METHOD)
-    store_state(tile, lam, 0, 1, cell, n, FIELDS)
+    for k in range(FIELDS):
+        copy_part(lam[k], cell, tile, STATE + k * ROW, n)
     if grad_constants is not None:
         for k in range(len(grad_constants)):
             copy(grad_constants[k, cell : cell + n], tile, SUMS + k * ROW, 1, n)
@@ -498,7 +535,7 @@ def sweep_rows(
                 n = min(TILE, neurons - begin)
                 cell = row * neurons + begin
                 sweep_tile(
-                    tile, trajectory, cell - origin, lam_z, cell, words, per_neuron, grad_spikes, grad_states, lam,
+                    tile, trajectory, cell - origin, None, lam_z, cell, words, per_neuron, grad_spikes, grad_states, lam,
                     grad_constants, t, cell, n, jump_first, c, holds, METHOD,
                 )  # fmt: skip
                 copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
@@ -564,8 +601,9 @@ def products_kernel() -> Any:
     def products(sums: Any, rows: Any, row_of_event: Any, source: Any, values: Any, first: int, last: int) -> None:
         _ = digest  # part of the key of the disk cache
         sums, rows = borrow(sums), borrow(rows)
-        for begin in range(first, last, COLUMNS):
-            end = min(begin + COLUMNS, last)
+        columns = max(COLUMNS, CACHED // max(1, sums.shape[0] * sums.itemsize))
+        for begin in range(first, last, columns):
+            end = min(begin + columns, last)
             for k in range(len(source)):
                 target = sums[source[k], begin:end]
                 row = rows[row_of_event[k], begin:end]

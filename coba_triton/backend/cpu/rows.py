@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...neuron.records import Constants, State, Sums
-from .numba_bridge import borrow, compiled, prefetch_line
+from .numba_bridge import borrow, compiled, inlined, prefetch_line
 
 # Neurons of a tile at the most: a row of float32 is 4 KiB.
 TILE = 1024
@@ -153,6 +153,14 @@ def copy(out: Any, source: Any, start: int, stride: int, neurons: int) -> None:
     else:
         for j in range(neurons):
             out[j] = source[start + j * stride]
+
+
+@inlined
+def copy_part(out: Any, to: int, source: Any, start: int, neurons: int) -> None:
+    """:func:`copy` of numbers side by side, from ``to`` on, for what is copied so often that a call would cost as much."""
+    part, run = out[to : to + neurons], source[start : start + neurons]
+    for j in range(neurons):
+        part[j] = run[j]
 
 
 @compiled

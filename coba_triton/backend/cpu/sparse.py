@@ -20,7 +20,7 @@ from ...neuron.step import count_down, excess, fire, integrate, reset
 from .events import compact, count_nonzero
 from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
 from .numba_bridge import borrow, compiled, converted, entry_point, inlined, prefetch_line, sources
-from .recurrent import INPUT, drive_at
+from .recurrent import INPUT, add_events, add_values, are_spikes, drive_at
 from .rows import (
     LEFT,
     LINE,
@@ -101,9 +101,11 @@ class Scratch(NamedTuple):
     lists: Any
 
 
-def scratch(w: Wires, dtype: Any, neurons: int, parts: int, together: int, lists: Any) -> Scratch:
-    """For a thread with ``neurons`` of a row that ``parts`` threads share, with the ``lists`` that they share, or None."""
-    sources = w.splits.shape[1]
+def scratch(w: Wires, sources: int, dtype: Any, neurons: int, parts: int, together: int, lists: Any) -> Scratch:
+    """For a thread with ``neurons`` of a row that ``parts`` threads share, with the ``lists`` that they share, or None.
+
+    ``w`` are the synapses of the inputs, of which there are as many as ``sources``.
+    """
     tiles = -(-neurons // TILE)
     return Scratch(
         memory_apart((tiles, TILE_SIZE), dtype),
@@ -144,36 +146,43 @@ class Paths(NamedTuple):
         places: ``(2 d + sign) N + target`` of each synapse, uint32 ``[S]``, or int64 where these would not fit: which number
             of ``[T, 2, N]``, counted from the step of the source on, is the drive that it adds to.
         magnitudes: of the weights, ``[S]``.
-        units: the same as whole numbers of units of the grid, ``[S]``.
+        units: the same in units of the grid, ``[S]``, integers of the dtype of the sums.
+        alike: whether all synapses of a source have the same delay.
     """
 
     starts: Any
     places: Any
     magnitudes: Any
     units: Any
+    alike: bool
 
 
 @compiled
 def borrow_paths(paths: Paths) -> Paths:
-    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.magnitudes), borrow(paths.units))
+    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.magnitudes), borrow(paths.units), paths.alike)
 
 
 @functools.cache
 def paths_kernel() -> Any:
-    """Fill the :class:`Paths` of synapses onto ``neurons``."""
+    """Fill the :class:`Paths` of synapses onto ``neurons``; returns whether those of each source have the same delay."""
     digest = sources()
 
-    def paths(wires: Wires, neurons: int, places: Any, magnitudes: Any, units: Any) -> None:
+    def paths(wires: Wires, neurons: int, places: Any, magnitudes: Any, units: Any) -> bool:
         _ = digest  # part of the key of the disk cache
         w = borrow_wires(wires)
+        alike = True
         for source in range(w.splits.shape[1]):
+            of_first = 0
             for s in range(w.splits[0, source], w.splits[1, source]):
                 weight = w.weights[s if w.weight_of == 2 else source * w.weight_of]
                 steps = 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
                 sign = 1 if weight < 0 else 0
+                of_first = steps if s == w.splits[0, source] else of_first
+                alike &= steps == of_first
                 places[s] = (2 * steps + sign) * neurons + w.targets[s]
                 magnitudes[s] = abs(weight)
-                units[s] = np.rint(abs(weight) * w.scales[sign])
+                units[s] = int(np.rint(abs(weight) * w.scales[sign]))
+        return alike
 
     return entry_point(paths)
 
@@ -183,10 +192,16 @@ def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last
     """:func:`send` along the prepared paths from ``first`` to ``last``."""
     around, base = np.uintp(len(sums)), np.uintp(2 * now * neurons)
     places, units = paths.places[first:last], paths.units[first:last]
-    for s in range(len(places)):
-        place = base + np.uintp(places[s])
-        place = place - around if place >= around else place
-        sums[place] += int(units[s])
+    if paths.alike:  # all of them arrive in one step, before the end of the ring or after it
+        if len(places) > 0 and base + np.uintp(places[0]) >= around:
+            base -= around
+        for s in range(len(places)):
+            sums[base + np.uintp(places[s])] += units[s]
+    else:
+        for s in range(len(places)):
+            place = base + np.uintp(places[s])
+            place = place - around if place >= around else place
+            sums[place] += units[s]
 
 
 @inlined
@@ -346,14 +361,25 @@ def ask_for_targets(w: Wires, source: int, part: int) -> None:
         prefetch_line(data, index)
 
 
+@compiled
+def send_ahead(sums: Any, neurons: int, paths: Paths, source: int, age: int) -> None:
+    """:func:`send_value` of a spike, along the prepared paths."""
+    first, last = paths.starts[source], paths.starts[source + 1]
+    places, units, base = paths.places[first:last], paths.units[first:last], np.uintp(2 * age * neurons)
+    for s in range(len(places)):
+        place = np.uintp(places[s])
+        if place >= base:
+            sums[place - base] += units[s]
+
+
 @functools.cache
 def ring_kernel() -> Any:
     """What the values of the last steps have under way, for the batch rows from ``first`` to ``last``."""
     digest = sources()
 
-    def ring(ring: Any, history: Any, wires: Wires, first: int, last: int) -> None:
+    def ring(ring: Any, history: Any, wires: Wires, prepared: Paths, first: int, last: int) -> None:
         _ = digest  # part of the key of the disk cache
-        ring, history, w = borrow(ring), borrow(history), borrow_wires(wires)
+        ring, history, w, paths = borrow(ring), borrow(history), borrow_wires(wires), borrow_paths(prepared)
         longest, neurons = ring.shape[1], ring.shape[3]
         events = np.empty(history.shape[2] + 1, np.int64)
         for row in range(first, last):
@@ -362,7 +388,11 @@ def ring_kernel() -> Any:
             for r in range(longest):
                 count = compact(events, history[r, row])
                 for k in range(count):
-                    send_value(sums, neurons, w, events[k], 0, history[r, row, events[k]], 1.0, longest - r)
+                    value = history[r, row, events[k]]
+                    if value == 1 and paths.places.size > 0:
+                        send_ahead(sums, neurons, paths, events[k], longest - r)
+                    else:
+                        send_value(sums, neurons, w, events[k], 0, value, 1.0, longest - r)
 
     return entry_point(ring)
 
@@ -394,29 +424,33 @@ def block_kernel() -> Any:
     digest = sources()
 
     def block(
-        x: Strided, inputs: Wires, input_drive: Any, wires: Wires, prepared: Paths, ring: Any, start: int, shared: Any,
-        per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any, jump_first: bool,
-        holds: bool | None, since: int, steps: int, together: int, share: int, long_most: int, done: Any, first: int,
-        last: int, part: int, parts: int, own: Scratch,
+        x: Strided, inputs: Wires, input_rows: Any, input_drive: Any, wires: Wires, prepared: Paths, ring: Any, start: int,
+        shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any,
+        jump_first: bool, holds: bool | None, since: int, steps: int, together: int, share: int, long_most: int, done: Any,
+        first: int, last: int, part: int, parts: int, own: Scratch,
     ) -> None:  # fmt: skip
         """Steps from ``since`` on; ``done [1]`` takes how many are done then.
 
         These are less than ``steps`` if the threads of a row had to wait long for each other, more than ``long_most`` times
         and once in every 512 meetings: something else keeps their cores. What is left of the row is for one thread.
 
-        ``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses.
+        ``input_drive [2, T, B, N]``: without elements, ``inputs`` carry ``x [T, B I]``, if they have synapses, or the dense
+        ``input_rows [I, N]``, if these have elements.
         ``states [F T, M]``, or those of the ``chosen`` neurons.
         """
         _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         incoming, w, paths = borrow_wires(inputs), borrow_wires(wires), borrow_paths(prepared)
-        input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
+        input_rows, input_drive, ring = borrow(input_rows), borrow(input_drive), borrow(ring)
+        state, words = borrow(state), borrow(words)
         states, chosen, done = borrow(states), borrow(chosen), borrow(done)
         tiles, fired, inbox = borrow(own.tiles), borrow(own.fired), borrow(own.inbox)
         buffer, bits, events = borrow(own.values), borrow(own.bits), borrow(own.events)
         lists = borrow(own.lists)
         _, longest, _, neurons = ring.shape
-        sources = incoming.splits.shape[1]
+        dense = input_rows.size > 0
+        sources = len(input_rows) if dense else incoming.splits.shape[1]
+        values, input_count, input_spikes = buffer[:sources], 0, True
         own_first, own_last = min(part * share, neurons), min((part + 1) * share, neurons)
         c = None if shared is None else load_shared(shared)
         number = long_waits = 0
@@ -436,14 +470,20 @@ def block_kernel() -> Any:
                 entries = lists[number % 2, part]
                 found = 0
                 # a tile goes through all steps at once, unless the input of each step has to be added up before
-                by_tiles = not (inbox.size > 0 and any_input(x, begin_t, count, row * sources, sources, buffer, bits))
+                by_tiles = not dense and not (
+                    inbox.size > 0 and any_input(x, begin_t, count, row * sources, sources, buffer, bits)
+                )
                 unit = 0.0
                 for i in range(count * len(tiles)):
                     k, t = (i // count, i % count) if by_tiles else (i % len(tiles), i // len(tiles))
                     now = begin_t + t
                     if k == 0 and not by_tiles:
                         values = row_of(buffer, bits, x, now, row * sources, sources)[:sources]
-                        unit = receive(inbox, neurons, incoming, part, values, events)
+                        if dense:
+                            input_count = compact(events, values)
+                            input_spikes = are_spikes(values, events, input_count)
+                        else:
+                            unit = receive(inbox, neurons, incoming, part, values, events)
                     tile = tiles[k]
                     begin = own_first + k * TILE
                     n = min(TILE, own_last - begin)
@@ -451,6 +491,10 @@ def block_kernel() -> Any:
                     if input_drive.size > 0:
                         tile[INPUT : INPUT + n] = input_drive[0, now, row, begin : begin + n]
                         tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, now, row, begin : begin + n]
+                    elif dense and input_spikes:
+                        add_events(tile, INPUT, input_rows, events, input_count, begin, n)
+                    elif dense:
+                        add_values(tile, INPUT, input_rows, values, events, input_count, begin, n)
                     elif unit != 0:
                         take(tile, INPUT, inbox, begin, n, incoming.scales[2] * unit)
                         take(tile, INPUT + ROW, inbox, neurons + begin, n, incoming.scales[3] * unit)
@@ -458,7 +502,7 @@ def block_kernel() -> Any:
                     at = slot + t
                     at = 2 * neurons * (at - longest if at >= longest else at) + begin
                     e, inhibitory = sums[at : at + n], sums[at + neurons : at + neurons + n]
-                    if unit == 0 and input_drive.size == 0:
+                    if unit == 0 and input_drive.size == 0 and not dense:
                         step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, None)
                     else:
                         step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, True)

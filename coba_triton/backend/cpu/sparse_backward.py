@@ -1,8 +1,8 @@
 """The backward of populations with sparse synapses, on the CPU.
 
 A group of batch rows is replayed row by row, as in the forward. On the way back, what the spikes of a neuron are worth is a
-sum over its synapses in every step. There the rows of a group go side by side, ``LANES`` of them: a synapse is read once for
-all, and what it adds is one vector operation. Where there are few rows, a group is a single one.
+sum over its synapses in every step. There the rows of a group go side by side, ``LANES`` of them or twice as many: a synapse
+is read once for all, and what it adds is one vector operation, or two. Where there are few rows, a group is a single one.
 
 Where rows are side by side, the ``lanes`` numbers of a neuron follow each other. A group's sums do not depend on how many
 threads there are.
@@ -17,7 +17,7 @@ import numpy as np
 
 from .events import compact, unpack
 from .lanes import LANES, add_product, lowest_bit, no_lanes, put_lanes, transpose_lanes
-from .numba_bridge import borrow, compiled, entry_point, inlined, sources
+from .numba_bridge import borrow, compiled, entry_point, inlined, prefetch_line, sources
 from .recurrent import (
     ADJOINT,
     BACKWARD_SIZE,
@@ -26,18 +26,22 @@ from .recurrent import (
     KEPT,
     KEPT_FIELDS,
     RECURRENT,
+    add_events,
+    add_values,
+    are_spikes,
     step_row,
     sweep_tile,
     tile_row,
 )
 from .rows import (
     LEFT,
+    LINE,
     ROW,
     STATE,
     TILE,
     Strided,
     borrow_strided,
-    copy,
+    copy_part,
     load_per_neuron,
     load_shared,
     load_state,
@@ -48,24 +52,34 @@ from .sparse import Paths, ask_for_path, borrow_paths, send_along, take, unit_of
 
 
 @compiled
+def vectors_of(lanes: int) -> int:
+    """Of how many vectors of rows the weights' gradients are summed separately."""
+    return max(1, lanes // LANES)
+
+
+@compiled
 def to_lanes(cells: Any, at: int, rows: Any, start: int, apart: int, lanes: int, present: int, neurons: int) -> None:
     """Put the ``neurons`` numbers of each of ``present`` rows, ``apart`` from each other, side by side."""
-    whole = neurons // LANES * LANES if present == LANES else 0
+    whole = neurons // LANES * LANES
+    together = present // LANES * LANES
     for n in range(0, whole, LANES):
-        transpose_lanes(cells, at + n * LANES, LANES, rows, start + n, apart)
+        for lane in range(0, together, LANES):
+            transpose_lanes(cells, at + n * lanes + lane, lanes, rows, start + n + lane * apart, apart)
     for lane in range(present):
-        for n in range(whole, neurons):
+        for n in range(whole if lane < together else 0, neurons):
             cells[np.uintp(at + n * lanes + lane)] = rows[np.uintp(start + lane * apart + n)]
 
 
 @compiled
 def from_lanes(rows: Any, start: int, apart: int, cells: Any, lanes: int, present: int, neurons: int) -> None:
     """The inverse of :func:`to_lanes`, from the beginning of ``cells`` on."""
-    whole = neurons // LANES * LANES if present == LANES else 0
+    whole = neurons // LANES * LANES
+    together = present // LANES * LANES
     for n in range(0, whole, LANES):
-        transpose_lanes(rows, start + n, apart, cells, n * LANES, LANES)
+        for lane in range(0, together, LANES):
+            transpose_lanes(rows, start + n + lane * apart, apart, cells, n * lanes + lane, lanes)
     for lane in range(present):
-        for n in range(whole, neurons):
+        for n in range(whole if lane < together else 0, neurons):
             rows[np.uintp(start + lane * apart + n)] = cells[np.uintp(n * lanes + lane)]
 
 
@@ -89,11 +103,19 @@ def worth(out: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int) -
         for s in range(len(places)):
             total += magnitudes[s] * flow[np.uintp(at + np.intp(places[s]))]
         out[source] = total
-    else:
+    elif lanes == LANES:
         sums = no_lanes(flow)
         for s in range(len(places)):
             sums = add_product(sums, magnitudes[s], flow, at + np.intp(places[s]) * LANES)
         put_lanes(out, source * LANES, sums)
+    else:
+        low, high = no_lanes(flow), no_lanes(flow)
+        for s in range(len(places)):
+            place = at + np.intp(places[s]) * 2 * LANES
+            low = add_product(low, magnitudes[s], flow, place)
+            high = add_product(high, magnitudes[s], flow, place + LANES)
+        put_lanes(out, source * 2 * LANES, low)
+        put_lanes(out, source * 2 * LANES + LANES, high)
 
 
 @inlined
@@ -110,11 +132,32 @@ def add_to_weights(
 @compiled
 def by_sign(by_weight: Any, neurons: int, paths: Paths) -> None:
     """The gradient by magnitudes becomes that by weights; a weight of 0 has none."""
+    # A vector of quotients is several times as fast as divisions. Half a neuron keeps them away from whole numbers.
+    inverse = 1.0 / np.float64(neurons)
     for s in range(len(by_weight)):
-        if paths.magnitudes[s] == 0:
-            by_weight[s] = 0
-        elif np.intp(paths.places[s]) // neurons % 2 == 1:
-            by_weight[s] = -by_weight[s]
+        row = np.int64((np.float64(paths.places[s]) + 0.5) * inverse)
+        signed = -by_weight[s] if row & 1 else by_weight[s]
+        by_weight[s] = 0 if paths.magnitudes[s] == 0 else signed
+
+
+@inlined
+def ask_for_row(numbers: Any, begin: int, n: int) -> None:
+    """Ask for ``n`` numbers from ``begin`` on ahead of their use."""
+    data = numbers.reshape(-1).view(np.uint8)
+    for index in range(begin * numbers.itemsize, min((begin + n) * numbers.itemsize, len(data)), LINE):
+        prefetch_line(data, index)
+
+
+@compiled
+def ask_for_cells(trajectory: Any, grad_spikes: Any, adjoints: Any, t: int, at: int, cell: int, n: int) -> None:
+    """Ask for what the sweep reads and writes of ``n`` neurons, those from ``cell`` on, or ``at`` in a trajectory."""
+    planes, steps, cells = trajectory.shape
+    _, batch, _, neurons = adjoints.shape
+    for plane in range(planes):  # the potentials of this step have been read with those after the next one
+        ask_for_row(trajectory, (plane * steps + (max(t - 1, 0) if plane == 0 else t)) * cells + at, n)
+    ask_for_row(grad_spikes, t * batch * neurons + cell, n)
+    for sign in range(2):
+        ask_for_row(adjoints, ((t * batch + cell // neurons) * 2 + sign) * neurons + cell % neurons, n)
 
 
 @compiled
@@ -128,40 +171,53 @@ def lanes_that_fired(masks: Any, words: Any, bit: int, first: int, present: int)
             masks[n] |= np.uint32(((row[n] >> bit) & 1) << lane)
 
 
+# Neurons that are swept at a time: all that is read and written of them fits a first-level cache.
+SWEPT = 256
+# Steps back after which the adjoints that are still read move to the end of their window: it stays in a second-level cache.
+STEPS_AHEAD = 2
+
+
 @functools.cache
 def backward_block_kernel(method: str) -> Any:
     """Replay a block and go back through it, for one group of batch rows from ``first`` on."""
     digest = sources()
 
     def backward_block(
-        x: Strided, inputs: Paths, input_drive: Any, synapses: Paths, scales: Any, ring: Any, shared: Any,
+        x: Strided, inputs: Paths, input_rows: Any, input_drive: Any, synapses: Paths, scales: Any, ring: Any, shared: Any,
         per_neuron: Any, state: Any,
         words: Any, grad_spikes: Any, grad_states: Any, lam: Any, grad_constants: Any, adjoints: Any, grad_x: Any,
-        jump_first: bool, holds: bool | None, steps: int, by_weights: Any, by_inputs: Any, lanes: int, rows: int,
-        first: int, number: int,
+        jump_first: bool, holds: bool | None, steps: int, trajectories: Any, by_weights: Any, by_inputs: Any, lanes: int,
+        rows: int, first: int, number: int,
     ) -> None:  # fmt: skip
         """``state``, ``lam``, ``per_neuron``, ``words``: ``[..., B N]``; ``grad_states [F T, B N]``; ``input_drive`` and
-        ``adjoints [T + R, B, 2, N]`` as the protocol has them. What is absent has no elements, ``grad_constants`` is None.
+        ``adjoints [T + R, B, 2, N]`` as the protocol has them, ``input_rows`` as :func:`.sparse.block_kernel` has them. What
+        is absent has no elements, ``grad_constants`` is None.
 
         ``scales [8]``: of the grid of the synapses between neurons, then of that of inputs. The ``ring`` is used up.
-        ``by_weights [groups, S]`` and ``by_inputs`` take the sums of group ``number`` in this launch. A group has ``lanes``
-        rows, of which ``rows`` are there.
+        ``by_weights [groups, S]`` and ``by_inputs`` take the sums of group ``number`` in this launch, and ``trajectories``,
+        one row of numbers a group, are scratch. A group has ``lanes`` rows, of which ``rows`` are there.
         """
         _ = digest  # part of the key of the disk cache
         x, incoming, paths = borrow_strided(x), borrow_paths(inputs), borrow_paths(synapses)
-        input_drive, ring, state, words = borrow(input_drive), borrow(ring), borrow(state), borrow(words)
+        input_rows, input_drive, ring = borrow(input_rows), borrow(input_drive), borrow(ring)
+        state, words = borrow(state), borrow(words)
         grad_spikes, grad_states, lam, adjoints = borrow(grad_spikes), borrow(grad_states), borrow(lam), borrow(adjoints)
-        grad_x, by_weights, by_inputs = borrow(grad_x), borrow(by_weights), borrow(by_inputs)
+        grad_x, trajectories = borrow(grad_x), borrow(trajectories)
+        by_weights, by_inputs = borrow(by_weights), borrow(by_inputs)
         batch, longest, _, neurons = ring.shape
-        sources = len(incoming.starts) - 1
+        dense = input_rows.size > 0
+        sources = len(input_rows) if dense else len(incoming.starts) - 1
         c = None if shared is None else load_shared(shared)
-        planes = (KEPT_FIELDS if holds is None else KEPT_FIELDS + 1) + (0 if grad_constants is None else 2)
-        trajectory = np.empty((planes, steps, rows * neurons), state.dtype)
+        # what a step keeps but for the potentials before it
+        planes = (KEPT_FIELDS - 1 if holds is None else KEPT_FIELDS) + (0 if grad_constants is None else 2)
+        room = trajectories[number, : planes * steps * rows * neurons]
+        trajectory = room.reshape(planes, steps, rows * neurons)
         tiles = np.zeros(((neurons + TILE - 1) // TILE, FORWARD_SIZE), state.dtype)
         fired = np.zeros(neurons, np.uint8)
         inbox = np.zeros(2 * neurons if incoming.places.size > 0 else 0, np.int64)
         buffer, bits = np.empty(sources, state.dtype), np.empty(sources, np.uint32)
         events = np.empty(max(sources, neurons) + 1, np.int64)
+        values, input_count, input_spikes = buffer[:sources], 0, True
         for lane in range(rows):
             cells = (first + lane) * neurons
             sums = ring[first + lane].reshape(-1)
@@ -172,12 +228,15 @@ def backward_block_kernel(method: str) -> Any:
                 load_state(tiles[k], STATE, LEFT, state, 0, 1, cells + begin, n, len(state))
             for t in range(steps):
                 unit = 1.0
-                if inbox.size > 0:
+                if inbox.size > 0 or dense:
                     values = row_of(buffer, bits, x, t, (first + lane) * sources, sources)[:sources]
-                    count = compact(events, values)
+                    input_count = compact(events, values)
+                if dense:
+                    input_spikes = are_spikes(values, events, input_count)
+                if inbox.size > 0:
                     unit = unit_of(values)
                     if unit == unit:
-                        for k in range(count):
+                        for k in range(input_count):
                             factor = np.float64(values[events[k]]) / unit
                             send_factor(inbox, incoming, scales[4:], events[k], factor)
                 slot = t % longest
@@ -191,6 +250,10 @@ def backward_block_kernel(method: str) -> Any:
                     if inbox.size > 0:
                         take(tile, INPUT, inbox, begin, n, scales[6] * unit)
                         take(tile, INPUT + ROW, inbox, neurons + begin, n, scales[7] * unit)
+                    elif dense and input_spikes:
+                        add_events(tile, INPUT, input_rows, events, input_count, begin, n)
+                    elif dense:
+                        add_values(tile, INPUT, input_rows, values, events, input_count, begin, n)
                     elif input_drive.size > 0:
                         tile[INPUT : INPUT + n] = input_drive[0, t, first + lane, begin : begin + n]
                         tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, first + lane, begin : begin + n]
@@ -198,33 +261,41 @@ def backward_block_kernel(method: str) -> Any:
                     step_row(tile, fired[begin : begin + n], n, jump_first, True, c, holds, True)
                     to = lane * neurons + begin
                     for plane in range(planes):
-                        copy(trajectory[plane, t, to : to + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
+                        copy_part(trajectory[plane, t], to, tile, KEPT + tile_row(plane + 1, holds) * ROW, n)
                 count = compact(events, fired)
                 for k in range(count):
                     source, following = events[k], events[min(k + 1, count - 1)]
                     ask_for_path(paths, paths.starts[following], paths.starts[following + 1])
                     send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
         # back, with the adjoints of the steps after the block
-        flow = scratch_on_line((steps + longest) * 2 * neurons * lanes, state.dtype)
+        flat, a_step = adjoints.reshape(-1), 2 * neurons * lanes
+        ahead = min(steps, max(longest, STEPS_AHEAD))
+        flow = scratch_on_line((ahead + longest) * a_step, state.dtype)
         if rows < lanes:
             flow[:] = 0
-        flat, a_step = adjoints.reshape(-1), 2 * neurons * lanes
-        for t in range(steps, steps + longest):
+        for r in range(longest):
             for sign in range(2):
-                at = t * a_step + sign * neurons * lanes
-                start = ((t * batch + first) * 2 + sign) * neurons
+                at = (ahead + r) * a_step + sign * neurons * lanes
+                start = (((steps + r) * batch + first) * 2 + sign) * neurons
                 to_lanes(flow, at, flat, start, 2 * neurons, lanes, rows, neurons)
+        begin_t = ahead  # the adjoints of step t + 1 begin here, in steps, and those of later ones follow
         tile = np.zeros(BACKWARD_SIZE, state.dtype)
         by_spike, grad_z = np.zeros(neurons * lanes, state.dtype), np.zeros(neurons * rows, state.dtype)
         by_value = np.zeros(sources * lanes, state.dtype)
         masks = np.zeros(neurons, np.uint32)
-        if by_weights.size > 0:
-            by_weights[number, :] = 0
-        if by_inputs.size > 0:
-            by_inputs[number, :] = 0
+        every = range(number * vectors_of(lanes), (number + 1) * vectors_of(lanes))
+        for own in every:
+            if by_weights.size > 0:
+                by_weights[own, :] = 0
+            if by_inputs.size > 0:
+                by_inputs[own, :] = 0
         for back_t in range(steps):
             t = steps - 1 - back_t
-            at_t = t * a_step
+            if begin_t == 0:  # the window goes on: its first steps are now its last
+                begin_t = ahead
+                flow[ahead * a_step :] = flow[: longest * a_step]
+            begin_t -= 1
+            at_t = begin_t * a_step
             if by_weights.size > 0:
                 lanes_that_fired(masks, words[t // 32], t % 32, first, rows)
             for source in range(neurons):
@@ -233,18 +304,21 @@ def backward_block_kernel(method: str) -> Any:
                 while mask != 0:  # its adjoints have just been read
                     lane = lowest_bit(mask)
                     mask &= mask - np.uint32(1)
-                    add_to_weights(by_weights[number], flow, at_t, lanes, paths, source, lane, 1.0)
+                    add_to_weights(by_weights[every.start + lane // LANES], flow, at_t, lanes, paths, source, lane, 1.0)
             from_lanes(grad_z, 0, neurons, by_spike, lanes, rows, neurons)
             for lane in range(rows):
-                for begin in range(0, neurons, TILE):
-                    n = min(TILE, neurons - begin)
+                for begin in range(0, neurons, SWEPT):
+                    n = min(SWEPT, neurons - begin)
+                    at = lane * neurons + begin + n  # the next ones: the processor's own prefetching stops at a page's end
+                    if at < rows * neurons:
+                        ask_for_cells(trajectory, grad_spikes, adjoints, t, at, first * neurons + at, n)
                     sweep_tile(
-                        tile, trajectory, lane * neurons + begin, grad_z, lane * neurons + begin, words, per_neuron,
-                        grad_spikes, grad_states, lam, grad_constants, t, (first + lane) * neurons + begin, n, jump_first,
-                        c, holds, method,
+                        tile, trajectory, lane * neurons + begin, state[0], grad_z, lane * neurons + begin, words,
+                        per_neuron, grad_spikes, grad_states, lam, grad_constants, t, (first + lane) * neurons + begin, n,
+                        jump_first, c, holds, method,
                     )  # fmt: skip
-                    copy(adjoints[t, first + lane, 0, begin : begin + n], tile, ADJOINT, 1, n)
-                    copy(adjoints[t, first + lane, 1, begin : begin + n], tile, ADJOINT + ROW, 1, n)
+                    copy_part(adjoints[t, first + lane, 0], begin, tile, ADJOINT, n)
+                    copy_part(adjoints[t, first + lane, 1], begin, tile, ADJOINT + ROW, n)
             for sign in range(2):
                 start = ((t * batch + first) * 2 + sign) * neurons
                 to_lanes(flow, at_t + sign * neurons * lanes, flat, start, 2 * neurons, lanes, rows, neurons)
@@ -259,11 +333,13 @@ def backward_block_kernel(method: str) -> Any:
                         count = compact(events, values)
                         for k in range(count):
                             value = values[events[k]]
-                            add_to_weights(by_inputs[number], flow, at_t, lanes, incoming, events[k], lane, value)
-        if by_weights.size > 0:
-            by_sign(by_weights[number], neurons, paths)
-        if by_inputs.size > 0:
-            by_sign(by_inputs[number], neurons, incoming)
+                            own = every.start + lane // LANES
+                            add_to_weights(by_inputs[own], flow, at_t, lanes, incoming, events[k], lane, value)
+        for own in every:
+            if by_weights.size > 0:
+                by_sign(by_weights[own], neurons, paths)
+            if by_inputs.size > 0:
+                by_sign(by_inputs[own], neurons, incoming)
 
     return entry_point(backward_block)
 
@@ -293,8 +369,9 @@ def history_kernel() -> Any:
                 to_lanes(flow, at, adjoints.reshape(-1), start, 2 * neurons, lanes, rows, neurons)
         by_spike = np.zeros(sources * lanes, history.dtype)
         events = np.empty(sources + 1, np.int64)
+        every = range(number * vectors_of(lanes), (number + 1) * vectors_of(lanes))
         if by_weights.size > 0:
-            by_weights[number, :] = 0
+            by_weights[every.start : every.stop] = 0
         for r in range(steps):
             at_r = r * a_step
             for source in range(sources):
@@ -305,17 +382,26 @@ def history_kernel() -> Any:
                     count = compact(events, history[r, first + lane])
                     for k in range(count):
                         value = history[r, first + lane, events[k]]
-                        add_to_weights(by_weights[number], flow, at_r, lanes, paths, events[k], lane, value)
-        if by_weights.size > 0:
-            by_sign(by_weights[number], neurons, paths)
+                        own = every.start + lane // LANES
+                        add_to_weights(by_weights[own], flow, at_r, lanes, paths, events[k], lane, value)
+        for own in every:
+            if by_weights.size > 0:
+                by_sign(by_weights[own], neurons, paths)
 
     return entry_point(history_gradient)
 
 
-def groups(batch: int, samples: int) -> tuple[int, list[tuple[int, int, int]]]:
-    """Lanes of a group, and of each group its first row, its number of rows, and its sample."""
+def groups(batch: int, samples: int, threads: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Lanes of a group, and of each group its first row, its number of rows, and its sample.
+
+    A group has two vectors of rows if no thread is busy for longer with it: they read each synapse once for both. Each
+    vector has its own sums of the weights' gradients, so that the bits are those of two groups.
+    """
     each = batch // samples
     lanes = LANES if each >= LANES // 4 else 1
+    if each > LANES:
+        rounds, of_two = (-(-samples * -(-each // width) // threads) for width in (LANES, 2 * LANES))
+        lanes = 2 * LANES if 2 * of_two <= rounds else LANES
     return lanes, [
         (row, min(lanes, (sample + 1) * each - row), sample)
         for sample in range(samples)
