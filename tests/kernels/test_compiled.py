@@ -69,7 +69,7 @@ def test_sparse_kernels(arch: int) -> None:
 
 @pytest.mark.slow
 def test_the_executor() -> None:
-    execute(80, "test_ptxsim.py")
+    execute(80, "test_ptxsim.py", "compiled/test_fast_compiler.py")
 
 
 @pytest.mark.slow
