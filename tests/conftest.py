@@ -4,6 +4,7 @@ On a machine without a GPU they run in Triton's interpreter, on CPU tensors. Set
 tests on the device of Triton's active driver instead: a GPU, or an emulating driver.
 """
 
+import gc
 import importlib.util
 import logging
 import os
@@ -85,6 +86,14 @@ def forget_stability_checks() -> None:
 def seed() -> None:
     """Every test draws the same random numbers, alone and after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_garbage() -> Iterator[None]:
+    """Garbage is looked for only among what the test makes: among all that earlier tests have left, it takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

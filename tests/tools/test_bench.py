@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import gc
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,16 +18,9 @@ CASES = (
     Case("training-tiny", "feed_forward", 30, 2, 10, train=True),
     Case("recurrent-tiny", "recurrent", 30, 2, 10),
 )
+pytestmark = pytest.mark.usefixtures("own_garbage")  # before a contender's memory is measured, garbage is looked for
 measured = functools.cache(ceilings.measure)  # what the machine does at most: once for all tests
 ARGUMENTS = ["bench", "--device", "cpu", "--rounds", "3"]
-
-
-@pytest.fixture(autouse=True)
-def quick_garbage() -> Iterator[None]:
-    """Before a contender's memory is measured, garbage is looked for: not among all that earlier tests have left."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
