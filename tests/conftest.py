@@ -4,6 +4,7 @@ On a machine without a GPU they run in Triton's interpreter, on CPU tensors. Set
 tests on the device of Triton's active driver instead: a GPU, or an emulating driver.
 """
 
+import gc
 import importlib.util
 import logging
 import os
@@ -34,13 +35,23 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for a
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files of few tests that take minutes: the other files fill the time that a worker has left.
-LONG = ("kernels/test_compiled.py", "kernels/test_compile.py", "programs/test_fuzz.py", "tools/test_check.py")
+# These files take minutes; the other files fill the time that a worker has left. test_check.py compiles the CPU kernels
+# that most tests use. While one worker does that, another one has the tests in Triton's interpreter, and finds the
+# compiled kernels afterwards.
+LONG = (
+    *("kernels/test_compile.py", "kernels/test_compiled.py", "programs/test_fuzz.py", "tools/test_check.py"),
+    *("kernels/test_sparse_kernels.py", "kernels/test_recurrent_kernels.py", "kernels/test_time_chunk_kernels.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first; workers take files in this order."""
-    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
+
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return next((number for number, name in enumerate(LONG) if file.endswith(name)), len(LONG))
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -75,6 +86,14 @@ def forget_stability_checks() -> None:
 def seed() -> None:
     """Every test draws the same random numbers, alone and after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_garbage() -> Iterator[None]:
+    """Garbage is looked for only among what the test makes: among all that earlier tests have left, it takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

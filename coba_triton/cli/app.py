@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,7 +37,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     with as_interrupts() as received:
         try:
             with messages_on_stderr():
-                app(arguments, prog_name="coba-triton")
+                _commands()(arguments, prog_name="coba-triton")
             status = 0
         except UserError as error:
             _say(f"coba-triton: {error}")
@@ -44,6 +45,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 0
     return 128 + received[0] if received else status
+
+
+@functools.cache
+def _commands() -> Any:
+    """The commands and their options, which typer takes 40 ms to find out."""
+    return typer.main.get_command(app)
 
 
 def _say(message: str) -> None:

@@ -236,13 +236,13 @@ import sys, coba_triton, torch
 from coba_triton.common.messages import messages_on_stderr
 assert "numba" not in sys.modules, "importing the package imports numba"
 torch.set_num_threads(1)
-x = torch.linspace(-1, 1, 40).expand(50, 40) * 30
+from coba_triton.backend.cpu.launch import add_products
+sums, sources, rows = torch.zeros(3, 4), torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]]), torch.arange(8.0).view(2, 4)
 with messages_on_stderr():
-    z, s = coba_triton.coba_lif_feed_forward_integral(x, None, backend="cpu")
-r, q = coba_triton.coba_lif_feed_forward_integral(x, None, backend="reference")
-assert torch.equal(z, r) and all(map(torch.equal, s, q))
-from coba_triton.backend.cpu.feed_forward import forward_kernel
-kernel = forward_kernel()
+    add_products(sums, sources, rows, True)
+assert torch.equal(sums, sources.t() @ rows)
+from coba_triton.backend.cpu.recurrent import products_kernel
+kernel = products_kernel()  # takes a fraction of a second to compile
 from coba_triton.cli.info import caches
 assert caches()["numba"].startswith(kernel.stats.cache_path or "nowhere, as no folder can be written to")
 print(kernel.stats.cache_path, sum(kernel.stats.cache_hits.values()))
@@ -256,7 +256,7 @@ def fresh(package: Path, **environment: str) -> list[str]:
     done = subprocess.run([sys.executable, "-c", FRESH], cwd=package, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path, hits = done.stdout.split()
-    compiles = re.findall("compiling the CPU kernel 'forward'.* the code is kept (on disk|for this process)", done.stderr)
+    compiles = re.findall("compiling the CPU kernel 'products'.* the code is kept (on disk|for this process)", done.stderr)
     assert compiles == ([] if hits == "1" else ["for this process" if path == "None" else "on disk"])
     return [path, hits]
 

@@ -6,3 +6,7 @@ import sys
 
 executed = "ptxsim" in sys.modules and sys.modules["ptxsim"].current_options() is not None
 collect_ignore_glob = [] if executed else ["test_*.py"]
+if executed:
+    from helpers import fast_compiler
+
+    fast_compiler.install()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +20,10 @@ _groups: dict[int, Any] = {}
 
 def _join(file: Path, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from . import fast_interpreter
+
+        fast_interpreter.install()
     dist.init_process_group("gloo", init_method=file.as_uri(), rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     for size in range(1, ranks + 1):
         _groups[size] = dist.new_group(range(size))

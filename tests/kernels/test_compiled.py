@@ -49,15 +49,12 @@ def test_kernels() -> None:
 
 
 @pytest.mark.slow
-def test_kernels_where_sm_90_compiles_differently() -> None:
-    """``test_compile.py`` compares the PTX: it is sm_80's but for the rounding of gradients to bfloat16."""
-    execute(90, "test_kernels.py", "-k", "bfloat16")
+def test_kernels_where_sm_90_differs() -> None:
+    """``test_compile.py`` compares the PTX: it is sm_80's but for the rounding of gradients to bfloat16.
 
-
-@pytest.mark.slow
-def test_programs_that_meet_on_sm_90() -> None:
-    """Atomic operations differ between these GPUs."""
-    execute(90, "test_kernels.py", "-k", "slices or sliced or sweep or together")
+    The atomic operations of programs that meet differ between these GPUs.
+    """
+    execute(90, "test_kernels.py", "-k", "bfloat16 or slices or sliced or sweep or together")
 
 
 @pytest.mark.slow
@@ -69,7 +66,7 @@ def test_sparse_kernels(arch: int) -> None:
 
 @pytest.mark.slow
 def test_the_executor() -> None:
-    execute(80, "test_ptxsim.py")
+    execute(80, "test_ptxsim.py", "compiled/test_fast_compiler.py")
 
 
 @pytest.mark.slow

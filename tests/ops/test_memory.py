@@ -12,6 +12,7 @@ from coba_triton import CobaLIFParameters, coba_lif_feed_forward_integral
 from coba_triton.ops import memory
 from helpers.bits import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("own_garbage")
 STEPS, NEURONS = 2000, 300
 
 

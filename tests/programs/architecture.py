@@ -7,6 +7,7 @@ imported when it is first needed.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,7 @@ def imports(module: str, path: Path) -> Iterator[tuple[str, bool]]:
             yield ".".join(filter(None, (prefix, alias.name))), id(node) in within
 
 
+@functools.cache
 def arrows() -> dict[tuple[str, str], bool]:
     """(room, room that it imports) to whether this happens only within functions."""
     modules = dict(files())

@@ -24,6 +24,7 @@ import triton
 from triton.compiler import CompiledKernel
 
 from coba_triton.tools.compiler import TARGETS, compile_launch, figures, occupancy
+from helpers import fast_compiler
 from programs.compile_targets import launches, specimens
 from ptxsim.cubin import disassemble
 
@@ -133,6 +134,7 @@ def loop_figures(listing: str, steps: int) -> dict[str, Any]:
 
 def measure(target: str) -> Iterator[dict[str, Any]]:
     """The figures of every kernel of every specimen of the target."""
+    fast_compiler.install()
     launched = []
     distinct: dict[str, tuple[CompiledKernel, int]] = {}  # many specimens launch the same kernels
     for specimen in specimens(target):

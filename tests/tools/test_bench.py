@@ -18,6 +18,7 @@ CASES = (
     Case("training-tiny", "feed_forward", 30, 2, 10, train=True),
     Case("recurrent-tiny", "recurrent", 30, 2, 10),
 )
+pytestmark = pytest.mark.usefixtures("own_garbage")  # before a contender's memory is measured, garbage is looked for
 measured = functools.cache(ceilings.measure)  # what the machine does at most: once for all tests
 ARGUMENTS = ["bench", "--device", "cpu", "--rounds", "3"]
 
