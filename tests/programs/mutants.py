@@ -434,6 +434,9 @@ MUTANTS = {
     "CPU time chunks: a chunk leaves its neurons' constants behind": cpu_chunks(
         {"range(len(tile) // ROW)": "range(CONSTANTS // ROW)"}, "chunks.py"
     ),
+    "CPU time chunks: spikes go on after the end": cpu_chunks(
+        {"&= (1 << count % WORD) - 1": "&= (1 << WORD) - 1"}, "chunks.py"
+    ),
     "CPU time chunks: back, what comes in at the end is lost in a shorter unit": cpu_chunks(
         {"if begins >= 0 and": "if begins < 0 and"}, "chunks_back.py"
     ),
