@@ -282,7 +282,7 @@ def requiring(x: Tensor) -> Tensor:
         (
             [{}, {"recurrent_weights": rows}],
             [
-                "RuntimeError: rank 1 refused its arguments; its own error says what to change",
+                "RuntimeError: rank 1 cannot go on: ",
                 r"ValueError: recurrent_weights must be the 5 rows 6 to 10 on rank 1 of 2, as .* \[4, 11\]; take the rows",
             ],
         ),

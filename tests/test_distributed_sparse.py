@@ -308,7 +308,7 @@ def late(inputs: Synapses) -> Synapses:
         (
             [{}, {"own": slice(0, 12)}],
             [
-                "RuntimeError: rank 1 refused its arguments",
+                "RuntimeError: rank 1 cannot go on: ",
                 r"ValueError: input_weights must be the synapses onto the neurons 6 to 11 on rank 1 of 2, got some onto "
                 r"neurons 0 to 11; make them with only=\(6, 12\)",
             ],

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -228,14 +228,14 @@ class Ranks:
         given: list[Any] = [None] * self.ranks
         with self.reached():
             dist.all_gather_object(given, facts, group=self.group)
-        failed = [rank for rank, other in enumerate(given) if isinstance(other, _Failed)]
-        if failed and not isinstance(facts, _Failed):
-            raise RuntimeError(f"rank {failed[0]} refused its arguments; its own error says what to change")
+        for rank, other in enumerate(given):
+            if isinstance(other, _Failed) and not isinstance(facts, _Failed):
+                raise RuntimeError(f"rank {rank} cannot go on: {other.why}")
         return given
 
     def refuse(self, error: Exception) -> NoReturn:
         """Raise an error, after the other ranks are told, which are about to share facts."""
-        self.share_facts(_Failed())
+        self.share_facts(_Failed(f"{type(error).__name__}: {error}"))
         raise error
 
     def agree(self, call: dict[str, Any], error: Exception | None) -> None:
@@ -252,8 +252,10 @@ class Ranks:
                 )
 
 
-class _Failed:
+class _Failed(NamedTuple):
     """What a rank says that cannot go on."""
+
+    why: str
 
 
 def _places(spikes: Tensor) -> Tensor:

@@ -244,6 +244,7 @@ class RanksRun(BlockRun):
         """The finished block, whole in the rank that writes it, and empty in the others, which send their parts."""
         self.current = self.whole.pop(running.start)
         done = super().finish(running)
+        self.ranks.share_facts(None)  # whether the state of each rank is finite
         writer = done.start // self.header.block_steps % self.ranks.ranks
         parts: list[Any] | None = [None] * self.ranks.ranks if self.ranks.rank == writer else None
         with self.ranks.reached():
@@ -264,6 +265,12 @@ class RanksRun(BlockRun):
         if name.startswith("input_"):
             return parts[0]
         return np.concatenate(parts, -1)[..., self._places_of_recorded()]
+
+    def _check(self, *arguments: Any) -> None:
+        try:
+            super()._check(*arguments)
+        except FloatingPointError as error:
+            self.ranks.refuse(error)
 
     def _greatest(self, number: float) -> float:
         return float(max(self.ranks.share_facts(number)))
@@ -325,15 +332,19 @@ class RanksSink(Sink):
             yield
 
     def begin(self, header: Header, resume: bool) -> Checkpoint:
-        found = self._by_first(lambda: self.inner.begin(header, resume))
-        if self.ranks.rank:
-            self.inner.join(header)
-        return found
+        return self._by_first(lambda: self.inner.begin(header, resume))
 
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
         state = self._by_first(lambda: self.inner.go_on(blocks, steps))
-        if self.ranks.rank:
-            self.inner.join(self.run.header)
+        failure = None
+        try:
+            if self.ranks.rank:
+                self.inner.join(self.run.header)
+        except (OSError, ValueError) as error:
+            failure = error
+        for other in self.ranks.share_facts(failure):  # no rank writes before all have read
+            if other is not None:
+                raise other
         return state
 
     def write(self, start: int, stop: int, block: dict[str, Array], state: Array, given: int) -> None:
@@ -345,7 +356,8 @@ class RanksSink(Sink):
             super().settle(other)
 
     def end(self, steps: int, finished: bool) -> None:
-        self._by_first(lambda: self.inner.end(steps, finished))
+        if finished:  # otherwise a rank may have failed of which the others do not know
+            self._by_first(lambda: self.inner.end(steps, finished))
 
     def result(self) -> tuple[dict[str, Any], Mapping[str, Any]]:
         return self.inner.result()

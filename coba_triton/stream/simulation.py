@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import math
@@ -196,8 +195,7 @@ def go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[in
                     commits.put(run.finish(running.popleft()))
                 commits.wait()
             except BaseException:
-                with contextlib.suppress(OSError):
-                    commits.wait()
+                commits.drop()
                 sink.end(commits.steps, finished=False)
                 raise
     sink.end(commits.steps, finished=True)
@@ -265,6 +263,11 @@ class _Commits:
         """Wait until the block before this one is written, and begin to write this one."""
         self.wait()
         self._pending = block.stop, self.thread.submit(self.sink.write, *block)
+
+    def drop(self) -> None:
+        """Wait until nothing is written any more, after an error of which other processes may not know."""
+        if self._pending is not None and self._pending[1].exception() is None:
+            self.steps = self._pending[0]
 
     def wait(self) -> None:
         """Wait until everything is written."""

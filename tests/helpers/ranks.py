@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ def _join(file: Path, rank: int, ranks: int) -> None:
         from . import fast_interpreter
 
         fast_interpreter.install()
-    dist.init_process_group("gloo", init_method=file.as_uri(), rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    limit = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=file.as_uri(), rank=rank, world_size=ranks, timeout=limit)
     for size in range(1, ranks + 1):
-        _groups[size] = dist.new_group(range(size))
+        _groups[size] = dist.new_group(range(size), timeout=limit)
 
 
 def _call(size: int, job: bytes) -> bytes:
@@ -48,7 +49,11 @@ class Ranks:
     def __call__(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         job = pickle.dumps((function, args))
         futures = [rank.submit(_call, size, job) for rank in self._ranks[:size]]
-        return [pickle.loads(future.result(timeout=180)) for future in futures]
+        done, late = wait(futures, timeout=180, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # the error of one rank, for which the others may wait
+        assert not late, f"ranks {[futures.index(future) for future in late]} of {size} have not ended within 180 s"
+        return [pickle.loads(future.result()) for future in futures]
 
     def close(self) -> None:
         for rank in self._ranks:

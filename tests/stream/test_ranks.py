@@ -31,6 +31,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.stream.simulation import sums_of
+from coba_triton.stream.store import Store
 from coba_triton.tools.problems import DT, VALUES
 from helpers.marks import slow
 from helpers.ranks import Ranks
@@ -53,10 +54,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     processes.close()
 
 
-def network(kind: str, only: tuple[int, int] | None = None) -> Any:
+def network(kind: str, only: tuple[int, int] | None = None, **changes: Any) -> Any:
     """A network of N neurons; a sparse one with the synapses onto some of them."""
     torch.manual_seed(1)
-    p = CobaLIFParameters(**VALUES | {"v_thresh": torch.linspace(-0.15, -0.1, N)}, refractory=0.03)
+    p = CobaLIFParameters(**VALUES | {"v_thresh": torch.linspace(-0.15, -0.1, N)} | changes, refractory=0.03)
     if kind == "feed-forward":
         return CobaLIF(p, DT)
     if kind == "dense":
@@ -140,6 +141,45 @@ def test_any_number_of_ranks_goes_on(ranks: Ranks, tmp_path: Path, kind: str, di
     assert_same_results(result, simulate(network(kind), source_for(kind, T, batch), sink=tmp_path / "w.zarr", **options))
 
 
+def slow_reader(group: Any, path: Path, steps: int, options: dict[str, Any]) -> Any:
+    """The last rank takes a second to read how far the run is, between the attributes and the number of steps."""
+    read = Store._fixed
+
+    def wait(self: Store) -> Any:
+        time.sleep(torch.distributed.get_rank(group))
+        return read(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "_fixed", wait)
+        return shared(group, "feed-forward", "neurons", (), steps, path, options)
+
+
+def test_a_rank_that_reads_late(ranks: Ranks, tmp_path: Path) -> None:
+    """The first rank changes nothing in the result before the others have read what they go on from."""
+    for steps in (70, 140, 140):  # the second one makes a block anew, and the third one has nothing to do
+        seen = ranks(2, slow_reader, tmp_path / "run.zarr", steps, {"resume": True})
+        assert seen[0] == seen[1] and seen[0][:2] == (steps, True)
+
+
+def diverges(group: Any, kind: str, path: Path) -> str:
+    """A run in which the state of the last neuron, which the last rank owns, does not stay finite."""
+    own = distributed.owned_neurons(N, group)
+    run = network(kind, (own.start, own.stop), tau_syn_exc_inv=torch.where(torch.arange(N) == N - 1, 1e6, 0.2))
+    options: dict[str, Any] = {"block_steps": 64, "progress": False}
+    try:
+        distributed.simulate(run, source_for(kind, T, ()), sink=path, divide="neurons", group=group, **options)
+    except (FloatingPointError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", ["feed-forward", "delays"])
+def test_a_state_of_one_rank_that_is_not_finite_stops_all(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    for got in ranks(3, diverges, kind, tmp_path / "run.zarr"):
+        assert "FloatingPointError: the state is no longer finite after step 64, as the Euler step is unstable" in got
+    assert ranks(3, shared, kind, "neurons", (), T, tmp_path / "other.zarr", {})[0][:2] == (T, True)
+
+
 def refused(group: Any, path: Path, changes: list[dict[str, Any]]) -> str:
     change = {"divide": "neurons", "sink": path} | changes[torch.distributed.get_rank(group)]
     source = change.pop("source", source_for("feed-forward", 70, ()))
@@ -164,10 +204,13 @@ def test_what_is_refused(ranks: Ranks, tmp_path: Path) -> None:
         ),
         ([{"divide": "columns"}] * 2, ["ValueError: divide must be 'neurons' or 'rows', got 'columns'"] * 2),
         ([{"delay": 0.03}] * 2, ["ValueError: divide='neurons' needs synapses that have their delays"] * 2),
-        ([{}, {"resume": 1}], ["RuntimeError: rank 1 refused its arguments", "TypeError: resume must be"]),
+        ([{}, {"resume": 1}], ["RuntimeError: rank 1 cannot go on: TypeError: resume must be", "TypeError: resume must be"]),
         ([{"sink": None}] * 2, ["ValueError: sink must be a path that ends in .zarr"] * 2),
         ([{"divide": "rows"}] * 2, ["ValueError: divide='rows' needs an input with a batch axis"] * 2),
-        ([{}, {"record": 3}], ["RuntimeError: rank 1 refused its arguments", "TypeError: record must be a Record"]),
+        (
+            [{}, {"record": 3}],
+            ["RuntimeError: rank 1 cannot go on: TypeError: record must be a Record", "TypeError: record must be a Record"],
+        ),
     ):
         for got, message in zip(ranks(2, refused, path, changes), expected, strict=True):
             assert got.startswith(message), got
