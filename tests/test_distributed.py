@@ -294,10 +294,10 @@ def requiring(x: Tensor) -> Tensor:
             [{"input_weights": layout}, {"input_weights": layout}],
             ["TypeError: recurrent_weights must be coba_triton.Synapses or a sparse matrix where .* got a dense matrix"] * 2,
         ),
-        ([{"order": "sideways"}, {}], ["ValueError: order must be 'decay_first'", "RuntimeError: rank 0 refused"]),
+        ([{"order": "sideways"}, {}], ["ValueError: order must be 'decay_first'", "RuntimeError: rank 0 cannot go on"]),
         (
             [{"recurrent_weights": columns}, {}],
-            ["ValueError: input_weights must be the 5 rows 0 to 4 on rank 0 of 2", "RuntimeError: rank 0 refused"],
+            ["ValueError: input_weights must be the 5 rows 0 to 4 on rank 0 of 2", "RuntimeError: rank 0 cannot go on"],
         ),
     ],
     ids=[

@@ -316,7 +316,7 @@ def late(inputs: Synapses) -> Synapses:
         ([{"version": "0.1"}, {"version": "0.2"}], ["ValueError: the version of coba_triton must .* got 0.1, 0.2 on"] * 2),
         ([{}, {"dt": 2.0}], ["ValueError: dt must be the same on every rank, got 0.01, 0.02"] * 2),
         ([{}, {"order": "jump_first"}], ["ValueError: order must be the same on every rank"] * 2),
-        ([{}, {"spike_dtype": "words"}], ["RuntimeError: rank 1 refused", "ValueError: spike_dtype must be"]),
+        ([{}, {"spike_dtype": "words"}], ["RuntimeError: rank 1 cannot go on", "ValueError: spike_dtype must be"]),
         (
             [{"inputs": without_a_row}] * 2,
             [
