@@ -387,7 +387,7 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=180)
     assert process.returncode == 130 and "Traceback" not in out + error
 
 
