@@ -81,6 +81,31 @@ def has_bits(words: Any, lane: int, n: int, noted: Any, row: int, fields: int) -
 
 
 @compiled
+def leave_or_note(
+    tile: Any, n: int, slots: Any, alive: int, at: Any, until: Any, late: bool, compare: bool, notes: Any, noted: Any,
+    reached: Any, fields: int, last: int,
+) -> int:  # fmt: skip
+    """Let chunks leave that are where they should come to, and note the states of the others; returns how many those are.
+
+    A chunk leaves where ``until`` says, if it is ``late``, and, with ``compare``, where it has the noted state. The lanes of
+    the last chunk then take the place of its own. After the ``last`` unit its state is in ``reached`` already.
+    """
+    bits, k = tile.view(noted.dtype), 0
+    while k < alive:
+        u = slots[k]
+        if at[u] == until[u] or late or (compare and has_bits(bits, k * n, n, noted, at[u] * fields, fields)):
+            if at[u] != last:
+                put_chunk(tile, k * n, n, reached, u * fields, 1, 0, fields)
+            alive -= 1
+            slots[k] = slots[alive]
+            move_chunk(tile, alive * n, k * n, n)
+        else:
+            put_chunk(tile, k * n, n, notes, at[u] * fields, 1, 0, fields)
+            k += 1
+    return alive
+
+
+@compiled
 def gather_rows(
     buffer: Any, width: int, line: Any, bits: Any, x: Strided, starts: Any, alive: int, steps: int, begin: int, n: int
 ) -> None:  # fmt: skip
@@ -272,10 +297,10 @@ def chunks_kernel() -> Any:
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         words, states, checkpoints = borrow(words), borrow(states), borrow(checkpoints)
         notes, noted, reached, at, until = borrow(notes), borrow(noted), borrow(reached), borrow(at), borrow(until)
-        fields = reached.shape[1]
+        units, fields = len(notes), reached.shape[1]
         notes, noted, reached = notes.reshape(-1, n), noted.reshape(-1, n), reached.reshape(-1, n)
         tile, buffer, lines, bits, fired, packed, slots, starts = borrow_scratch(scratch)
-        words_of_tile, eights, width = tile.view(noted.dtype), fired.view(np.uint64), fired.shape[1]
+        eights, width = fired.view(np.uint64), fired.shape[1]
         c = None if shared is None else load_shared(shared)
         for group in range(first, last, len(slots)):
             alive = min(len(slots), last - group)
@@ -284,19 +309,10 @@ def chunks_kernel() -> Any:
                 take_chunk(tile, k * n, n, reached, slots[k] * fields, fields, per_neuron, begin)
             gone = 0
             while True:
-                k = 0
-                while k < alive:
-                    u = slots[k]
-                    over = at[u] == until[u] or gone == limit
-                    if over or (compare and has_bits(words_of_tile, k * n, n, noted, at[u] * fields, fields)):
-                        if at[u] * STEPS < steps:  # at the end of the run, the state is there already
-                            put_chunk(tile, k * n, n, reached, u * fields, 1, 0, fields)
-                        alive -= 1
-                        slots[k] = slots[alive]
-                        move_chunk(tile, alive * n, k * n, n)
-                    else:
-                        put_chunk(tile, k * n, n, notes, at[u] * fields, 1, 0, fields)
-                        k += 1
+                # the state after the last unit was put there when the run ended
+                alive = leave_or_note(
+                    tile, n, slots, alive, at, until, gone == limit, compare, notes, noted, reached, fields, units
+                )
                 if alive == 0:
                     break
                 lanes = (alive * n + LANES - 1) // LANES * LANES  # those behind the last neuron compute what nobody reads

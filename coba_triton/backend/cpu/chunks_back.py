@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chunks import STEPS, WORD, gather, has_bits, move_chunk, prefetch_part, put_chunk, row_width, take_chunk
+from .chunks import STEPS, WORD, gather, leave_or_note, prefetch_part, row_width, take_chunk
 from .feed_forward import FRAME, FRAME_LEFT, backward_row, replay_row
 from .lanes import LANES, copy_lanes
 from .meeting import memory_apart
@@ -156,7 +156,7 @@ def chunks_back_kernel(method: str) -> Any:
         units = len(notes)
         notes, noted, reached = notes.reshape(-1, n), noted.reshape(-1, n), reached.reshape(-1, n)
         tile, tape, inputs, gradients, out, lines, bits, packed, slots, starts = borrow_scratch_back(scratch)
-        words_of_tile, width = tile.view(noted.dtype), packed.shape[1]
+        width = packed.shape[1]
         fields = FIELDS if holds is None else FIELDS + 1
         c = None if shared is None else load_shared(shared)
         sums = None if parts is None else True
@@ -167,18 +167,9 @@ def chunks_back_kernel(method: str) -> Any:
                 take_chunk(tile, k * n, n, reached, slots[k] * FIELDS, FIELDS, per_neuron, begin)
             gone = 0
             while True:
-                k = 0
-                while k < alive:
-                    u = slots[k]
-                    over = at[u] == until[u] or gone == limit
-                    if over or (compare and has_bits(words_of_tile, k * n, n, noted, at[u] * FIELDS, FIELDS)):
-                        put_chunk(tile, k * n, n, reached, u * FIELDS, 1, 0, FIELDS)
-                        alive -= 1
-                        slots[k] = slots[alive]
-                        move_chunk(tile, alive * n, k * n, n)
-                    else:
-                        put_chunk(tile, k * n, n, notes, at[u] * FIELDS, 1, 0, FIELDS)
-                        k += 1
+                alive = leave_or_note(
+                    tile, n, slots, alive, at, until, gone == limit, compare, notes, noted, reached, FIELDS, -1
+                )
                 if alive == 0:
                     break
                 lanes = (alive * n + LANES - 1) // LANES * LANES  # those behind the last neuron compute what nobody reads
