@@ -88,6 +88,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def number_of_threads() -> Iterator[None]:
+    """A test may change for how many threads PyTorch asks. The next one sees the number from before."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def own_garbage() -> Iterator[None]:
     """Garbage is looked for only among what the test makes: among all that earlier tests have left, it takes seconds."""
@@ -97,12 +106,10 @@ def own_garbage() -> Iterator[None]:
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Set the number of threads, which small problems use, too; put it back afterwards."""
+def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set the number of threads, which small problems use, too."""
     monkeypatch.setattr("coba_triton.backend.cpu.launch.MIN_STEPS_PER_THREAD", 100)
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    return torch.set_num_threads
 
 
 @pytest.fixture

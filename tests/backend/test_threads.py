@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,13 +83,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:the neurons of:UserWarning")  # 
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def shared_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that share a row go on to do so, also while something else keeps the cores."""
     monkeypatch.setattr(launch, "LONG_WAITS", 2**40)
     monkeypatch.setattr(launch, "_alone_until", 0.0)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def settle(call: Callable[[], object]) -> None:

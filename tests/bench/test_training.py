@@ -38,11 +38,8 @@ def small(script: ModuleType) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
+def one_thread(number_of_threads: None) -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:

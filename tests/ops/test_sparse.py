@@ -290,24 +290,20 @@ def test_threads_share_a_row(
     """Bits do not depend on how many threads there are, where they meet, and whether one goes on alone after a meeting."""
     x, start, inputs, recurrent, p, _ = case(neurons=300, batch=batch, count=6000, delays=delays)
     recurrent = recurrent.with_weights(recurrent.weights / 4)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu", record_states=True)
-        torch.set_num_threads(threads)
-        from coba_triton.backend.cpu import launch
+    torch.set_num_threads(1)
+    alone = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu", record_states=True)
+    torch.set_num_threads(threads)
+    from coba_triton.backend.cpu import launch
 
-        monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-        monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
-        monkeypatch.setattr(launch, "LONG_WAITS", long_waits)
-        stops = []
-        monkeypatch.setattr(launch, "_share_no_more_for_a_while", lambda: stops.append(1))
-        for _ in range(3):
-            found = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu", record_states=True)
-            assert_same(found, alone)
-        assert (len(stops) >= 3) == (long_waits < 0 and batch < threads)
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
+    monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
+    monkeypatch.setattr(launch, "LONG_WAITS", long_waits)
+    stops = []
+    monkeypatch.setattr(launch, "_share_no_more_for_a_while", lambda: stops.append(1))
+    for _ in range(3):
+        found = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu", record_states=True)
+        assert_same(found, alone)
+    assert (len(stops) >= 3) == (long_waits < 0 and batch < threads)
     assert 0.001 < alone[0].mean() < 0.5
 
 
@@ -321,15 +317,11 @@ def test_threads_share_the_synapses_that_are_given(monkeypatch: pytest.MonkeyPat
     mirrored = 299 - recurrent.targets
     order = torch.argsort(recurrent.source_of() * 300 + mirrored, stable=True)
     other = recurrent._replace(targets=mirrored[order])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        for synapses in (recurrent, other):
-            wanted = coba_lif_integral(x, start, inputs, synapses, p, DT, backend="reference")
-            assert wanted[0].sum() > 0
-            assert_same(coba_lif_integral(x, start, inputs, synapses, p, DT, backend="cpu"), wanted)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    for synapses in (recurrent, other):
+        wanted = coba_lif_integral(x, start, inputs, synapses, p, DT, backend="reference")
+        assert wanted[0].sum() > 0
+        assert_same(coba_lif_integral(x, start, inputs, synapses, p, DT, backend="cpu"), wanted)
 
 
 def test_out_and_packed_spikes() -> None:
@@ -539,15 +531,11 @@ def test_gradients_do_not_depend_on_threads(threads: int, monkeypatch: pytest.Mo
         return list(torch.autograd.grad((spikes * torch.arange(37)).mean(), leaves))
 
     wanted = run()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-        monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
-        for found, grad in zip(run(), wanted, strict=True):
-            assert_same_bits(found, grad)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
+    monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
+    for found, grad in zip(run(), wanted, strict=True):
+        assert_same_bits(found, grad)
 
 
 def test_memory_of_training() -> None:
