@@ -51,8 +51,9 @@ def simulate(
     The result has the bits of one process. All ranks write it, each the chunks of some blocks, into one zarr group. A run
     that was interrupted goes on with ``resume=True``, with any number of ranks, also in one process without this function.
 
-    If a rank dies, the others raise within seconds, or after the time limit of the group if they do not notice. What was
-    finished is kept.
+    An error of one rank, in its input, its state or what it writes, stops all of them, and each says what it was. If a rank
+    dies, the others raise within seconds, or after the time limit of the group if they do not notice. What was finished is
+    kept.
 
     Args:
         network: as for :func:`coba_triton.simulate`, the same on all ranks. Where ranks share the neurons of a recurrent
@@ -125,7 +126,7 @@ class RanksRun(BlockRun):
         self.axis = -1
         try:
             super().__init__(network, *arguments)
-        except (TypeError, ValueError) as error:
+        except (ImportError, OSError, TypeError, ValueError) as error:  # of this rank, and not of what ranks share
             ranks.refuse(error)
         mine = {"config": self.header.config, "versions": self.header.versions, "steps": self.header.steps}
         every = ranks.share_facts(mine)
@@ -266,6 +267,18 @@ class RanksRun(BlockRun):
             return parts[0]
         return np.concatenate(parts, -1)[..., self._places_of_recorded()]
 
+    def read_together(self, blocks: Any) -> Any:
+        with contextlib.closing(blocks):
+            while True:
+                try:
+                    block = next(blocks, None)
+                except Exception as error:
+                    self.ranks.refuse(error)
+                self.ranks.share_facts(None)  # whether all have read it
+                if block is None:
+                    return
+                yield block
+
     def _check(self, *arguments: Any) -> None:
         try:
             super()._check(*arguments)
@@ -313,7 +326,7 @@ class RanksSink(Sink):
         if self.ranks.rank == 0:
             try:
                 told[0] = action()
-            except (OSError, TypeError, ValueError) as error:
+            except Exception as error:
                 told[1] = error
         with self.ranks.reached():
             dist.broadcast_object_list(told, group=self.ranks.group, group_src=0)
@@ -336,11 +349,11 @@ class RanksSink(Sink):
 
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
         state = self._by_first(lambda: self.inner.go_on(blocks, steps))
-        failure = None
+        failure: Exception | None = None
         try:
             if self.ranks.rank:
                 self.inner.join(self.run.header)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             failure = error
         for other in self.ranks.share_facts(failure):  # no rank writes before all have read
             if other is not None:
@@ -351,7 +364,7 @@ class RanksSink(Sink):
         if block:  # that of another rank is empty
             self.inner.write(start, stop, block, state, given)
 
-    def settle(self, error: OSError | None) -> None:
+    def settle(self, error: Exception | None) -> None:
         for other in self.ranks.share_facts(error):
             super().settle(other)
 

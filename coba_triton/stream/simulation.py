@@ -54,6 +54,8 @@ from .store import checksum, columns_of
 if TYPE_CHECKING:
     from ..backend.cpu.launch import ForwardStream
 
+_Blocks = Generator[tuple[Tensor, int | None], None, None]
+
 BLOCK_BYTES = 2**26  # a block of the default length takes this much memory
 MAX_BLOCK_STEPS = 2**16
 PART_WORK = 2**27  # synapses that are looked at in the first part of a block
@@ -169,7 +171,7 @@ def go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[in
             f"{sink.path} was begun with another configuration: source.steps was {begun.planned or begun.steps} and is "
             f"{steps}; pass the source it was begun with or a longer one, or another path"
         )
-    with closing(_new_blocks(run, sink, begun)) as blocks:
+    with closing(run.read_together(_new_blocks(run, sink, begun))) as blocks:
         first = next(blocks, None)
         if first is None:  # the sink has all blocks
             sink.end(begun.steps, finished=True)
@@ -201,7 +203,7 @@ def go_on(run: BlockRun, sink: Sink, resume: bool, progress: bool | Callable[[in
     sink.end(commits.steps, finished=True)
 
 
-def _new_blocks(run: BlockRun, sink: Sink, begun: Checkpoint) -> Generator[tuple[Tensor, int | None], None, None]:
+def _new_blocks(run: BlockRun, sink: Sink, begun: Checkpoint) -> _Blocks:
     """First compare the finished blocks with the source, if it has to be compared; then yield the blocks that are missing.
 
     If the last finished block was short and the source is longer now, this block comes again.
@@ -274,10 +276,10 @@ class _Commits:
         if self._pending is None:
             return
         stop, writing = self._pending
-        failure: OSError | None = None
+        failure: Exception | None = None
         try:
             writing.result()
-        except OSError as error:
+        except Exception as error:
             failure = error
         try:
             self.sink.settle(failure)
@@ -585,6 +587,10 @@ class BlockRun:
             return False
         as_it_is = flat_input(first, self.shape, self.state.v.dtype).data_ptr() == first.data_ptr()
         return as_it_is and isinstance(source, Tensor) and source.device == self.device
+
+    def read_together(self, blocks: _Blocks) -> _Blocks:
+        """The blocks of the input, each of which all processes have read before one goes on with it."""
+        return blocks
 
     def sums_up(self, x: Tensor) -> bool:
         """Whether the kernels compute the checksum of a block: they can if they read its numbers as they are."""

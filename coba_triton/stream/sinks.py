@@ -145,7 +145,7 @@ class Sink(ABC):
             given: the checksum of its input.
         """
 
-    def settle(self, error: OSError | None) -> None:
+    def settle(self, error: Exception | None) -> None:
         """Be told, after each :meth:`write` and in the thread of the caller, how it went; raise its error."""
         if error is not None:
             raise error

@@ -30,6 +30,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
+from coba_triton.stream import store
 from coba_triton.stream.simulation import sums_of
 from coba_triton.stream.store import Store
 from coba_triton.tools.problems import DT, VALUES
@@ -248,6 +249,55 @@ def test_a_full_disk_of_one_rank_stops_all(ranks: Ranks, tmp_path: Path) -> None
     for got in ranks(2, disk_is_full, path, 1):  # the second block is its first
         assert "cannot write steps 32 to 64 (No space left on device); 32 steps are kept: make room" in got
     assert ranks(2, disk_is_full, path, -1) == [str(T)] * 2
+
+
+def without_a_package(group: Any, path: Path, rank: int) -> str:
+    """What a run is told where one rank lacks a package that writes results."""
+    find = store.import_or_say
+
+    def missing(package: str) -> Any:
+        return find("a_package_that_nobody_has" if torch.distributed.get_rank(group) == rank else package)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "import_or_say", missing)
+        try:
+            return str(shared(group, "feed-forward", "neurons", (), 70, path, {}))
+        except (ImportError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_package_that_one_rank_lacks_stops_all(ranks: Ranks, tmp_path: Path, rank: int) -> None:
+    for got in ranks(2, without_a_package, tmp_path / "run.zarr", rank):
+        assert "ImportError: results in zarr need the package a_package_that_nobody_has, which is not installed" in got
+
+
+def cannot_read(group: Any, kind: str, path: Path) -> str:
+    """A run whose input the last rank cannot read from step 128 on."""
+    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+    def parts() -> Iterator[torch.Tensor]:
+        for number, part in enumerate(source_for(kind, T, ()).split(64)):
+            if number == 2 and rank == size - 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), "input.npy")
+            yield part
+
+    own = distributed.owned_neurons(N, group)
+    run = network(kind, (own.start, own.stop))
+    options: dict[str, Any] = {"divide": "neurons", "group": group, "block_steps": 64, "progress": False}
+    try:
+        distributed.simulate(run, parts(), sink=path, **options)
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", ["feed-forward", "delays"])
+def test_an_input_that_one_rank_cannot_read_stops_all(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    *others, last = ranks(3, cannot_read, kind, tmp_path / "run.zarr")
+    assert last == "OSError: [Errno 5] Input/output error: 'input.npy'"
+    assert others == [f"RuntimeError: rank 2 cannot go on: {last}"] * 2
+    assert open_result(tmp_path / "run.zarr").steps >= 64
 
 
 def late(group: Any, path: Path) -> int:
