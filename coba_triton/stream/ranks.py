@@ -126,7 +126,7 @@ class RanksRun(BlockRun):
         self.axis = -1
         try:
             super().__init__(network, *arguments)
-        except (ImportError, OSError, TypeError, ValueError) as error:  # of this rank, and not of what ranks share
+        except (ImportError, OSError, TypeError, ValueError) as error:  # a RuntimeError is one that all ranks raise
             ranks.refuse(error)
         mine = {"config": self.header.config, "versions": self.header.versions, "steps": self.header.steps}
         every = ranks.share_facts(mine)
@@ -355,9 +355,7 @@ class RanksSink(Sink):
                 self.inner.join(self.run.header)
         except Exception as error:
             failure = error
-        for other in self.ranks.share_facts(failure):  # no rank writes before all have read
-            if other is not None:
-                raise other
+        self.settle(failure)  # no rank writes before all have read
         return state
 
     def write(self, start: int, stop: int, block: dict[str, Array], state: Array, given: int) -> None:
@@ -369,7 +367,7 @@ class RanksSink(Sink):
             super().settle(other)
 
     def end(self, steps: int, finished: bool) -> None:
-        if finished:  # otherwise a rank may have failed of which the others do not know
+        if finished:  # otherwise this rank may have failed, and the others may not know it
             self._by_first(lambda: self.inner.end(steps, finished))
 
     def result(self) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -485,13 +485,9 @@ def test_every_share_runs_once_in_a_thread_of_its_own(openmp: bool, meet: bool, 
         with lock:
             found.append((common, share, threading.get_ident()))
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        of_shares.run(kernel, "a", shares=[(0,), (1,), (2,)], meet=meet)
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(4)
+    of_shares.run(kernel, "a", shares=[(0,), (1,), (2,)], meet=meet)
+    assert torch.get_num_threads() == 4
     assert sorted(entry[:2] for entry in found) == [("a", 0), ("a", 1), ("a", 2)]
     assert len({entry[2] for entry in found}) == 3
 

@@ -83,18 +83,19 @@ def has_bits(words: Any, lane: int, n: int, noted: Any, row: int, fields: int) -
 @compiled
 def leave_or_note(
     tile: Any, n: int, slots: Any, alive: int, at: Any, until: Any, late: bool, compare: bool, notes: Any, noted: Any,
-    reached: Any, fields: int, last: int,
+    reached: Any, fields: int, written: int,
 ) -> int:  # fmt: skip
-    """Let chunks leave that are where they should come to, and note the states of the others; returns how many those are.
+    """Let the chunks leave that have arrived, and note the states of the others. Returns how many go on.
 
-    A chunk leaves where ``until`` says, if it is ``late``, and, with ``compare``, where it has the noted state. The lanes of
-    the last chunk then take the place of its own. After the ``last`` unit its state is in ``reached`` already.
+    A chunk has arrived where ``until`` says, if it is ``late``, and, with ``compare``, where its state has the noted bits.
+    Its state goes to ``reached``. Where a chunk is at the unit ``written``, its state is there already; -1: at none. The
+    last chunk takes the lanes of the one that leaves.
     """
     bits, k = tile.view(noted.dtype), 0
     while k < alive:
         u = slots[k]
         if at[u] == until[u] or late or (compare and has_bits(bits, k * n, n, noted, at[u] * fields, fields)):
-            if at[u] != last:
+            if at[u] != written:
                 put_chunk(tile, k * n, n, reached, u * fields, 1, 0, fields)
             alive -= 1
             slots[k] = slots[alive]

@@ -27,7 +27,7 @@ from ...neuron import adjoint, operations, step, surrogate
 from .cache import KernelCache
 
 OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
-# Of functions that compiled code alone calls. To compile how Python and C would call them takes 5 % of the time.
+# For functions that only compiled code calls. Their entries for Python and for C would take 5 % of the time to compile.
 INNER: Any = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
