@@ -15,17 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import coba_triton
 from coba_triton.common.versions import driver_version, package_version
+from coba_triton.ops.spikes import unpack_spikes
 from coba_triton.tools import contenders, tuner
 from coba_triton.tools.problems import Case, problem, recurrent_problem, sparse_problem
 from coba_triton.tuning import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("coba-triton", "torch", "triton", "numpy", "numba", "norse", "snntorch", "spikingjelly")
-ROUNDS = 7
+ROUNDS = 5
 
 
 class Step:
@@ -96,8 +99,9 @@ def smoke(step: Step) -> None:
         same(f"{name}, training", ours, theirs)
         if name == "feed-forward":
             same(f"{name}, gradient by the input", [our_grads["x"]], [their_grads["x"]])
+        kind, rest = type(case), {field: value for field, value in vars(case).items() if field != "x"}
         compiled = torch.compile(
-            lambda x, case=case: type(case)(**(vars(case) | {"x": x})).run(b)[0], fullgraph=True, backend="aot_eager"
+            lambda x, kind=kind, rest=rest: kind(x=x, **rest).run(b)[0], fullgraph=True, backend="aot_eager"
         )
         same(f"{name}, torch.compile", [compiled(case.x)], [expected])
         if d.type == "cuda":
@@ -114,10 +118,15 @@ def smoke(step: Step) -> None:
 
                 wanted = run().clone()
                 same(f"{name}, CUDA graph{', training' if train else ''}", [contenders.graphed(run)()], [wanted])
-    source = torch.rand(2000, 64, device=d) * 0.05
+    source = torch.rand(2000, 64, device=d) * 0.005
     result = coba_triton.simulate(coba_triton.CobaLIF(coba_triton.CobaLIFParameters(), 0.1).to(d), source, progress=False)
     whole, _ = coba_triton.coba_lif_feed_forward_integral(source, None, dt=0.1, backend="reference")
     same("simulate", [torch.from_numpy(result.spikes[:])], [whole.bool().cpu()])
+
+
+def processes() -> int:
+    """How many processes compile kernels at the same time."""
+    return max(1, min(12, len(os.sched_getaffinity(0)) - 2))
 
 
 def tests(step: Step) -> None:
@@ -125,15 +134,20 @@ def tests(step: Step) -> None:
     if step.needs_a_gpu():
         return
     files = ["kernels/test_feed_forward_kernels.py", "kernels/test_recurrent.py", "kernels/test_recurrent_kernels.py"]
-    files += ["ops/test_operators.py", "bench/test_training.py"]
+    files += ["kernels/test_sparse_kernels.py", "kernels/test_time_chunk_kernels.py", "ops/test_operators.py"]
+    files += ["bench/test_training.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--show-capture=no"]
+    command += ["-v", "--durations=20"]
+    if package_version("pytest-timeout"):
+        command += ["--timeout", "60"]
     if package_version("pytest-xdist"):
-        command += ["-n", "12", "--dist", "load"]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([*command, *files], cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
-    print(done.stdout[-20000:], done.stderr[-2000:])
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    step.say(text=(done.stdout.strip().splitlines() or ["nothing ran"])[-1], failed=failed)
+        command += ["-n", str(processes()), "--dist", "load"]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    log = step.out / "pytest.log"  # if the time runs out, it shows how far the tests came
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run([*command, *files], cwd=ROOT / "tests", env=environment, stdout=file, stderr=file)
+    lines = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing ran"]
+    step.say(text=lines[-1], failed=[line for line in lines if line.startswith(("FAILED", "ERROR"))])
     if done.returncode:
         raise SystemExit(1)
 
@@ -142,7 +156,7 @@ def check(step: Step) -> None:
     """Run ``coba-triton check``, which compares all cases with the reference."""
     report = step.out / "check.json"
     command = [sys.executable, "-m", "coba_triton.cli", "check", "--device", str(step.device), "--report", str(report)]
-    command += ["--only", "input dtypes"] if step.small else ["--full"]
+    command += ["--only", "input dtypes"] if step.small else ["--full", "--jobs", str(processes())]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-20000:], done.stderr[-4000:])
     results = json.loads(report.read_text(encoding="utf-8"))["results"] if report.exists() else []
@@ -164,17 +178,18 @@ def host_us(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, rivals: bool, bytes_moved: float | None) -> None:
-    """Time this package's ways to run a case, after a check of their results; with ``rivals``, other packages as well."""
+    """Time this package's ways to run a case, after a check of their results; with ``rivals``, all others as well."""
     tensors = case.build(step.device)
     expected, able = None, []
     for contender in contenders.contenders(case, step.backend, tensors):
         ours = contender.name.split(",")[0] == step.backend
-        if not ours and not rivals and contender.name != "reference":
+        if not ours and not rivals and expected is not None:
             continue
         try:
             expected = contender.run() if expected is None else expected
             contenders.assert_same(case, contender, expected)
-            able.append(contender)
+            if ours or rivals:
+                able.append(contender)
         except Exception as error:  # another package may raise anything; go on with the next one
             if ours:
                 raise
@@ -187,7 +202,7 @@ def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, riva
     rate = float(expected.double().mean()) if expected is not None and not case.train else None
     for contender in able:
         low, median, high = statistics.quantiles(seconds[contender.name], n=4)
-        ours = contender.name == step.backend
+        ours = contender.name in (step.backend, f"{step.backend}, graphed")  # which move as many bytes
         step.say(
             case=name,
             kind=kind,
@@ -203,41 +218,133 @@ def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, riva
             ms_per_1000_steps=median / case.steps * 1e6,
             percent_of_copy=100 * bytes_moved * case.neuron_steps / median / bandwidth if ours and bytes_moved else None,
             host_us=host_us(contender.run, step.device) if contender.name.split(",")[0] == step.backend else None,
-            times_eager=medians["reference"] / median,
+            times_eager=medians["reference"] / median if rivals else None,
             spikes_per_neuron_step=rate,
         )
 
 
 def feed_forward(step: Step) -> None:
-    """Time unconnected neurons, inference and training, for several numbers of neurons; then some beside other packages."""
+    """Time unconnected neurons, inference and training, for several numbers of neurons."""
     bandwidth = tuner.copy_bandwidth(step.device)
-    sizes, compared = ((64, 1024), (64,)) if step.small else ((1024, 4096, 65536, 262144, 4194304), (262144, 4096))
-    for neurons, rivals in [*((n, False) for n in sizes), *((n, True) for n in compared)]:
+    for neurons in (64, 1024) if step.small else (1024, 4096, 65536, 262144, 4194304):
         for train in (False, True):
-            steps = 50 if step.small else 1000 if neurons <= 65536 else 200
-            if train and neurons > 2**20:
-                steps = 20  # for each neuron and step of the reference, autograd keeps twenty numbers
-            kind = "training" if train else "inference"
-            case = Case("gpu", "feed_forward", steps, 1, neurons, train)
-            # float32 in and out; training: forward 4 + 1.63 saved, backward 4 + 1.63 read, the gradient 4 + 4
-            moved = 19.3 if train else 8.0
-            compete(step, case, f"feed-forward {neurons} {kind}", kind, bandwidth, rivals, moved)
+            _feed_forward_case(step, neurons, train, bandwidth, rivals=False)
+
+
+def _feed_forward_case(step: Step, neurons: int, train: bool, bandwidth: float, rivals: bool) -> None:
+    steps = 50 if step.small else 200 if rivals or neurons > 2**20 else 1000
+    if train and neurons > 2**20:
+        steps = 64  # for each neuron and step of the reference, autograd keeps twenty numbers
+    kind = "training" if train else "inference"
+    case = Case("gpu", "feed_forward", steps, 1, neurons, train)
+    # float32 in and out; training: forward 4 + 1.63 saved, backward 4 + 1.63 read, the gradient 4 + 4
+    compete(step, case, f"feed-forward {neurons} {kind}", kind, bandwidth, rivals, 19.3 if train else 8.0)
 
 
 def recurrent(step: Step) -> None:
-    """Time recurrent populations with about 1 % spikes per neuron and step; then some beside other packages."""
+    """Time recurrent populations with about 1 % spikes per neuron and step."""
     sizes = ((256, 32), (1024, 32), (256, 1), (1024, 1), (1024, 128), (4096, 1), (4096, 32))
-    compared = ((1024, 32), (256, 32))
-    if step.small:
-        sizes, compared = ((32, 1), (64, 4)), ((64, 4),)
-    for (neurons, batch), rivals in [*((size, False) for size in sizes), *((size, True) for size in compared)]:
-        for train in (False, True):
-            if train and neurons > 1024:
-                continue
-            kind = "training" if train else "inference"
-            steps = 40 if step.small else 200 if rivals else 1000
-            case = Case("gpu", "recurrent", steps, batch, neurons, train)
-            compete(step, case, f"recurrent {neurons} x {batch} {kind}", kind, 1.0, rivals, None)
+    for neurons, batch in ((32, 1), (64, 4)) if step.small else sizes:
+        for train in (False, True) if neurons <= 1024 else (False,):
+            _recurrent_case(step, neurons, batch, train, rivals=False)
+
+
+def _recurrent_case(step: Step, neurons: int, batch: int, train: bool, rivals: bool) -> None:
+    kind = "training" if train else "inference"
+    steps = 40 if step.small else 200 if rivals else 1000
+    case = Case("gpu", "recurrent", steps, batch, neurons, train)
+    compete(step, case, f"recurrent {neurons} x {batch} {kind}", kind, 1.0, rivals, None)
+
+
+def rivals(step: Step) -> None:
+    """Time both kinds of populations beside a compiled step and other packages."""
+    bandwidth = tuner.copy_bandwidth(step.device)
+    for train in (False, True):
+        for neurons in (64,) if step.small else (262144, 4096):
+            _feed_forward_case(step, neurons, train, bandwidth, rivals=True)
+        for neurons, batch in ((64, 4),) if step.small else ((1024, 32), (256, 32)):
+            _recurrent_case(step, neurons, batch, train, rivals=True)
+
+
+def time_runs(step: Step, case: str, runs: dict[str, Callable[[], Any]], neuron_steps: int, steps: int) -> dict[str, float]:
+    """Time runs in turns, and say the result of each; returns the medians in seconds."""
+    medians = {}
+    for run in runs.values():
+        run()  # compiles
+    for name, seconds in contenders.time_interleaved(runs, ROUNDS, step.device).items():
+        low, median, high = statistics.quantiles(seconds, n=4)
+        medians[name] = median
+        step.say(
+            case=case, run=name, ours=True, median_s=median, p25_s=low, p75_s=high,
+            ps_per_neuron_step=median / neuron_steps * 1e12, ms_per_1000_steps=median / steps * 1e6,
+        )  # fmt: skip
+    return medians
+
+
+def few(step: Step) -> None:
+    """Time few neurons over many steps, whole and in chunks of time."""
+    steps = 4000 if step.small else 100_000
+    for neurons in (1, 32) if step.small else (1, 32, 512, 4096):
+        tensors = problem(steps, (neurons,), device=step.device)
+        chunks = [1, 8, 32, 128] if neurons <= 512 else [1, 4, 8, 16]
+        runs = {f"{count} chunks": functools.partial(tensors.run, step.backend, time_chunks=count) for count in chunks}
+        runs["as it chooses"] = functools.partial(tensors.run, step.backend)
+        expected = runs["1 chunks"]()[0]
+        for name, run in runs.items():
+            if not torch.equal(run()[0], expected):
+                raise SystemExit(f"{neurons} neurons, {name}: the bits differ from those in one piece")
+        time_runs(step, f"few {neurons} x {steps}", runs, neurons * steps, steps)
+
+
+def networks(step: Step) -> None:
+    """Simulate the networks of ``peers/network.py``; the spikes of the smaller ones must be those of the CPU kernels."""
+    sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "peers")]
+    from network import DT, load, make_coba2005, make_va
+    from networks import arguments_of
+
+    cases = (("va", 4000, 1.0), ("coba2005", 4000, 10.0), ("va", 100_000, 1.0), ("va", 1_000_000, 0.2))
+    for name, neurons, seconds in (("va", 4000, 0.05),) if step.small else cases:
+        path = step.out / "network.npz"
+        np.savez(path, **(make_va if name == "va" else make_coba2005)(neurons, 1))
+        net, steps = load(str(path)), round(seconds * 1000 / DT)
+        path.unlink()
+        arguments = arguments_of(net, steps, torch.float32, str(step.device))
+        run = functools.partial(coba_triton.coba_lif_integral, **arguments, backend=step.backend)
+        words, _ = run()
+        spikes = int(unpack_spikes(words[:320], min(steps, 10240), torch.uint8).sum(dtype=torch.int64))
+        if neurons <= 100_000 and step.device.type != "cpu":
+            few_steps = min(steps, 2000)
+            on_cpu = arguments_of(net, few_steps, torch.float32, "cpu")
+            expected, _ = coba_triton.coba_lif_integral(**on_cpu, backend="cpu")
+            same = torch.equal(words[: few_steps // 32].cpu(), expected[: few_steps // 32])
+            step.say(text=f"{name} {neurons}: {few_steps} steps have {'the bits' if same else 'NOT the bits'} of the CPU")
+        contenders.synchronize(step.device)
+        case = f"network {name} {neurons}"
+        medians = time_runs(step, case, {step.backend: run}, neurons * steps, steps)
+        step.say(
+            text=f"{case}: {seconds / medians[step.backend]:.3g} biological seconds a second, "
+            f"{spikes / min(steps, 10240) / neurons / DT * 1000:.3g} Hz, {len(net.sources):,} synapses"
+        )
+        del arguments, run, words
+
+
+def training(step: Step) -> None:
+    """Time training through sparse synapses beside the same weights as a dense matrix, forward and back."""
+    torch.manual_seed(0)
+    for neurons, batch in ((64, 2),) if step.small else ((1024, 32), (4096, 8)):
+        weights = torch.randn(neurons, neurons) * 0.01 * (torch.rand(neurons, neurons) < 0.1)
+        input_weights = (torch.randn(neurons, 100).abs() * 0.06 * 0.13).to(step.device)
+        x = (torch.rand(200, batch, 100) < 0.1).float().to(step.device)
+
+        def run(form: Any, x: Tensor = x, input_weights: Tensor = input_weights) -> Tensor:
+            leaf = form.detach().requires_grad_()
+            spikes, _ = coba_triton.coba_lif_integral(x, None, input_weights, leaf, dt=0.001, backend=step.backend)
+            spikes.sum().backward()
+            return spikes
+
+        forms = {"dense": weights.to(step.device), "sparse": weights.to_sparse_csr().to(step.device)}
+        runs = {name: functools.partial(run, form) for name, form in forms.items()}
+        time_runs(step, f"training {neurons} x {batch}, 10 % of all synapses", runs, 200 * batch * neurons, 200)
 
 
 def digits(step: Step) -> None:
@@ -280,9 +387,13 @@ def tuning_tables(step: Step) -> None:
     step.say(text=f"tuned {len(tasks)} sizes into {table.name}")
 
 
+NCU_SECTIONS = ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis", "InstructionStats")
+# What Nsight Compute looks at: the kernel, and a program that launches it.
 SPECIMENS = {
-    "feed-forward": "problem(200, (262144,), device='cuda').run('triton')",
-    "recurrent": "sparse_problem(200, 32, 1024, device='cuda').run('triton', path='events')",
+    "feed-forward": ("forward_kernel", "problem(200, (262144,), device='cuda').run('triton')"),
+    "feed-forward-training": ("backward_kernel", "problem(200, (262144,), device='cuda').gradients('triton')"),
+    "recurrent": ("forward_kernel", "sparse_problem(200, 32, 1024, device='cuda').run('triton', path='events')"),
+    "sparse": ("sparse_forward_kernel", "network_problem(200, 1, 4000, device='cuda').run('triton')"),
 }
 
 
@@ -297,13 +408,13 @@ def lacks(step: Step, tool: str) -> bool:
 
 
 def profile(step: Step) -> None:
-    """Run Nsight Compute on the two most important kernels: bandwidth, occupancy, and what warps wait for."""
+    """Run Nsight Compute on the most important kernels: bandwidth, occupancy, and what warps wait for."""
     if lacks(step, "ncu"):
         return
-    for name, call in SPECIMENS.items():
+    for name, (kernel, call) in SPECIMENS.items():
         program = f"import torch; from coba_triton.tools.problems import *; {call}; torch.cuda.synchronize()"
-        command = ["ncu", "--clock-control", "none", "--kernel-name", "forward_kernel", "--launch-count", "1"]
-        for section in ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats"):
+        command = ["ncu", "--clock-control", "none", "--kernel-name", kernel, "--launch-count", "1"]
+        for section in NCU_SECTIONS:
             command += ["--section", section]
         done = subprocess.run([*command, sys.executable, "-c", program], capture_output=True, text=True)
         (step.out / f"ncu-{name}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
@@ -343,15 +454,10 @@ def barrier(step: Step) -> None:
     expected, last = case.run("reference")
     if not all(map(torch.equal, [spikes, *state], [expected, *last])):
         raise SystemExit("path 'sliced': the bits differ from the reference's")
-    for neurons, batch in ((1024, 1), (4096, 1), (4096, 8)):
+    for neurons, batch in ((512, 1), (1024, 1), (2048, 1), (1024, 32), (4096, 1), (4096, 8)):
         tensors = sparse_problem(500, batch, neurons, device=step.device)
         runs = {path: functools.partial(tensors.run, "triton", path=path) for path in ("events", "sliced")}
-        for name, seconds in contenders.time_interleaved(runs, ROUNDS, step.device).items():
-            low, median, high = statistics.quantiles(seconds, n=4)
-            step.say(
-                case=f"barrier {neurons} x {batch}", run=name, ours=True, median_s=median, p25_s=low, p75_s=high,
-                ps_per_neuron_step=median / 500 / neurons / batch * 1e12,
-            )  # fmt: skip
+        time_runs(step, f"barrier {neurons} x {batch}", runs, 500 * batch * neurons, 500)
 
 
 RUNS: dict[str, Callable[[Step], None]] = {
@@ -361,6 +467,10 @@ RUNS: dict[str, Callable[[Step], None]] = {
     "check": check,
     "feed-forward": feed_forward,
     "recurrent": recurrent,
+    "networks": networks,
+    "few": few,
+    "training": training,
+    "rivals": rivals,
     "digits": digits,
     "tuning": tuning_tables,
     "profile": profile,

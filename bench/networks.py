@@ -4,6 +4,7 @@
     python bench/networks.py va.npz --seconds 5 --rounds 5 --brian2 brian2/bin/python --nest nest/bin/python
     python bench/networks.py coba2005.npz --seconds 10 --brainevent brainevent/bin/python
     python bench/networks.py va1m.npz --seconds 0.1 --threads 2
+    python bench/networks.py coba2005.npz --seconds 10 --device cuda
 
 ``bench/peers`` makes the files and says how to install the peers. Every run is a process of its own. The runs of a round
 follow each other, and the table has medians over the rounds with the least and the greatest value. Speed is biological
@@ -26,51 +27,72 @@ PEERS = Path(__file__).parent / "peers"
 COLUMNS = ("by_cpu", "by_wall", "rate_exc", "rate_inh", "cv", "memory_mb")
 
 
-def run_here(path: str, seconds: float, threads: int, dtype: str, spikes_to: str | None) -> dict[str, Any]:
+def arguments_of(net: Any, steps: int, kind: Any, device: str) -> dict[str, Any]:
+    """The arguments of `coba_lif_integral` for a network of `bench/peers/network.py`."""
+    import numpy as np
+    import torch
+
+    from coba_triton import CobaLIFParameters, CobaLIFState, Synapses
+
+    dt = net.dt
+    p = CobaLIFParameters(
+        1 / net.tau_exc, 1 / net.tau_inh, 1 / net.c_m, net.g_l, net.e_inh, net.e_exc,
+        net.v_rest + net.i_offset / net.g_l, net.v_reset, net.v_thresh, refractory=net.refractory,
+    )  # fmt: skip
+    delay = net.delay + dt  # a spike of step t is an input of step t + d here, and one step later there
+    # a source has one weight, as in the populations that it stands for
+    first = np.searchsorted(net.sources, np.arange(net.n))
+    of_source = torch.from_numpy(net.weights[np.minimum(first, len(net.weights) - 1)])[:, None]
+    synapses = Synapses.from_coo(net.targets, net.sources, of_source, delay, shape=(net.n, net.n)).to(device, kind)
+    count = int(net.input_sources.max()) + 1 if len(net.input_sources) else 0
+    inputs = Synapses.from_coo(net.input_targets, net.input_sources, net.input_weights, shape=(net.n, count)).to(
+        device, kind
+    )
+    x = torch.zeros(steps, 1, count, dtype=torch.uint8)
+    at = np.round((net.spike_times + net.delay) / dt).astype(np.int64)
+    at, sources = (torch.from_numpy(each[at < steps]).long() for each in (at, net.spike_sources))
+    x.index_put_((at, torch.tensor(0), sources), x.new_ones(()), True)
+    state = CobaLIFState(0.0, torch.from_numpy(net.v0)[None].to(device, kind), 0.0, 0.0)
+    weights = {"input_weights": inputs, "recurrent_weights": synapses}
+    return {"input_tensor": x.to(device), "state": state, **weights, "p": p, "dt": dt, "spike_dtype": "bits"}
+
+
+def run_here(path: str, seconds: float, threads: int, dtype: str, device: str, spikes_to: str | None) -> dict[str, Any]:
     """One run of this package; returns what the peers' scripts print."""
     import numpy as np
     import torch
 
     import coba_triton
-    from coba_triton import CobaLIFParameters, CobaLIFState, Synapses, coba_lif_integral, unpack_spikes
+    from coba_triton import coba_lif_integral, unpack_spikes
+    from coba_triton.tools.contenders import synchronize
 
     sys.path.insert(0, str(PEERS))
     from network import describe, load
 
     torch.set_num_threads(threads)
     net = load(path)
-    kind = getattr(torch, dtype)
     steps, dt = round(seconds * 1000 / net.dt), net.dt
-    p = CobaLIFParameters(
-        1 / net.tau_exc, 1 / net.tau_inh, 1 / net.c_m, net.g_l, net.e_inh, net.e_exc,
-        net.v_rest + net.i_offset / net.g_l, net.v_reset, net.v_thresh, refractory=net.refractory,
-    )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    delay = net.delay + dt  # a spike of step t is an input of step t + d here, and one step later there
-    # a source has one weight, as in the populations that it stands for
-    first = np.searchsorted(net.sources, np.arange(net.n))
-    of_source = torch.from_numpy(net.weights[np.minimum(first, len(net.weights) - 1)])[:, None]
-    synapses = Synapses.from_coo(net.targets, net.sources, of_source, delay, shape=(net.n, net.n)).to(kind)
-    count = int(net.input_sources.max()) + 1 if len(net.input_sources) else 0
-    inputs = Synapses.from_coo(net.input_targets, net.input_sources, net.input_weights, shape=(net.n, count)).to(kind)
-    x = torch.zeros(steps, 1, count, dtype=torch.uint8)
-    at = np.round((net.spike_times + net.delay) / dt).astype(np.int64)
-    x.index_put_((torch.from_numpy(at), torch.tensor(0), torch.from_numpy(net.spike_sources).long()), x.new_ones(()), True)
-    state: Any = CobaLIFState(0.0, torch.from_numpy(net.v0)[None].to(kind), 0.0, 0.0)
+    arguments = arguments_of(net, steps, getattr(torch, dtype), device)
+    x, state, synapses = (arguments.pop(name) for name in ("input_tensor", "state", "recurrent_weights"))
+    arguments["recurrent_weights"] = synapses
     del net.sources, net.targets, net.weights
     made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    coba_lif_integral(x[:32], state, inputs, synapses, p, dt, spike_dtype="bits")  # compiles
+    where = x.device
+    coba_lif_integral(x[:32], state, **arguments)  # compiles
     block = 3200
     wall = cpu = 0.0
     rows, cells, packed = [], [], []
     for begin in range(0, steps, block):  # nothing else in between: PyTorch's threads keep their processors busy for a while
         part = x[begin : begin + block]
+        synchronize(where)
         clock, processor = time.perf_counter(), time.process_time()
-        words, state = coba_lif_integral(part, state, inputs, synapses, p, dt, spike_dtype="bits")
+        words, state = coba_lif_integral(part, state, **arguments)
+        synchronize(where)
         wall, cpu = wall + time.perf_counter() - clock, cpu + time.process_time() - processor
         packed.append((begin, len(part), words))
     for begin, length, words in packed:
-        fired = unpack_spikes(words, length)[:, 0].nonzero()
+        fired = unpack_spikes(words.cpu(), length)[:, 0].nonzero()
         rows.append(fired[:, 0].numpy() + begin)
         cells.append(fired[:, 1].numpy())
     times, neurons = np.concatenate(rows) * dt, np.concatenate(cells)
@@ -78,7 +100,7 @@ def run_here(path: str, seconds: float, threads: int, dtype: str, spikes_to: str
         np.savez(spikes_to, times=times, neurons=neurons)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "peer": "coba_triton", "mode": "cpu", "dtype": dtype, "threads": threads, "neurons": net.n,
+        "peer": "coba_triton", "mode": device, "dtype": dtype, "threads": threads, "neurons": net.n,
         "synapses": synapses.count, "bytes_per_synapse": (synapses.nbytes - synapses.indptr.nbytes) / synapses.count,
         "seconds": seconds, "wall": wall, "cpu": cpu, "spikes": len(times), **describe(times, neurons, net, seconds),
         "memory_mb": peak / 1024, "memory_of_run_mb": (peak - made) / 1024, "memory_before_mb": before / 1024,
@@ -102,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of this package (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="of this package (%(default)s)")
     parser.add_argument("--pin", help="run one-thread processes on this processor, as taskset takes it")
     parser.add_argument("--brian2", help="the Python with Brian2")
     parser.add_argument("--nest", help="the Python with NEST")
@@ -112,12 +135,12 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone or options.spikes:
-        found = run_here(options.file, options.seconds, options.threads[0], options.dtype, options.spikes)
+        found = run_here(options.file, options.seconds, options.threads[0], options.dtype, options.device, options.spikes)
         print(json.dumps(found))
         return
     tail = [options.file, "--seconds", str(options.seconds)]
     pin = ["taskset", "-c", options.pin] if options.pin else []
-    own = [sys.executable, __file__, *tail, "--alone", "--dtype", options.dtype, "--threads"]
+    own = [sys.executable, __file__, *tail, "--alone", "--dtype", options.dtype, "--device", options.device, "--threads"]
     commands = {f"coba_triton, threads: {n}": [*(pin if n == 1 else []), *own, str(n)] for n in options.threads}
     if options.brian2:
         build = ["--directory", str(Path(options.build) / Path(options.file).stem)]

@@ -58,15 +58,19 @@ def add_rows(
 
     ``source_ptr`` has the sources' values, or is None where all of them are 1.
     """
+    columns = weights_ptr + neurons
+    width = tl.cast(N, tl.uint32).to(tl.int64)  # one instruction multiplies numbers of 32 bits without a sign
     for start in range(0, count, UNROLL):
         rows = ()
         values = ()
         for i in tl.static_range(UNROLL):
             listed = start + i < count
-            source = tl.load(list_ptr + start + i, mask=listed, other=0).to(tl.int64)
-            rows = rows + (
-                tl.load(weights_ptr + source * N + neurons, mask=tl.where(mask, start + i, count) < count, other=0.0),
-            )
+            source = tl.load(list_ptr + start + i, mask=listed, other=0).to(tl.uint32).to(tl.int64)
+            if mask is None:
+                here = listed
+            else:
+                here = tl.where(mask, start + i, count) < count
+            rows = rows + (tl.load(columns + source * width, mask=here, other=0.0),)
             if source_ptr is not None:
                 value = tl.load(source_ptr + source * source_stride, mask=listed, other=0)
                 values = values + (value.to(drive_e.dtype),)
@@ -77,7 +81,7 @@ def add_rows(
                 drive_i = drive_i + relu(-row) * values[i]
             else:
                 drive_e = drive_e + relu(row)
-                drive_i = drive_i + relu(-row)
+                drive_i = drive_i - tl.minimum(row, 0.0, propagate_nan=tl.PropagateNan.ALL)  # + relu(-row)
     return drive_e, drive_i
 
 
@@ -170,7 +174,10 @@ def projection_kernel(
 @triton.jit
 def first_drive(first_ptr, t, cells, M, mask):
     """Where the sum over events starts: at what the spikes before the block send to its first step, else at 0."""
-    is_first = tl.where(mask, t, 1) == 0
+    if mask is None:
+        is_first = t == 0
+    else:
+        is_first = tl.where(mask, t, 1) == 0
     return tl.load(first_ptr + cells, mask=is_first, other=0.0), tl.load(first_ptr + M + cells, mask=is_first, other=0.0)
 
 
@@ -195,16 +202,21 @@ def step_cells(
 
 @triton.jit
 def forward_tile(
-    t, row, s, word, recurrent, next_list_ptr, next_count, c, neurons, mask,
-    drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS: tl.constexpr, JUMP_FIRST: tl.constexpr,
+    t, row, s, word, list_ptr, count, next_list_ptr, next_count, c, neurons, mask,
+    drive_ptr, first_ptr, weights_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride,
+    FIELDS: tl.constexpr, UNROLL: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One step of one row's tile of neurons: integrate, fire, append the spikes to the next list."""
+    """One step of one row's tile of neurons: sum up, integrate, fire, append the spikes to the next list."""
     M = B * N
     cells = row * N + neurons
-    drive = Drive(tl.load(drive_ptr + t * M + cells, mask=mask), tl.load(drive_ptr + (T + t) * M + cells, mask=mask))
+    drive_e, drive_i = load_fields(drive_ptr + t * M + cells, T * M, mask, 2)  # on its way while synapses are summed up
+    recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
+    recurrent_e, recurrent_i = add_rows(
+        recurrent_e, recurrent_i, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL
+    )
     spike, s, word = step_cells(
-        t, cells, s, word, drive, recurrent, c, mask, spikes_ptr, words_ptr, states_ptr, T, M, states_stride,
-        FIELDS, JUMP_FIRST,
+        t, cells, s, word, Drive(drive_e, drive_i), Drive(recurrent_e, recurrent_i), c, mask, spikes_ptr, words_ptr,
+        states_ptr, T, M, states_stride, FIELDS, JUMP_FIRST,
     )  # fmt: skip
     next_count = compact(spike, next_count, next_list_ptr, neurons.to(tl.int32))
     return s, word, next_count
@@ -214,7 +226,7 @@ def forward_tile(
 def forward_kernel(
     drive_ptr, first_ptr, weights_ptr, state_ptr, constants_ptr, final_ptr, lists_ptr, words_scratch_ptr,
     spikes_ptr, words_ptr, states_ptr, T, B, N, constants_stride, states_stride,
-    BLOCK: tl.constexpr, FIELDS: tl.constexpr, ONE_TILE: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, ONE_TILE: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr,
     PER_NEURON: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
     """A program owns a batch row for the whole block: no program waits for another.
@@ -231,20 +243,17 @@ def forward_kernel(
     list_ptr = lists_ptr + row * N
     count = 0
     if ONE_TILE:
-        mask = neurons < N
+        mask = None if EVEN else neurons < N
         cells = row * N + neurons
         c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
         s = load_fields(state_ptr + cells, M, mask, FIELDS)
         word = tl.zeros([BLOCK], tl.int32)
         for t in range(0, T):
             t = tl.cast(t, tl.int64)
-            recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
-            recurrent_e, recurrent_i = add_rows(
-                recurrent_e, recurrent_i, list_ptr + (t % 2) * M, count, None, 0, weights_ptr, N, neurons, mask, UNROLL
-            )
             s, word, count = forward_tile(
-                t, row, s, word, Drive(recurrent_e, recurrent_i), list_ptr + ((t + 1) % 2) * M, 0, c, neurons, mask,
-                drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS, JUMP_FIRST,
+                t, row, s, word, list_ptr + (t % 2) * M, count, list_ptr + ((t + 1) % 2) * M, 0, c, neurons, mask,
+                drive_ptr, first_ptr, weights_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride,
+                FIELDS, UNROLL, JUMP_FIRST,
             )  # fmt: skip
             tl.debug_barrier()  # the list is complete before any thread reads it
         store_fields(final_ptr + cells, M, s, mask, FIELDS)
@@ -264,13 +273,10 @@ def forward_kernel(
                 c = load_constants(constants_ptr, constants_stride, cells, mask, PER_NEURON)
                 s = load_fields(final_ptr + cells, M, mask, FIELDS)
                 word = tl.load(words_scratch_ptr + cells, mask=tl.where(mask, t % 32, 0) > 0, other=0)
-                recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
-                recurrent_e, recurrent_i = add_rows(
-                    recurrent_e, recurrent_i, list_ptr + (t % 2) * M, count, None, 0, weights_ptr, N, here, mask, UNROLL
-                )
                 s, word, next_count = forward_tile(
-                    t, row, s, word, Drive(recurrent_e, recurrent_i), list_ptr + ((t + 1) % 2) * M, next_count, c,
-                    here, mask, drive_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride, FIELDS, JUMP_FIRST,
+                    t, row, s, word, list_ptr + (t % 2) * M, count, list_ptr + ((t + 1) % 2) * M, next_count, c, here, mask,
+                    drive_ptr, first_ptr, weights_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride,
+                    FIELDS, UNROLL, JUMP_FIRST,
                 )  # fmt: skip
                 store_fields(final_ptr + cells, M, s, mask, FIELDS)
                 tl.store(words_scratch_ptr + cells, word, mask=mask)

@@ -164,7 +164,7 @@ def sparse_projection_kernel(
     K, N, R, row_stride, source_stride,
     BLOCK: tl.constexpr, SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The drive ``[2, R, N]`` of R rows of sources, a program each; ``sums``, likewise, are zeros.
+    """The drive ``[2, R, N]`` of R rows of sources, a program each; it and ``sums``, likewise, are zeros before.
 
     Where values are greater than 1, the grid of the row is coarser by ``unit``, the least power of two that is not below
     any of them. If one is not finite, the row drives all neurons with NaN.
@@ -175,6 +175,8 @@ def sparse_projection_kernel(
     values_ptr += row * row_stride
     lists_ptr += row * K
     count = tl.load(counts_ptr + row)
+    if count == 0:
+        return
     dtype: tl.constexpr = drive_ptr.dtype.element_ty
     largest = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):

@@ -124,12 +124,9 @@ def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Para
     if kernel == "recurrent_forward":
         tile = TILE // (dtype.itemsize // 4)
         block = _power_of_2(neurons) if neurons <= row_in_registers(dtype) else tile
-        ahead = events_ahead(dtype)
-        if _is_wide(block) or (
-            block == 512 and dtype.itemsize == 4
-        ):  # 512 neurons spill on sm_80, which aims at more programs
-            ahead = max(1, ahead // 2)
-        return {"num_warps": _warps_for(block), "events_ahead": ahead, "tile": tile}
+        ahead = min(STEP_EVENTS_AHEAD, events_ahead(dtype))
+        # up to 512 neurons, a thread has one of them
+        return {"num_warps": max(1, min(16, block // 32)), "events_ahead": ahead, "tile": tile}
     return {"num_warps": 4, "replay_warps": warps_per_program(neurons * batch)}
 
 
@@ -341,8 +338,10 @@ def feed_forward_backward(
     )
 
 
-# Weights of float32 on their way while others are added; the order of the sum does not depend on it.
+# Weights of float32 on their way while others are added; the order of the sum does not depend on it. Fewer where a program
+# goes through one step after the other: only a few neurons spike in a step, and what is not needed is asked for in vain.
 EVENTS_AHEAD = 16
+STEP_EVENTS_AHEAD = 8
 # Rows of sources that a program projects, if there are enough of them to fill a GPU, else one.
 ROWS_TOGETHER = 4
 MANY_ROWS = 2048
@@ -477,7 +476,8 @@ def recurrent_block(
         drive, first, net.recurrent_rows, state, net.constants, final, scratch[:2], scratch[2],
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.constants.stride(0), 0 if states is None else states.stride(0),
-        BLOCK=block, FIELDS=len(state), ONE_TILE=one_tile, UNROLL=ahead, PER_NEURON=per_neuron, JUMP_FIRST=net.jump_first,
+        BLOCK=block, FIELDS=len(state), ONE_TILE=one_tile, EVEN=block == neurons, UNROLL=ahead, PER_NEURON=per_neuron,
+        JUMP_FIRST=net.jump_first,
     )  # fmt: skip
     return final
 
@@ -709,19 +709,19 @@ def _mode(numbers: Tensor | None) -> int:
     return 1 if numbers.dim() == 2 else 0 if numbers.shape[0] == 1 else 2
 
 
-def _programs_per_row(neurons: int, batch: int, device: torch.device, most: int) -> int:
-    """Programs that share a batch row of a sparse network. Rows of up to ``most`` neurons have one program."""
-    tiles = _cdiv(neurons, _sparse_tile(neurons))
-    if PROGRAMS_PER_ROW is not None:
-        return min(tiles, PROGRAMS_PER_ROW)
-    if neurons <= most or triton.knobs.runtime.interpret:  # the interpreter has one program at a time
-        return 1
-    return max(1, min(tiles, resident_programs(device) // batch))
+def _programs_and_tile(neurons: int, batch: int, device: torch.device, most: int) -> tuple[int, int]:
+    """Programs that share a batch row of a sparse network, and neurons that each integrates together, one a thread.
 
-
-def _sparse_tile(neurons: int) -> int:
-    """Neurons that a program integrates together, one a thread."""
-    return max(threads_per_warp(), min(SPARSE_TILE, _power_of_2(neurons)))
+    Rows of up to ``most`` neurons have one program. Else as many as run at once share each row, with small tiles.
+    """
+    tile = max(threads_per_warp(), min(SPARSE_TILE, _power_of_2(neurons)))
+    programs = PROGRAMS_PER_ROW
+    if programs is None and (neurons <= most or triton.knobs.runtime.interpret):  # which runs one program at a time
+        programs = 1
+    elif programs is None:
+        programs = max(1, resident_programs(device) // batch)
+        tile = max(threads_per_warp(), min(tile, _power_of_2(_cdiv(neurons, programs))))
+    return min(_cdiv(neurons, tile), programs), tile
 
 
 def _window(net: SparseNetwork, steps: int) -> int:
@@ -851,8 +851,8 @@ def sparse_block(
     indptr, targets, weights, delays, grid = net.recurrent
     drive = _sparse_projection(net, x, drive)
     final = state.clone(memory_format=torch.contiguous_format)
-    window, block = _window(net, steps), _sparse_tile(neurons)
-    programs = _programs_per_row(neurons, batch, device, ONE_PROGRAM_FORWARD)
+    window = _window(net, steps)
+    programs, block = _programs_and_tile(neurons, batch, device, ONE_PROGRAM_FORWARD)
     meeting = _Meeting.of(programs, batch, device)
     counts = torch.zeros(2, batch, dtype=torch.int32, device=device) if meeting.together else None
     _launch(
@@ -900,8 +900,7 @@ def sparse_backward_block(
     trajectory = state.new_empty(kept + 2, steps, batch, neurons)
     drive = torch.zeros_like(recurrent_drive) if drive is None else drive
     _launch_driven(net, drive, recurrent_drive, state.contiguous(), words, trajectory=trajectory)
-    block = _sparse_tile(neurons)
-    programs = _programs_per_row(neurons, batch, device, ONE_PROGRAM_BACKWARD)
+    programs, block = _programs_and_tile(neurons, batch, device, ONE_PROGRAM_BACKWARD)
     meeting = _Meeting.of(programs, batch, device)
     _launch(
         sparse.sparse_backward_kernel, (batch, programs), device, block // threads_per_warp(),

@@ -42,7 +42,13 @@ def _table(results: list[CheckResult]) -> Table:
 
 
 def run(
-    device: str | None, backend: str, level: str, only: str | None, report: Path | None, apart: bool | None = None
+    device: str | None,
+    backend: str,
+    level: str,
+    only: str | None,
+    report: Path | None,
+    apart: bool | None = None,
+    jobs: int = 1,
 ) -> int:
     """Run the checks; returns the exit status."""
     where, machine = find_target(backend, device)
@@ -63,14 +69,14 @@ def run(
     task = progress.add_task("", total=len(checks))
     started = time.perf_counter()
     interrupted = False
-    if where.type != "cpu" if apart is None else apart:
-        running = check_process.run_checks(used, where, level, only)
+    if where.type != "cpu" or jobs > 1 if apart is None else apart:
+        running = check_process.run_checks(used, where, level, only, jobs)
     else:
         running = (checker.run_check(each, where) for each in checks)
     written = 0.0
     with Live(console=console, auto_refresh=console.is_terminal, transient=True) as live, closing(running):
         try:
-            for each in checks:
+            for each in checks:  # with several processes, one of those that run now
                 progress.update(task, description=f"{each.group}, {each.name}"[:60])
                 live.update(Group(_table(results), progress))
                 results.append(next(running))

@@ -68,6 +68,7 @@ def check(
             help="Run the cases in another process, which may crash; by default on all devices but the CPU.",
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="So many processes run cases at the same time.")] = 1,
 ) -> int:
     """Compare a backend with the reference, bit by bit where the bits must be equal. A mismatch gives exit status 1.
 
@@ -77,7 +78,7 @@ def check(
     with imports():
         from . import check
 
-    return check.run(device, backend, "full" if full else "quick", only, report, apart)
+    return check.run(device, backend, "full" if full else "quick", only, report, apart, jobs)
 
 
 @for_users

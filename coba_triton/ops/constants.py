@@ -27,11 +27,7 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
         dtype: compute dtype, float32 or float64.
         device: where the state lives.
     """
-    factors = (-dt, -dt, dt, *(1.0,) * 9)
-    numbers: list[Any] = [
-        p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l, p.e_rev_I, p.e_rev_E, p.v_rest, p.v_reset, p.v_thresh,
-        _fixed(p.alpha), refractory_steps(getattr(p, "refractory", 0), dt), _fixed(getattr(p, "conductance_based", 1)),
-    ]  # fmt: skip
+    numbers, factors = _numbers_and_factors(p, dt)
     for i, number in enumerate(numbers):
         if isinstance(number, Tensor) and number.dtype == torch.float64:
             numbers[i] = known(number)
@@ -52,6 +48,15 @@ def derive_constants(p: Any, dt: float, dtype: torch.dtype, device: torch.device
             for number, single in zip(numbers, singles, strict=True)
         )
     )
+
+
+def _numbers_and_factors(p: Any, dt: float) -> tuple[list[Any], tuple[float, ...]]:
+    """What the constants are made of, each as it was given, and what each is multiplied by."""
+    numbers = [
+        p.tau_syn_exc_inv, p.tau_syn_inh_inv, p.c_m_inv, p.g_l, p.e_rev_I, p.e_rev_E, p.v_rest, p.v_reset, p.v_thresh,
+        _fixed(p.alpha), refractory_steps(getattr(p, "refractory", 0), dt), _fixed(getattr(p, "conductance_based", 1)),
+    ]  # fmt: skip
+    return numbers, (-dt, -dt, dt, *(1.0,) * 9)
 
 
 def memory_in_steps(p: Any, dt: float) -> float | None:
@@ -76,10 +81,26 @@ def constants_table(p: Any, dt: float, dtype: torch.dtype, device: torch.device,
     if (key := number_key(p)) is not None and type(dt) is float:
         made = keep((key, dt, dtype, device), device, lambda: torch.stack(derive_constants(p, dt, dtype, device)))
         return made.unsqueeze(1)
+    if device.type != "cpu" and (table := _table_of_doubles(p, dt, dtype, device)) is not None:
+        return table
     c = derive_constants(p, dt, dtype, device)
     if all(constant.dim() == 0 for constant in c):
         return torch.stack(c).unsqueeze(1)
     return torch.stack([constant.expand(neurons) for constant in c]).reshape(len(c), -1)
+
+
+def _table_of_doubles(p: Any, dt: float, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The table ``[C, 1]`` of a module's numbers on a GPU, in three operations; None if some are neither these nor Python's.
+
+    Like :func:`derive_constants`, it multiplies in double precision before it converts.
+    """
+    if is_watched():
+        return None
+    numbers, factors = _numbers_and_factors(p, dt)
+    if not all(isinstance(number, (int, float)) or _is_double_on(device, number) for number in numbers):
+        return None
+    doubles = [n if isinstance(n, Tensor) else numbers_on(device, torch.float64, [n]).squeeze() for n in numbers]
+    return (torch.stack(doubles) * numbers_on(device, torch.float64, factors)).to(dtype).unsqueeze(1)
 
 
 def refractory_steps(refractory: Any, dt: float) -> Any:

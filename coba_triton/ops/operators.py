@@ -291,7 +291,7 @@ def _allocate_recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, c
 
 def _block_count(block_steps: int | None, steps: int, z: Tensor) -> int:
     """Blocks of a recurrent training step, before each of which a state is kept."""
-    block = choose_block_steps(block_steps, steps, z.numel(), z.element_size(), train=True)
+    block = choose_block_steps(block_steps, steps, z.numel(), z, train=True)
     blocks: int = torch.sym_max(1, (steps + block - 1) // block)  # no block has to be provably none
     return blocks
 
@@ -309,7 +309,7 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, call: C
     if x.shape[0] == 0 or z.numel() == 0:
         return spikes, _copy(z), _copy(state), states, words, checkpoints
     out = _outputs(call, spikes, states, *_saves(call, len(state), words, checkpoints))
-    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z.element_size(), bool(call.save))
+    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z, bool(call.save))
     z, state = time_blocks.forward(net, x, z, state.contiguous(), out, block_steps, call.path)
     return spikes, z, state, states, words, checkpoints
 
@@ -337,7 +337,7 @@ def _compute_recurrent_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
         return _copy(z), _copy(state)
-    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z.element_size(), train=False)
+    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z, train=False)
     out = _outputs(call, spikes, None)
     return time_blocks.forward(_network(x, weights, call), x, z, state.contiguous(), out, block_steps, call.path)
 

@@ -161,7 +161,7 @@ def backward(
     """Go back through :func:`forward`, from the gradients by its outputs and ``grad_history [R, B, N]``."""
     longest, batch, neurons = history.shape
     steps, dtype = x.shape[0], history.dtype
-    block_steps = choose_block_steps(call.block_steps, steps, batch * neurons, history.element_size(), train=True)
+    block_steps = choose_block_steps(call.block_steps, steps, batch * neurons, history, train=True)
     saved, grads = saved.split(asked.fields), grads.ready()
     recurrent = net.recurrent
     new = history.new_zeros

@@ -183,7 +183,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """The spikes of the last steps, and the state, after a run that fills the outputs."""
     steps, cells = x.shape[0], history[0].numel()
-    block_steps = choose_block_steps(call.block_steps, steps, cells, history.element_size(), train)
+    block_steps = choose_block_steps(call.block_steps, steps, cells, history, train)
     ring = sparse_blocks.ring_of(net, history)
     state = sparse_blocks.forward(net, x, ring, state.contiguous(), out, block_steps)
     spikes = out.words if out.spikes is None else out.spikes

@@ -26,16 +26,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PATHS = ("auto", "events", "sliced", "dense")
-# Scratch for the drive of one inference block, in bytes.
-DRIVE_BYTES = 2**26
+# Scratch of one block in bytes. Where the kernels run on a GPU, the host takes about a millisecond for every block.
+SCRATCH_BYTES = 2**26
+SCRATCH_BYTES_OF_A_GPU = 2**28
+# Numbers for each neuron and step of a block: its two drives, and in training what is computed again as well.
+DRIVES, COMPUTED_AGAIN = 2, 16
 
 
-def choose_block_steps(block_steps: int | None, steps: int, cells: int, itemsize: int, train: bool) -> int:
-    """Steps in a block, a multiple of 32: what was asked for, else ``sqrt(T)`` in training, else a bounded scratch."""
-    if block_steps is None and train:
-        block_steps = torch.sym_int(torch.sym_float(steps) ** 0.5) + 1
-    elif block_steps is None:
-        block_steps = max(1, min(steps, DRIVE_BYTES // max(1, 2 * cells * itemsize)))
+def choose_block_steps(block_steps: int | None, steps: int, cells: int, like: Tensor, train: bool) -> int:
+    """Steps in a block, a multiple of 32: what was asked for, else so many that the scratch is bounded.
+
+    In training the state before each block is kept. Blocks have ``sqrt(T)`` steps then on a CPU, and at least so many on a
+    GPU. The scratch is ``like`` a tensor, in its dtype and on its device.
+    """
+    if block_steps is None:
+        itemsize, on_cpu = like.element_size(), like.device.type == "cpu"
+        scratch = SCRATCH_BYTES if on_cpu else SCRATCH_BYTES_OF_A_GPU
+        bounded = scratch // torch.sym_max(1, (COMPUTED_AGAIN if train else DRIVES) * cells * itemsize)
+        root = torch.sym_int(torch.sym_float(steps) ** 0.5) + 1 if train else 1
+        block_steps = root if train and on_cpu else torch.sym_max(root, torch.sym_min(steps, bounded))
     return word_count(block_steps) * WORD_BITS
 
 
@@ -152,7 +161,7 @@ def backward(
 ) -> Gradients:
     """Go back through :func:`forward`, from the gradients by its outputs and ``grad_z [B, N]``, that by its last spikes."""
     steps, batch, neurons = x.shape[0], *z.shape
-    block_steps = choose_block_steps(call.block_steps, steps, z.numel(), z.element_size(), train=True)
+    block_steps = choose_block_steps(call.block_steps, steps, z.numel(), z, train=True)
     saved, grads = saved.split(asked.fields), grads.ready()
     sweep = _begin(net, z, grads, grad_z, call.method, asked)
     split_input = split(net.input_weights)

@@ -728,7 +728,7 @@ class BlockRun:
         steps, rows, cells = len(x), (self.shape[:-1].numel(), self.shape[-1]), self.shape.numel()
         words = torch.empty(word_count(steps), *rows, dtype=torch.int32, device=self.device)
         traces = z.new_empty(len(others), steps, len(self.ascending)) if len(self.ascending) else None
-        block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False)
+        block_steps = time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z, False)
         z, state = time_blocks.forward(
             self.connected,
             kernel_input(x, z.dtype).reshape(steps, rows[0], x.shape[-1]),
@@ -762,7 +762,7 @@ class BlockRun:
             self.ring,
             torch.stack(fields).reshape(len(fields), *rows),
             Outputs(words=words, states=traces),
-            time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z.element_size(), False),
+            time_blocks.choose_block_steps(self.network.block_steps, steps, cells, z, False),
             self.since,
             None if traces is None else self.ascending,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import signal
+import threading
 import time
 from collections.abc import Generator
 from multiprocessing.connection import Connection
@@ -58,24 +60,58 @@ class _Server:
         self._process.join()
 
 
-def run_checks(backend: str, device: torch.device, level: str, only: str | None) -> Generator[CheckResult]:
-    """Run the checks that :func:`coba_triton.tools.checker.select` selects, and yield the result of each.
+def run_checks(backend: str, device: torch.device, level: str, only: str | None, jobs: int = 1) -> Generator[CheckResult]:
+    """Run the checks that :func:`coba_triton.tools.checker.select` selects, and yield the result of each when it is there.
 
     After a failure the next check gets a new process: after a fault on a device, nothing works in the old one.
+
+    Args:
+        backend: as in :func:`coba_triton.check`.
+        device: the device.
+        level: ``quick`` or ``full``.
+        only: the part of a name that selects checks.
+        jobs: how many processes run checks at the same time.
     """
-    server: _Server | None = None
+    checks = checker.select(backend, device, level, only)
+    numbers = iter(range(len(checks)))
+    results: queue.SimpleQueue[CheckResult | Exception] = queue.SimpleQueue()
+    servers: set[_Server] = set()
+    stopping = threading.Event()
+
+    def stop(server: _Server) -> None:
+        servers.discard(server)
+        server.stop()
+
+    def work() -> None:
+        """Ask a process of its own for the results of checks that no other thread has taken."""
+        server: _Server | None = None
+        try:
+            while not stopping.is_set() and (number := next(numbers, None)) is not None:
+                if server is None:
+                    servers.add(server := _Server(backend, str(device), level, only))
+                started = time.perf_counter()
+                result = server.run(number)
+                if isinstance(result, str):
+                    check, seconds = checks[number], time.perf_counter() - started
+                    result = CheckResult(check.group, check.name, "failed", seconds, f"the process that ran it {result}")
+                if result.status == "failed":
+                    stop(server)
+                    server = None
+                results.put(result)
+        except Exception as error:
+            results.put(error)
+        finally:
+            if server is not None:
+                stop(server)
+
     try:
-        for number, check in enumerate(checker.select(backend, device, level, only)):
-            server = server or _Server(backend, str(device), level, only)
-            started = time.perf_counter()
-            result = server.run(number)
-            if isinstance(result, str):
-                seconds = time.perf_counter() - started
-                result = CheckResult(check.group, check.name, "failed", seconds, f"the process that ran it {result}")
+        for _ in range(jobs):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in checks:
+            if isinstance(result := results.get(), Exception):
+                raise result
             yield result
-            if result.status == "failed":
-                server.stop()
-                server = None
     finally:
-        if server is not None:
+        stopping.set()
+        for server in list(servers):
             server.stop()

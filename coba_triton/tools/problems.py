@@ -500,10 +500,14 @@ class Case:
         return self.steps * self.batch * self.neurons
 
     def build(self, device: torch.device | str = "cpu") -> Problem | RecurrentProblem:
-        """Make the problem."""
+        """Make the problem. Its parameters are Python numbers, as most users give them: no device is asked for them."""
+        made: Problem | RecurrentProblem
         if self.kind == "recurrent":
-            return sparse_problem(self.steps, self.batch, self.neurons, self.dtype, device)
-        return problem(self.steps, (self.batch, self.neurons), self.dtype, device)
+            made = sparse_problem(self.steps, self.batch, self.neurons, self.dtype, device)
+        else:
+            made = problem(self.steps, (self.batch, self.neurons), self.dtype, device)
+        numbers: dict[str, Any] = {name: value.item() for name, value in made.parameters.items()}
+        return replace(made, parameters=numbers)
 
 
 CASES = (

@@ -121,11 +121,11 @@ def test_bits_do_not_depend_on_the_window(window: int, device, monkeypatch) -> N
 def test_bits_do_not_depend_on_programs(count: int, options: dict[str, Any], device) -> None:
     """Two programs have tiles of three, so that one has two; three have one each."""
     case = problem(**options)
-    assert triton_backend._programs_per_row(75, 2, device, 0) == 1
+    assert triton_backend._programs_and_tile(75, 2, device, 0)[0] == 1
     with programs(1):
         assert_as_expected(case, (7,))
     with programs(count):
-        assert triton_backend._programs_per_row(75, 2, device, 0) == count
+        assert triton_backend._programs_and_tile(75, 2, device, 0)[0] == count
         assert_as_expected(case, (7,))
 
 
@@ -134,17 +134,17 @@ def test_programs_are_as_many_as_run_at_once(monkeypatch) -> None:
     monkeypatch.setattr(triton_backend, "threads_per_warp", lambda: 32)
     monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
     device = torch.device("cpu")
-    for neurons, batch, expected in [
-        (1024, 1, 1),
-        (1025, 1, 5),
-        (4000, 1, 16),
-        (4000, 100, 1),
-        (10**6, 1, 132),
-        (10**6, 50, 2),
+    for neurons, batch, *expected in [
+        (1024, 1, 1, 256),
+        (1025, 1, 33, 32),
+        (4000, 1, 125, 32),
+        (4000, 100, 1, 256),
+        (10**6, 1, 132, 256),
+        (10**6, 50, 2, 256),
     ]:
-        count = triton_backend._programs_per_row(neurons, batch, device, triton_backend.ONE_PROGRAM_FORWARD)
-        assert count == expected, (neurons, batch)
-        assert count == 1 or count * batch <= 132
+        found = triton_backend._programs_and_tile(neurons, batch, device, triton_backend.ONE_PROGRAM_FORWARD)
+        assert found == tuple(expected), (neurons, batch)
+        assert found[0] == 1 or found[0] * batch <= 132
 
 
 @pytest.mark.slow

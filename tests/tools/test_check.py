@@ -439,8 +439,23 @@ def test_a_case_that_takes_its_process_along_leaves_the_others_alone(monkeypatch
 
 @pytest.mark.slow
 def test_cases_that_run_apart_are_the_same(tmp_path, capfd) -> None:
-    for name in ("--apart", "--in-process"):
-        path = tmp_path / f"{name}.json"
-        assert main(["check", "--device", "cpu", "--only", "spike formats, t", name, "--report", str(path)]) == 0
-    apart, here = (json.loads(path.read_text())["results"] for path in sorted(tmp_path.iterdir()))
-    assert [(r["name"], r["status"]) for r in apart] == [(r["name"], r["status"]) for r in here]
+    results = []
+    for number, options in enumerate((["--apart"], ["--in-process"], ["--jobs", "2"])):
+        path = tmp_path / f"{number}.json"
+        assert main(["check", "--device", "cpu", "--only", "spike formats, t", *options, "--report", str(path)]) == 0
+        results.append({(r["group"], r["name"], r["status"]) for r in json.loads(path.read_text())["results"]})
+    assert results[0] == results[1] == results[2] and len(results[0]) > 3
+
+
+@pytest.mark.slow
+def test_two_processes_run_each_case_once(monkeypatch) -> None:
+    """A case that takes its process along costs only its own result, and closing the run early ends both processes."""
+    monkeypatch.setattr(check_process, "serve", serve_badly)
+    monkeypatch.setattr(check_process, "CASE_SECONDS", 15.0)
+    results = list(check_process.run_checks("cpu", CPU, "quick", "input dtypes", jobs=2))
+    statuses = [result.status for result in results]
+    assert statuses.count("failed") == 3 and statuses.count("passed") == len(statuses) - 3
+    assert len({result.name for result in results}) == len(results)
+    running = check_process.run_checks("cpu", CPU, "quick", "input dtypes", jobs=2)
+    next(running)
+    running.close()
