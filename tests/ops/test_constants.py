@@ -38,7 +38,7 @@ def test_numbers_that_are_learned_make_no_table_of_doubles() -> None:
 
 
 def test_block_steps() -> None:
-    """In training, blocks have sqrt(T) steps on a CPU, and as many as the scratch allows on a GPU ("meta" stands for one)."""
+    """In training, blocks have sqrt(T) steps on a CPU, and as many as scratch allows on a GPU ("meta" stands for one)."""
     like, on_gpu = torch.empty(0), torch.empty(0, device="meta")
     for cells, train, expected, of_gpu in (
         (32 * 256, True, 64, 512),
