@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from coba_triton.ops.constants import derive_constants
 from coba_triton.ops.grid import make_grid
 from coba_triton.ops.spikes import pack_spikes
 from coba_triton.tools.problems import DT, VALUES
+from helpers.devices import to_device
 
 PER_MS = 1 / DT
+CPU = torch.device("cpu")
 
 
 def projection(
@@ -109,13 +111,17 @@ class Connected:
 
 @dataclass
 class SparseProblem:
-    """A network, its state, the spikes before the first step, and its input ``x [T, B, I]``."""
+    """A network, its state, the spikes before the first step, and its input ``x [T, B, I]``.
+
+    All tensors are on the CPU, and so are all results. The backend runs on ``device``.
+    """
 
     net: SparseNetwork
     x: Tensor
     drive: Tensor | None
     state: Tensor
     history: Tensor
+    device: torch.device = CPU
 
     @property
     def recurrent(self) -> Connected:
@@ -128,7 +134,11 @@ class SparseProblem:
         return Constants(*(row if len(row) == 1 else row.view(batch, neurons) for row in columns))
 
     def with_backend(self, backend: Any) -> SparseProblem:
-        return SparseProblem(self.net._replace(backend=backend), self.x, self.drive, self.state, self.history)
+        return replace(self, net=self.net._replace(backend=backend))
+
+    def on_device(self) -> SparseProblem:
+        """The same with all tensors where the backend runs."""
+        return SparseProblem(*to_device((self.net, self.x, self.drive, self.state, self.history), self.device), self.device)
 
     # What a plain loop makes of it
 
@@ -208,20 +218,24 @@ class SparseProblem:
 
     # What the backend makes of it
 
-    def run(self, cuts: tuple[int, ...] = (), spike_dtype: torch.dtype | None = None, start: int = 0) -> dict[str, Tensor]:
-        """Spikes, packed spikes, states and the final state, in blocks that end at ``cuts``; buffers are poisoned."""
-        net = self.net
+    def run(self, cuts: tuple[int, ...] = (), spike_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Spikes, states and the final state, in blocks that end at ``cuts``; buffers are poisoned."""
+        return to_device(self.on_device()._run(cuts, spike_dtype), CPU)
+
+    def _run(self, cuts: tuple[int, ...], spike_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """What :meth:`run` returns, on the device, where all tensors are."""
+        net, device = self.net, self.device
         steps, (fields, batch, neurons) = len(self.x), self.state.shape
         dtype = net.constants.dtype
-        spikes = torch.full((steps, batch, neurons), 77, dtype=spike_dtype or dtype)
-        states = torch.full((fields, steps, batch, neurons), torch.nan, dtype=dtype)
+        spikes = torch.full((steps, batch, neurons), 77, dtype=spike_dtype or dtype, device=device)
+        states = torch.full((fields, steps, batch, neurons), torch.nan, dtype=dtype, device=device)
         ring = net.backend.sparse_ring(net, self.history)
         state, packed = self.state, []
         self.checkpoints: list[Tensor] = []
         for begin, end in _blocks(cuts, steps):
             self.checkpoints.append(state)
-            words = torch.full((-(-(end - begin) // 32), batch, neurons), -1, dtype=torch.int32)
-            every = torch.full((fields, end - begin, batch, neurons), torch.nan, dtype=dtype)
+            words = torch.full((-(-(end - begin) // 32), batch, neurons), -1, dtype=torch.int32, device=device)
+            every = torch.full((fields, end - begin, batch, neurons), torch.nan, dtype=dtype, device=device)
             out = Outputs(spikes[begin:end], words, every)
             drive = None if self.drive is None else self.drive[:, begin:end].contiguous()
             state = net.backend.sparse_block(net, ring, begin, self.x[begin:end], drive, state, out)
@@ -233,10 +247,14 @@ class SparseProblem:
 
     def gradients(self, loss: dict[str, Tensor], method: str, samples: int, cuts: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """By everything, block by block; the forward ran before in the same blocks."""
-        net = self.net
+        return to_device(self.on_device()._gradients(to_device(loss, self.device), method, samples, cuts), CPU)
+
+    def _gradients(self, loss: dict[str, Tensor], method: str, samples: int, cuts: tuple[int, ...]) -> dict[str, Tensor]:
+        """What :meth:`gradients` returns, likewise."""
+        net, device = self.net, self.device
         steps, (_, batch, neurons), longest = len(self.x), self.state.shape, net.longest
         dtype = net.constants.dtype
-        spikes = self.run(cuts)["spikes"]
+        spikes = self._run(cuts)["spikes"]
         before = torch.cat([self.history, spikes])
         synapses = len(net.recurrent.targets)
         lam = torch.zeros_like(self.state)
@@ -245,21 +263,21 @@ class SparseProblem:
             method,
             samples,
             lam,
-            torch.zeros(len(Sums._fields), batch * neurons, dtype=dtype),
-            torch.zeros(samples, synapses, dtype=dtype),
-            torch.zeros(samples, 0 if net.inputs is None else len(net.inputs.targets), dtype=dtype),
+            torch.zeros(len(Sums._fields), batch * neurons, dtype=dtype, device=device),
+            torch.zeros(samples, synapses, dtype=dtype, device=device),
+            torch.zeros(samples, 0 if net.inputs is None else len(net.inputs.targets), dtype=dtype, device=device),
             {},
         )
         if net.inputs is None:
             sweep = sweep._replace(inputs=None)
-        grad_x = torch.full(self.x.shape, torch.nan, dtype=dtype)
-        adjoints = torch.zeros(longest, batch, 2, neurons, dtype=dtype)
+        grad_x = torch.full(self.x.shape, torch.nan, dtype=dtype, device=device)
+        adjoints = torch.zeros(longest, batch, 2, neurons, dtype=dtype, device=device)
         for (begin, end), words, state in reversed(
             list(zip(_blocks(cuts, steps), self.words, self.checkpoints, strict=True))
         ):
-            here = torch.full((end - begin, batch, 2, neurons), torch.nan, dtype=dtype)
+            here = torch.full((end - begin, batch, 2, neurons), torch.nan, dtype=dtype, device=device)
             adjoints = torch.cat([here, adjoints[:longest]])
-            by_states = torch.zeros(3, end - begin, batch, neurons, dtype=dtype)
+            by_states = torch.zeros(3, end - begin, batch, neurons, dtype=dtype, device=device)
             by_states[:, max(0, 1 - begin) :] = loss["states"][:, max(0, begin - 1) : end - 1]
             net.backend.sparse_backward_block(
                 net,
@@ -325,6 +343,7 @@ def sparse_network_problem(
     jump_first: bool = False,
     graded: bool = False,
     seed: int = 0,
+    device: torch.device = CPU,
     **options: Any,
 ) -> SparseProblem:
     """Neurons that fire often.
@@ -333,6 +352,7 @@ def sparse_network_problem(
         delays: the shortest and the longest in steps.
         inputs: number of channels with sparse synapses; 0 with ``dense``: a drive is given, without: there is none.
         graded: the spikes before the first step are numbers between -1 and 1.
+        device: where the backend runs.
         options: of :func:`projection`.
     """
     g = torch.Generator().manual_seed(seed)
@@ -345,7 +365,7 @@ def sparse_network_problem(
         numbers["v_thresh"] = VALUES["v_thresh"] - 0.05 * uniform(batch, neurons)
     if refractory:
         numbers["refractory"] = 2.5 * DT if not per_neuron else DT * torch.ceil(3 * uniform(neurons))
-    derived = derive_constants(CobaLIFParameters(**numbers, alpha=10.0), DT, dtype, torch.device("cpu"))
+    derived = derive_constants(CobaLIFParameters(**numbers, alpha=10.0), DT, dtype, CPU)
     rows = torch.broadcast_tensors(*derived, torch.zeros((batch, neurons) if per_neuron else ()))[:-1]
     constants = torch.stack([row.reshape(-1) for row in rows]).to(dtype).contiguous()
     recurrent = projection(neurons, neurons, g, dtype, steps=delays, **options)
@@ -374,4 +394,4 @@ def sparse_network_problem(
     if refractory:
         left = torch.floor(uniform(batch, neurons) * 3)
         state = torch.cat([state, left.unsqueeze(0)])
-    return SparseProblem(net, x, drive, state, history)
+    return SparseProblem(net, x, drive, state, history, device)

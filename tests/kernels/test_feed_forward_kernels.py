@@ -228,7 +228,7 @@ def test_gradients_through_the_state_when_spikes_are_no_floats(spike_dtype, back
         v_thresh = case.parameters["v_thresh"].requires_grad_()
         _, final = case.run(name, spike_dtype=spike_dtype)
         (grads[name],) = torch.autograd.grad(final.v.sum(), v_thresh)
-    assert grads[backend] == pytest.approx(grads["reference"].item(), rel=1e-5)
+    assert grads[backend].item() == pytest.approx(grads["reference"].item(), rel=1e-5)
 
 
 BLOCKS = [(16, torch.uint8), (32, "bits"), *(pytest.param(steps, None, marks=pytest.mark.slow) for steps in (1, 7))]

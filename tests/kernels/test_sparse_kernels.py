@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from coba_triton.ops.grid import Grid
 from coba_triton.tools.problems import DT, VALUES
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import all_programs_at_once
+from helpers.devices import to_device
 from helpers.marks import slow, slow_cases
 from helpers.sparse_networks import Connected, SparseProblem, sparse_network_problem
 
@@ -36,8 +38,10 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def problem(**options: Any) -> SparseProblem:
-    return sparse_network_problem(triton_backend, **options)
+@pytest.fixture
+def problem(device: torch.device) -> Callable[..., SparseProblem]:
+    """Makes a problem that Triton's kernels solve on the device."""
+    return functools.partial(sparse_network_problem, triton_backend, device=device)
 
 
 @contextlib.contextmanager
@@ -82,25 +86,25 @@ FORWARD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", FORWARD)
-def test_forward(name: str, device) -> None:
+def test_forward(name: str, problem) -> None:
     case = problem(**FORWARD[name])
     assert (case.net.recurrent.grid.sums == torch.int32) == (name == "narrow")
     assert_as_expected(case)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 6, 13), *slow(tuple(range(1, 24)))])
-def test_bits_do_not_depend_on_blocks(cuts: tuple[int, ...], device) -> None:
+def test_bits_do_not_depend_on_blocks(cuts: tuple[int, ...], problem) -> None:
     """The ring goes on where it was; delays are longer and shorter than blocks."""
     assert_as_expected(problem(refractory=True), cuts, spike_dtype=torch.uint8)
 
 
-def test_long_blocks(device) -> None:
+def test_long_blocks(problem) -> None:
     """Words that begin and end within a window of steps, and a window that is cut off by the end of the block."""
     assert_as_expected(problem(steps=70, neurons=20, delays=(11, 13), batch=1), (33,), spike_dtype=torch.bool)
 
 
 @pytest.mark.parametrize("window", [1, 2, 16])
-def test_bits_do_not_depend_on_the_window(window: int, device, monkeypatch) -> None:
+def test_bits_do_not_depend_on_the_window(window: int, problem, monkeypatch) -> None:
     monkeypatch.setattr(triton_backend, "SPARSE_WINDOW", window)
     assert_as_expected(problem(delays=(3, 7)))
 
@@ -118,7 +122,7 @@ def test_bits_do_not_depend_on_the_window(window: int, device, monkeypatch) -> N
     ],
     ids=str,
 )
-def test_bits_do_not_depend_on_programs(count: int, options: dict[str, Any], device) -> None:
+def test_bits_do_not_depend_on_programs(count: int, options: dict[str, Any], problem, device) -> None:
     """Two programs have tiles of three, so that one has two; three have one each."""
     case = problem(**options)
     assert triton_backend._programs_and_tile(75, 2, device, 0)[0] == 1
@@ -148,7 +152,7 @@ def test_programs_are_as_many_as_run_at_once(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_row_alone_has_the_same_bits(device) -> None:
+def test_a_batch_row_alone_has_the_same_bits(problem) -> None:
     case = problem(batch=3)
     together = case.run()
     case.drive, case.state, case.history = case.drive[:, :, 1:2], case.state[:, 1:2], case.history[:, 1:2]
@@ -157,7 +161,7 @@ def test_a_batch_row_alone_has_the_same_bits(device) -> None:
     assert_same_bits([alone["spikes"], alone["states"]], [together["spikes"][:, 1:2], together["states"][:, :, 1:2]])
 
 
-def test_both_widths_have_the_same_bits(device) -> None:
+def test_both_widths_have_the_same_bits(problem) -> None:
     wide, narrow = (problem(exact=True, narrow=width) for width in (False, True))
     sums = [case.net.recurrent.grid.sums for case in (wide, narrow)]
     assert sums == [torch.int64, torch.int32]
@@ -172,7 +176,7 @@ def synapses_of(weights: Tensor, scale: float, sums: torch.dtype = torch.int64) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weights_are_rounded_to_the_nearest_even_integer(dtype: torch.dtype, device) -> None:
+def test_weights_are_rounded_to_the_nearest_even_integer(dtype: torch.dtype, problem, device) -> None:
     """From halves between small integers to magnitudes of which every float is an integer, up to 2**61."""
     top = 2 ** (23 if dtype == torch.float32 else 52)
     numbers = [0.5, 1.5, 2.5, 3.5, 0.49999997, 0.75, 1e-30, 7.0, top / 2 + 0.5, top / 2 + 1.5, top - 0.5, top - 1.5]
@@ -183,23 +187,25 @@ def test_weights_are_rounded_to_the_nearest_even_integer(dtype: torch.dtype, dev
     case = problem(neurons=len(weights), dtype=dtype, steps=1, delays=(1, 1), batch=1)
     recurrent = synapses_of(weights, 1.0)
     indptr = torch.cat([recurrent.indptr, recurrent.indptr[1:].expand(len(weights) - 1)])
-    net = case.net._replace(recurrent=recurrent._replace(indptr=indptr, delays=torch.tensor([0.01])))
-    history = torch.zeros(1, 1, len(weights), dtype=dtype)
-    history[0, 0, 0] = 1
-    sums = triton_backend.sparse_ring(net, history)
-    assert torch.equal(torch.where(weights < 0, sums[1, 0, 0], sums[0, 0, 0]), expected)
+    case.net = case.net._replace(recurrent=recurrent._replace(indptr=indptr, delays=torch.tensor([0.01])))
+    case.history = torch.zeros(1, 1, len(weights), dtype=dtype)
+    case.history[0, 0, 0] = 1
+    case = case.on_device()
+    sums = triton_backend.sparse_ring(case.net, case.history)
+    excitatory, inhibitory = sums[:, 0, 0].cpu()
+    assert torch.equal(torch.where(weights < 0, inhibitory, excitatory), expected)
     # the same as a spike of the forward sends it; the first neuron spikes, whatever its input is
-    state = torch.zeros(3, 1, len(weights), dtype=dtype)
+    state = torch.zeros(3, 1, len(weights), dtype=dtype, device=device)
     state[0] = -10.0
     state[0, 0, 0] = 10.0
     ring = torch.zeros_like(sums)
-    out = Outputs(torch.empty(1, 1, len(weights), dtype=dtype))
-    triton_backend.sparse_block(net, ring, 0, case.x, None, state, out)
+    out = Outputs(torch.empty(1, 1, len(weights), dtype=dtype, device=device))
+    triton_backend.sparse_block(case.net, ring, 0, case.x, None, state, out)
     assert out.spikes is not None and out.spikes.flatten().tolist() == [1.0] + [0.0] * (len(weights) - 1)
     assert torch.equal(ring, sums)
 
 
-def test_a_sum_is_rounded_once(device) -> None:
+def test_a_sum_is_rounded_once(problem, device) -> None:
     """2**24 + 1 units become the nearest float32, and 2**61 + 2**37 + 1 does not round to even twice."""
     case = problem(neurons=2, steps=1, delays=(1, 1), batch=1)
     free = case.net.constants.clone()
@@ -207,8 +213,10 @@ def test_a_sum_is_rounded_once(device) -> None:
     ring = torch.tensor([2**24 + 1, 2**61 + 2**37 + 1]).view(1, 1, 1, 2).repeat(2, 1, 1, 1)
     scales = torch.ones(4)
     recurrent = case.net.recurrent._replace(grid=Grid(scales, torch.int64))
-    net = case.net._replace(constants=free, recurrent=recurrent)
-    final = triton_backend.sparse_block(net, ring, 0, case.x, None, torch.zeros(3, 1, 2), Outputs())
+    net, ring, x, state = to_device(
+        (case.net._replace(constants=free, recurrent=recurrent), ring, case.x, torch.zeros(3, 1, 2)), device
+    )
+    final = triton_backend.sparse_block(net, ring, 0, x, None, state, Outputs())
     assert final[1, 0].tolist() == final[2, 0].tolist() == [2.0**24, 2.0**61 + 2.0**38]
 
 
@@ -228,7 +236,7 @@ INPUTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_inputs(name: str, device) -> None:
+def test_inputs(name: str, problem) -> None:
     case = problem(inputs=30, steps=6, size=0.05)
     case.x = INPUTS[name](case.x)
     ours, theirs = case.run(), case.expected()
@@ -238,31 +246,30 @@ def test_inputs(name: str, device) -> None:
     assert theirs["states"].isnan().any() == (name == "not finite")
 
 
-def test_a_coarser_grid_keeps_sums_in_range(device) -> None:
+def test_a_coarser_grid_keeps_sums_in_range(problem, device) -> None:
     """All synapses of a neuron with the greatest value: the sum is almost all that the integers hold."""
     weights = torch.full((400,), 0.25)
     case = problem(inputs=400, neurons=4, steps=1, batch=1)
     inputs = Projection(torch.arange(401), torch.zeros(400, dtype=torch.int32), weights, None, Grid(
         torch.tensor([2.0**55, 1.0, 2.0**-55, 1.0]), torch.int64))  # fmt: skip
-    net = case.net._replace(inputs=inputs)
-    x = torch.full((1, 1, 400), 3.0)
+    net, x = to_device((case.net._replace(inputs=inputs), torch.full((1, 1, 400), 3.0)), device)
     drive = triton_backend._sparse_projection(net, x, None)
     assert drive is not None and drive[0, 0, 0].tolist() == [300.0, 0.0, 0.0, 0.0] and not drive[1].any()
 
 
-def test_states_of_chosen_neurons(device) -> None:
+def test_states_of_chosen_neurons(problem, device) -> None:
     case = problem(steps=5)
     whole = case.run()
     chosen = torch.tensor([0, 7, 74, 75, 149])
-    states = torch.full((3, 5, 5), torch.nan)
-    net = case.net
-    ring = triton_backend.sparse_ring(net, case.history)
+    states = torch.full((3, 5, 5), torch.nan, device=device)
+    there = case.on_device()
+    ring = triton_backend.sparse_ring(there.net, there.history)
     out = Outputs(None, None, states)
-    triton_backend.sparse_block(net, ring, 0, case.x, case.drive, case.state, out, chosen)
-    assert_same_bits([states], [whole["states"].flatten(2)[..., chosen]])
+    triton_backend.sparse_block(there.net, ring, 0, there.x, there.drive, there.state, out, chosen.to(device))
+    assert_same_bits([states.cpu()], [whole["states"].flatten(2)[..., chosen]])
 
 
-def test_synapses_of_nobody(device) -> None:
+def test_synapses_of_nobody(problem) -> None:
     """No synapse, and no input: neurons on their own."""
     case = problem(steps=5, dense=False)
     nobody = case.net.recurrent._replace(
@@ -299,14 +306,14 @@ def assert_gradients(case: SparseProblem, method: str, samples: int, cuts: tuple
 
 
 @pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in GRADIENTS if name not in QUICK))])
-def test_gradients(name: str, device) -> None:
+def test_gradients(name: str, problem) -> None:
     """By everything in float64, to 1e-8, in blocks that are shorter and longer than delays."""
     options = GRADIENTS[name]
     case = problem(**{"steps": 9, "neurons": 33, "dtype": torch.float64, "fan_out": 6} | options["case"])
     assert_gradients(case, options.get("method", "super"), options.get("samples", 1), (3, 4))
 
 
-def test_a_weight_of_zero_has_no_gradient(device) -> None:
+def test_a_weight_of_zero_has_no_gradient(problem) -> None:
     case = problem(steps=9, neurons=33, dtype=torch.float64, fan_out=6)
     grad = case.gradients(case.random_loss(), "super", 1)["recurrent"]
     none = case.net.recurrent.weights == 0
@@ -315,7 +322,7 @@ def test_a_weight_of_zero_has_no_gradient(device) -> None:
 
 @interpreted
 @pytest.mark.slow
-def test_gradients_have_the_same_bits_for_any_number_of_programs(device) -> None:
+def test_gradients_have_the_same_bits_for_any_number_of_programs(problem) -> None:
     case = problem(steps=8, neurons=75, fan_out=5, delays=(1, 3), inputs=5, size=0.1)
     loss = case.random_loss()
     alone = case.gradients(loss, "super", 1, (5,))
@@ -329,7 +336,7 @@ def test_gradients_have_the_same_bits_for_any_number_of_programs(device) -> None
 
 
 @pytest.mark.slow
-def test_gradients_of_each_sample_are_those_of_its_rows(device) -> None:
+def test_gradients_of_each_sample_are_those_of_its_rows(problem) -> None:
     case = problem(steps=6, neurons=20, batch=4, inputs=6, size=0.1)
     loss = case.random_loss()
     both = case.gradients(loss, "super", 2, (2,))
@@ -343,7 +350,7 @@ def test_gradients_of_each_sample_are_those_of_its_rows(device) -> None:
         )
 
 
-def test_sums_are_exact_in_any_order(device) -> None:
+def test_sums_are_exact_in_any_order(problem) -> None:
     """Synapses in another order have the same bits, though a sum of floats has others."""
     case = problem(neurons=20, fan_out=40, size=0.01, batch=1)
     indptr, targets, weights, delays, grid = case.net.recurrent
@@ -360,7 +367,7 @@ def test_sums_are_exact_in_any_order(device) -> None:
 
 
 @interpreted
-def test_programs_that_wait_in_vain_raise(device) -> None:
+def test_programs_that_wait_in_vain_raise(problem) -> None:
     """One after the other, the first program waits for the second for ever: an exception, no hang."""
     case = problem(steps=3)
     names = {"PROGRAMS_PER_ROW": 2, "SPARSE_TILE": 32, "SPIN_LIMIT": 20}
@@ -386,7 +393,7 @@ PLANTED = {
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_barrier_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch) -> None:
+def test_planted_barrier_bugs_are_caught(bug: str, tmp_path: Path, problem, monkeypatch) -> None:
     """Each bug changes the result, or ends in the exception, under one of a few schedules."""
     source = Path(sparse_kernels.__file__).read_text()
     meeting = inspect.getsource(recurrent_kernels.meet.fn)  # programs meet in a function of its own, which may have the bug
@@ -426,7 +433,7 @@ def test_planted_barrier_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch) 
 # Through the public function
 
 
-def network(dtype: torch.dtype = torch.float32, per_neuron: bool = False) -> tuple[Any, ...]:
+def network(device: torch.device, dtype: torch.dtype = torch.float32, per_neuron: bool = False) -> tuple[Any, ...]:
     """Input, both kinds of synapses, and parameters."""
     g = torch.Generator().manual_seed(2)
     neurons, inputs = 40, 9
@@ -441,14 +448,15 @@ def network(dtype: torch.dtype = torch.float32, per_neuron: bool = False) -> tup
     p = CobaLIFParameters(**(VALUES | {"alpha": 10.0, "refractory": 2.5 * DT}))
     if per_neuron:
         p = p._replace(v_thresh=VALUES["v_thresh"] - 0.05 * torch.rand(neurons, generator=g).to(dtype))
-    return x, draw(inputs, 120, 0.1, None), draw(neurons, 400, 0.03, delays), p
+    synapses = draw(inputs, 120, 0.1, None), draw(neurons, 400, 0.03, delays)
+    return x.to(device), *(each.to(device) for each in synapses), to_device(p, device)
 
 
 @pytest.mark.parametrize("spike_dtype", [None, "bits"])
 @pytest.mark.parametrize("order", ["decay_first", "jump_first"])
 def test_the_public_function_has_the_references_bits(order: str, spike_dtype: Any, device) -> None:
     """In blocks of 32 steps, and in two calls that go on from each other."""
-    x, inputs, recurrent, p = network(per_neuron=order == "jump_first")
+    x, inputs, recurrent, p = network(device, per_neuron=order == "jump_first")
     options: dict[str, Any] = {"order": order, "spike_dtype": spike_dtype}
     expected, final = coba_lif_integral(x, None, inputs, recurrent, p, DT, backend="reference", **options)
     assert expected.any() and final.history.any()
@@ -465,7 +473,7 @@ def test_gradients_of_the_public_function(record_states: bool, device) -> None:
     """By input, weights and a parameter in float64, to 1e-8, in two blocks."""
     grads = []
     for backend in ("triton", "reference"):
-        x, inputs, recurrent, p = network(torch.float64)
+        x, inputs, recurrent, p = network(device, torch.float64)
         v_thresh = torch.tensor(p.v_thresh, dtype=torch.float64)
         leaves = [leaf.clone().requires_grad_() for leaf in (x, inputs.weights, recurrent.weights, v_thresh)]
         x, by_input, by_recurrent, v_thresh = leaves
@@ -475,7 +483,7 @@ def test_gradients_of_the_public_function(record_states: bool, device) -> None:
             x, None, *synapses, p._replace(v_thresh=v_thresh), DT, backend=backend, record_states=record_states, **options
         )
         loss = torch.randn(spikes.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        total = (spikes * loss).sum() + after.v.square().sum() + after.g_e.sum() + after.history.sum()
+        total = (spikes * loss.to(device)).sum() + after.v.square().sum() + after.g_e.sum() + after.history.sum()
         grads.append(torch.autograd.grad(total, leaves))
     for ours, theirs in zip(*grads, strict=True):
         assert theirs.any()

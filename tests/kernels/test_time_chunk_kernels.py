@@ -11,6 +11,7 @@ from torch import Tensor
 from coba_triton import CobaLIFFeedForwardRefractoryState, CobaLIFFeedForwardState, CobaLIFParameters
 from coba_triton import coba_lif_feed_forward_integral as integral
 from coba_triton.ops.constants import memory_in_steps
+from helpers.devices import to_device
 from helpers.few_neurons import DT, MEMORY, P, assert_same, bits, irregular
 from helpers.marks import slow
 
@@ -22,11 +23,12 @@ from coba_triton.kernels import time_chunks
 def compare(
     x: Tensor, chunks: int, device: torch.device, p: CobaLIFParameters = P, state: Any = None, **options: Any
 ) -> Any:
+    x, state, p = to_device((x, state, p), device)
     ours, theirs = (
-        integral(x.to(device), state, p, DT, backend=name, time_chunks=count, **options)
+        integral(x, state, p, DT, backend=name, time_chunks=count, **options)
         for name, count in (("triton", chunks), ("reference", 1))
     )
-    assert_same((ours[0].cpu(), type(ours[1])(*(field.cpu() for field in ours[1]))), theirs)
+    assert_same(ours, theirs)
     return theirs
 
 
@@ -119,7 +121,7 @@ def test_gradients(name: str, device: torch.device, launches: list[str]) -> None
     options = {"method": "triangle", "alpha": 0.1, "dtype": torch.float32, "end": False} | options
     x = irregular(steps, neurons, dtype=options.pop("dtype"))
     end = options.pop("end")
-    p = P._replace(**{field: options.pop(field) for field in P._fields if field in options})
+    p = to_device(P._replace(**{field: options.pop(field) for field in P._fields if field in options}), device)
     results = []
     for backend_name, count in (("triton", chunks), ("reference", 1)):
         leaf = x.to(device).clone().requires_grad_()

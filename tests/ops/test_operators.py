@@ -16,6 +16,18 @@ from coba_triton.tools.problems import problem, recurrent_problem
 from helpers.bits import assert_same_bits
 
 
+@pytest.fixture
+def backend() -> str:
+    """Of the tests that name no other."""
+    return "triton"
+
+
+@pytest.fixture
+def device(backend: str, device: torch.device) -> torch.device:
+    """Where the backend's tensors are."""
+    return torch.device("cpu") if backend == "cpu" else device
+
+
 def arguments(device, *, spike_dtype=torch.float32, record=False, every=8, steps=19, grad=True, save=True):
     case = problem(steps, (5,), device=device)
     constants = torch.tensor(CONSTANTS, device=device).unsqueeze(1)
@@ -326,7 +338,8 @@ def test_strided_tensors_give_the_same(name, backend, device) -> None:
         """The last axis first in memory, every number twice."""
         if not isinstance(tensor, torch.Tensor):
             return tensor
-        spread = torch.full((*tensor.shape[1:], tensor.shape[0], 2), 7).to(tensor.dtype).movedim(-2, 0)[..., 0]
+        sevens = torch.full((*tensor.shape[1:], tensor.shape[0], 2), 7, device=tensor.device).to(tensor.dtype)
+        spread = sevens.movedim(-2, 0)[..., 0]
         return spread.copy_(tensor)
 
     given = list(map(strided, args))
