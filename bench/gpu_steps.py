@@ -136,8 +136,8 @@ def tests(step: Step) -> None:
     files = ["kernels/test_feed_forward_kernels.py", "kernels/test_recurrent.py", "kernels/test_recurrent_kernels.py"]
     files += ["kernels/test_sparse_kernels.py", "kernels/test_time_chunk_kernels.py", "ops/test_operators.py"]
     files += ["bench/test_training.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--show-capture=no"]
-    command += ["-v", "--durations=20"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "--show-capture=no"]
+    command += ["--durations=20"]
     if package_version("pytest-timeout"):
         command += ["--timeout", "60"]
     if package_version("pytest-xdist"):

@@ -111,7 +111,7 @@ def test_bits_do_not_depend_on_the_window(window: int, problem, monkeypatch) -> 
 
 @pytest.mark.skipif(
     not triton.knobs.runtime.interpret and not torch.cuda.is_available(),
-    reason="programs run at once on a GPU, or in threads",
+    reason="programs run at once on a GPU or in threads",
 )
 @pytest.mark.parametrize(
     ("count", "options"),
