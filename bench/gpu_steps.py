@@ -135,7 +135,6 @@ def tests(step: Step) -> None:
         return
     files = ["kernels/test_feed_forward_kernels.py", "kernels/test_recurrent.py", "kernels/test_recurrent_kernels.py"]
     files += ["kernels/test_sparse_kernels.py", "kernels/test_time_chunk_kernels.py", "ops/test_operators.py"]
-    files += ["bench/test_training.py"]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "--show-capture=no"]
     command += ["--durations=20"]
     if package_version("pytest-timeout"):
@@ -226,7 +225,7 @@ def compete(step: Step, case: Case, name: str, kind: str, bandwidth: float, riva
 def feed_forward(step: Step) -> None:
     """Time unconnected neurons, inference and training, for several numbers of neurons."""
     bandwidth = tuner.copy_bandwidth(step.device)
-    for neurons in (64, 1024) if step.small else (1024, 4096, 65536, 262144, 4194304):
+    for neurons in (64, 1024) if step.small else (1024, 8192, 65536, 262144, 4194304):
         for train in (False, True):
             _feed_forward_case(step, neurons, train, bandwidth, rivals=False)
 
@@ -260,10 +259,8 @@ def rivals(step: Step) -> None:
     """Time both kinds of populations beside a compiled step and other packages."""
     bandwidth = tuner.copy_bandwidth(step.device)
     for train in (False, True):
-        for neurons in (64,) if step.small else (262144, 4096):
-            _feed_forward_case(step, neurons, train, bandwidth, rivals=True)
-        for neurons, batch in ((64, 4),) if step.small else ((1024, 32), (256, 32)):
-            _recurrent_case(step, neurons, batch, train, rivals=True)
+        _feed_forward_case(step, 64 if step.small else 262144, train, bandwidth, rivals=True)
+        _recurrent_case(step, *((64, 4) if step.small else (1024, 32)), train, rivals=True)
 
 
 def time_runs(step: Step, case: str, runs: dict[str, Callable[[], Any]], neuron_steps: int, steps: int) -> dict[str, float]:

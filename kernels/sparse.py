@@ -160,14 +160,14 @@ def scatter_kernel(
 
 @triton.jit(do_not_specialize=["K", "N", "R", "row_stride", "source_stride"])
 def sparse_projection_kernel(
-    values_ptr, lists_ptr, counts_ptr, sums_ptr, drive_ptr, indptr_ptr, targets_ptr, weights_ptr, scales_ptr,
+    values_ptr, lists_ptr, counts_ptr, sums_ptr, units_ptr, indptr_ptr, targets_ptr, weights_ptr, scales_ptr,
     K, N, R, row_stride, source_stride,
     BLOCK: tl.constexpr, SOURCES: tl.constexpr, LANES: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The drive ``[2, R, N]`` of R rows of sources, a program each; it and ``sums``, likewise, are zeros before.
+    """The sums ``[2, R, N]`` of R rows of sources, a program each, which are zeros before, and the ``units [R]``.
 
-    Where values are greater than 1, the grid of the row is coarser by ``unit``, the least power of two that is not below
-    any of them. If one is not finite, the row drives all neurons with NaN.
+    Where values are greater than 1, the grid of the row is coarser by its unit, the least power of two that is not below any
+    of them. If one is not finite, the unit is NaN, and nothing is summed up.
     """
     row = tl.program_id(0).to(tl.int64)
     N = tl.cast(N, tl.int64)
@@ -175,9 +175,7 @@ def sparse_projection_kernel(
     values_ptr += row * row_stride
     lists_ptr += row * K
     count = tl.load(counts_ptr + row)
-    if count == 0:
-        return
-    dtype: tl.constexpr = drive_ptr.dtype.element_ty
+    dtype: tl.constexpr = weights_ptr.dtype.element_ty
     largest = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -195,15 +193,25 @@ def sparse_projection_kernel(
         targets_ptr, weights_ptr, None, tl.load(scales_ptr) * finer, tl.load(scales_ptr + 1) * finer, 1.0,
         SOURCES, LANES, WEIGHT, 0, False,
     )  # fmt: skip
-    tl.debug_barrier()  # the sums are complete before any thread reads them
+    tl.store(units_ptr + row, tl.where(infinite, float("nan"), unit))
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def sums_to_drive_kernel(sums_ptr, units_ptr, counts_ptr, scales_ptr, drive_ptr, N, R, BLOCK: tl.constexpr):
+    """The drive ``[2, R, N]``: the sums times the units of their rows. Those of a row without events are not read."""
+    row = tl.program_id(0).to(tl.int64)
+    N = tl.cast(N, tl.int64)
+    R = tl.cast(R, tl.int64)
+    neurons = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = neurons < N
+    dtype: tl.constexpr = drive_ptr.dtype.element_ty
+    count = tl.load(counts_ptr + row)
+    unit = tl.load(units_ptr + row)
     for sign in tl.static_range(2):
         inverse = tl.load(scales_ptr + 2 + sign).to(tl.float64) * unit
-        for tile in range(0, N, BLOCK):
-            neurons = tile + tl.arange(0, BLOCK)
-            place = (sign * R + row) * N + neurons
-            total = tl.load(sums_ptr + place, mask=neurons < N, other=0, cache_modifier=".cg").to(dtype)
-            drive = tl.where(infinite, float("nan"), (total.to(tl.float64) * inverse).to(dtype))
-            tl.store(drive_ptr + place, drive, mask=neurons < N)
+        place = (sign * R + row) * N + neurons
+        total = tl.load(sums_ptr + place, mask=tl.where(mask, count, 0) > 0, other=0).to(dtype)
+        tl.store(drive_ptr + place, (total.to(tl.float64) * inverse).to(dtype), mask=mask)
 
 
 @triton.jit

@@ -690,14 +690,14 @@ def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> N
     sums.addmm_(sources.t().to(rows.dtype), rows)
 
 
-# Neurons of a program of a sparse network, at most, and the synapses of a source that it reads together.
-SPARSE_TILE = 256
+# Neurons of a program of a sparse network, at most, and the synapses of a source that it reads together. Where constants of
+# single neurons, or float64, take the registers of so many threads, a quarter of the neurons.
+SPARSE_TILE = 1024
 SYNAPSES_TOGETHER = 32
 # Steps between two meetings of the programs of a row, at most.
 SPARSE_WINDOW = 16
 # Rows of more neurons are shared by several programs.
-ONE_PROGRAM_FORWARD = 1024
-ONE_PROGRAM_BACKWARD = 256
+ONE_PROGRAM = 256
 # Programs of a row, whatever its size is; None for as many as its size and the device ask for.
 PROGRAMS_PER_ROW: int | None = None
 
@@ -709,17 +709,19 @@ def _mode(numbers: Tensor | None) -> int:
     return 1 if numbers.dim() == 2 else 0 if numbers.shape[0] == 1 else 2
 
 
-def _programs_and_tile(neurons: int, batch: int, device: torch.device, most: int) -> tuple[int, int]:
+def _programs_and_tile(net: SparseNetwork, batch: int) -> tuple[int, int]:
     """Programs that share a batch row of a sparse network, and neurons that each integrates together, one a thread.
 
-    Rows of up to ``most`` neurons have one program. Else as many as run at once share each row, with small tiles.
+    As many programs as run at once share a row of more than a few neurons, with tiles as small as that allows.
     """
-    tile = max(threads_per_warp(), min(SPARSE_TILE, _power_of_2(neurons)))
+    neurons, constants = net.neurons, net.constants
+    frugal = constants.dtype == torch.float64 or constants.shape[1] > 1
+    tile = max(threads_per_warp(), min(SPARSE_TILE // 4 if frugal else SPARSE_TILE, _power_of_2(neurons)))
     programs = PROGRAMS_PER_ROW
-    if programs is None and (neurons <= most or triton.knobs.runtime.interpret):  # which runs one program at a time
+    if programs is None and (neurons <= ONE_PROGRAM or triton.knobs.runtime.interpret):  # which runs one program at a time
         programs = 1
     elif programs is None:
-        programs = max(1, resident_programs(device) // batch)
+        programs = max(1, resident_programs(constants.device) // batch)
         tile = max(threads_per_warp(), min(tile, _power_of_2(_cdiv(neurons, programs))))
     return min(_cdiv(neurons, tile), programs), tile
 
@@ -797,18 +799,23 @@ def _sparse_projection(net: SparseNetwork, x: Tensor, drive: Tensor | None) -> T
         return drive
     steps, batch, inputs = x.shape
     indptr, targets, weights, _, grid = net.inputs
-    drive = net.constants.new_zeros(2, steps, batch, net.neurons)
     if inputs == 0:
-        return drive
+        return net.constants.new_zeros(2, steps, batch, net.neurons)
+    drive = net.constants.new_empty(2, steps, batch, net.neurons)
     sums = torch.zeros(drive.shape, dtype=grid.sums, device=drive.device)
     values, lists, counts = _events(x.reshape(-1, inputs))
-    num_warps = 4
+    rows, num_warps = len(values), 4
+    units = torch.empty(rows, dtype=torch.float64, device=drive.device)
     threads, together = num_warps * threads_per_warp(), SYNAPSES_TOGETHER
     _launch(
-        sparse.sparse_projection_kernel, (len(values),), drive.device, num_warps,
-        values, lists, counts, sums, drive, indptr, targets, weights, grid.scales,
-        inputs, net.neurons, len(values), *values.stride(),
+        sparse.sparse_projection_kernel, (rows,), drive.device, num_warps,
+        values, lists, counts, sums, units, indptr, targets, weights, grid.scales,
+        inputs, net.neurons, rows, *values.stride(),
         BLOCK=threads, SOURCES=threads // together, LANES=together, WEIGHT=_mode(weights),
+    )  # fmt: skip
+    _launch(
+        sparse.sums_to_drive_kernel, (rows, _cdiv(net.neurons, threads)), drive.device, num_warps,
+        sums, units, counts, grid.scales, drive, net.neurons, rows, BLOCK=threads,
     )  # fmt: skip
     return drive
 
@@ -852,7 +859,7 @@ def sparse_block(
     drive = _sparse_projection(net, x, drive)
     final = state.clone(memory_format=torch.contiguous_format)
     window = _window(net, steps)
-    programs, block = _programs_and_tile(neurons, batch, device, ONE_PROGRAM_FORWARD)
+    programs, block = _programs_and_tile(net, batch)
     meeting = _Meeting.of(programs, batch, device)
     counts = torch.zeros(2, batch, dtype=torch.int32, device=device) if meeting.together else None
     _launch(
@@ -900,7 +907,7 @@ def sparse_backward_block(
     trajectory = state.new_empty(kept + 2, steps, batch, neurons)
     drive = torch.zeros_like(recurrent_drive) if drive is None else drive
     _launch_driven(net, drive, recurrent_drive, state.contiguous(), words, trajectory=trajectory)
-    programs, block = _programs_and_tile(neurons, batch, device, ONE_PROGRAM_BACKWARD)
+    programs, block = _programs_and_tile(net, batch)
     meeting = _Meeting.of(programs, batch, device)
     _launch(
         sparse.sparse_backward_kernel, (batch, programs), device, block // threads_per_warp(),

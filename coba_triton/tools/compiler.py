@@ -54,8 +54,9 @@ TRITON_FUNCTIONS = {
     "recurrent_backward_kernel": (recurrent, "backward_kernel"),
     "shared_backward_kernel": (recurrent, "shared_backward_kernel"),
     **{name: (recurrent, name) for name in ("compact_kernel", "projection_kernel", "driven_kernel")},
-    **{name: (sparse, name) for name in ("scatter_kernel", "sparse_projection_kernel", "sparse_forward_kernel")},
-    **{name: (sparse, name) for name in ("sparse_backward_kernel", "source_gradient_kernel", "synapse_gradient_kernel")},
+    **{name: (sparse, name) for name in ("scatter_kernel", "sparse_projection_kernel", "sums_to_drive_kernel")},
+    **{name: (sparse, name) for name in ("sparse_forward_kernel", "sparse_backward_kernel", "source_gradient_kernel")},
+    "synapse_gradient_kernel": (sparse, "synapse_gradient_kernel"),
 }
 
 Launch = tuple[ASTSource, dict[str, Any]]

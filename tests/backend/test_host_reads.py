@@ -135,6 +135,7 @@ SLICED = {"sliced_forward_kernel"}
 BACK = {"driven_kernel", "backward_kernel"}
 TOGETHER = {"driven_kernel", "shared_backward_kernel"}
 SPARSE = {"compact_kernel", "scatter_kernel", "sparse_forward_kernel"}
+SPARSE_INPUT = {"sparse_projection_kernel", "sums_to_drive_kernel"}
 SPARSE_BACK = {"driven_kernel", "sparse_backward_kernel", "source_gradient_kernel", "synapse_gradient_kernel"}
 CASES: dict[str, tuple[Callable[..., None], dict[str, Any], set[str]]] = {
     "feed-forward": (feed_forward, {}, FEED_FORWARD),
@@ -156,9 +157,9 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any], set[str]]] = {
     ),
     "recurrent, training, many neurons": (recurrent, {"train": True, "neurons": 1000, "batch": 5}, EVENTS | BACK),
     "recurrent, training, dense": (recurrent, {"train": True, "path": "dense"}, EVENTS - {"forward_kernel"} | BACK),
-    "sparse": (sparse, {}, {*SPARSE, "sparse_projection_kernel"}),
+    "sparse": (sparse, {}, {*SPARSE, *SPARSE_INPUT}),
     "sparse, many neurons": (sparse, {"neurons": 2000, "inputs": "dense"}, {*SPARSE, "projection_kernel"}),
-    "sparse, training": (sparse, {"train": True}, {*SPARSE, "sparse_projection_kernel", *SPARSE_BACK}),
+    "sparse, training": (sparse, {"train": True}, {*SPARSE, *SPARSE_INPUT, *SPARSE_BACK}),
     "sparse, training, by source": (sparse, {"train": True, "per": "source", "neurons": 400}, {*SPARSE, *SPARSE_BACK}),
     "sparse, training, of the network": (
         sparse, {"train": True, "per": "network", "inputs": "dense"}, {*SPARSE, "projection_kernel", *SPARSE_BACK},

@@ -59,12 +59,16 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     ),
     "sparse": (
         lambda: run_sparse(neurons=100),
-        {"compact_kernel": 2, "scatter_kernel": 1, "sparse_projection_kernel": 1, "sparse_forward_kernel": 1},
+        {
+            "compact_kernel": 2, "scatter_kernel": 1, "sparse_projection_kernel": 1, "sums_to_drive_kernel": 1,
+            "sparse_forward_kernel": 1,
+        },
     ),
     "sparse, training": (
         lambda: run_sparse(neurons=2000, train=True),
         {
-            "compact_kernel": 7, "scatter_kernel": 2, "sparse_projection_kernel": 2, "sparse_forward_kernel": 1,
+            "compact_kernel": 7, "scatter_kernel": 2, "sparse_projection_kernel": 2, "sums_to_drive_kernel": 2,
+            "sparse_forward_kernel": 1,
             "driven_kernel": 1, "sparse_backward_kernel": 1, "synapse_gradient_kernel": 3, "source_gradient_kernel": 2,
         },
     ),
@@ -112,7 +116,7 @@ def test_the_host_takes_the_compiled_kernel_that_triton_would_take() -> None:
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
     ]
-    assert len(kernels) == 15
+    assert len(kernels) == 16
     for kernel in kernels:
         numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
         assert numbers and all(p.do_not_specialize for p in numbers), kernel
@@ -151,7 +155,7 @@ def test_the_kernels_of_sparse_networks_are_compiled_ahead() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     found = {tuple(line.split()) for line in done.stdout.splitlines()}
     names = [name for name, (module, _) in compiler.TRITON_FUNCTIONS.items() if module is sparse]
-    assert len(names) == 6 and set(names) <= {name for name, _ in found}
+    assert len(names) == 7 and set(names) <= {name for name, _ in found}
     assert {pointer for name, pointer in found if name == "sparse_forward_kernel"} == {"*i32", "*i64"}
 
 

@@ -75,7 +75,7 @@ def test_sparse_kernels_compile_without_spills(target: str, specimen: str, matri
     options = SPARSE_SPECIMENS[specimen]
     expected = {"compact_kernel", "scatter_kernel", "sparse_forward_kernel"}
     if options.get("inputs", 40):
-        expected.add("sparse_projection_kernel")
+        expected |= {"sparse_projection_kernel", "sums_to_drive_kernel"}
     if options.get("train"):
         expected |= {"driven_kernel", "sparse_backward_kernel", "source_gradient_kernel", "synapse_gradient_kernel"}
     assert {row["kernel"] for row in rows} == expected

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,11 @@ def programs(count: int, seed: int = 0, spin_limit: int = 1_000_000) -> Iterator
     finally:
         for name, value in zip(names, kept, strict=True):
             setattr(triton_backend, name, value)
+
+
+def of_neurons(neurons: int, dtype: torch.dtype = torch.float32, constants: int = 1) -> Any:
+    """What the launcher looks at when it shares rows out among programs."""
+    return SimpleNamespace(neurons=neurons, constants=torch.empty(12, 1, dtype=dtype).expand(12, constants))
 
 
 def assert_as_expected(case: SparseProblem, cuts: tuple[int, ...] = (), **options: Any) -> None:
@@ -127,13 +133,13 @@ def test_bits_do_not_depend_on_the_window(window: int, problem, monkeypatch) -> 
 )
 def test_bits_do_not_depend_on_programs(count: int, options: dict[str, Any], problem, device) -> None:
     """Two programs have tiles of three, so that one has two; three have one each."""
-    case = problem(**options)
+    case, net = problem(**options), of_neurons(75)
     if triton.knobs.runtime.interpret:
-        assert triton_backend._programs_and_tile(75, 2, device, 0)[0] == 1
+        assert triton_backend._programs_and_tile(net, 2)[0] == 1
     with programs(1):
         assert_as_expected(case, (7,))
     with programs(count):
-        assert triton_backend._programs_and_tile(75, 2, device, 0)[0] == count
+        assert triton_backend._programs_and_tile(net, 2)[0] == count
         assert_as_expected(case, (7,))
 
 
@@ -141,18 +147,19 @@ def test_programs_are_as_many_as_run_at_once(monkeypatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(triton_backend, "threads_per_warp", lambda: 32)
     monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
-    device = torch.device("cpu")
     for neurons, batch, *expected in [
-        (1024, 1, 1, 256),
-        (1025, 1, 33, 32),
+        (256, 1, 1, 256),
+        (257, 1, 9, 32),
         (4000, 1, 125, 32),
-        (4000, 100, 1, 256),
-        (10**6, 1, 132, 256),
-        (10**6, 50, 2, 256),
+        (4000, 100, 1, 1024),
+        (10**6, 1, 132, 1024),
+        (10**6, 50, 2, 1024),
     ]:
-        found = triton_backend._programs_and_tile(neurons, batch, device, triton_backend.ONE_PROGRAM_FORWARD)
+        found = triton_backend._programs_and_tile(of_neurons(neurons), batch)
         assert found == tuple(expected), (neurons, batch)
         assert found[0] == 1 or found[0] * batch <= 132
+    for net in (of_neurons(10**6, torch.float64), of_neurons(10**6, constants=10**6)):
+        assert triton_backend._programs_and_tile(net, 1) == (132, 256)
 
 
 @pytest.mark.slow
