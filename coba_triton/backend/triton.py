@@ -357,8 +357,9 @@ READ_TOGETHER = 4096
 SPIN_LIMIT = 10_000_000
 # Up to so many neurons a program forms the sweep's product itself, one launch a block; above, one product a step.
 SWEEP_IN_ONE_LAUNCH = 256
-# Up to so many neurons of float32 programs that share rows hold their weights in registers. Else they read them in every
-# step, which pays for up to so many rows.
+# Of more neurons of float32 than the first number, up to the second, programs share rows and hold their weights in registers.
+# Else they read them in every step, which pays for up to so many rows.
+SWEEP_HELD_FROM = 128
 SWEEP_HELD = 512
 SWEEP_STREAMED_ROWS = 4
 # Of such a program: rows, at most; neurons, half as many where registers are scarce; warps; weights that it reads together,
@@ -649,9 +650,9 @@ def _shared_sweep(neurons: int, batch: int, dtype: torch.dtype, device: torch.de
     None where a program that has a row to itself, or a launch for every step, serves: for few neurons, for many of more than
     a few rows, and where the device does not run all programs at once.
     """
-    if neurons <= SWEEP_IN_ONE_LAUNCH or not meets_unasked():
+    held = SWEEP_HELD_FROM < neurons <= SWEEP_HELD and dtype.itemsize == 4
+    if not meets_unasked() or (neurons <= SWEEP_IN_ONE_LAUNCH and not held):
         return None
-    held = neurons <= SWEEP_HELD and dtype.itemsize == 4
     if not held and batch > SWEEP_STREAMED_ROWS:
         return None
     rows = min(_power_of_2(batch), SWEEP_HELD_ROWS)

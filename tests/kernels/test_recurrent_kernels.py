@@ -326,12 +326,13 @@ def test_which_sweeps_are_shared(monkeypatch) -> None:
     monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
     monkeypatch.setattr(triton_backend, "meets_unasked", lambda: True)
     expected = {
-        (256, 32): None, (257, 32): (8, 16, True), (512, 32): (8, 16, True), (512, 33): None, (300, 3): (4, 16, True),
-        (513, 5): None, (513, 4): (4, 32, False), (4224, 1): (1, 32, False), (4225, 1): None,
+        (128, 32): None, (129, 32): (8, 16, True), (257, 32): (8, 16, True), (512, 32): (8, 16, True), (512, 33): None,
+        (300, 3): (4, 16, True), (513, 5): None, (513, 4): (4, 32, False), (4224, 1): (1, 32, False), (4225, 1): None,
     }  # fmt: skip
     device = torch.device("cuda", 0)
     assert {size: triton_backend._shared_sweep(*size, torch.float32, device) for size in expected} == expected
     assert triton_backend._shared_sweep(300, 32, torch.float64, device) is None
+    assert triton_backend._shared_sweep(256, 2, torch.float64, device) is None
     assert triton_backend._shared_sweep(300, 2, torch.float64, device) == (2, 16, False)
 
 
