@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -296,15 +296,13 @@ def few(step: Step) -> None:
 def networks(step: Step) -> None:
     """Simulate the networks of ``peers/network.py``; the spikes of the smaller ones must be those of the CPU kernels."""
     sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "peers")]
-    from network import DT, load, make_coba2005, make_va
+    from network import DT, make_coba2005, make_va
     from networks import arguments_of
 
     cases = (("va", 4000, 1.0), ("coba2005", 4000, 10.0), ("va", 100_000, 1.0), ("va", 1_000_000, 0.2))
     for name, neurons, seconds in (("va", 4000, 0.05),) if step.small else cases:
-        path = step.out / "network.npz"
-        np.savez(path, **(make_va if name == "va" else make_coba2005)(neurons, 1))
-        net, steps = load(str(path)), round(seconds * 1000 / DT)
-        path.unlink()
+        net = SimpleNamespace(n=neurons, **(make_va if name == "va" else make_coba2005)(neurons, 1))
+        steps = round(seconds * 1000 / DT)
         arguments = arguments_of(net, steps, torch.float32, str(step.device))
         run = functools.partial(coba_triton.coba_lif_integral, **arguments, backend=step.backend)
         words, _ = run()
