@@ -357,8 +357,8 @@ READ_TOGETHER = 4096
 SPIN_LIMIT = 10_000_000
 # Up to so many neurons a program forms the sweep's product itself, one launch a block; above, one product a step.
 SWEEP_IN_ONE_LAUNCH = 256
-# Above the first number of neurons of float32, up to the second, programs share rows and hold their weights in registers. Else
-# they read them in every step, which pays for up to so many rows.
+# Above the first number of neurons of float32, up to the second, programs share rows and hold their weights in registers.
+# Else they read them in every step, which pays for up to so many rows.
 SWEEP_HELD_FROM = 128
 SWEEP_HELD = 512
 SWEEP_STREAMED_ROWS = 4
