@@ -695,6 +695,8 @@ def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> N
 # single neurons, or float64, take the registers of so many threads, a quarter of the neurons.
 SPARSE_TILE = 1024
 SYNAPSES_TOGETHER = 32
+# The same where one step waits for the other, at most: as many as a source has on average.
+STEP_SYNAPSES_TOGETHER = 128
 # Steps between two meetings of the programs of a row, at most.
 SPARSE_WINDOW = 16
 # Rows of more neurons are shared by several programs.
@@ -730,6 +732,12 @@ def _programs_and_tile(net: SparseNetwork, batch: int) -> tuple[int, int]:
 def _window(net: SparseNetwork, steps: int) -> int:
     """Steps that neurons go on alone: no spike arrives sooner, and entries of a list of spikes have 32 bits."""
     return max(1, min(net.shortest, SPARSE_WINDOW, steps, (2**31 - 1) // net.neurons))
+
+
+def _synapses_together(projection: Projection) -> int:
+    """Synapses of a source that are read together where a step waits for them, a power of two."""
+    average = _cdiv(len(projection.targets), max(1, len(projection.indptr) - 1))
+    return max(SYNAPSES_TOGETHER, min(STEP_SYNAPSES_TOGETHER, _power_of_2(max(1, average))))
 
 
 class _Meeting(NamedTuple):
@@ -863,6 +871,7 @@ def sparse_block(
     programs, block = _programs_and_tile(net, batch)
     meeting = _Meeting.of(programs, batch, device)
     counts = torch.zeros(2, batch, dtype=torch.int32, device=device) if meeting.together else None
+    synapses_together = _synapses_together(net.recurrent)
     _launch(
         sparse.sparse_forward_kernel, (batch, programs), device, block // threads_per_warp(),
         drive, ring, indptr, targets, weights, delays, grid.scales, net.constants, final,
@@ -870,7 +879,7 @@ def sparse_block(
         _kernel_view(spikes), words, states,
         steps, batch, neurons, net.longest, start % net.longest, window,
         net.constants.stride(0), 0 if states is None else states.stride(0), SPIN_LIMIT, net.per_ms,
-        BLOCK=block, FIELDS=len(state), SOURCES=_cdiv(block, SYNAPSES_TOGETHER), LANES=SYNAPSES_TOGETHER,
+        BLOCK=block, FIELDS=len(state), SOURCES=_cdiv(block, synapses_together), LANES=synapses_together,
         WEIGHT=_mode(weights), DELAY=_mode(delays), TOGETHER=meeting.together,
         PER_NEURON=net.constants.shape[1] > 1, JUMP_FIRST=net.jump_first, **meeting.options,
     )  # fmt: skip

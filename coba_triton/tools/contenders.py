@@ -64,6 +64,7 @@ def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) ->
     # a weight's gradient sums T B products; the adjoints in them went through up to T sums over 2 N synapses
     summed = case.steps * (case.batch + 2 * case.neurons) if case.kind == "recurrent" else 0
     leaf = problem.recurrent_weights if isinstance(problem, RecurrentProblem) else problem.x
+    one = torch.ones((), dtype=case.dtype, device=leaf.device)
 
     def of(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Make a contender of a run: in training it returns the gradient of the sum of all spikes, else the spikes."""
@@ -72,7 +73,8 @@ def contenders(case: Case, backend: str, problem: Problem | RecurrentProblem) ->
             leaf.requires_grad_(case.train)
             with torch.set_grad_enabled(case.train):
                 spikes = run()
-                (result,) = torch.autograd.grad(spikes.sum(), leaf) if case.train else (spikes,)
+                # of the sum, which itself is not needed
+                (result,) = torch.autograd.grad(spikes, leaf, one.expand_as(spikes)) if case.train else (spikes,)
             leaf.requires_grad_(False)
             return result
 
@@ -174,7 +176,9 @@ def _norse_loop(problem: Problem | RecurrentProblem, rows: Callable[[Tensor], An
     import norse.torch as norse
 
     shared = norse.CobaLIFParameters._fields  # norse's neurons have no refractory period
-    numbers = {name: torch.as_tensor(value) for name, value in numbers_of(problem.record()).items() if name in shared}
+    # in double precision, as the reference has Python numbers: products with dt are rounded once
+    given = {name: value for name, value in numbers_of(problem.record()).items() if name in shared}
+    numbers = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in given.items()}
     p = norse.CobaLIFParameters(**numbers, method="super")
     recurrent = isinstance(problem, RecurrentProblem)
     state = (norse.CobaLIFState if recurrent else norse.CobaLIFFeedForwardState)(*problem.state)
@@ -191,8 +195,8 @@ def _norse_loop(problem: Problem | RecurrentProblem, rows: Callable[[Tensor], An
 def _snntorch_loop(x: Tensor) -> Tensor:
     import snntorch
 
-    neuron = snntorch.Leaky(beta=0.95, threshold=1.0)
-    potential, spikes = neuron.init_leaky(), []
+    neuron = snntorch.Leaky(beta=0.95, threshold=1.0).to(x.device)
+    potential, spikes = neuron.init_leaky().to(x.device), []
     for row in x.unbind(0):
         z, potential = neuron(row, potential)
         spikes.append(z)
@@ -202,7 +206,7 @@ def _snntorch_loop(x: Tensor) -> Tensor:
 def _spikingjelly(x: Tensor) -> Tensor:
     from spikingjelly.activation_based import neuron
 
-    spikes: Tensor = neuron.LIFNode(tau=20.0, step_mode="m")(x)
+    spikes: Tensor = neuron.LIFNode(tau=20.0, step_mode="m").to(x.device)(x)
     return spikes
 
 
