@@ -30,8 +30,8 @@ from ..ops.call import (
 from ..ops.spikes import unpack_spikes
 from ..tuning.tables import Parameters, launch_parameters
 
-# Steps whose inputs are on their way while as many are computed.
-PREFETCH_STEPS = 8
+# Steps of float32 whose inputs are on their way while as many are computed; half as many of float64, and in chunks of time.
+PREFETCH_STEPS = 16
 
 
 def replay_steps(dtype: torch.dtype) -> int:
@@ -118,7 +118,7 @@ def _launch_on(
 def heuristic(kernel: str, dtype: torch.dtype, neurons: int, batch: int) -> Parameters:
     """The launch parameters where no tuning table has any; see :data:`coba_triton.tuning.SPACE`."""
     if kernel == "feed_forward_forward":
-        return {"num_warps": warps_per_program(neurons), "steps": PREFETCH_STEPS}
+        return {"num_warps": warps_per_program(neurons), "steps": PREFETCH_STEPS // (dtype.itemsize // 4)}
     if kernel == "feed_forward_backward":
         return {"num_warps": warps_per_program(neurons), "steps": replay_steps(dtype)}
     if kernel == "recurrent_forward":
@@ -170,8 +170,10 @@ def _none_if_empty(x: Tensor) -> Tensor | None:
 
 # A state of a chunk of time is compared every so many steps, a multiple of a word's and of those between two checkpoints.
 CHECK_STEPS = 64
-# Neurons times chunks with which an H100 is full, by a model: the stalls that are compiled into the time loop.
-NEURONS_OF_DEVICE = 27_000
+# Neurons times chunks with which an H100 is full, as measured: more chunks of 512 or 4096 neurons save nothing.
+NEURONS_OF_DEVICE = 65_000
+# From so many neurons on, its memory is nearly full in any order.
+MANY_NEURONS = 7000
 # After so many of the largest time constants, nearly all neurons that spike irregularly have forgotten where they started.
 MEMORIES = 25
 # Shorter chunks, or fewer, are not worth four launches.
@@ -181,7 +183,7 @@ LEAST_CHUNKS = 4
 
 def choose_time_chunks(steps: int, neurons: int, memory: float | None) -> int:
     """Into how many chunks of time a run is cut, 1 where that does not pay; ``memory``: see :class:`Call`."""
-    if memory is None or steps < LEAST_CHUNKS * LEAST_CHUNK_STEPS:
+    if memory is None or neurons >= MANY_NEURONS or steps < LEAST_CHUNKS * LEAST_CHUNK_STEPS:
         return 1
     chunks = min(int(steps / max(MEMORIES * memory, LEAST_CHUNK_STEPS)), NEURONS_OF_DEVICE // neurons)
     return chunks if chunks >= LEAST_CHUNKS else 1
@@ -265,9 +267,12 @@ def _backward_in_chunks(
 def feed_forward_forward(x: Tensor, state: Tensor, constants: Tensor, final: Tensor, out: Outputs, call: Call) -> None:
     """See :meth:`coba_triton.backend.protocol.Backend.feed_forward_forward`."""
     parameters = parameters_of("feed_forward_forward", state, x.shape[1])
-    steps = parameters["steps"] if out.checkpoints is None else call.checkpoint_every
     length, neurons = x.shape
     chunks = call.time_chunks or choose_time_chunks(length, neurons, call.memory)
+    if out.checkpoints is not None:
+        steps = call.checkpoint_every
+    else:
+        steps = parameters["steps"] if chunks == 1 else min(parameters["steps"], PREFETCH_STEPS // 2)
     if chunks > 1:
         _forward_in_chunks(x, state, constants, final, out, call.jump_first, chunks, steps)
         return
@@ -695,7 +700,7 @@ def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> N
 # single neurons, or float64, take the registers of so many threads, a quarter of the neurons.
 SPARSE_TILE = 1024
 SYNAPSES_TOGETHER = 32
-# The same where one step waits for the other, at most: as many as a source has on average.
+# The same where one step waits for the other, at most: as many as a source has on average, if there are registers for them.
 STEP_SYNAPSES_TOGETHER = 128
 # Steps between two meetings of the programs of a row, at most.
 SPARSE_WINDOW = 16
@@ -712,14 +717,19 @@ def _mode(numbers: Tensor | None) -> int:
     return 1 if numbers.dim() == 2 else 0 if numbers.shape[0] == 1 else 2
 
 
+def _takes_registers(net: SparseNetwork) -> bool:
+    """Whether numbers of 64 bits, or constants of single neurons, take registers that are used otherwise else."""
+    return net.constants.dtype == torch.float64 or net.constants.shape[1] > 1
+
+
 def _programs_and_tile(net: SparseNetwork, batch: int) -> tuple[int, int]:
     """Programs that share a batch row of a sparse network, and neurons that each integrates together, one a thread.
 
     As many programs as run at once share a row of more than a few neurons, with tiles as small as that allows.
     """
     neurons, constants = net.neurons, net.constants
-    frugal = constants.dtype == torch.float64 or constants.shape[1] > 1
-    tile = max(threads_per_warp(), min(SPARSE_TILE // 4 if frugal else SPARSE_TILE, _power_of_2(neurons)))
+    most = SPARSE_TILE // 4 if _takes_registers(net) else SPARSE_TILE
+    tile = max(threads_per_warp(), min(most, _power_of_2(neurons)))
     programs = PROGRAMS_PER_ROW
     if programs is None and (neurons <= ONE_PROGRAM or triton.knobs.runtime.interpret):  # which runs one program at a time
         programs = 1
@@ -734,9 +744,11 @@ def _window(net: SparseNetwork, steps: int) -> int:
     return max(1, min(net.shortest, SPARSE_WINDOW, steps, (2**31 - 1) // net.neurons))
 
 
-def _synapses_together(projection: Projection) -> int:
+def _synapses_together(net: SparseNetwork) -> int:
     """Synapses of a source that are read together where a step waits for them, a power of two."""
-    average = _cdiv(len(projection.targets), max(1, len(projection.indptr) - 1))
+    if _takes_registers(net):
+        return SYNAPSES_TOGETHER
+    average = _cdiv(len(net.recurrent.targets), max(1, len(net.recurrent.indptr) - 1))
     return max(SYNAPSES_TOGETHER, min(STEP_SYNAPSES_TOGETHER, _power_of_2(max(1, average))))
 
 
@@ -871,7 +883,7 @@ def sparse_block(
     programs, block = _programs_and_tile(net, batch)
     meeting = _Meeting.of(programs, batch, device)
     counts = torch.zeros(2, batch, dtype=torch.int32, device=device) if meeting.together else None
-    synapses_together = _synapses_together(net.recurrent)
+    synapses_together = _synapses_together(net)
     _launch(
         sparse.sparse_forward_kernel, (batch, programs), device, block // threads_per_warp(),
         drive, ring, indptr, targets, weights, delays, grid.scales, net.constants, final,

@@ -61,7 +61,8 @@ def test_recurrent_kernels_compile_without_spills(target: str, specimen: str, ma
     kernels = {row["kernel"] for row in rows}
     dense, sliced = (options.get("path") == path for path in ("dense", "sliced"))
     forward = "driven_kernel" if dense else "sliced_forward_kernel" if sliced else "recurrent_forward_kernel"
-    together = ("held" in specimen or "streamed" in specimen or specimen == "recurrent 1024") and target.startswith("sm")
+    shared = ("recurrent 256 everything", "recurrent 256 refractory", "recurrent 1024")
+    together = ("held" in specimen or "streamed" in specimen or specimen in shared) and target.startswith("sm")
     backward = "shared_backward_kernel" if together else "recurrent_backward_kernel"
     found = kernels & {"shared_backward_kernel", "recurrent_backward_kernel"}
     assert forward in kernels and found == ({backward} if options.get("train") else set())

@@ -116,7 +116,7 @@ def test_explain_says_why_no_table_serves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "rule"), [("cpu", {"threads": 2, "tile": 1024}), ("triton", {"num_warps": 1, "steps": 8})]
+    ("backend", "rule"), [("cpu", {"threads": 2, "tile": 1024}), ("triton", {"num_warps": 1, "steps": 16})]
 )
 def test_explain_of_a_backend(backend, rule, threads) -> None:
     threads(2)
