@@ -204,16 +204,22 @@ def step_cells(
 def forward_tile(
     t, row, s, word, list_ptr, count, next_list_ptr, next_count, c, neurons, mask,
     drive_ptr, first_ptr, weights_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride,
-    FIELDS: tl.constexpr, UNROLL: tl.constexpr, JUMP_FIRST: tl.constexpr,
+    FIELDS: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr, JUMP_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One step of one row's tile of neurons: sum up, integrate, fire, append the spikes to the next list."""
+    """One step of one row's tile of neurons: sum up, integrate, fire, append the spikes to the next list.
+
+    ``EARLY``: the input is on its way while synapses are summed up, which takes registers.
+    """
     M = B * N
     cells = row * N + neurons
-    drive_e, drive_i = load_fields(drive_ptr + t * M + cells, T * M, mask, 2)  # on its way while synapses are summed up
+    if EARLY:
+        drive_e, drive_i = load_fields(drive_ptr + t * M + cells, T * M, mask, 2)
     recurrent_e, recurrent_i = first_drive(first_ptr, t, cells, M, mask)
     recurrent_e, recurrent_i = add_rows(
         recurrent_e, recurrent_i, list_ptr, count, None, 0, weights_ptr, N, neurons, mask, UNROLL
     )
+    if not EARLY:
+        drive_e, drive_i = load_fields(drive_ptr + t * M + cells, T * M, mask, 2)
     spike, s, word = step_cells(
         t, cells, s, word, Drive(drive_e, drive_i), Drive(recurrent_e, recurrent_i), c, mask, spikes_ptr, words_ptr,
         states_ptr, T, M, states_stride, FIELDS, JUMP_FIRST,
@@ -253,7 +259,7 @@ def forward_kernel(
             s, word, count = forward_tile(
                 t, row, s, word, list_ptr + (t % 2) * M, count, list_ptr + ((t + 1) % 2) * M, 0, c, neurons, mask,
                 drive_ptr, first_ptr, weights_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride,
-                FIELDS, UNROLL, JUMP_FIRST,
+                FIELDS, UNROLL, True, JUMP_FIRST,
             )  # fmt: skip
             tl.debug_barrier()  # the list is complete before any thread reads it
         store_fields(final_ptr + cells, M, s, mask, FIELDS)
@@ -276,7 +282,7 @@ def forward_kernel(
                 s, word, next_count = forward_tile(
                     t, row, s, word, list_ptr + (t % 2) * M, count, list_ptr + ((t + 1) % 2) * M, next_count, c, here, mask,
                     drive_ptr, first_ptr, weights_ptr, spikes_ptr, words_ptr, states_ptr, T, B, N, states_stride,
-                    FIELDS, UNROLL, JUMP_FIRST,
+                    FIELDS, UNROLL, False, JUMP_FIRST,
                 )  # fmt: skip
                 store_fields(final_ptr + cells, M, s, mask, FIELDS)
                 tl.store(words_scratch_ptr + cells, word, mask=mask)
