@@ -30,7 +30,7 @@ tutorials: $(STAMP) ## run the tutorials in examples/ and write their pages, doc
 matrix: ## run the tests that depend on them with the lowest and the newest torch, triton and numpy; downloads gigabytes
 	$(PYTHON) tests/programs/matrix.py $(ARGS)
 
-gpu: ## check and measure on this machine's GPU, nine minutes at most; installs nothing
+gpu: ## check and measure on this machine's GPU, ten minutes at most; installs nothing
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 budgets: $(STAMP) ## rewrite tests/budgets.json with what the compiled kernels need now, and print what changed

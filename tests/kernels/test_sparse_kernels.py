@@ -162,6 +162,16 @@ def test_programs_are_as_many_as_run_at_once(monkeypatch) -> None:
         assert triton_backend._programs_and_tile(net, 1) == (132, 256)
 
 
+def test_synapses_that_are_read_together_are_as_many_as_a_source_has() -> None:
+    def together(synapses: int, **options: Any) -> int:
+        net = of_neurons(10, **options)
+        net.recurrent = SimpleNamespace(targets=torch.empty(synapses), indptr=torch.empty(11))
+        return triton_backend._synapses_together(net)
+
+    assert [together(count) for count in (0, 60, 320, 330, 1000, 9000)] == [32, 32, 32, 64, 128, 128]
+    assert together(1000, dtype=torch.float64) == together(1000, constants=10) == 32
+
+
 @pytest.mark.slow
 def test_a_batch_row_alone_has_the_same_bits(problem) -> None:
     case = problem(batch=3)

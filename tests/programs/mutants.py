@@ -291,6 +291,7 @@ MUTANTS = {
     "sparse: a coarser grid is not made finer again": sparse(
         {"tl.load(scales_ptr + 2 + sign).to(tl.float64) * unit": "tl.load(scales_ptr + 2 + sign).to(tl.float64)"}
     ),
+    "sparse: an input that is not finite drives nothing": sparse({'tl.where(infinite, float("nan"), unit)': "unit"}),
     "sparse: the gradient is read a step late": sparse(
         {"arrival = sent + load_steps(delays_ptr, held": "arrival = sent + 1 + load_steps(delays_ptr, held"}
     ),
