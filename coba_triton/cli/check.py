@@ -51,6 +51,10 @@ def run(
     jobs: int = 1,
 ) -> int:
     """Run the checks; returns the exit status."""
+    if jobs > 1 and apart is False:
+        raise UserError(
+            f"--jobs {jobs} runs cases in {jobs} other processes, and --in-process in none; leave one of them out"
+        )
     where, machine = find_target(backend, device)
     used = machine.backend
     try:

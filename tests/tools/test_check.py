@@ -447,6 +447,11 @@ def test_cases_that_run_apart_are_the_same(tmp_path, capfd) -> None:
     assert results[0] == results[1] == results[2] and len(results[0]) > 3
 
 
+def test_jobs_need_processes(capsys) -> None:
+    assert main(["check", "--device", "cpu", "--jobs", "2", "--in-process"]) == 2
+    assert "--jobs 2 runs cases in 2 other processes, and --in-process in none" in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.slow
 def test_two_processes_run_each_case_once(monkeypatch) -> None:
     """A case that takes its process along costs only its own result, and closing the run early ends both processes."""
