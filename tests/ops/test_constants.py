@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
 from coba_triton import CobaLIF, CobaLIFParameters
 from coba_triton.ops import constants
 from coba_triton.ops.time_blocks import choose_block_steps
@@ -50,3 +53,16 @@ def test_block_steps() -> None:
         assert choose_block_steps(None, 2000, cells, like, train) == expected
         assert choose_block_steps(None, 2000, cells, on_gpu, train) == of_gpu
     assert choose_block_steps(70, 2000, 10, on_gpu, True) == 96
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_block_steps_of_any_length_are_one_expression(train: bool) -> None:
+    """So that a compiled call has one graph for all lengths and batches: no size is looked at."""
+    sizes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=sizes)
+    dynamic: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
+    x = mode.from_tensor(torch.empty(2000, 32, 256, device="meta"), symbolic_context=dynamic)
+    with mode:
+        steps = choose_block_steps(None, x.shape[0], x[0].numel(), x, train)
+    assert isinstance(steps, torch.SymInt) and not sizes.guards
+    assert int(steps) == (512 if train else 2016)
