@@ -282,7 +282,7 @@ def few(step: Step) -> None:
     """Time few neurons over many steps, whole and in chunks of time."""
     steps = 4000 if step.small else 100_000
     for neurons in (1, 32) if step.small else (1, 32, 512, 4096):
-        tensors = problem(steps, (neurons,), device=step.device)
+        tensors = Case("gpu", "feed_forward", steps, 1, neurons).build(step.device)  # of numbers, for which the rule holds
         chunks = [1, 8, 32, 128] if neurons <= 512 else [1, 4, 8, 16]
         runs = {f"{count} chunks": functools.partial(tensors.run, step.backend, time_chunks=count) for count in chunks}
         runs["as it chooses"] = functools.partial(tensors.run, step.backend)
@@ -311,8 +311,9 @@ def networks(step: Step) -> None:
             few_steps = min(steps, 2000)
             on_cpu = arguments_of(net, few_steps, torch.float32, "cpu")
             expected, _ = coba_triton.coba_lif_integral(**on_cpu, backend="cpu")
-            same = torch.equal(words[: few_steps // 32].cpu(), expected[: few_steps // 32])
-            step.say(text=f"{name} {neurons}: {few_steps} steps have {'the bits' if same else 'NOT the bits'} of the CPU")
+            if not torch.equal(words[: few_steps // 32].cpu(), expected[: few_steps // 32]):
+                raise SystemExit(f"{name} {neurons}: the bits differ from those of the CPU within {few_steps} steps")
+            step.say(text=f"{name} {neurons}: {few_steps} steps have the bits of the CPU")
         contenders.synchronize(step.device)
         case = f"network {name} {neurons}"
         medians = time_runs(step, case, {step.backend: run}, neurons * steps, steps)
@@ -378,6 +379,8 @@ def tuning_tables(step: Step) -> None:
         options += ["--neurons", str(neurons), "--batch", str(batch), "--device", str(step.device)]
         status = command(["tune", *options, "--budget", "4", "--out", str(table)])
         step.say(task=f"{' and '.join(kernels)} {neurons} x {batch}", status=status)
+        if status:
+            raise SystemExit(status)
     step.say(text=f"tuned {len(tasks)} sizes into {table.name}")
 
 

@@ -74,8 +74,8 @@ def run_here(path: str, seconds: float, threads: int, dtype: str, device: str, s
     steps, dt = round(seconds * 1000 / net.dt), net.dt
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     arguments = arguments_of(net, steps, getattr(torch, dtype), device)
-    x, state, synapses = (arguments.pop(name) for name in ("input_tensor", "state", "recurrent_weights"))
-    arguments["recurrent_weights"] = synapses
+    x, state = arguments.pop("input_tensor"), arguments.pop("state")
+    synapses = arguments["recurrent_weights"]
     del net.sources, net.targets, net.weights
     made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     where = x.device

@@ -509,11 +509,11 @@ class Case:
         Its parameters are Python numbers, as most users give them: no device is asked for them. The input of many neurons
         repeats itself after some steps, as the numbers are drawn on the CPU.
         """
-        drawn = min(self.steps, max(32, DRAWN_NUMBERS // max(1, self.batch * self.neurons)))
         made: Problem | RecurrentProblem
         if self.kind == "recurrent":
             made = sparse_problem(self.steps, self.batch, self.neurons, self.dtype, device)
         else:
+            drawn = min(self.steps, max(32, DRAWN_NUMBERS // max(1, self.batch * self.neurons)))
             made = problem(drawn, (self.batch, self.neurons), self.dtype, device)
             made = replace(made, x=made.x.repeat(-(-self.steps // drawn), 1, 1)[: self.steps])
         numbers: dict[str, Any] = {name: value.item() for name, value in made.parameters.items()}
