@@ -288,7 +288,7 @@ def calls(r: random.Random, folder: Path) -> Iterator[tuple[str, str, Callable[[
         ("EventSource", "arguments", _events, [[0.1, 0.3], [0, 2], 3, 0.1], listed),
         ("read_events", "files", ct.read_events, ["x.csv"], {}),
         ("stream_blocks", "arguments", _blocks, [X, 2, "cpu"], {}),
-        ("simulate", "arguments", _simulated, [ct.CobaLIF(P, 0.1), X], run),
+        ("simulate", "files", _simulated, [ct.CobaLIF(P, 0.1), X], run),
         ("Record in simulate", "arguments", lambda **o: ct.simulate(ct.CobaLIF(P, 0.1), X, record=ct.Record(**o)), [],
          {"spikes": True, "variables": ("v",), "neurons": [0], "populations": {"a": [0]}, "inputs": False}),
         ("simulate into a file", "files", lambda sink: ct.simulate(ct.CobaLIF(P, 0.1), X, sink=sink, progress=False),

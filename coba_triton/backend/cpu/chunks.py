@@ -13,7 +13,7 @@ import numpy as np
 from .feed_forward import forward_row
 from .lanes import LANES, copy_lanes, lowest_bit, transpose_lanes
 from .meeting import memory_apart
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .numba_bridge import borrow, compiled, entry_point, numbers_in, sources
 from .rows import (
     CONSTANTS,
     FLOAT32,
@@ -91,7 +91,7 @@ def leave_or_note(
     Its state goes to ``reached``. Where a chunk is at the unit ``written``, its state is there already; -1: at none. The
     last chunk takes the lanes of the one that leaves.
     """
-    bits, k = tile.view(noted.dtype), 0
+    bits, k = numbers_in(tile, noted.dtype), 0
     while k < alive:
         u = slots[k]
         if at[u] == until[u] or late or (compare and has_bits(bits, k * n, n, noted, at[u] * fields, fields)):
@@ -115,7 +115,7 @@ def gather_rows(
     Whole vectors are copied. Behind a chunk's last neuron is what comes next in memory: it goes to the lanes of the next
     chunk, whose turn is later, or to lanes that nobody reads.
     """
-    source = x.data.view(buffer.dtype)
+    source = numbers_in(x.data, buffer.dtype)
     for k in range(alive):
         t = starts[k]
         start = t * x.stride_t + begin
@@ -166,8 +166,9 @@ def prefetch_part(x: Strided, starts: Any, ahead: int, alive: int, s: int, begin
 
 
 @compiled
-def pack_row(packed: Any, fired: Any, eights: Any, bit: int, lanes: int) -> None:
-    """Spikes of a step into one bit of their words, which are 0 before; ``eights`` are the spikes, eight in a number."""
+def pack_row(packed: Any, fired: Any, bit: int, lanes: int) -> None:
+    """Spikes of a step into one bit of their words, which are 0 before."""
+    eights = numbers_in(fired, np.uint64)
     some = eights[0]
     for j in range(1, lanes // 8):
         some |= eights[j]
@@ -201,11 +202,11 @@ def put_bits(spikes: Strided, one: int, packed: Any, lane: int, t: int, count: i
     if spikes.itemsize == 1:
         put_ones(spikes.data, one, packed, lane, at, spikes.stride_t, count, n)
     elif spikes.itemsize == 2:
-        put_ones(spikes.data.view(np.uint16), one, packed, lane, at, spikes.stride_t, count, n)
+        put_ones(numbers_in(spikes.data, np.uint16), one, packed, lane, at, spikes.stride_t, count, n)
     elif spikes.itemsize == 4:
-        put_ones(spikes.data.view(np.uint32), one, packed, lane, at, spikes.stride_t, count, n)
+        put_ones(numbers_in(spikes.data, np.uint32), one, packed, lane, at, spikes.stride_t, count, n)
     else:
-        put_ones(spikes.data.view(np.uint64), one, packed, lane, at, spikes.stride_t, count, n)
+        put_ones(numbers_in(spikes.data, np.uint64), one, packed, lane, at, spikes.stride_t, count, n)
 
 
 @compiled
@@ -301,7 +302,7 @@ def chunks_kernel() -> Any:
         units, fields = len(notes), reached.shape[1]
         notes, noted, reached = notes.reshape(-1, n), noted.reshape(-1, n), reached.reshape(-1, n)
         tile, buffer, lines, bits, fired, packed, slots, starts = borrow_scratch(scratch)
-        eights, width = fired.view(np.uint64), fired.shape[1]
+        width = fired.shape[1]
         c = None if shared is None else load_shared(shared)
         for group in range(first, last, len(slots)):
             alive = min(len(slots), last - group)
@@ -334,7 +335,7 @@ def chunks_kernel() -> Any:
                             if t < steps:
                                 put_chunk(tile, k * n, n, checkpoints, fields * (t // every), 1, begin, fields)
                     forward_row(tile, buffer[s * width : s * width + lanes], fired[s], lanes, jump_first, c, holds)
-                    pack_row(packed[s // WORD], fired[s], eights[s], s % WORD, lanes)
+                    pack_row(packed[s // WORD], fired[s], s % WORD, lanes)
                     if states.size > 0:
                         for k in range(alive):
                             t = starts[k] + s

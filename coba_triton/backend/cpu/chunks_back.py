@@ -15,7 +15,7 @@ from .chunks import STEPS, WORD, gather, leave_or_note, prefetch_part, row_width
 from .feed_forward import FRAME, FRAME_LEFT, backward_row, replay_row
 from .lanes import LANES, copy_lanes
 from .meeting import memory_apart
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .numba_bridge import borrow, compiled, entry_point, flattened, sources
 from .rows import (
     BACKWARD_ROWS,
     FIELDS,
@@ -231,7 +231,7 @@ def add_parts_kernel() -> Any:
 
     def add_parts(parts: Any, sums: Any) -> None:
         _ = digest  # part of the key of the disk cache
-        parts, total = parts.reshape(len(parts), -1), sums.reshape(-1)
+        parts, total = parts.reshape(len(parts), -1), flattened(sums)
         for unit in range(len(parts)):
             for j in range(len(total)):
                 total[j] += parts[unit, j]

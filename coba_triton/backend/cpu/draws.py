@@ -17,7 +17,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from .numba_bridge import OPTIONS, entry_point
+from .numba_bridge import OPTIONS, entry_point, numbers_in
 
 DRAWS = 16  # counters in one vectorised batch; each gives two gaps
 _HIGH = np.uint64(32)
@@ -44,7 +44,7 @@ def exponential_gaps(gaps: Any, words: Any, first: Any, stream: Any, low: Any, h
         a, b, c, d = philox(np.uint32(first + np.uint32(i)), stream, low, high, k0, k1)
         words[i] = (np.uint64(a) << _HIGH) | np.uint64(b)
         words[DRAWS + i] = (np.uint64(c) << _HIGH) | np.uint64(d)
-    bits = gaps.view(np.uint64)
+    bits = numbers_in(gaps, np.uint64)
     for i in range(2 * DRAWS):
         gaps[i] = (np.float64(np.int64(words[i] >> np.uint64(12))) + 0.5) * 2.0**-52
     for i in range(2 * DRAWS):  # u = m 2^e with m in [1/2, 1)

@@ -11,7 +11,7 @@ from ...neuron.adjoint import vjp, vjp_constants, vjp_input
 from ...neuron.records import Constants, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset, split_input
 from .checksums import add_row
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .numba_bridge import borrow, compiled, entry_point, numbers_in, sources
 from .rows import (
     BACKWARD_ROWS,
     CONSTANTS,
@@ -152,7 +152,7 @@ def forward_kernel() -> Any:
                 prefetch(spikes, t + 1, begin, n)
                 forward_row(tile, row, out, n, jump_first, c, holds)
                 if sums is not None:
-                    add_row(borrow(sums)[begin // 4 :], row.view(np.uint32), n)
+                    add_row(borrow(sums)[begin // 4 :], numbers_in(row, np.uint32), n)
                 if spikes.itemsize > 1:
                     expand(spikes.data, spikes.itemsize, one, at, out, n)
                 if words.size > 0:

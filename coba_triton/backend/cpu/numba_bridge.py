@@ -19,6 +19,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, event
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic, overload
 
 from ...common.garbage import no_collection
@@ -27,8 +28,23 @@ from ...neuron import adjoint, operations, step, surrogate
 from .cache import KernelCache
 
 OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
-# For functions that only compiled code calls. Their entries for Python and for C would take 5 % of the time to compile.
-INNER: Any = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+class _InnerCompiler(Compiler):  # type: ignore[misc]  # numba has no types
+    """Compiles a function that only compiled code calls, as far as LLVM's code, which the kernels take in.
+
+    Numba would optimize it three times and make machine code of it, which nobody runs: a third of the time to compile.
+    """
+
+    def define_pipelines(self) -> Any:
+        from .inner_library import InnerLibrary  # it loads LLVM, which kernels from the disk cache do not need
+
+        self.state.library = InnerLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        return super().define_pipelines()
+
+
+# For functions that only compiled code calls: without entries for Python and for C.
+INNER: Any = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _InnerCompiler}
 
 
 def _with_literals(function: Callable[..., Any], dtype: type) -> Callable[..., Any]:
@@ -112,6 +128,43 @@ def borrow(context: Any, array: Any) -> Any:
         return view._getvalue()
 
     return array(array), generate
+
+
+@intrinsic
+def numbers_in(context: Any, array: Any, dtype: Any) -> Any:
+    """The memory of an array, flat, as numbers of another dtype.
+
+    With NumPy's ``view`` and ``reshape``, Numba would compile their checks and messages into every kernel.
+    """
+    if array.layout != "C":
+        raise numba.errors.TypingError(f"numbers_in: expected an array in C order, got {array}")
+    return _memory_as(numba.types.Array(dtype.dtype, 1, "C", readonly=not array.mutable), array, dtype)
+
+
+@intrinsic
+def flattened(context: Any, array: Any) -> Any:
+    """The memory of an array, flat: see :func:`numbers_in`."""
+    if array.layout != "C":
+        raise numba.errors.TypingError(f"flat: expected an array in C order, got {array}")
+    return _memory_as(array.copy(ndim=1), array)
+
+
+def _memory_as(result: Any, *taken: Any) -> Any:
+    """A signature and its code: the first argument's memory as an array of the type ``result``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from numba.core.imputils import impl_ret_borrowed
+        from numba.np.arrayobj import populate_array
+
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        view = context.make_array(result)(context, builder)
+        size = context.get_constant(numba.types.intp, context.get_abi_sizeof(context.get_data_type(result.dtype)))
+        count = builder.udiv(builder.mul(array.nitems, array.itemsize), size)
+        data = builder.bitcast(array.data, view.data.type)
+        populate_array(view, data, [count], [size], size, array.meminfo, array.parent)
+        return impl_ret_borrowed(context, builder, result, view._getvalue())
+
+    return result(*taken), generate
 
 
 @intrinsic

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .meeting import memory_apart
-from .numba_bridge import compiled
+from .numba_bridge import compiled, flattened
 
 # Batch rows that read a weight together.
 ROWS = 4
@@ -102,7 +102,7 @@ def send_back(grad_z: Any, panels: Any, adjoints: Any, at: int, first: int, last
     neurons in their order, whoever computes it.
     """
     count, neurons, width = panels.shape
-    flat = panels.reshape(-1)
+    flat = flattened(panels)
     for panel in range(count):
         source, begin = panel * width, panel * neurons * width
         n = min(width, neurons - source)
@@ -115,7 +115,8 @@ def send_back(grad_z: Any, panels: Any, adjoints: Any, at: int, first: int, last
                 _of_one(sums, flat, begin, adjoints, at + 2 * neurons * row, neurons)
             for k in range(rows):
                 to = (row + k) * neurons + source
-                grad_z[to : to + n] = sums[k * width : k * width + n]
+                for j in range(n):
+                    grad_z[to + j] = sums[k * width + j]
             row += rows
 
 

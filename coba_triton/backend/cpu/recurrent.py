@@ -17,7 +17,7 @@ from ...neuron.operations import relu
 from ...neuron.records import Drive, Kept, State
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .events import FEW, compact, count_nonzero, unpack
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .numba_bridge import borrow, compiled, entry_point, flattened, sources
 from .products import ROWS, send_back
 from .rows import (
     BACKWARD_ROWS,
@@ -355,11 +355,11 @@ def simulate_rows(
                 elif input_drive.size == 0:
                     add_values(tile, INPUT, input_rows, values, input_events, input_count, begin, n)
                 else:
-                    tile[INPUT : INPUT + n] = input_drive[0, t, row, here]
-                    tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, row, here]
+                    copy_part(tile, INPUT, input_drive[0, t, row], begin, n)
+                    copy_part(tile, INPUT + ROW, input_drive[1, t, row], begin, n)
                 if recurrent_drive.size > 0:
-                    tile[RECURRENT : RECURRENT + n] = recurrent_drive[0, t, row, here]
-                    tile[RECURRENT + ROW : RECURRENT + ROW + n] = recurrent_drive[1, t, row, here]
+                    copy_part(tile, RECURRENT, recurrent_drive[0, t, row], begin, n)
+                    copy_part(tile, RECURRENT + ROW, recurrent_drive[1, t, row], begin, n)
                 elif t == 0:
                     add_values(tile, RECURRENT, recurrent_rows, initial[row], events, count, begin, n)
                 elif recurrent_synapses.starts.size > 0:
@@ -379,7 +379,7 @@ def simulate_rows(
                 if spikes.data.size > 0:
                     at = t * spikes.stride_t + cell
                     if spikes.itemsize == 1:
-                        spikes.data[at : at + n] = fired[here]
+                        copy_part(spikes.data, at, fired, begin, n)
                     else:
                         expand(spikes.data, spikes.itemsize, one, at, fired[here], n)
                 if words.size > 0 and not forced:
@@ -480,7 +480,9 @@ def sweep_tile(
         plane = k if begun is None else k + 1
         copy_part(tile, STEP + tile_row(plane, holds) * ROW, trajectory[k, t], at, n)
     if grad_spikes.size > 0:
-        tile[GRAD_Z : GRAD_Z + n] = grad_spikes[t, cell : cell + n] + grad_z[at_z : at_z + n]
+        grad = grad_spikes[t, cell : cell + n]
+        for j in range(n):
+            tile[GRAD_Z + j] = grad[j] + grad_z[at_z + j]
     else:
         copy_part(tile, GRAD_Z, grad_z, at_z, n)
     if grad_constants is not None:
@@ -541,7 +543,7 @@ def sweep_rows(
                 copy(adjoints[t, row, begin : begin + n], tile, ADJOINT, 1, n)
                 copy(adjoints[t, row, neurons + begin : neurons + begin + n], tile, ADJOINT + ROW, 1, n)
         if panels.size > 0:
-            send_back(lam_z, panels, adjoints.reshape(-1), 2 * batch * neurons * t, first, last, sums_of_rows)
+            send_back(lam_z, panels, flattened(adjoints), 2 * batch * neurons * t, first, last, sums_of_rows)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...neuron.records import Constants, State, Sums
-from .numba_bridge import borrow, compiled, inlined, prefetch_line
+from .numba_bridge import borrow, compiled, inlined, numbers_in, prefetch_line
 
 # Neurons of a tile at the most: a row of float32 is 4 KiB.
 TILE = 1024
@@ -169,23 +169,23 @@ def load(out: Any, bits: Any, source: Any, code: int, start: int, stride: int, n
     if code == UINT8:
         copy(out, source, start, stride, neurons)
     elif code == FLOAT32:
-        copy(out, source.view(np.float32), start, stride, neurons)
+        copy(out, numbers_in(source, np.float32), start, stride, neurons)
     elif code == FLOAT64:
-        copy(out, source.view(np.float64), start, stride, neurons)
+        copy(out, numbers_in(source, np.float64), start, stride, neurons)
     else:
-        copy(bits, source.view(np.uint16), start, stride, neurons)
+        copy(bits, numbers_in(source, np.uint16), start, stride, neurons)
         if code == BFLOAT16:
             for j in range(neurons):
                 bits[j] = bits[j] << 16
         else:
             widen_float16(bits, neurons)
-        copy(out, bits.view(np.float32), 0, 1, neurons)
+        copy(out, numbers_in(bits, np.float32), 0, 1, neurons)
 
 
 @compiled
 def widen_float16(bits: Any, neurons: int) -> None:
     """float16 to float32, in place: the exponent is rebased by a product, which is exact and normalises subnormals."""
-    numbers = bits.view(np.float32)
+    numbers = numbers_in(bits, np.float32)
     rebase = np.float32(2.0**112)
     for j in range(neurons):
         bits[j] = ((bits[j] & 0x8000) << 16) | ((bits[j] & 0x7FFF) << 13)
@@ -200,12 +200,12 @@ def widen_float16(bits: Any, neurons: int) -> None:
 def store(target: Any, code: int, start: int, row: Any, bits: Any, neurons: int) -> None:
     """A row into flat bytes of any floating element type, rounded to the nearest; ``bits`` is scratch."""
     if code == FLOAT32:
-        copy(target.view(np.float32)[start : start + neurons], row, 0, 1, neurons)
+        copy(numbers_in(target, np.float32)[start : start + neurons], row, 0, 1, neurons)
     elif code == FLOAT64:
-        copy(target.view(np.float64)[start : start + neurons], row, 0, 1, neurons)
+        copy(numbers_in(target, np.float64)[start : start + neurons], row, 0, 1, neurons)
     else:
-        copy(bits.view(np.float32), row, 0, 1, neurons)
-        halves = target.view(np.uint16)[start : start + neurons]
+        copy(numbers_in(bits, np.float32), row, 0, 1, neurons)
+        halves = numbers_in(target, np.uint16)[start : start + neurons]
         if code == BFLOAT16:
             narrow_bfloat16(halves, bits, neurons)
         else:
@@ -267,7 +267,7 @@ def row_of(buffer: Any, bits: Any, x: Strided, t: int, first: int, neurons: int)
     """A row as an array of the compute dtype: the memory itself where it can be, else a copy in ``buffer``."""
     start = t * x.stride_t + first * x.stride_m
     if x.stride_m == 1 and x.code == (FLOAT64 if buffer.itemsize == 8 else FLOAT32):
-        return x.data.view(buffer.dtype)[start : start + neurons]
+        return numbers_in(x.data, buffer.dtype)[start : start + neurons]
     load(buffer, bits, x.data, x.code, start, x.stride_m, neurons)
     return buffer
 
@@ -276,11 +276,11 @@ def row_of(buffer: Any, bits: Any, x: Strided, t: int, first: int, neurons: int)
 def expand(target: Any, itemsize: int, one: int, start: int, spikes: Any, neurons: int) -> None:
     """Spikes, a byte each, into flat bytes of ``itemsize``, where a spike has the bits ``one``."""
     if itemsize == 2:
-        scale(target.view(np.uint16)[start : start + neurons], spikes, one, neurons)
+        scale(numbers_in(target, np.uint16)[start : start + neurons], spikes, one, neurons)
     elif itemsize == 4:
-        scale(target.view(np.uint32)[start : start + neurons], spikes, one, neurons)
+        scale(numbers_in(target, np.uint32)[start : start + neurons], spikes, one, neurons)
     else:
-        scale(target.view(np.uint64)[start : start + neurons], spikes, one, neurons)
+        scale(numbers_in(target, np.uint64)[start : start + neurons], spikes, one, neurons)
 
 
 @compiled

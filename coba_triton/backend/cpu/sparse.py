@@ -19,7 +19,7 @@ from ...neuron.records import Drive
 from ...neuron.step import count_down, excess, fire, integrate, reset
 from .events import compact, count_nonzero
 from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
-from .numba_bridge import borrow, compiled, converted, entry_point, inlined, prefetch_line, sources
+from .numba_bridge import borrow, compiled, converted, entry_point, flattened, inlined, numbers_in, prefetch_line, sources
 from .recurrent import INPUT, add_events, add_values, are_spikes, drive_at
 from .rows import (
     LEFT,
@@ -30,6 +30,7 @@ from .rows import (
     Strided,
     borrow_strided,
     constants_of,
+    copy_part,
     expand,
     first_from,
     left_at,
@@ -207,7 +208,7 @@ def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last
 @inlined
 def ask_for_path(paths: Paths, first: int, last: int) -> None:
     """Ask for the paths from ``first`` to ``last`` ahead of their use."""
-    places, units = paths.places.view(np.uint8), paths.units.view(np.uint8)
+    places, units = numbers_in(paths.places, np.uint8), numbers_in(paths.units, np.uint8)
     for index in range(first * paths.places.itemsize, last * paths.places.itemsize, LINE):
         prefetch_line(places, index)
     for index in range(first * paths.units.itemsize, last * paths.units.itemsize, LINE):
@@ -321,7 +322,7 @@ def step_sums(
 @compiled
 def append(events: Any, count: int, fired: Any, first: int) -> int:
     """Append the neurons that fired, from ``first`` on, to a list; returns its length. ``fired``: a multiple of 8 bytes."""
-    eights = fired.view(np.uint64)
+    eights = numbers_in(fired, np.uint64)
     for k in range(len(eights)):
         if eights[k] != 0:
             for j in range(8 * k, 8 * k + 8):
@@ -355,7 +356,7 @@ def receive(inbox: Any, neurons: int, w: Wires, part: int, values: Any, events: 
 @compiled
 def ask_for_targets(w: Wires, source: int, part: int) -> None:
     """Ask for the targets of a source ahead of their use."""
-    data = w.targets.view(np.uint8)
+    data = numbers_in(w.targets, np.uint8)
     first, last = 4 * w.splits[part, source], 4 * w.splits[part + 1, source]
     for index in range(first, min(last, first + MOST_AHEAD), LINE):
         prefetch_line(data, index)
@@ -383,7 +384,7 @@ def ring_kernel() -> Any:
         longest, neurons = ring.shape[1], ring.shape[3]
         events = np.empty(history.shape[2] + 1, np.int64)
         for row in range(first, last):
-            sums = ring[row].reshape(-1)
+            sums = flattened(ring[row])
             sums[:] = 0
             for r in range(longest):
                 count = compact(events, history[r, row])
@@ -413,7 +414,7 @@ def send_kernel() -> Any:
                 ask_for_targets(w, events[k + 1] % sources, part)
             cell = events[k] // sources
             now = (slot + cell // batch) % longest
-            send(ring[cell % batch].reshape(-1), now, longest, neurons, w, events[k] % sources, part)
+            send(flattened(ring[cell % batch]), now, longest, neurons, w, events[k] % sources, part)
 
     return entry_point(send_spikes)
 
@@ -456,7 +457,7 @@ def block_kernel() -> Any:
         number = long_waits = 0
         for row in range(first, last):
             cells = row * neurons
-            sums = ring[row].reshape(-1)
+            sums = flattened(ring[row])
             for k in range(len(tiles)):
                 begin = own_first + k * TILE
                 n = min(TILE, own_last - begin)
@@ -489,8 +490,8 @@ def block_kernel() -> Any:
                     n = min(TILE, own_last - begin)
                     cell = cells + begin
                     if input_drive.size > 0:
-                        tile[INPUT : INPUT + n] = input_drive[0, now, row, begin : begin + n]
-                        tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, now, row, begin : begin + n]
+                        copy_part(tile, INPUT, input_drive[0, now, row], begin, n)
+                        copy_part(tile, INPUT + ROW, input_drive[1, now, row], begin, n)
                     elif dense and input_spikes:
                         add_events(tile, INPUT, input_rows, events, input_count, begin, n)
                     elif dense:
@@ -510,7 +511,7 @@ def block_kernel() -> Any:
                     if spikes.data.size > 0:
                         to = now * spikes.stride_t + cell
                         if spikes.itemsize == 1:
-                            spikes.data[to : to + n] = fired[k, :n]
+                            copy_part(spikes.data, to, fired[k], 0, n)
                         else:
                             expand(spikes.data, spikes.itemsize, one, to, fired[k], n)
                     if words.size > 0:

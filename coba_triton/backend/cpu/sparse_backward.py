@@ -17,7 +17,7 @@ import numpy as np
 
 from .events import compact, unpack
 from .lanes import LANES, add_product, lowest_bit, no_lanes, put_lanes, transpose_lanes
-from .numba_bridge import borrow, compiled, entry_point, inlined, prefetch_line, sources
+from .numba_bridge import borrow, compiled, entry_point, flattened, inlined, numbers_in, prefetch_line, sources
 from .recurrent import (
     ADJOINT,
     BACKWARD_SIZE,
@@ -143,7 +143,7 @@ def by_sign(by_weight: Any, neurons: int, paths: Paths) -> None:
 @inlined
 def ask_for_row(numbers: Any, begin: int, n: int) -> None:
     """Ask for ``n`` numbers from ``begin`` on ahead of their use."""
-    data = numbers.reshape(-1).view(np.uint8)
+    data = numbers_in(numbers, np.uint8)
     for index in range(begin * numbers.itemsize, min((begin + n) * numbers.itemsize, len(data)), LINE):
         prefetch_line(data, index)
 
@@ -220,7 +220,7 @@ def backward_block_kernel(method: str) -> Any:
         values, input_count, input_spikes = buffer[:sources], 0, True
         for lane in range(rows):
             cells = (first + lane) * neurons
-            sums = ring[first + lane].reshape(-1)
+            sums = flattened(ring[first + lane])
             for k in range(len(tiles)):
                 begin = k * TILE
                 n = min(TILE, neurons - begin)
@@ -255,8 +255,8 @@ def backward_block_kernel(method: str) -> Any:
                     elif dense:
                         add_values(tile, INPUT, input_rows, values, events, input_count, begin, n)
                     elif input_drive.size > 0:
-                        tile[INPUT : INPUT + n] = input_drive[0, t, first + lane, begin : begin + n]
-                        tile[INPUT + ROW : INPUT + ROW + n] = input_drive[1, t, first + lane, begin : begin + n]
+                        copy_part(tile, INPUT, input_drive[0, t, first + lane], begin, n)
+                        copy_part(tile, INPUT + ROW, input_drive[1, t, first + lane], begin, n)
                     unpack(fired[begin : begin + n], words[t // 32, cells + begin : cells + begin + n], t % 32)
                     step_row(tile, fired[begin : begin + n], n, jump_first, True, c, holds, True)
                     to = lane * neurons + begin
@@ -268,7 +268,7 @@ def backward_block_kernel(method: str) -> Any:
                     ask_for_path(paths, paths.starts[following], paths.starts[following + 1])
                     send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
         # back, with the adjoints of the steps after the block
-        flat, a_step = adjoints.reshape(-1), 2 * neurons * lanes
+        flat, a_step = flattened(adjoints), 2 * neurons * lanes
         ahead = min(steps, max(longest, STEPS_AHEAD))
         flow = scratch_on_line((ahead + longest) * a_step, state.dtype)
         if rows < lanes:
@@ -293,7 +293,7 @@ def backward_block_kernel(method: str) -> Any:
             t = steps - 1 - back_t
             if begin_t == 0:  # the window goes on: its first steps are now its last
                 begin_t = ahead
-                flow[ahead * a_step :] = flow[: longest * a_step]
+                copy_part(flow, ahead * a_step, flow, 0, longest * a_step)
             begin_t -= 1
             at_t = begin_t * a_step
             if by_weights.size > 0:
@@ -326,7 +326,7 @@ def backward_block_kernel(method: str) -> Any:
                 if grad_x.size > 0:
                     for source in range(sources):
                         worth(by_value, flow, at_t, lanes, incoming, source)
-                    from_lanes(grad_x.reshape(-1), (t * batch + first) * sources, sources, by_value, lanes, rows, sources)
+                    from_lanes(flattened(grad_x), (t * batch + first) * sources, sources, by_value, lanes, rows, sources)
                 if by_inputs.size > 0:
                     for lane in range(rows):
                         values = row_of(buffer, bits, x, t, (first + lane) * sources, sources)[:sources]
@@ -366,7 +366,7 @@ def history_kernel() -> Any:
             for sign in range(2):
                 at = (steps + t) * a_step + sign * neurons * lanes
                 start = ((t * batch + first) * 2 + sign) * neurons
-                to_lanes(flow, at, adjoints.reshape(-1), start, 2 * neurons, lanes, rows, neurons)
+                to_lanes(flow, at, flattened(adjoints), start, 2 * neurons, lanes, rows, neurons)
         by_spike = np.zeros(sources * lanes, history.dtype)
         events = np.empty(sources + 1, np.int64)
         every = range(number * vectors_of(lanes), (number + 1) * vectors_of(lanes))
@@ -376,7 +376,7 @@ def history_kernel() -> Any:
             at_r = r * a_step
             for source in range(sources):
                 worth(by_spike, flow, at_r, lanes, paths, source)
-            from_lanes(grad_history.reshape(-1), (r * batch + first) * sources, sources, by_spike, lanes, rows, sources)
+            from_lanes(flattened(grad_history), (r * batch + first) * sources, sources, by_spike, lanes, rows, sources)
             if by_weights.size > 0:
                 for lane in range(rows):
                     count = compact(events, history[r, first + lane])
