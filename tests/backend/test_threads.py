@@ -41,7 +41,7 @@ def feed_forward_training() -> Callable[[], object]:
 
 def recurrent(train: bool = False, rate: float = 0.05) -> Callable[[], object]:
     layer = CobaLIFRecurrent(64, 512, return_state=False)
-    x = (torch.rand(200, 8, 64) < rate).float()
+    x = (torch.rand(400, 8, 64) < rate).float()
 
     def call() -> None:
         with torch.set_grad_enabled(train):

@@ -333,7 +333,7 @@ MUTANTS = {
         {"return builder.fadd(total, builder.fmul(every, loaded))": "return builder.fmul(every, loaded)"}, "lanes.py"
     ),
     "CPU sparse: a weight of 0 has a gradient": cpu_sparse(
-        {"if paths.magnitudes[s] == 0 else": "if paths.magnitudes[s] < 0 else"}, "sparse_backward.py"
+        {"0 if weight == 0 else": "0 if weight != weight else"}, "sparse_backward.py"
     ),
     "CPU sparse: inhibitory weights keep the gradient's sign": cpu_sparse(
         {"signed = -by_weight[s] if": "signed = by_weight[s] if"}, "sparse_backward.py"

@@ -59,18 +59,25 @@ def count_nonzero(values: Any) -> int:
 
 @compiled
 def compact(events: Any, values: Any) -> int:
-    """The indices of what is not 0, ascending; returns how many. ``events`` has room for one more than ``values``."""
-    count = 0
+    """The indices of what is not 0, ascending; returns how many."""
+    count: int = append(events, 0, values, 0)
+    return count
+
+
+@compiled
+def append(events: Any, count: int, values: Any, first: int) -> int:
+    """Append the indices of what is not 0, counted from ``first`` on, to a list of ``count``; returns its new length."""
     whole = len(values) // FEW * FEW
     for begin in range(0, whole, FEW):
         found = not_zero(values, begin)
         while found != 0:
-            events[count] = begin + lowest_bit(found)
+            events[np.uintp(count)] = first + begin + lowest_bit(found)
             count += 1
             found &= found - 1
     for n in range(whole, len(values)):
-        events[count] = n
-        count += values[n] != 0
+        if values[n] != 0:
+            events[np.uintp(count)] = first + n
+            count += 1
     return count
 
 

@@ -719,7 +719,7 @@ def sparse_block(
     return final
 
 
-# Synapses that are prepared to be gone over many times, and kept until their weights change: 16 bytes each.
+# Synapses that are prepared to be gone over many times, and kept until their weights change: 8 to 20 bytes each.
 PREPARED_AT_MOST = 2**22
 # So many places have numbers of 32 bits.
 PLACES_OF_32_BITS = 2**32
@@ -738,24 +738,28 @@ def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
     if synapses is None:
         return _no_paths(net)
     weights, targets, delays = synapses.weights, synapses.targets, synapses.delays
-    scales = synapses.grid.scales
+    scales, count = synapses.grid.scales, len(targets)
+    own = _sharing(weights, count) == 2  # numbers of their own are read where they are
     fits = weights._version, net.neurons, net.per_ms, None if delays is None else delays._version
     found = _prepared.get(weights)
     if (
-        found is not None
-        and found[0] == fits
-        and all(a is b for a, b in zip(found[1], (targets, delays, scales), strict=True))
+        found is None
+        or found[0] != fits
+        or any(a is not b for a, b in zip(found[1], (targets, delays, scales), strict=True))
     ):
-        kept: sparse.Paths = found[2]
-        return kept
-    narrow = 2 * (net.longest + 1) * net.neurons <= PLACES_OF_32_BITS
-    places = np.empty(len(targets), np.uint32 if narrow else np.int64)
-    magnitudes, units = (torch.empty(len(targets), dtype=kind).numpy() for kind in (net.dtype, synapses.grid.sums))
-    alike = sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, magnitudes, units)
-    paths = sparse.Paths(_array(synapses.indptr), places, magnitudes, units, alike)
-    if len(targets) <= PREPARED_AT_MOST:
-        _prepared[weights] = fits, (targets, delays, scales), paths
-    return paths
+        narrow = 2 * (net.longest + 1) * net.neurons <= PLACES_OF_32_BITS
+        places = np.empty(count, np.uint32 if narrow else np.int64)
+        copies, units = (
+            torch.empty(size, dtype=kind).numpy()
+            for size, kind in ((0 if own else count, net.dtype), (count, synapses.grid.sums))
+        )
+        alike = sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, copies, units)
+        found = fits, (targets, delays, scales), places, copies, units, alike
+        if count <= PREPARED_AT_MOST:
+            _prepared[weights] = found
+    *_, places, copies, units, alike = found
+    values = _array(weights).reshape(-1) if own else copies
+    return sparse.Paths(_array(synapses.indptr), places, values, units, alike)
 
 
 def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, sweep: SparseSweep, threads: int) -> None:
@@ -811,6 +815,7 @@ def sparse_backward_block(
     threads = count_threads(most, 32 * steps * cells)
     planes = kept_count(len(state)) - 1 + (0 if sweep.sums is None else 2)
     lanes, every = sparse_backward.groups(batch, sweep.samples, threads)
+    ask_for_huge_pages(adjoints)
     trajectories = _scratch(sweep, min(threads, len(every)), planes * steps * lanes * neurons)
     args = (
         strided_bytes(x.reshape(steps, -1)),

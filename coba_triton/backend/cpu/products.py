@@ -115,8 +115,9 @@ def send_back(grad_z: Any, panels: Any, adjoints: Any, at: int, first: int, last
                 _of_one(sums, flat, begin, adjoints, at + 2 * neurons * row, neurons)
             for k in range(rows):
                 to = (row + k) * neurons + source
+                row_of_z, row_of_sums = grad_z[to : to + n], sums[k * width : k * width + n]
                 for j in range(n):
-                    grad_z[to + j] = sums[k * width + j]
+                    row_of_z[j] = row_of_sums[j]
             row += rows
 
 

@@ -17,7 +17,7 @@ from ...neuron.operations import relu
 from ...neuron.records import Drive, Kept, State
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .events import FEW, compact, count_nonzero, unpack
-from .numba_bridge import borrow, compiled, entry_point, flattened, sources
+from .numba_bridge import borrow, compiled, converted, entry_point, flattened, sources
 from .products import ROWS, send_back
 from .rows import (
     BACKWARD_ROWS,
@@ -200,6 +200,15 @@ def drive_at(tile: Any, at: int, j: int) -> Drive:
     return Drive(tile[at + j], tile[at + ROW + j])
 
 
+class Arriving(NamedTuple):
+    """The sums of what arrives at a tile in a step: integers of both signs, and what makes numbers of them."""
+
+    e: Any
+    i: Any
+    inverse_e: Any
+    inverse_i: Any
+
+
 @compiled
 def tile_row(plane: int, holds: bool | None) -> int:
     """The row of a tile for a plane of a trajectory, which has no plane ``left`` without a refractory period."""
@@ -214,17 +223,28 @@ def kept_at(tile: Any, at: int, j: int) -> Kept:
 
 @compiled
 def step_row(
-    tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any, holds: bool | None, keep: bool | None
+    tile: Any, fired: Any, neurons: int, jump_first: bool, forced: bool, shared: Any, holds: bool | None, keep: bool | None,
+    arriving: Any, driven: bool | None,
 ) -> None:  # fmt: skip
     """One step of a tile; ``fired`` takes 0 or 1, or gives it where it is ``forced``.
 
     ``holds``: None, or True where there is a refractory period; ``keep``: None, or True to keep what a trajectory has of
-    the inside of a step.
+    the inside of a step. ``arriving``: None where the recurrent drive is in the tile, else the sums from which it is rounded
+    once, and which begin anew; then ``driven`` may be None, where no input drives a neuron, else it is True.
     """
     for j in range(neurons):
         c = constants_of(tile, j, shared)
         before, left = state_at(tile, STATE, j), left_at(tile, LEFT, j, holds)
-        drive, recurrent = drive_at(tile, INPUT, j), drive_at(tile, RECURRENT, j)
+        if arriving is None:
+            recurrent = drive_at(tile, RECURRENT, j)
+        else:
+            recurrent = Drive(
+                converted(arriving.e[j], arriving.inverse_e) * arriving.inverse_e,
+                converted(arriving.i[j], arriving.inverse_i) * arriving.inverse_i,
+            )
+            arriving.e[j] = 0
+            arriving.i[j] = 0
+        drive = Drive(recurrent.e * 0.0, recurrent.e * 0.0) if driven is None else drive_at(tile, INPUT, j)
         u = integrate(before, drive, recurrent, c, jump_first)
         if keep is not None:
             decayed_e, decayed_i = decaying(before, drive, recurrent, jump_first)
@@ -370,9 +390,9 @@ def simulate_rows(
                     unpack(fired[here], words[t // 32, cell : cell + n], t % 32)
                 prefetch(spikes, t + 1, cell, n)
                 if trajectory.size == 0:
-                    step_row(tile, fired[here], n, jump_first, forced, c, holds, None)
+                    step_row(tile, fired[here], n, jump_first, forced, c, holds, None, None, True)
                 else:
-                    step_row(tile, fired[here], n, jump_first, forced, c, holds, True)
+                    step_row(tile, fired[here], n, jump_first, forced, c, holds, True, None, True)
                     at = cell - origin
                     for plane in range(len(trajectory)):
                         copy(trajectory[plane, t, at : at + n], tile, KEPT + tile_row(plane, holds) * ROW, 1, n)
@@ -480,9 +500,9 @@ def sweep_tile(
         plane = k if begun is None else k + 1
         copy_part(tile, STEP + tile_row(plane, holds) * ROW, trajectory[k, t], at, n)
     if grad_spikes.size > 0:
-        grad = grad_spikes[t, cell : cell + n]
+        grad, worth = grad_spikes[t, cell : cell + n], grad_z[at_z : at_z + n]
         for j in range(n):
-            tile[GRAD_Z + j] = grad[j] + grad_z[at_z + j]
+            tile[GRAD_Z + j] = grad[j] + worth[j]
     else:
         copy_part(tile, GRAD_Z, grad_z, at_z, n)
     if grad_constants is not None:

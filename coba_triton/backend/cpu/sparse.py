@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...neuron.records import Drive
-from ...neuron.step import count_down, excess, fire, integrate, reset
-from .events import compact, count_nonzero
+from .events import append, compact, count_nonzero
 from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
-from .numba_bridge import borrow, compiled, converted, entry_point, flattened, inlined, numbers_in, prefetch_line, sources
-from .recurrent import INPUT, add_events, add_values, are_spikes, drive_at
+from .numba_bridge import borrow, compiled, entry_point, flattened, inlined, numbers_in, prefetch_line, sources
+from .recurrent import INPUT, Arriving, add_events, add_values, are_spikes, step_row
 from .rows import (
     LEFT,
     LINE,
@@ -29,20 +27,16 @@ from .rows import (
     TILE,
     Strided,
     borrow_strided,
-    constants_of,
     copy_part,
     expand,
     first_from,
-    left_at,
     load_per_neuron,
     load_shared,
     load_state,
     pack,
     prefetch,
-    put_state,
     row_of,
     row_of_field,
-    state_at,
     store_state,
 )
 
@@ -52,6 +46,8 @@ MOST_TOGETHER = 32
 STEP = 2**32
 # Bytes of a source's targets that are asked for while those of the one before are read.
 MOST_AHEAD = 1024
+# Lines of a source's prepared synapses that are asked for ahead: the processor itself asks for those that follow.
+LINES_AHEAD = 8
 # In so many meetings a thread may wait long for another one.
 MEETINGS_A_WAIT = 512
 TILE_SIZE = INPUT + 2 * ROW
@@ -146,29 +142,32 @@ class Paths(NamedTuple):
         starts: the synapses of source ``k`` are ``starts[k]`` to ``starts[k + 1]``, int64 ``[K + 1]``.
         places: ``(2 d + sign) N + target`` of each synapse, uint32 ``[S]``, or int64 where these would not fit: which number
             of ``[T, 2, N]``, counted from the step of the source on, is the drive that it adds to.
-        magnitudes: of the weights, ``[S]``.
-        units: the same in units of the grid, ``[S]``, integers of the dtype of the sums.
+        weights: ``[S]``.
+        units: their magnitudes in units of the grid, ``[S]``, integers of the dtype of the sums.
         alike: whether all synapses of a source have the same delay.
     """
 
     starts: Any
     places: Any
-    magnitudes: Any
+    weights: Any
     units: Any
     alike: bool
 
 
 @compiled
 def borrow_paths(paths: Paths) -> Paths:
-    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.magnitudes), borrow(paths.units), paths.alike)
+    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.weights), borrow(paths.units), paths.alike)
 
 
 @functools.cache
 def paths_kernel() -> Any:
-    """Fill the :class:`Paths` of synapses onto ``neurons``; returns whether those of each source have the same delay."""
+    """Fill the ``places``, the ``units`` and, if there are any, the ``weights`` of :class:`Paths` onto ``neurons``.
+
+    Returns whether the synapses of each source have the same delay.
+    """
     digest = sources()
 
-    def paths(wires: Wires, neurons: int, places: Any, magnitudes: Any, units: Any) -> bool:
+    def paths(wires: Wires, neurons: int, places: Any, weights: Any, units: Any) -> bool:
         _ = digest  # part of the key of the disk cache
         w = borrow_wires(wires)
         alike = True
@@ -177,15 +176,27 @@ def paths_kernel() -> Any:
             for s in range(w.splits[0, source], w.splits[1, source]):
                 weight = w.weights[s if w.weight_of == 2 else source * w.weight_of]
                 steps = 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
-                sign = 1 if weight < 0 else 0
                 of_first = steps if s == w.splits[0, source] else of_first
                 alike &= steps == of_first
-                places[s] = (2 * steps + sign) * neurons + w.targets[s]
-                magnitudes[s] = abs(weight)
-                units[s] = int(np.rint(abs(weight) * w.scales[sign]))
+                places[s] = (2 * steps + sign_of(weight)) * neurons + w.targets[s]
+                units[s] = units_of(weight, w.scales[sign_of(weight)])
+                if weights.size > 0:
+                    weights[s] = weight
         return alike
 
     return entry_point(paths)
+
+
+@compiled
+def sign_of(weight: Any) -> int:
+    """0 where a weight is excitatory, 1 where it is inhibitory."""
+    return 1 if weight < 0 else 0
+
+
+@compiled
+def units_of(weight: Any, scale: Any) -> int:
+    """The magnitude of a weight in units of its grid."""
+    return int(np.rint(abs(weight) * scale))
 
 
 @inlined
@@ -206,13 +217,13 @@ def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last
 
 
 @inlined
-def ask_for_path(paths: Paths, first: int, last: int) -> None:
-    """Ask for the paths from ``first`` to ``last`` ahead of their use."""
+def ask_for_path(paths: Paths, first: int) -> None:
+    """Ask for the paths from ``first`` on ahead of their use."""
     places, units = numbers_in(paths.places, np.uint8), numbers_in(paths.units, np.uint8)
-    for index in range(first * paths.places.itemsize, last * paths.places.itemsize, LINE):
-        prefetch_line(places, index)
-    for index in range(first * paths.units.itemsize, last * paths.units.itemsize, LINE):
-        prefetch_line(units, index)
+    place, unit = first * paths.places.itemsize, first * paths.units.itemsize
+    for line in range(LINES_AHEAD):
+        prefetch_line(places, place + line * LINE)
+        prefetch_line(units, unit + line * LINE)
 
 
 @compiled
@@ -229,12 +240,12 @@ def send(sums: Any, now: int, longest: int, width: int, w: Wires, source: int, p
             if w.delay_of == 2:
                 slot = now + steps_of(w, s)
                 slot = slot - longest if slot >= longest else slot
-            sign = 1 if weight < 0 else 0
-            sums[np.uintp((2 * slot + sign) * width + w.targets[s])] += int(np.rint(abs(weight) * w.scales[sign]))
+            sign = sign_of(weight)
+            sums[np.uintp((2 * slot + sign) * width + w.targets[s])] += units_of(weight, w.scales[sign])
     else:
         weight = w.weights[source * w.weight_of]
-        sign = 1 if weight < 0 else 0
-        units = int(np.rint(abs(weight) * w.scales[sign]))
+        sign = sign_of(weight)
+        units = units_of(weight, w.scales[sign])
         if w.delay_of == 2:
             for s in range(first, last):
                 slot = now + steps_of(w, s)
@@ -263,7 +274,7 @@ def send_value(
         if w.delays.size > 0:
             slot = steps_of(w, s if w.delay_of == 2 else source * w.delay_of) - age
         if slot >= 0:
-            sign = 1 if weight < 0 else 0
+            sign = sign_of(weight)
             units = np.rint(np.float64(abs(weight)) * np.float64(value) * (np.float64(w.scales[sign]) / unit))
             sums[np.uintp((2 * slot + sign) * width + w.targets[s])] += int(units)
 
@@ -295,41 +306,9 @@ def take(tile: Any, at: int, sums: Any, begin: int, n: int, inverse: Any) -> Non
 
 
 @compiled
-def step_sums(
-    tile: Any, fired: Any, e: Any, i: Any, inverse_e: Any, inverse_i: Any, jump_first: bool, shared: Any,
-    holds: bool | None, driven: bool | None,
-) -> None:  # fmt: skip
-    """One step of a tile whose recurrent drive is that of the sums ``e`` and ``i``, which begin anew.
-
-    ``driven``: True, or None where no input drives a neuron; the input's drive is in the tile.
-    """
-    for j in range(len(e)):
-        c = constants_of(tile, j, shared)
-        before, left = state_at(tile, STATE, j), left_at(tile, LEFT, j, holds)
-        drive = Drive(inverse_e * 0.0, inverse_e * 0.0) if driven is None else drive_at(tile, INPUT, j)
-        recurrent = Drive(converted(e[j], inverse_e) * inverse_e, converted(i[j], inverse_i) * inverse_i)
-        u = integrate(before, drive, recurrent, c, jump_first)
-        e[j] = 0
-        i[j] = 0
-        spike = fire(excess(u, c), left)
-        z: Any = 1.0 if spike else 0.0
-        put_state(tile, STATE, j, reset(u, z, left, c))
-        if holds is not None:
-            tile[LEFT + j] = count_down(left, z, c)
-        fired[j] = spike
-
-
-@compiled
-def append(events: Any, count: int, fired: Any, first: int) -> int:
-    """Append the neurons that fired, from ``first`` on, to a list; returns its length. ``fired``: a multiple of 8 bytes."""
-    eights = numbers_in(fired, np.uint64)
-    for k in range(len(eights)):
-        if eights[k] != 0:
-            for j in range(8 * k, 8 * k + 8):
-                if fired[j]:
-                    events[count] = first + j
-                    count += 1
-    return count
+def arriving_at(sums: Any, at: int, neurons: int, n: int, scales: Any) -> Arriving:
+    """What arrives at ``n`` neurons in a step, whose excitatory sums begin at ``at``."""
+    return Arriving(sums[at : at + n], sums[at + neurons : at + neurons + n], scales[2], scales[3])
 
 
 @compiled
@@ -367,10 +346,14 @@ def send_ahead(sums: Any, neurons: int, paths: Paths, source: int, age: int) -> 
     """:func:`send_value` of a spike, along the prepared paths."""
     first, last = paths.starts[source], paths.starts[source + 1]
     places, units, base = paths.places[first:last], paths.units[first:last], np.uintp(2 * age * neurons)
-    for s in range(len(places)):
-        place = np.uintp(places[s])
-        if place >= base:
-            sums[place - base] += units[s]
+    if not paths.alike:
+        for s in range(len(places)):
+            place = np.uintp(places[s])
+            if place >= base:
+                sums[place - base] += units[s]
+    elif len(places) > 0 and np.uintp(places[0]) >= base:
+        for s in range(len(places)):
+            sums[np.uintp(places[s]) - base] += units[s]
 
 
 @functools.cache
@@ -502,12 +485,12 @@ def block_kernel() -> Any:
                     prefetch(spikes, now + 1, cell, n)
                     at = slot + t
                     at = 2 * neurons * (at - longest if at >= longest else at) + begin
-                    e, inhibitory = sums[at : at + n], sums[at + neurons : at + neurons + n]
+                    arriving = arriving_at(sums, at, neurons, n, w.scales)
                     if unit == 0 and input_drive.size == 0 and not dense:
-                        step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, None)
+                        step_row(tile, fired[k], n, jump_first, False, c, holds, None, arriving, None)
                     else:
-                        step_sums(tile, fired[k], e, inhibitory, w.scales[2], w.scales[3], jump_first, c, holds, True)
-                    found = append(entries[1:], found, fired[k, : (n + 7) // 8 * 8], t * STEP + begin)
+                        step_row(tile, fired[k], n, jump_first, False, c, holds, None, arriving, True)
+                    found = append(entries[1:], found, fired[k, :n], t * STEP + begin)
                     if spikes.data.size > 0:
                         to = now * spikes.stride_t + cell
                         if spikes.itemsize == 1:
@@ -538,7 +521,7 @@ def block_kernel() -> Any:
                         at = at - longest if at >= longest else at
                         following = (sent[k + 1] if k + 1 < len(sent) else sent[k]) & (STEP - 1)
                         if paths.places.size > 0:
-                            ask_for_path(paths, w.splits[part, following], w.splits[part + 1, following])
+                            ask_for_path(paths, w.splits[part, following])
                             send_along(sums, at, neurons, paths, w.splits[part, source], w.splits[part + 1, source])
                         else:
                             ask_for_targets(w, following, part)

@@ -25,7 +25,6 @@ from .recurrent import (
     INPUT,
     KEPT,
     KEPT_FIELDS,
-    RECURRENT,
     add_events,
     add_values,
     are_spikes,
@@ -48,7 +47,7 @@ from .rows import (
     row_of,
     scratch_on_line,
 )
-from .sparse import Paths, ask_for_path, borrow_paths, send_along, take, unit_of
+from .sparse import Paths, arriving_at, ask_for_path, borrow_paths, send_along, take, unit_of
 
 
 @compiled
@@ -90,30 +89,31 @@ def send_factor(sums: Any, paths: Paths, scales: Any, source: int, factor: Any) 
     for s in range(paths.starts[source], paths.starts[source + 1]):
         place = np.intp(paths.places[s])
         scale = np.float64(scales[1 if place >= half else 0])
-        sums[np.uintp(place)] += int(np.rint(np.float64(paths.magnitudes[s]) * factor * scale))
+        sums[np.uintp(place)] += int(np.rint(np.float64(abs(paths.weights[s])) * factor * scale))
 
 
 @inlined
 def worth(out: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int) -> None:
     """The gradient by what a source sends in a step, in all lanes; its adjoints are those of ``flow`` from ``at`` on."""
     first, last = paths.starts[source], paths.starts[source + 1]
-    places, magnitudes = paths.places[first:last], paths.magnitudes[first:last]
+    places, weights = paths.places[first:last], paths.weights[first:last]
     if lanes == 1:
         total = out[source] * 0
         for s in range(len(places)):
-            total += magnitudes[s] * flow[np.uintp(at + np.intp(places[s]))]
+            total += abs(weights[s]) * flow[np.uintp(at + np.intp(places[s]))]
         out[source] = total
     elif lanes == LANES:
         sums = no_lanes(flow)
         for s in range(len(places)):
-            sums = add_product(sums, magnitudes[s], flow, at + np.intp(places[s]) * LANES)
+            sums = add_product(sums, abs(weights[s]), flow, at + np.intp(places[s]) * LANES)
         put_lanes(out, source * LANES, sums)
     else:
         low, high = no_lanes(flow), no_lanes(flow)
         for s in range(len(places)):
             place = at + np.intp(places[s]) * 2 * LANES
-            low = add_product(low, magnitudes[s], flow, place)
-            high = add_product(high, magnitudes[s], flow, place + LANES)
+            magnitude = abs(weights[s])
+            low = add_product(low, magnitude, flow, place)
+            high = add_product(high, magnitude, flow, place + LANES)
         put_lanes(out, source * 2 * LANES, low)
         put_lanes(out, source * 2 * LANES + LANES, high)
 
@@ -129,15 +129,26 @@ def add_to_weights(
         sums[s] += value * flow[np.uintp(at + lane + np.intp(places[s]) * lanes)]
 
 
+@inlined
+def add_pair_to_weights(
+    by_weight: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int, a: int, b: int
+) -> None:  # fmt: skip
+    """:func:`add_to_weights` of two spikes, those of the lanes ``a`` and ``b``, one after the other."""
+    first, last = paths.starts[source], paths.starts[source + 1]
+    places, sums = paths.places[first:last], by_weight[first:last]
+    of_a, of_b = flow[at + a :], flow[at + b :]
+    for s in range(len(places)):
+        place = np.uintp(np.intp(places[s]) * lanes)
+        sums[s] = (sums[s] + of_a[place]) + of_b[place]
+
+
 @compiled
-def by_sign(by_weight: Any, neurons: int, paths: Paths) -> None:
+def by_sign(by_weight: Any, paths: Paths) -> None:
     """The gradient by magnitudes becomes that by weights; a weight of 0 has none."""
-    # A vector of quotients is several times as fast as divisions. Half a neuron keeps them away from whole numbers.
-    inverse = 1.0 / np.float64(neurons)
     for s in range(len(by_weight)):
-        row = np.int64((np.float64(paths.places[s]) + 0.5) * inverse)
-        signed = -by_weight[s] if row & 1 else by_weight[s]
-        by_weight[s] = 0 if paths.magnitudes[s] == 0 else signed
+        weight = paths.weights[s]
+        signed = -by_weight[s] if weight < 0 else by_weight[s]
+        by_weight[s] = 0 if weight == 0 else signed
 
 
 @inlined
@@ -244,9 +255,6 @@ def backward_block_kernel(method: str) -> Any:
                     tile = tiles[k]
                     begin = k * TILE
                     n = min(TILE, neurons - begin)
-                    at = 2 * slot * neurons + begin
-                    take(tile, RECURRENT, sums, at, n, scales[2])
-                    take(tile, RECURRENT + ROW, sums, at + neurons, n, scales[3])
                     if inbox.size > 0:
                         take(tile, INPUT, inbox, begin, n, scales[6] * unit)
                         take(tile, INPUT + ROW, inbox, neurons + begin, n, scales[7] * unit)
@@ -258,14 +266,15 @@ def backward_block_kernel(method: str) -> Any:
                         copy_part(tile, INPUT, input_drive[0, t, first + lane], begin, n)
                         copy_part(tile, INPUT + ROW, input_drive[1, t, first + lane], begin, n)
                     unpack(fired[begin : begin + n], words[t // 32, cells + begin : cells + begin + n], t % 32)
-                    step_row(tile, fired[begin : begin + n], n, jump_first, True, c, holds, True)
+                    arriving = arriving_at(sums, 2 * slot * neurons + begin, neurons, n, scales)
+                    step_row(tile, fired[begin : begin + n], n, jump_first, True, c, holds, True, arriving, True)
                     to = lane * neurons + begin
                     for plane in range(planes):
                         copy_part(trajectory[plane, t], to, tile, KEPT + tile_row(plane + 1, holds) * ROW, n)
                 count = compact(events, fired)
                 for k in range(count):
                     source, following = events[k], events[min(k + 1, count - 1)]
-                    ask_for_path(paths, paths.starts[following], paths.starts[following + 1])
+                    ask_for_path(paths, paths.starts[following])
                     send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
         # back, with the adjoints of the steps after the block
         flat, a_step = flattened(adjoints), 2 * neurons * lanes
@@ -300,11 +309,17 @@ def backward_block_kernel(method: str) -> Any:
                 lanes_that_fired(masks, words[t // 32], t % 32, first, rows)
             for source in range(neurons):
                 worth(by_spike, flow, at_t, lanes, paths, source)
-                mask = masks[source]
-                while mask != 0:  # its adjoints have just been read
-                    lane = lowest_bit(mask)
-                    mask &= mask - np.uint32(1)
-                    add_to_weights(by_weights[every.start + lane // LANES], flow, at_t, lanes, paths, source, lane, 1.0)
+                for vector in range(len(every)):  # its adjoints have just been read
+                    mask, lane = masks[source] >> np.uint32(LANES * vector) & np.uint32(2**LANES - 1), LANES * vector
+                    while mask != 0:
+                        a = lane + lowest_bit(mask)
+                        mask &= mask - np.uint32(1)
+                        if mask == 0:
+                            add_to_weights(by_weights[every.start + vector], flow, at_t, lanes, paths, source, a, 1.0)
+                        else:
+                            b = lane + lowest_bit(mask)
+                            mask &= mask - np.uint32(1)
+                            add_pair_to_weights(by_weights[every.start + vector], flow, at_t, lanes, paths, source, a, b)
             from_lanes(grad_z, 0, neurons, by_spike, lanes, rows, neurons)
             for lane in range(rows):
                 for begin in range(0, neurons, SWEPT):
@@ -337,9 +352,9 @@ def backward_block_kernel(method: str) -> Any:
                             add_to_weights(by_inputs[own], flow, at_t, lanes, incoming, events[k], lane, value)
         for own in every:
             if by_weights.size > 0:
-                by_sign(by_weights[own], neurons, paths)
+                by_sign(by_weights[own], paths)
             if by_inputs.size > 0:
-                by_sign(by_inputs[own], neurons, incoming)
+                by_sign(by_inputs[own], incoming)
 
     return entry_point(backward_block)
 
@@ -386,7 +401,7 @@ def history_kernel() -> Any:
                         add_to_weights(by_weights[own], flow, at_r, lanes, paths, events[k], lane, value)
         for own in every:
             if by_weights.size > 0:
-                by_sign(by_weights[own], neurons, paths)
+                by_sign(by_weights[own], paths)
 
     return entry_point(history_gradient)
 
