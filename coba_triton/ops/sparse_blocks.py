@@ -160,7 +160,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Go back through :func:`forward`, from the gradients by its outputs and ``grad_history [R, B, N]``."""
     longest, batch, neurons = history.shape
-    steps, dtype = x.shape[0], history.dtype
+    steps = x.shape[0]
     block_steps = choose_block_steps(call.block_steps, steps, batch * neurons, history, train=True)
     saved, grads = saved.split(asked.fields), grads.ready()
     recurrent = net.recurrent
@@ -186,6 +186,9 @@ def backward(
     input_events = dense is not None and net.backend.is_sparse(x)
     later = new(longest, batch, 2, neurons)
     room = history.new_empty(min(block_steps, steps) + longest, batch, 2, neurons)
+    sent = None
+    if grads.spikes is not None or grad_history is not None:
+        sent = history.new_empty(min(block_steps, steps), batch, neurons)
     empty = steps == 0 or batch * neurons == 0
     for start in reversed(range(0, 0 if empty else steps, block_steps)):
         here = slice(start, min(start + block_steps, steps))
@@ -207,7 +210,7 @@ def backward(
             input_drive(net, x[here], input_events),
             saved.checkpoints[start // block_steps],
             words,
-            _spikes_gradient(grads, grad_history, here, steps, dtype),
+            None if sent is None else _spikes_gradient(grads, grad_history, here, steps, sent[:t]),
             from_states,
             sweep,
             adjoints,
@@ -306,20 +309,22 @@ def _history_gradient_of_ranks(net: SparseNetwork, history: Tensor, adjoints: Te
     return net.exchange.add_up(worth)
 
 
-def _spikes_gradient(
-    grads: Incoming, grad_history: Tensor | None, here: slice, steps: int, dtype: torch.dtype
-) -> Tensor | None:
-    """The gradient by the spikes of a block, of which the last ones are in the history at the end as well."""
-    by_spikes = None if grads.spikes is None else grads.spikes[here].to(dtype)
+def _spikes_gradient(grads: Incoming, grad_history: Tensor | None, here: slice, steps: int, room: Tensor) -> Tensor | None:
+    """The gradient by the spikes of a block, of which the last ones are in the history at the end as well.
+
+    All blocks have the same ``room [t, B, N]`` for it: new pages of memory would cost as much as to fill them.
+    """
+    by_spikes = None if grads.spikes is None else grads.spikes[here]
+    if by_spikes is not None and not (by_spikes.is_contiguous() and by_spikes.dtype == room.dtype):
+        by_spikes = room.copy_(by_spikes)
     if grad_history is None:
-        return None if by_spikes is None else by_spikes.contiguous()
+        return by_spikes
     first = steps - len(grad_history)  # the step of the first row of the history
     begin = max(here.start, first)
     if begin < here.stop:
-        shape = (here.stop - here.start, *grad_history.shape[1:])
-        by_spikes = grad_history.new_zeros(shape) if by_spikes is None else by_spikes.clone()
+        by_spikes = room.zero_() if by_spikes is None else room.copy_(by_spikes)
         by_spikes[begin - here.start :] += grad_history[begin - first : here.stop - first]
-    return None if by_spikes is None else by_spikes.contiguous()
+    return by_spikes
 
 
 def _per_weight(by_synapse: Tensor | None, weights: Tensor | None, indptr: Tensor | None, like: Tensor) -> Tensor:

@@ -771,8 +771,8 @@ def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, 
     together = max(1, min(threads, len(every)))
     vectors = sparse_backward.vectors_of(lanes)
     parts = [
-        None if sums is None else sums.new_empty(together * vectors, sums.shape[1])
-        for sums in (sweep.recurrent, sweep.inputs)
+        None if sums is None else _scratch(sweep, name, together * vectors, sums.shape[1])
+        for name, sums in (("recurrent", sweep.recurrent), ("inputs", sweep.inputs))
     ]
     scratch = [nothing(2, sweep.lam.dtype) if part is None else part.numpy() for part in parts]
     for begin in range(0, len(every), together):
@@ -786,13 +786,16 @@ def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, 
                         sums[sample] += part[own]
 
 
-def _scratch(sweep: SparseSweep, groups: int, numbers: int) -> Any:
-    """So many numbers for each group. All blocks of a sweep have the same memory: new pages would cost more than its use."""
-    memory = sweep.scratch.get("trajectories")
+def _scratch(sweep: SparseSweep, name: str, groups: int, numbers: int) -> Tensor:
+    """So many numbers for each group, each beginning on a line of memory if they fill whole lines.
+
+    All blocks of a sweep have the same memory: new pages would cost more than its use.
+    """
+    memory = sweep.scratch.get(name)
     if memory is None or memory.numel() < groups * numbers:
-        memory = sweep.scratch["trajectories"] = sweep.lam.new_empty(groups * numbers)
+        memory = sweep.scratch[name] = sweep.lam.new_empty(groups * numbers)
         ask_for_huge_pages(memory)
-    return memory[: groups * numbers].view(groups, numbers).numpy()
+    return memory[: groups * numbers].view(groups, numbers)
 
 
 def sparse_backward_block(
@@ -816,7 +819,9 @@ def sparse_backward_block(
     planes = kept_count(len(state)) - 1 + (0 if sweep.sums is None else 2)
     lanes, every = sparse_backward.groups(batch, sweep.samples, threads)
     ask_for_huge_pages(adjoints)
-    trajectories = _scratch(sweep, min(threads, len(every)), planes * steps * lanes * neurons)
+    together = min(threads, len(every))
+    ahead = sparse_backward.steps_ahead(steps, net.longest)
+    flow = -(-(ahead + net.longest) * 2 * neurons * lanes // LANES) * LANES
     args = (
         strided_bytes(x.reshape(steps, -1)),
         _paths(net.inputs, net),
@@ -837,7 +842,9 @@ def sparse_backward_block(
         net.jump_first,
         holds(len(state)),
         steps,
-        trajectories,
+        ahead,
+        _scratch(sweep, "trajectories", together, planes * steps * lanes * neurons).numpy(),
+        _scratch(sweep, "flows", together, flow).numpy(),
     )
     _add_groups(sparse_backward.backward_block_kernel(sweep.method), args, batch, sweep, threads)
 

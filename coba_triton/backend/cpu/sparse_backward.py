@@ -188,6 +188,11 @@ SWEPT = 256
 STEPS_AHEAD = 2
 
 
+def steps_ahead(steps: int, longest: int) -> int:
+    """After how many steps back that happens, in a block of so many steps and with this longest delay."""
+    return min(steps, max(longest, STEPS_AHEAD))
+
+
 @functools.cache
 def backward_block_kernel(method: str) -> Any:
     """Replay a block and go back through it, for one group of batch rows from ``first`` on."""
@@ -197,23 +202,24 @@ def backward_block_kernel(method: str) -> Any:
         x: Strided, inputs: Paths, input_rows: Any, input_drive: Any, synapses: Paths, scales: Any, ring: Any, shared: Any,
         per_neuron: Any, state: Any,
         words: Any, grad_spikes: Any, grad_states: Any, lam: Any, grad_constants: Any, adjoints: Any, grad_x: Any,
-        jump_first: bool, holds: bool | None, steps: int, trajectories: Any, by_weights: Any, by_inputs: Any, lanes: int,
-        rows: int, first: int, number: int,
+        jump_first: bool, holds: bool | None, steps: int, ahead: int, trajectories: Any, flows: Any, by_weights: Any,
+        by_inputs: Any, lanes: int, rows: int, first: int, number: int,
     ) -> None:  # fmt: skip
         """``state``, ``lam``, ``per_neuron``, ``words``: ``[..., B N]``; ``grad_states [F T, B N]``; ``input_drive`` and
         ``adjoints [T + R, B, 2, N]`` as the protocol has them, ``input_rows`` as :func:`.sparse.block_kernel` has them. What
         is absent has no elements, ``grad_constants`` is None.
 
         ``scales [8]``: of the grid of the synapses between neurons, then of that of inputs. The ``ring`` is used up.
-        ``by_weights [groups, S]`` and ``by_inputs`` take the sums of group ``number`` in this launch, and ``trajectories``,
-        one row of numbers a group, are scratch. A group has ``lanes`` rows, of which ``rows`` are there.
+        ``by_weights [groups, S]`` and ``by_inputs`` take the sums of group ``number`` in this launch. ``trajectories`` and
+        ``flows``, one row of numbers a group, are scratch: the second has the adjoints that are still read, of ``ahead``
+        steps and of the longest delay. A group has ``lanes`` rows, of which ``rows`` are there.
         """
         _ = digest  # part of the key of the disk cache
         x, incoming, paths = borrow_strided(x), borrow_paths(inputs), borrow_paths(synapses)
         input_rows, input_drive, ring = borrow(input_rows), borrow(input_drive), borrow(ring)
         state, words = borrow(state), borrow(words)
         grad_spikes, grad_states, lam, adjoints = borrow(grad_spikes), borrow(grad_states), borrow(lam), borrow(adjoints)
-        grad_x, trajectories = borrow(grad_x), borrow(trajectories)
+        grad_x, trajectories, flows = borrow(grad_x), borrow(trajectories), borrow(flows)
         by_weights, by_inputs = borrow(by_weights), borrow(by_inputs)
         batch, longest, _, neurons = ring.shape
         dense = input_rows.size > 0
@@ -278,8 +284,7 @@ def backward_block_kernel(method: str) -> Any:
                     send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
         # back, with the adjoints of the steps after the block
         flat, a_step = flattened(adjoints), 2 * neurons * lanes
-        ahead = min(steps, max(longest, STEPS_AHEAD))
-        flow = scratch_on_line((ahead + longest) * a_step, state.dtype)
+        flow = flows[number]
         if rows < lanes:
             flow[:] = 0
         for r in range(longest):
