@@ -200,20 +200,19 @@ def units_of(weight: Any, scale: Any) -> int:
 
 
 @inlined
-def send_along(sums: Any, now: int, neurons: int, paths: Paths, first: int, last: int) -> None:
-    """:func:`send` along the prepared paths from ``first`` to ``last``."""
-    around, base = np.uintp(len(sums)), np.uintp(2 * now * neurons)
-    places, units = paths.places[first:last], paths.units[first:last]
-    if paths.alike:  # all of them arrive in one step, before the end of the ring or after it
-        if len(places) > 0 and base + np.uintp(places[0]) >= around:
-            base -= around
-        for s in range(len(places)):
-            sums[base + np.uintp(places[s])] += units[s]
-    else:
-        for s in range(len(places)):
-            place = base + np.uintp(places[s])
+def send_along(sums: Any, base: Any, paths: Paths, first: Any, last: Any) -> None:
+    """Add the paths from ``first`` to ``last`` to the ``sums``; those of the step of the spike begin at ``base``."""
+    around = np.uintp(len(sums))
+    if not paths.alike:
+        for s in range(first, last):
+            place = base + np.uintp(paths.places[np.uintp(s)])
             place = place - around if place >= around else place
-            sums[place] += units[s]
+            sums[place] += paths.units[np.uintp(s)]
+    elif first < last:  # all of them arrive in one step, before the end of the ring or after it
+        if base + np.uintp(paths.places[np.uintp(first)]) >= around:
+            base -= around
+        for s in range(first, last):
+            sums[base + np.uintp(paths.places[np.uintp(s)])] += paths.units[np.uintp(s)]
 
 
 @inlined
@@ -224,6 +223,21 @@ def ask_for_path(paths: Paths, first: int) -> None:
     for line in range(LINES_AHEAD):
         prefetch_line(places, place + line * LINE)
         prefetch_line(units, unit + line * LINE)
+
+
+@compiled
+def send_all(sums: Any, slot: int, neurons: int, paths: Paths, begins: Any, ends: Any, sent: Any) -> None:
+    """:func:`send` of the spikes of a list, ``step * STEP + source``, along the prepared paths.
+
+    ``slot``: of step 0. The synapses of source ``k`` are those from ``begins[k]`` to ``ends[k]``.
+    """
+    a_step, around = np.uintp(2 * neurons), np.uintp(len(sums))
+    for k in range(len(sent)):
+        following = np.uintp(sent[min(k + 1, len(sent) - 1)] & (STEP - 1))
+        ask_for_path(paths, begins[following])
+        source = np.uintp(sent[k] & (STEP - 1))
+        base = np.uintp(slot + (sent[k] >> 32)) * a_step
+        send_along(sums, base - around if base >= around else base, paths, begins[source], ends[source])
 
 
 @compiled
@@ -515,17 +529,15 @@ def block_kernel() -> Any:
                     long_waits += long_wait
                     alone |= wants_alone(word)  # all threads see the same words
                     sent = listed(theirs, word)
+                    if paths.places.size > 0:
+                        send_all(sums, slot, neurons, paths, w.splits[part], w.splits[part + 1], sent)
+                        continue
                     for k in range(len(sent)):
                         source = sent[k] & (STEP - 1)
                         at = slot + (sent[k] >> 32)
                         at = at - longest if at >= longest else at
-                        following = (sent[k + 1] if k + 1 < len(sent) else sent[k]) & (STEP - 1)
-                        if paths.places.size > 0:
-                            ask_for_path(paths, w.splits[part, following])
-                            send_along(sums, at, neurons, paths, w.splits[part, source], w.splits[part + 1, source])
-                        else:
-                            ask_for_targets(w, following, part)
-                            send(sums, at, longest, neurons, w, source, part)
+                        ask_for_targets(w, (sent[k + 1] if k + 1 < len(sent) else sent[k]) & (STEP - 1), part)
+                        send(sums, at, longest, neurons, w, source, part)
                 slot, begin_t = (slot + count) % longest, begin_t + count
             if part == 0:
                 done[0] = begin_t

@@ -47,7 +47,7 @@ from .rows import (
     row_of,
     scratch_on_line,
 )
-from .sparse import Paths, arriving_at, ask_for_path, borrow_paths, send_along, take, unit_of
+from .sparse import Paths, arriving_at, borrow_paths, send_all, take, unit_of
 
 
 @compiled
@@ -96,22 +96,22 @@ def send_factor(sums: Any, paths: Paths, scales: Any, source: int, factor: Any) 
 def worth(out: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int) -> None:
     """The gradient by what a source sends in a step, in all lanes; its adjoints are those of ``flow`` from ``at`` on."""
     first, last = paths.starts[source], paths.starts[source + 1]
-    places, weights = paths.places[first:last], paths.weights[first:last]
     if lanes == 1:
         total = out[source] * 0
-        for s in range(len(places)):
-            total += abs(weights[s]) * flow[np.uintp(at + np.intp(places[s]))]
+        for s in range(first, last):
+            magnitude, place = abs(paths.weights[np.uintp(s)]), at + np.intp(paths.places[np.uintp(s)])
+            total += magnitude * flow[np.uintp(place)]
         out[source] = total
     elif lanes == LANES:
         sums = no_lanes(flow)
-        for s in range(len(places)):
-            sums = add_product(sums, abs(weights[s]), flow, at + np.intp(places[s]) * LANES)
+        for s in range(first, last):
+            magnitude, place = abs(paths.weights[np.uintp(s)]), at + np.intp(paths.places[np.uintp(s)]) * LANES
+            sums = add_product(sums, magnitude, flow, place)
         put_lanes(out, source * LANES, sums)
     else:
         low, high = no_lanes(flow), no_lanes(flow)
-        for s in range(len(places)):
-            place = at + np.intp(places[s]) * 2 * LANES
-            magnitude = abs(weights[s])
+        for s in range(first, last):
+            magnitude, place = abs(paths.weights[np.uintp(s)]), at + np.intp(paths.places[np.uintp(s)]) * 2 * LANES
             low = add_product(low, magnitude, flow, place)
             high = add_product(high, magnitude, flow, place + LANES)
         put_lanes(out, source * 2 * LANES, low)
@@ -123,10 +123,9 @@ def add_to_weights(
     by_weight: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int, lane: int, value: Any
 ) -> None:  # fmt: skip
     """Add what the value that a source sends in a step and one lane adds to the gradient by its weights' magnitudes."""
-    first, last = paths.starts[source], paths.starts[source + 1]
-    places, sums = paths.places[first:last], by_weight[first:last]
-    for s in range(len(places)):
-        sums[s] += value * flow[np.uintp(at + lane + np.intp(places[s]) * lanes)]
+    for s in range(paths.starts[source], paths.starts[source + 1]):
+        place = at + lane + np.intp(paths.places[np.uintp(s)]) * lanes
+        by_weight[np.uintp(s)] += value * flow[np.uintp(place)]
 
 
 @inlined
@@ -134,12 +133,32 @@ def add_pair_to_weights(
     by_weight: Any, flow: Any, at: int, lanes: int, paths: Paths, source: int, a: int, b: int
 ) -> None:  # fmt: skip
     """:func:`add_to_weights` of two spikes, those of the lanes ``a`` and ``b``, one after the other."""
-    first, last = paths.starts[source], paths.starts[source + 1]
-    places, sums = paths.places[first:last], by_weight[first:last]
-    of_a, of_b = flow[at + a :], flow[at + b :]
-    for s in range(len(places)):
-        place = np.uintp(np.intp(places[s]) * lanes)
-        sums[s] = (sums[s] + of_a[place]) + of_b[place]
+    for s in range(paths.starts[source], paths.starts[source + 1]):
+        place = at + np.intp(paths.places[np.uintp(s)]) * lanes
+        by_weight[np.uintp(s)] = (by_weight[np.uintp(s)] + flow[np.uintp(place + a)]) + flow[np.uintp(place + b)]
+
+
+@compiled
+def back_through(
+    by_spike: Any, by_weights: Any, own: int, flow: Any, at: int, lanes: int, paths: Paths, masks: Any
+) -> None:  # fmt: skip
+    """What the spikes of all sources are worth in a step, and what those that ``masks`` has add to the weights' gradient.
+
+    ``own``: the first of the rows of ``by_weights`` that the group fills, one for each vector of lanes.
+    """
+    for source in range(len(masks)):
+        worth(by_spike, flow, at, lanes, paths, source)
+        for vector in range(vectors_of(lanes)):  # its adjoints have just been read
+            mask, lane = masks[source] >> np.uint32(LANES * vector) & np.uint32(2**LANES - 1), LANES * vector
+            while mask != 0:
+                a = lane + lowest_bit(mask)
+                mask &= mask - np.uint32(1)
+                if mask == 0:
+                    add_to_weights(by_weights[own + vector], flow, at, lanes, paths, source, a, 1.0)
+                else:
+                    b = lane + lowest_bit(mask)
+                    mask &= mask - np.uint32(1)
+                    add_pair_to_weights(by_weights[own + vector], flow, at, lanes, paths, source, a, b)
 
 
 @compiled
@@ -278,10 +297,7 @@ def backward_block_kernel(method: str) -> Any:
                     for plane in range(planes):
                         copy_part(trajectory[plane, t], to, tile, KEPT + tile_row(plane + 1, holds) * ROW, n)
                 count = compact(events, fired)
-                for k in range(count):
-                    source, following = events[k], events[min(k + 1, count - 1)]
-                    ask_for_path(paths, paths.starts[following])
-                    send_along(sums, slot, neurons, paths, paths.starts[source], paths.starts[source + 1])
+                send_all(sums, slot, neurons, paths, paths.starts[:-1], paths.starts[1:], events[:count])
         # back, with the adjoints of the steps after the block
         flat, a_step = flattened(adjoints), 2 * neurons * lanes
         flow = flows[number]
@@ -312,19 +328,7 @@ def backward_block_kernel(method: str) -> Any:
             at_t = begin_t * a_step
             if by_weights.size > 0:
                 lanes_that_fired(masks, words[t // 32], t % 32, first, rows)
-            for source in range(neurons):
-                worth(by_spike, flow, at_t, lanes, paths, source)
-                for vector in range(len(every)):  # its adjoints have just been read
-                    mask, lane = masks[source] >> np.uint32(LANES * vector) & np.uint32(2**LANES - 1), LANES * vector
-                    while mask != 0:
-                        a = lane + lowest_bit(mask)
-                        mask &= mask - np.uint32(1)
-                        if mask == 0:
-                            add_to_weights(by_weights[every.start + vector], flow, at_t, lanes, paths, source, a, 1.0)
-                        else:
-                            b = lane + lowest_bit(mask)
-                            mask &= mask - np.uint32(1)
-                            add_pair_to_weights(by_weights[every.start + vector], flow, at_t, lanes, paths, source, a, b)
+            back_through(by_spike, by_weights, every.start, flow, at_t, lanes, paths, masks)
             from_lanes(grad_z, 0, neurons, by_spike, lanes, rows, neurons)
             for lane in range(rows):
                 for begin in range(0, neurons, SWEPT):
