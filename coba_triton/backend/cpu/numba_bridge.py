@@ -30,6 +30,38 @@ from .cache import KernelCache
 OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
 
 
+class _NoMachineCode:
+    """Stands for what keeps machine code: there is none that could be given an environment of Python objects."""
+
+    def set_env(self, name: str, environment: Any) -> None:
+        pass
+
+
+@functools.cache
+def _inner_library() -> Any:
+    """The class of what holds LLVM's code of a function and of those that it calls, optimized once, without machine code."""
+    from numba.core.codegen import JITCodeLibrary  # it loads LLVM, which kernels from the disk cache do not need
+
+    class InnerLibrary(JITCodeLibrary):  # type: ignore[misc]  # numba has no types
+        @property
+        def codegen(self) -> Any:
+            return _NoMachineCode()
+
+        def _optimize_functions(self, ll_module: Any) -> None:
+            ll_module.data_layout = self._codegen._data_layout
+
+        def _optimize_final_module(self) -> None:
+            # Where LLVM first sees the loops of a function inside of a kernel, it does not make vectors of all of them.
+            passes, builder = self._codegen._module_pass_manager()
+            passes.run(self._final_module, builder)
+
+        def _finalize_final_module(self) -> None:
+            self._finalize_dynamic_globals()
+            self._finalized = True
+
+    return InnerLibrary
+
+
 class _InnerCompiler(Compiler):  # type: ignore[misc]  # numba has no types
     """Compiles a function that only compiled code calls, as far as LLVM's code, which the kernels take in.
 
@@ -37,9 +69,7 @@ class _InnerCompiler(Compiler):  # type: ignore[misc]  # numba has no types
     """
 
     def define_pipelines(self) -> Any:
-        from .inner_library import InnerLibrary  # it loads LLVM, which kernels from the disk cache do not need
-
-        self.state.library = InnerLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state.library = _inner_library()(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
         return super().define_pipelines()
 
 
