@@ -306,8 +306,16 @@ MUTANTS = {
     "CPU sparse: a delay is one step too short": cpu_sparse(
         {"int(np.rint(w.delays[index] * w.per_ms))": "int(np.rint(w.delays[index] * w.per_ms)) - 1"}
     ),
-    "CPU sparse: a slot of the ring is not cleared": cpu_sparse({"        e[j] = 0\n        i[j] = 0": "        i[j] = 0"}),
-    "CPU sparse: a held neuron spikes": cpu_sparse({SPIKE: "spike = excess(u, c) > 0.0"}),
+    "CPU sparse: a slot of the ring is not cleared": cpu_sparse({"arriving.e[j] = 0\n": "pass\n"}, "recurrent.py"),
+    "CPU sparse: a held neuron spikes": cpu_sparse(
+        {"if forced else fire(excess(u, c), left)": "if forced else excess(u, c) > 0.0"}, "recurrent.py"
+    ),
+    "CPU sparse: what arrives in the first step of a block is lost": cpu_sparse(
+        {"np.uintp(places[0]) >= base": "np.uintp(places[0]) > base + np.uintp(neurons)"}
+    ),
+    "CPU sparse: the second spike of a pair adds nothing to the weights' gradient": cpu_sparse(
+        {" + flow[np.uintp(place + a)]) + flow[np.uintp(place + b)]": " + flow[np.uintp(place + a)])"}, "sparse_backward.py"
+    ),
     "CPU sparse: the last synapse of a source is left out": cpu_sparse({LAST_SYNAPSE: f"{LAST_SYNAPSE} - 1"}),
     "CPU sparse: signs are swapped": cpu_sparse({"1 if weight < 0 else 0": "0 if weight < 0 else 1"}),
     "CPU sparse: the unit of graded inputs is forgotten": cpu_sparse(
