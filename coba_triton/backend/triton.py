@@ -617,7 +617,7 @@ def sweep_back(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> No
     tile = None if net.exchange is not None else _shared_sweep(neurons, batch, block.trajectory.dtype, sweep.lam.device)
     if tile is not None:
         return _sweep_together(net, sweep, block, adjoints, *tile)
-    _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
+    _, _, grad_spikes, grad_states, lam, lam_z, sums, _ = sweep
     in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH and net.exchange is None
     # one neuron a thread: no layout conversions between the loads
     if in_one_launch:
@@ -669,7 +669,7 @@ def _shared_sweep(neurons: int, batch: int, dtype: torch.dtype, device: torch.de
 def _sweep_together(net: Network, sweep: Sweep, block: Block, adjoints: Tensor, rows: int, columns: int, held: bool) -> None:
     """:func:`sweep_back` in one launch of programs of ``rows`` x ``columns`` neurons that meet after every step."""
     planes, steps, batch, neurons = block.trajectory.shape
-    _, _, grad_spikes, grad_states, lam, lam_z, sums = sweep
+    _, _, grad_spikes, grad_states, lam, lam_z, sums, _ = sweep
     groups, programs = _cdiv(batch, rows), _cdiv(neurons, columns)
     arrived, failed = (torch.zeros(size, dtype=torch.int32, device=lam.device) for size in (groups, 1))
     grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()

@@ -260,6 +260,7 @@ class Sweep(NamedTuple):
         lam: carried on; the gradient by the state, ``[F, B, N]``.
         lam_z: carried on; the gradient by the spikes before a step, ``[B, N]``.
         sums: carried on; the gradient by the constants of each neuron, ``[S, B N]``, or None.
+        scratch: what a backend works with in every block, under names of its own.
     """
 
     method: str
@@ -269,6 +270,7 @@ class Sweep(NamedTuple):
     lam: Tensor
     lam_z: Tensor
     sums: Tensor | None
+    scratch: dict[str, Tensor]
 
 
 class Block(NamedTuple):

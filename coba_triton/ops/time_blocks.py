@@ -174,6 +174,7 @@ def backward(
     grad_x = x.new_zeros(x.shape if asked.x else (0, *x.shape[1:]))
     input_events = net.backend.is_sparse(x)
     on_cpu = z.device.type == "cpu"  # bytes are read faster there; the spikes before the first step are any numbers
+    room = z.new_empty(min(block_steps, steps), batch, 2 * neurons)  # for all blocks: new pages cost as much as to fill them
     for start in reversed(range(0, steps if z.numel() else 0, block_steps)):
         here = slice(start, min(start + block_steps, steps))
         words = words_of(saved.words, start, here.stop - start)
@@ -187,7 +188,7 @@ def backward(
             recurrent_drive = net.backend.project_events(before, net.recurrent_rows)
         drive = None if input_events else project(net.input_weights, x[here])
         state = saved.checkpoints[start // block_steps]
-        adjoints = z.new_empty(here.stop - start, batch, 2 * neurons)
+        adjoints = room[: here.stop - start]
         net.backend.recurrent_backward_block(
             net, x[here], drive, before, recurrent_drive, state, words, sweep, start, adjoints
         )
@@ -231,4 +232,4 @@ def _begin(net: Network, z: Tensor, grads: Incoming, grad_z: Tensor | None, meth
         split_weights = split_weights.t().contiguous().t()  # as Network.send_back takes them
     sums = z.new_zeros(len(Sums._fields), z.numel()) if asked.constants else None
     spikes = None if grads.spikes is None else grads.spikes.flatten(1)
-    return Sweep(method, split_weights, spikes, grads.states, lam, lam_z, sums)
+    return Sweep(method, split_weights, spikes, grads.states, lam, lam_z, sums, {})

@@ -486,12 +486,18 @@ def recurrent_backward_block(
     steps, batch, neurons = before.shape[0], *state.shape[1:]
     cells, dtype = batch * neurons, state.dtype
     planes = kept_count(len(state)) + (0 if sweep.sums is None else 2)
+    ask_for_huge_pages(adjoints)
     drives = Drives(x, drive, before[0].to(net.dtype), recurrent_drive)
     most = parameters_of("recurrent_backward", dtype, neurons, batch)["threads"]
     # A thread with batch rows of its own goes through the block alone. PyTorch's threads share the product of fewer rows.
     alone = net.exchange is None and batch >= count_threads(most, 32 * steps * cells)
+    panels = nothing(3, dtype)
+    if alone:
+        if "panels" not in sweep.scratch:
+            sweep.scratch["panels"] = products.panels_of(net.recurrent_weights)
+        panels = sweep.scratch["panels"].numpy()
     back = recurrent.Back(
-        products.panels_of(net.recurrent_weights) if alone else nothing(3, dtype),
+        panels,
         *_incoming(sweep, start, steps),
         array_of_rows(sweep.lam.view(-1, cells)),
         _array(sweep.lam_z.view(cells)),
@@ -539,7 +545,9 @@ def recurrent_backward_block(
 def _incoming(sweep: Sweep, start: int, steps: int) -> tuple[Any, Any]:
     """The incoming gradients by the spikes of a block, and by the recorded states before each of its steps."""
     dtype, cells = sweep.lam.dtype, sweep.lam_z.numel()
-    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(dtype)
+    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps]
+    if spikes is not None and not (spikes.is_contiguous() and spikes.dtype == dtype):
+        spikes = _scratch(sweep, "spikes", steps, cells).copy_(spikes)
     states = sweep.states
     if states is not None:  # the initial one is not recorded
         earlier = states[:, start - 1 : start] if start else states.new_zeros(len(states), 1, *states.shape[2:])
@@ -786,7 +794,7 @@ def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, 
                         sums[sample] += part[own]
 
 
-def _scratch(sweep: SparseSweep, name: str, groups: int, numbers: int) -> Tensor:
+def _scratch(sweep: Sweep | SparseSweep, name: str, groups: int, numbers: int) -> Tensor:
     """So many numbers for each group, each beginning on a line of memory if they fill whole lines.
 
     All blocks of a sweep have the same memory: new pages would cost more than its use.

@@ -26,12 +26,12 @@ ROWS = 4
 REGISTER, VECTORS = 64, 4
 
 
-def panels_of(weights: Tensor) -> Any:
+def panels_of(weights: Tensor) -> Tensor:
     """``weights [N, K]`` as panels of neighbouring sources, ``[P, N, W]``; sources that there are not have weights of 0."""
     width = REGISTER * VECTORS // weights.element_size()
     neurons, count = weights.shape
     whole = torch.nn.functional.pad(weights.detach(), (0, -count % width))
-    return whole.view(neurons, -1, width).transpose(0, 1).contiguous().numpy()
+    return whole.view(neurons, -1, width).transpose(0, 1).contiguous()
 
 
 def _panel_product(rows: int) -> Any:
