@@ -545,9 +545,7 @@ def recurrent_backward_block(
 def _incoming(sweep: Sweep, start: int, steps: int) -> tuple[Any, Any]:
     """The incoming gradients by the spikes of a block, and by the recorded states before each of its steps."""
     dtype, cells = sweep.lam.dtype, sweep.lam_z.numel()
-    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps]
-    if spikes is not None and not (spikes.is_contiguous() and spikes.dtype == dtype):
-        spikes = _scratch(sweep, "spikes", steps, cells).copy_(spikes)
+    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(dtype)
     states = sweep.states
     if states is not None:  # the initial one is not recorded
         earlier = states[:, start - 1 : start] if start else states.new_zeros(len(states), 1, *states.shape[2:])
@@ -727,7 +725,7 @@ def sparse_block(
     return final
 
 
-# Synapses that are prepared to be gone over many times, and kept until their weights change: 8 to 20 bytes each.
+# Synapses that are prepared to be gone over many times, and kept until their weights change: 8 to 24 bytes each.
 PREPARED_AT_MOST = 2**22
 # So many places have numbers of 32 bits.
 PLACES_OF_32_BITS = 2**32
@@ -794,7 +792,7 @@ def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, 
                         sums[sample] += part[own]
 
 
-def _scratch(sweep: Sweep | SparseSweep, name: str, groups: int, numbers: int) -> Tensor:
+def _scratch(sweep: SparseSweep, name: str, groups: int, numbers: int) -> Tensor:
     """So many numbers for each group, each beginning on a line of memory if they fill whole lines.
 
     All blocks of a sweep have the same memory: new pages would cost more than its use.

@@ -31,7 +31,9 @@ OPTIONS: Any = {"nogil": True, "fastmath": False, "error_model": "numpy"}
 
 
 class _NoMachineCode:
-    """Stands for what keeps machine code: there is none that could be given an environment of Python objects."""
+    """Takes the place of what keeps machine code. Numba gives each function's machine code an environment of Python objects;
+    a function that has no machine code needs none.
+    """
 
     def set_env(self, name: str, environment: Any) -> None:
         pass
@@ -39,7 +41,10 @@ class _NoMachineCode:
 
 @functools.cache
 def _inner_library() -> Any:
-    """The class of what holds LLVM's code of a function and of those that it calls, optimized once, without machine code."""
+    """The class of objects that hold LLVM's code of a function and of those that it calls.
+
+    Numba's own class optimizes the code three times and makes machine code of it. This one optimizes it once and makes none.
+    """
     from numba.core.codegen import JITCodeLibrary  # it loads LLVM, which kernels from the disk cache do not need
 
     class InnerLibrary(JITCodeLibrary):  # type: ignore[misc]  # numba has no types
@@ -51,7 +56,8 @@ def _inner_library() -> Any:
             ll_module.data_layout = self._codegen._data_layout
 
         def _optimize_final_module(self) -> None:
-            # Where LLVM first sees the loops of a function inside of a kernel, it does not make vectors of all of them.
+            # Without this, LLVM would see the loops for the first time inside of a kernel. It knows less about them there,
+            # and does not turn all of them into vector operations: training takes twice as long.
             passes, builder = self._codegen._module_pass_manager()
             passes.run(self._final_module, builder)
 
@@ -63,9 +69,10 @@ def _inner_library() -> Any:
 
 
 class _InnerCompiler(Compiler):  # type: ignore[misc]  # numba has no types
-    """Compiles a function that only compiled code calls, as far as LLVM's code, which the kernels take in.
+    """Compiles a function that only compiled code calls.
 
-    Numba would optimize it three times and make machine code of it, which nobody runs: a third of the time to compile.
+    It stops at LLVM's code, which the kernels take in. Nobody would run machine code of the function itself, and to make it
+    would be a third of the time that a first run compiles.
     """
 
     def define_pipelines(self) -> Any:
