@@ -7,17 +7,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs tutorials matrix gpu budgets mutants lint clean
+.PHONY: help demo test test-all docs tutorials matrix gpu budgets mutants lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## simulate a network on an ECG; the results go to out/ecg
 	$(BIN)/coba-triton simulate ecg --out out/ecg
 	@echo "Open the picture: out/ecg/raster.png"
 
-test: $(STAMP) ## run the tests; ARGS="-m 'not slow'" leaves out what takes long
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
+
+test: $(STAMP) ## run the tests that take seconds each; they notice every planted bug
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## run all tests, as before a change is shared
+	$(PYTEST) $(ARGS)
 
 docs: $(STAMP) ## build the site into site/; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

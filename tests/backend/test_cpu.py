@@ -272,6 +272,7 @@ def package(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the neurons of:UserWarning")  # they fire too often or never
 @pytest.mark.parametrize("per_neuron", [False, True])
 def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> None:

@@ -110,6 +110,7 @@ def test_what_warmup_refuses(arguments, message, monkeypatch, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_warmup_without_a_target_is_of_the_cpu(capsys) -> None:
     """It says at the end what it has done, and a second time that nothing was left to do."""
     assert main(["warmup"]) == 0

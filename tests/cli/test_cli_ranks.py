@@ -46,6 +46,7 @@ def assert_same_runs(ours: Path, theirs: Path) -> None:
         assert summaries[0][name] == summaries[1][name]
 
 
+@pytest.mark.slow
 def test_the_result_of_one_process(tmp_path: Path) -> None:
     assert main(["simulate", "va", "--out", str(tmp_path / "one"), *OPTIONS]) == 0
     done = run(2, "simulate", "va", "--out", str(tmp_path / "two"), *OPTIONS)
@@ -85,6 +86,7 @@ def test_a_rank_that_is_killed_stops_all_and_others_go_on(tmp_path: Path) -> Non
     assert_same_runs(out, tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_what_is_refused(tmp_path: Path) -> None:
     done = run(2, "simulate", "va", "--out", str(tmp_path / "x"), "--format", "npz", *OPTIONS)
     assert done.returncode != 0 and "several processes cannot write one .npz; leave out --format npz" in done.stderr

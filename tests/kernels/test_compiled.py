@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton compiles the kernels, and it is not installed")
 
+from helpers.marks import slow
 from ptxsim import build
 
 TESTS = Path(__file__).parents[1]
@@ -42,7 +43,6 @@ def test_ragged_programs() -> None:
     execute(80, "test_kernels.py", "-k", RAGGED)
 
 
-@pytest.mark.slow
 def test_kernels() -> None:
     """All others."""
     execute(80, "test_kernels.py", "-k", f"not ({RAGGED})")
@@ -57,8 +57,7 @@ def test_kernels_where_sm_90_differs() -> None:
     execute(90, "test_kernels.py", "-k", "bfloat16 or slices or sliced or sweep or together")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, *slow(90)])
 def test_sparse_kernels(arch: int) -> None:
     """Of sparse networks; atomic operations and what is held in registers differ between these GPUs."""
     execute(arch, "test_sparse_kernels.py")

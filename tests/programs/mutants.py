@@ -1,7 +1,8 @@
 """Planted bugs: each is put into a copy of the sources, and ordinary tests must notice it.
 
 ``python tests/programs/mutants.py`` plants every bug, runs the layers of tests that reach the code, and writes which of them
-noticed into ``docs/mutants.md``; names of bugs restrict it to those, and keep the other rows. ``test_mutants.py`` holds the
+noticed into ``docs/mutants.md``; names of bugs restrict it to those, and keep the other rows. All these tests are part of
+``make test``, which leaves out those that are marked as slow. ``test_mutants.py`` holds the
 table to this file, and the bugs to the sources.
 """
 
@@ -28,7 +29,7 @@ LAYERS = {
 }
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"]
 EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]
-EQUATIONS = [*PYTEST, "tests/backend/test_reference.py", "tests/neuron/test_one_truth.py"]
+EQUATIONS = [*PYTEST, "tests/backend/test_reference.py", "tests/neuron/test_one_truth.py", "-m", "not slow"]
 CPU_TESTS = ["tests/kernels/test_feed_forward_kernels.py", "tests/backend/test_cpu.py"]
 CURRENT_TESTS = ["tests/neuron/test_current.py", "-m", "not slow", "-k"]
 SHARED = "tests/kernels/test_recurrent.py"
@@ -310,8 +311,8 @@ MUTANTS = {
     "CPU sparse: a held neuron spikes": cpu_sparse(
         {"if forced else fire(excess(u, c), left)": "if forced else excess(u, c) > 0.0"}, "recurrent.py"
     ),
-    "CPU sparse: what arrives in the first step of a block is lost": cpu_sparse(
-        {"np.uintp(places[0]) >= base": "np.uintp(places[0]) > base + np.uintp(neurons)"}
+    "CPU sparse: what is under way when a block begins is lost": cpu_sparse(
+        {"past_the_end or not under_way": "not under_way"}
     ),
     "CPU sparse: the second spike of a pair adds nothing to the weights' gradient": cpu_sparse(
         {" + flow[np.uintp(place + a)]) + flow[np.uintp(place + b)]": " + flow[np.uintp(place + a)])"}, "sparse_backward.py"

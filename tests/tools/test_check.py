@@ -170,6 +170,7 @@ def test_a_planted_wrong_delay_is_found_and_shrunk(monkeypatch, kind) -> None:
     assert "differs" not in shown_by(failed.snippet)
 
 
+@pytest.mark.slow
 def test_a_planted_wrong_gradient_by_synapses_is_found_and_shown(monkeypatch) -> None:
     def spoil(result, net, ring, x, drive, state, words, grad_spikes, grad_states, sweep, *others):
         sweep.recurrent[:, -1] *= 1 + 1e-6

@@ -200,19 +200,27 @@ def units_of(weight: Any, scale: Any) -> int:
 
 
 @inlined
-def send_along(sums: Any, base: Any, paths: Paths, first: Any, last: Any) -> None:
-    """Add the paths from ``first`` to ``last`` to the ``sums``; those of the step of the spike begin at ``base``."""
+def send_along(sums: Any, base: Any, paths: Paths, first: Any, last: Any, under_way: bool) -> None:
+    """Add the paths from ``first`` to ``last`` to the ``sums``; those of the step of the spike begin at ``base``.
+
+    Past the end of the sums they go on at the beginning. If spikes are ``under_way``, only these are added:
+    the others arrived before the first step.
+    """
     around = np.uintp(len(sums))
     if not paths.alike:
         for s in range(first, last):
             place = base + np.uintp(paths.places[np.uintp(s)])
+            arrives = place >= around or not under_way
             place = place - around if place >= around else place
-            sums[place] += paths.units[np.uintp(s)]
-    elif first < last:  # all of them arrive in one step, before the end of the ring or after it
-        if base + np.uintp(paths.places[np.uintp(first)]) >= around:
+            if arrives:
+                sums[place] += paths.units[np.uintp(s)]
+    elif first < last:  # all of them arrive in one step
+        past_the_end = base + np.uintp(paths.places[np.uintp(first)]) >= around
+        if past_the_end:
             base -= around
-        for s in range(first, last):
-            sums[base + np.uintp(paths.places[np.uintp(s)])] += paths.units[np.uintp(s)]
+        if past_the_end or not under_way:
+            for s in range(first, last):
+                sums[base + np.uintp(paths.places[np.uintp(s)])] += paths.units[np.uintp(s)]
 
 
 @inlined
@@ -237,7 +245,7 @@ def send_all(sums: Any, slot: int, neurons: int, paths: Paths, begins: Any, ends
         ask_for_path(paths, begins[following])
         source = np.uintp(sent[k] & (STEP - 1))
         base = np.uintp(slot + (sent[k] >> 32)) * a_step
-        send_along(sums, base - around if base >= around else base, paths, begins[source], ends[source])
+        send_along(sums, base - around if base >= around else base, paths, begins[source], ends[source], False)
 
 
 @compiled
@@ -355,21 +363,6 @@ def ask_for_targets(w: Wires, source: int, part: int) -> None:
         prefetch_line(data, index)
 
 
-@compiled
-def send_ahead(sums: Any, neurons: int, paths: Paths, source: int, age: int) -> None:
-    """:func:`send_value` of a spike, along the prepared paths."""
-    first, last = paths.starts[source], paths.starts[source + 1]
-    places, units, base = paths.places[first:last], paths.units[first:last], np.uintp(2 * age * neurons)
-    if not paths.alike:
-        for s in range(len(places)):
-            place = np.uintp(places[s])
-            if place >= base:
-                sums[place - base] += units[s]
-    elif len(places) > 0 and np.uintp(places[0]) >= base:
-        for s in range(len(places)):
-            sums[np.uintp(places[s]) - base] += units[s]
-
-
 @functools.cache
 def ring_kernel() -> Any:
     """What the values of the last steps have under way, for the batch rows from ``first`` to ``last``."""
@@ -384,11 +377,12 @@ def ring_kernel() -> Any:
             sums = flattened(ring[row])
             sums[:] = 0
             for r in range(longest):
-                count = compact(events, history[r, row])
+                count, base = compact(events, history[r, row]), np.uintp(2 * r * neurons)
                 for k in range(count):
                     value = history[r, row, events[k]]
                     if value == 1 and paths.places.size > 0:
-                        send_ahead(sums, neurons, paths, events[k], longest - r)
+                        source = np.uintp(events[k])
+                        send_along(sums, base, paths, paths.starts[source], paths.starts[source + np.uintp(1)], True)
                     else:
                         send_value(sums, neurons, w, events[k], 0, value, 1.0, longest - r)
 
