@@ -315,6 +315,8 @@ def _spikes_gradient(grads: Incoming, grad_history: Tensor | None, here: slice, 
     All blocks have the same ``room [t, B, N]`` for it: new pages of memory would cost as much as to fill them.
     """
     by_spikes = None if grads.spikes is None else grads.spikes[here]
+    if by_spikes is not None and by_spikes.stride(0) == 0 and grad_history is None:
+        return by_spikes[:1].to(room.dtype).expand(by_spikes.shape)  # the same in all steps: one of them is enough
     if by_spikes is not None and not (by_spikes.is_contiguous() and by_spikes.dtype == room.dtype):
         by_spikes = room.copy_(by_spikes)
     if grad_history is None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coba_triton import CobaLIFState
+from coba_triton import CobaLIFParameters, CobaLIFState, coba_lif_integral
 from coba_triton.backend.cpu import launch as cpu_launch
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.tools.problems import recurrent_problem
@@ -50,6 +50,25 @@ def test_gradients_do_not_depend_on_threads(threads) -> None:
         everything.append([*outputs, *grads.values()])
     for result in everything[1:]:
         assert_same_bits(result, everything[0])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_gradient_that_is_the_same_in_all_steps_is_read_as_one_row(sparse, dtype) -> None:
+    """As the gradient by the spikes of a readout of their counts is; with the bits of the same numbers in every step."""
+    case = recurrent_problem(70, 3, 40, dtype, exact=False)
+    counts = torch.linspace(-1, 1, 3 * 40, dtype=dtype).view(3, 40).flip(0)
+    weights = case.recurrent_weights.to_sparse_csr() if sparse else case.recurrent_weights
+    leaves = [leaf.clone().requires_grad_() for leaf in (case.x, case.input_weights, weights)]
+    spikes, _ = coba_lif_integral(leaves[0], None, *leaves[1:], CobaLIFParameters(), 0.1, backend="cpu", block_steps=32)
+    assert spikes.any()
+    found = [
+        [grad.to_dense() for grad in torch.autograd.grad(spikes, leaves, by_spikes, retain_graph=True)]
+        for by_spikes in (counts.expand(spikes.shape), counts.expand(spikes.shape).contiguous())
+    ]
+    assert all(grad.any() for grad in found[0])
+    assert_same_bits(*found)
 
 
 # Whether states are recorded, and parameters are those of each neuron: the first surrogate has both, the others take turns.

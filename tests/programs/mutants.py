@@ -183,8 +183,8 @@ def cpu_sparse(edits: dict[str, str], file: str = "sparse.py") -> Mutant:
     return Mutant("CPU sparse", f"coba_triton/backend/cpu/{file}", edits)
 
 
-def cpu_products(edits: dict[str, str]) -> Mutant:
-    return Mutant("CPU recurrent", "coba_triton/backend/cpu/products.py", edits)
+def cpu_recurrent(edits: dict[str, str], file: str = "products.py") -> Mutant:
+    return Mutant("CPU recurrent", f"coba_triton/backend/cpu/{file}", edits)
 
 
 def synapses(file: str, edits: dict[str, str]) -> Mutant:
@@ -390,10 +390,13 @@ MUTANTS = {
         "coba_triton/backend/cpu/feed_forward.py",
         {KEPT_LEFT.format(""): KEPT_LEFT.format("FRAME + ")},
     ),
-    "CPU: the product back takes the other sign's adjoint": cpu_products(
+    "CPU recurrent: every step reads the first gradient by the spikes": cpu_recurrent(
+        {"t if len(gradient) > 1 else 0": "0"}, "recurrent.py"
+    ),
+    "CPU: the product back takes the other sign's adjoint": cpu_recurrent(
         {"select(inhibitory[k], i, e)": "select(inhibitory[k], e, i)"}
     ),
-    "CPU: the product back forgets the last neuron": cpu_products(
+    "CPU: the product back forgets the last neuron": cpu_recurrent(
         {"for_range(builder, neurons) as": "for_range(builder, builder.sub(neurons, integer(1))) as"}
     ),
     "a current depends on the potential": current(

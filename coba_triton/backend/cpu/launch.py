@@ -171,6 +171,13 @@ def _array_if_given(x: Tensor | None, axes: int, dtype: torch.dtype) -> Any:
     return nothing(axes, dtype) if x is None else _array(x)
 
 
+def _gradient_by_spikes(spikes: Tensor | None, dtype: torch.dtype) -> Any:
+    """That of all steps ``[T, ...]`` as rows; one row where it is the same in all of them, as that of a sum over time is."""
+    if spikes is None:
+        return nothing(2, dtype)
+    return array_of_rows((spikes[:1] if spikes.stride(0) == 0 else spikes).to(dtype).flatten(1))
+
+
 def holds(fields: int) -> bool | None:
     """How the kernels are told that a state of so many fields has a refractory period: True, or None without one."""
     return True if fields > DIFFERENTIABLE else None
@@ -545,12 +552,12 @@ def recurrent_backward_block(
 def _incoming(sweep: Sweep, start: int, steps: int) -> tuple[Any, Any]:
     """The incoming gradients by the spikes of a block, and by the recorded states before each of its steps."""
     dtype, cells = sweep.lam.dtype, sweep.lam_z.numel()
-    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps].to(dtype)
+    spikes = None if sweep.spikes is None else sweep.spikes[start : start + steps]
     states = sweep.states
     if states is not None:  # the initial one is not recorded
         earlier = states[:, start - 1 : start] if start else states.new_zeros(len(states), 1, *states.shape[2:])
         states = torch.cat([earlier, states[:, start : start + steps - 1]], 1).view(-1, cells)
-    return _array_if_given(spikes, 2, dtype), _array_if_given(states, 2, dtype)
+    return _gradient_by_spikes(spikes, dtype), _array_if_given(states, 2, dtype)
 
 
 def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> None:
@@ -839,7 +846,7 @@ def sparse_backward_block(
         *constants_arrays(net.constants),
         array_of_rows(state.view(-1, cells)),
         _array(words.view(-1, cells)),
-        _array_if_given(None if grad_spikes is None else grad_spikes.view(steps, cells), 2, dtype),
+        _gradient_by_spikes(grad_spikes, dtype),
         nothing(2, dtype) if grad_states is None else array_of_rows(grad_states.reshape(-1, cells)),
         array_of_rows(sweep.lam.view(-1, cells)),
         None if sweep.sums is None else _array(sweep.sums),

@@ -474,6 +474,12 @@ def load_potentials(
 
 
 @compiled
+def row_of_step(gradient: Any, t: int) -> int:
+    """Which row of a gradient by spikes is that of step ``t``: it may have one row for all steps."""
+    return t if len(gradient) > 1 else 0
+
+
+@compiled
 def sweep_tile(
     tile: Any, trajectory: Any, at: int, begun: Any, grad_z: Any, at_z: int, words: Any, per_neuron: Any, grad_spikes: Any,
     grad_states: Any, lam: Any, grad_constants: Any, t: int, cell: int, n: int, jump_first: bool, shared: Any,
@@ -500,7 +506,7 @@ def sweep_tile(
         plane = k if begun is None else k + 1
         copy_part(tile, STEP + tile_row(plane, holds) * ROW, trajectory[k, t], at, n)
     if grad_spikes.size > 0:
-        grad, worth = grad_spikes[t, cell : cell + n], grad_z[at_z : at_z + n]
+        grad, worth = grad_spikes[row_of_step(grad_spikes, t), cell : cell + n], grad_z[at_z : at_z + n]
         for j in range(n):
             tile[GRAD_Z + j] = grad[j] + worth[j]
     else:
@@ -520,8 +526,9 @@ class Back(NamedTuple):
     """What a sweep back through a block reads and carries on.
 
     ``panels``: the recurrent weights as :func:`.products.panels_of` makes them; without elements, ``lam_z`` stays.
-    ``grad_spikes`` [T, M] and ``grad_states`` [F T, M], which is by the recorded states before the steps, may have no
-    elements. ``lam`` [F, M] and ``lam_z`` [M] are carried on. ``adjoints`` [T, B, 2 N] are filled.
+    ``grad_spikes`` [T, M], or [1, M] if it is the same in all steps, and ``grad_states`` [F T, M], which is by the recorded
+    states before the steps, may have no elements. ``lam`` [F, M] and ``lam_z`` [M] are carried on. ``adjoints`` [T, B, 2 N]
+    are filled.
     """
 
     panels: Any

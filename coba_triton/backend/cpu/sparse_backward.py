@@ -28,6 +28,7 @@ from .recurrent import (
     add_events,
     add_values,
     are_spikes,
+    row_of_step,
     step_row,
     sweep_tile,
     tile_row,
@@ -185,7 +186,7 @@ def ask_for_cells(trajectory: Any, grad_spikes: Any, adjoints: Any, t: int, at: 
     _, batch, _, neurons = adjoints.shape
     for plane in range(planes):  # the potentials of this step have been read with those after the next one
         ask_for_row(trajectory, (plane * steps + (max(t - 1, 0) if plane == 0 else t)) * cells + at, n)
-    ask_for_row(grad_spikes, t * batch * neurons + cell, n)
+    ask_for_row(grad_spikes, row_of_step(grad_spikes, t) * batch * neurons + cell, n)
     for sign in range(2):
         ask_for_row(adjoints, ((t * batch + cell // neurons) * 2 + sign) * neurons + cell % neurons, n)
 
