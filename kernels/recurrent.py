@@ -66,8 +66,8 @@ def add_rows(
         for i in tl.static_range(UNROLL):
             listed = start + i < count
             source = tl.load(list_ptr + start + i, mask=listed, other=0).to(tl.uint32).to(tl.int64)
-            if mask is None:
-                here = listed
+            if mask is None:  # one for each neuron: Triton 3.9's interpreter makes no mask of a single truth value
+                here = tl.zeros(neurons.shape, tl.int32) + (start + i) < count
             else:
                 here = tl.where(mask, start + i, count) < count
             rows = rows + (tl.load(columns + source * width, mask=here, other=0.0),)
@@ -174,8 +174,8 @@ def projection_kernel(
 @triton.jit
 def first_drive(first_ptr, t, cells, M, mask):
     """Where the sum over events starts: at what the spikes before the block send to its first step, else at 0."""
-    if mask is None:
-        is_first = t == 0
+    if mask is None:  # one for each cell, as in add_rows
+        is_first = tl.zeros(cells.shape, tl.int32) + t == 0
     else:
         is_first = tl.where(mask, t, 1) == 0
     return tl.load(first_ptr + cells, mask=is_first, other=0.0), tl.load(first_ptr + M + cells, mask=is_first, other=0.0)

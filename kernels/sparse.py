@@ -343,6 +343,8 @@ def send_back(
     end = tl.load(indptr_ptr + sources + 1, mask=mask, other=0)
     longest = tl.max(end - begin, 0).to(tl.int32)
     held = tl.where(mask, sources, 0)
+    # one for each source, as in recurrent.add_rows
+    sent = tl.zeros(sources.shape, tl.int64) + sent
     total = tl.zeros(sources.shape, adjoints_ptr.dtype.element_ty)
     for first in range(0, longest, UNROLL):
         products = ()

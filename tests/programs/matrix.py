@@ -46,7 +46,10 @@ SUITES: dict[str, tuple[list[str], dict[str, str]]] = {
     "calls": (["dry/test_calls.py"], {"TRITON_INTERPRET": "0", "COBA_TRITON_DRY": "1"}),
     "executed": (["kernels/test_compiled.py"], {}),
     "interpreter": (
-        ["kernels/test_feed_forward_kernels.py", "kernels/test_recurrent.py", "kernels/test_recurrent_kernels.py"],
+        [
+            *("kernels/test_feed_forward_kernels.py", "kernels/test_recurrent.py", "kernels/test_recurrent_kernels.py"),
+            *("kernels/test_sparse_kernels.py", "kernels/test_time_chunk_kernels.py"),
+        ],
         {},
     ),
     "CPU path": (["backend/test_cpu.py", "backend/test_cpu_recurrent.py"], {}),
