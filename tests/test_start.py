@@ -63,6 +63,7 @@ def test_the_command_line_has_every_public_name() -> None:
     assert done.stdout.split() == sorted(coba_triton.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ["import coba_triton, torch", "import torch, coba_triton"])
 def test_an_import_is_enough_to_read_files(imports: str, tmp_path: Path) -> None:
     """Records from ``torch.load`` and operators of an exported program are known, though no public name was asked for."""

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from helpers.marks import slow
+
 HIDDEN = "import sys; sys.modules['pyNN'] = None\n"  # as if it were not installed
 
 
@@ -19,7 +21,7 @@ def test_parameter_sets_need_no_pynn() -> None:
     assert done.stdout == "4.0 ['from_pynn', 'to_pynn']\n", done.stderr
 
 
-@pytest.mark.parametrize("code", ["sim.setup()", "sim.IF_cond_exp", "from coba_triton.pynn import Population"])
+@pytest.mark.parametrize("code", ["sim.setup()", *slow("sim.IF_cond_exp", "from coba_triton.pynn import Population")])
 def test_everything_else_says_what_to_install(code: str) -> None:
     done = run(f"import coba_triton.pynn as sim\n{code}")
     assert done.returncode == 1

@@ -155,6 +155,7 @@ def slow_reader(group: Any, path: Path, steps: int, options: dict[str, Any]) -> 
         return shared(group, "feed-forward", "neurons", (), steps, path, options)
 
 
+@pytest.mark.slow
 def test_a_rank_that_reads_late(ranks: Ranks, tmp_path: Path) -> None:
     """The first rank changes nothing in the result before the others have read what they go on from."""
     for steps in (70, 140, 140):  # the second one makes a block anew, and the third one has nothing to do

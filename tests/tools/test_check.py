@@ -314,6 +314,7 @@ def test_a_part_of_a_network_has_the_synapses_between_its_neurons() -> None:
     assert torch.equal(few.targets, whole.targets[3:40]) and torch.equal(few.source_of(), whole.source_of()[3:40])
 
 
+@pytest.mark.slow
 def test_quick_cases_of_sparse_networks_are_lively() -> None:
     """Neurons fire, and their synapses decide when."""
     checks = [check for check in checker.select("cpu", CPU, "quick", "sparse ") if "[9, 1, 1]" not in check.name]
