@@ -18,8 +18,10 @@ def without_barrier(source: Path, comment: str) -> tuple[Callable[[str], str], l
         dropped = 0
         for file in re.findall(rf'^\t\.file\t(\d+) "[^"]*{re.escape(source.name)}"', ptx, re.M):
             for line in lines:
-                # what stands between the line that names the place in the source and the next one
+                # what stands between the line that names the place in the source and the next one; then Triton 3.9's own
+                # barrier, which it puts before an arrival that releases
                 barrier = rf"(\n\t\.loc\t{file} {line} (?:(?!\.loc\t)[^\n]*\n)*?)[^\n]*bar\.sync[^\n]*"
+                barrier += r"(?:\n\t\.loc\t[^\n]*\n[^\n]*bar\.sync[^\n]*)?"
                 ptx, count = re.subn(barrier, r"\1", ptx)
                 dropped += count
         found.append(dropped)
