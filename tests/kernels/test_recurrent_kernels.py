@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_p
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import programs_take_turns
 from helpers.marks import slow
+from helpers.planted import PATIENCE, assert_every_bug_shows, load
 
 ORDERS = ["decay_first", "jump_first"]
 
@@ -279,8 +278,6 @@ def test_slices_that_wait_in_vain_raise(device) -> None:
         recurrent_problem(3, 1, 75).run("triton", path="sliced")
 
 
-PATIENCE = 1500  # looks at a counter; no program of a kernel that is right needs as many under the schedules of SEEDS
-SEEDS = range(3)
 MEET = ("(arrived < target)", "arrived >= target")
 SWEEPS = {"held": (2, 16, True), "streamed": (4, 32, False)}  # rows and neurons of a program
 
@@ -371,27 +368,22 @@ def sweep_goes_wrong(kind: str, seed: int) -> bool:
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SWEEPS)
-def test_planted_bugs_of_the_sweep_are_caught(kind, tmp_path, monkeypatch) -> None:
+def test_planted_bugs_of_the_sweep_are_caught(kind, plant) -> None:
     """Each bug shows under one of a few schedules, and the kernel as it is goes right under all of them."""
-    assert not any(sweep_goes_wrong(kind, seed) for seed in SEEDS)
-    for bug, edits in SWEEP_PLANTED.items():
-        monkeypatch.setattr(triton_backend, "recurrent", planted(edits, tmp_path / f"{bug}.py", monkeypatch))
-        assert any(sweep_goes_wrong(kind, seed) for seed in SEEDS), bug
+    assert_every_bug_shows(SWEEP_PLANTED, plant, lambda seed: sweep_goes_wrong(kind, seed))
 
 
-def planted(edits: dict[str, str], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels with a bug, in a file of their own: Python keeps the code of a file that changes within a second."""
+@pytest.fixture
+def plant(tmp_path, monkeypatch) -> Callable[[str, dict[str, str]], None]:
+    """Puts the kernels with a bug in the place of those without."""
     source = Path(recurrent_kernels.__file__).read_text()
-    for old, changed in edits.items():
-        assert source.count(old) == 1, old
-        source = source.replace(old, changed)
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"{kernels_package.__name__}.mutant", path)
-    assert spec is not None and spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, mutant)
-    spec.loader.exec_module(mutant)
-    return mutant
+
+    def put(bug: str, edits: dict[str, str]) -> None:
+        assert all(source.count(old) == 1 for old in edits), bug  # in the kernel that is meant, and in no other one
+        module = load(source, edits, kernels_package.__name__, tmp_path / f"{bug}.py", monkeypatch)
+        monkeypatch.setattr(triton_backend, "recurrent", module)
+
+    return put
 
 
 PLANTED = {
@@ -422,10 +414,7 @@ def slices_go_wrong(seed: int) -> bool:
 
 @interpreted
 @pytest.mark.slow
-def test_planted_barrier_bugs_are_caught(tmp_path, monkeypatch) -> None:
+def test_planted_barrier_bugs_are_caught(plant, monkeypatch) -> None:
     """Each bug shows under one of a few schedules, and the kernel as it is goes right under all of them."""
     monkeypatch.setattr(torch, "empty", torch.zeros)  # a list that is read too early then names neurons that exist
-    assert not any(slices_go_wrong(seed) for seed in SEEDS)
-    for bug, edits in PLANTED.items():
-        monkeypatch.setattr(triton_backend, "recurrent", planted(edits, tmp_path / f"{bug}.py", monkeypatch))
-        assert any(slices_go_wrong(seed) for seed in SEEDS), bug
+    assert_every_bug_shows(PLANTED, plant, slices_go_wrong)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +30,7 @@ from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import programs_take_turns
 from helpers.devices import to_device
 from helpers.marks import slow, slow_cases
+from helpers.planted import PATIENCE, assert_every_bug_shows, load
 from helpers.sparse_networks import Connected, SparseProblem, sparse_network_problem
 
 interpreted = pytest.mark.skipif(
@@ -52,9 +51,9 @@ def programs(count: int, seed: int = 0, spin_limit: int = 1_000_000) -> Iterator
     kept = [getattr(triton_backend, name) for name in names]
     for name, value in zip(names, (count, 32, spin_limit), strict=True):
         setattr(triton_backend, name, value)
-    at_once = triton.knobs.runtime.interpret and count > 1
+    in_turns = triton.knobs.runtime.interpret and count > 1
     try:
-        with programs_take_turns(seed) if at_once else contextlib.nullcontext():
+        with programs_take_turns(seed) if in_turns else contextlib.nullcontext():
             yield
     finally:
         for name, value in zip(names, kept, strict=True):
@@ -414,28 +413,14 @@ PLANTED = {
 }
 
 
-def planted(edits: dict[str, str], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels with a bug, in a file of their own: Python keeps the code of a file that changes within a second."""
-    source = Path(sparse_kernels.__file__).read_text()
-    meeting = inspect.getsource(recurrent_kernels.meet.fn)  # programs meet in a function of its own, which may have the bug
-    after = "# One number of a synapse for all"
-    source = source.replace(after, f"{meeting}\n\n{after}", 1)
-    for old, new in edits.items():
-        assert old in source
-        source = source.replace(old, new)
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"{kernels_package.__name__}.sparse_mutant", path)
-    assert spec is not None and spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, mutant)
-    spec.loader.exec_module(mutant)
-    return mutant
-
-
 @interpreted
 @pytest.mark.slow
 def test_planted_barrier_bugs_are_caught(tmp_path: Path, problem, monkeypatch) -> None:
     """Each bug shows under one of a few schedules, and the kernel as it is goes right under all of them."""
+    source = Path(sparse_kernels.__file__).read_text()
+    meeting = inspect.getsource(recurrent_kernels.meet.fn)  # programs meet in a function of its own, which may have the bug
+    after = "# One number of a synapse for all"
+    source = source.replace(after, f"{meeting}\n\n{after}", 1)
     case = problem(steps=12, delays=(1, 3))
     expected = case.expected()
 
@@ -443,10 +428,14 @@ def test_planted_barrier_bugs_are_caught(tmp_path: Path, problem, monkeypatch) -
         """A list that is read too early then names neurons that exist, and one that grows too long stays in its memory."""
         return torch.zeros(*size[:-1], 20 * size[-1] if len(size) == 2 else size[-1], **options)
 
+    def plant(bug: str, edits: dict[str, str]) -> None:
+        module = load(source, edits, kernels_package.__name__, tmp_path / f"{bug}.py", monkeypatch)
+        monkeypatch.setattr(triton_backend, "sparse", module)
+
     def goes_wrong(seed: int) -> bool:
         """Whether a result differs under this schedule, or a program waits in vain."""
         try:
-            with programs(3, seed, spin_limit=1500):
+            with programs(3, seed, PATIENCE):
                 ours = case.run()
         except RuntimeError as error:
             assert "sparse network" in str(error)
@@ -454,10 +443,7 @@ def test_planted_barrier_bugs_are_caught(tmp_path: Path, problem, monkeypatch) -
         return not all(torch.equal(ours[name], expected[name]) for name in expected)
 
     monkeypatch.setattr(torch, "empty", with_room)
-    assert not any(goes_wrong(seed) for seed in range(3))
-    for bug, edits in PLANTED.items():
-        monkeypatch.setattr(triton_backend, "sparse", planted(edits, tmp_path / f"{bug}.py", monkeypatch))
-        assert any(goes_wrong(seed) for seed in range(3)), bug
+    assert_every_bug_shows(PLANTED, plant, goes_wrong)
 
 
 # Through the public function

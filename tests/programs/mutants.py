@@ -1,9 +1,8 @@
 """Planted bugs: each is put into a copy of the sources, and ordinary tests must notice it.
 
 ``python tests/programs/mutants.py`` plants every bug, runs the layers of tests that reach the code, and writes which of them
-noticed into ``docs/mutants.md``; names of bugs restrict it to those, and keep the other rows. All these tests are part of
-``make test``, which leaves out those that are marked as slow. ``test_mutants.py`` holds the
-table to this file, and the bugs to the sources.
+noticed into ``docs/mutants.md``; names of bugs restrict it to those, and keep the other rows. No test that is marked as slow
+is among them, so ``make test`` runs them all. ``test_mutants.py`` holds the table to this file, and the bugs to the sources.
 """
 
 from __future__ import annotations

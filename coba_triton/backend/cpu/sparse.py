@@ -203,8 +203,8 @@ def units_of(weight: Any, scale: Any) -> int:
 def send_along(sums: Any, base: Any, paths: Paths, first: Any, last: Any, under_way: bool) -> None:
     """Add the paths from ``first`` to ``last`` to the ``sums``; those of the step of the spike begin at ``base``.
 
-    Past the end of the sums they go on at the beginning. If spikes are ``under_way``, only these are added:
-    the others arrived before the first step.
+    A path that leads past the end of the sums goes on at their beginning. Of a spike that was sent before the first step and
+    is ``under_way``, only such paths are added: along the others it has arrived.
     """
     around = np.uintp(len(sums))
     if not paths.alike:
