@@ -170,11 +170,11 @@ BARRIERS = {
 
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of two warps, whose threads race without it."""
+    """Programs of two warps, whose threads race without it; with Triton 3.6 in few of the steps, so there are many."""
     module, comment, programs = BARRIERS[name]
     monkeypatch.setattr(triton_backend, "SPARSE_TILE", 64)
     together(monkeypatch, programs)
-    case = problem(batch=1, neurons=150, steps=5)
+    case = problem(batch=1, neurons=150, steps=40)
     case.run()
     leave_out, found = without_barrier(Path(str(module.__file__)), comment)
     ptxsim.set_options(transform=leave_out)
