@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -298,6 +300,7 @@ def test_threads_share_a_row(
     monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
     monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
     monkeypatch.setattr(launch, "LONG_WAITS", long_waits)
+    monkeypatch.setattr(launch, "MANY_STEPS", 1 if threads == 2 else 10**9)  # with links, and without
     stops = []
     monkeypatch.setattr(launch, "_share_no_more_for_a_while", lambda: stops.append(1))
     for _ in range(3):
@@ -402,14 +405,53 @@ def test_gradients(name: str, record_states: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max().item())
 
 
-def test_places_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where neurons times delays are too many for places of 32 bits, these have 64."""
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_links_have_the_units_of_all_weights(dtype: torch.dtype, moved: bool) -> None:
+    """Weights of one link of either kind, and of two links, onto two parts of the neurons."""
+    from coba_triton.backend.cpu import sparse
+
+    bits, share, generator = 11, 20, torch.Generator().manual_seed(2)
+    synapses = draw(12, 37, 300, "mixed")
+    binades = torch.randint(-4 if moved else -45, 1, (300,), generator=generator)
+    weights = torch.ldexp(synapses.weights.to(dtype), binades)
+    weights[::7] = 0
+    scale = 2.0**20 if moved else 2.0**62
+    indptr, targets = synapses.indptr.numpy(), synapses.targets.numpy()
+    splits = np.array([indptr[:-1], [0] * 12, indptr[1:]])
+    splits[1] = [low + (targets[low:high] < share).sum() for low, high in itertools.pairwise(indptr)]
+    steps = (synapses.delays * 10).round().int().tolist()
+    scales = np.array([scale, scale, 1 / scale, 1 / scale], weights.numpy().dtype)
+    wires = sparse.Wires(splits, targets, weights.numpy(), 2, synapses.delays.numpy(), 2, np.float32(10), scales)
+    starts, middles, numbers = np.empty(25, np.int64), np.empty(24, np.int64), np.empty(1000, np.uint64)
+    count, alike = sparse.links_kernel()(wires, 37, bits, moved, starts, middles, numbers)
+    assert starts[-1] == count and not alike
+    kinds = [0, 0]
+    for source, part in itertools.product(range(12), range(2)):
+        wanted, found = Counter[int](), Counter[int]()
+        for s in range(splits[part, source], splits[part + 1, source]):
+            place = (2 * steps[s] + (weights[s] < 0).item()) * 37 + targets[s].item()
+            wanted[place] += round(abs(weights[s].item()) * scale)
+        at = 2 * source + part
+        for kind, (first, last) in enumerate(((starts[at], middles[at]), (middles[at], starts[at + 1]))):
+            assert (last - first) % sparse.ABREAST == 0
+            for number in numbers[first:last].tolist():
+                found[number % 2**bits] += number >> bits if kind else number - number % 2**bits
+                kinds[kind] += number >= 2**bits
+        assert +found == +wanted
+    assert kinds[1] > 50 and (kinds[0] == 0 if moved else kinds[0] > 50)
+
+
+def test_places_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neurons times delays are too many for the places of links, spikes are sent without, and a gradient says so."""
     from coba_triton.backend.cpu import launch
 
-    narrow = gradients("cpu", batch=1, delays="mixed")
-    monkeypatch.setattr(launch, "PLACES_OF_32_BITS", 1)
-    for found, wanted in zip(gradients("cpu", batch=1, delays="mixed"), narrow, strict=True):
-        assert torch.equal(found, wanted)
+    x, start, inputs, recurrent, p, _ = case(delays="mixed")
+    wanted = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu")
+    monkeypatch.setattr(launch, "PLACE_BITS", 1)
+    assert_same(coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu"), wanted)
+    with pytest.raises(ValueError, match=r"need 2 \(D \+ 1\) N <= 2\*\*1 sums a batch row, got D=.* use shorter delays"):
+        gradients("cpu", delays="mixed")
 
 
 @pytest.mark.parametrize("batch", [24, 32])

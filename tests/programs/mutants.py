@@ -317,6 +317,14 @@ MUTANTS = {
         {" + flow[np.uintp(place + a)]) + flow[np.uintp(place + b)]": " + flow[np.uintp(place + a)])"}, "sparse_backward.py"
     ),
     "CPU sparse: the last synapse of a source is left out": cpu_sparse({LAST_SYNAPSE: f"{LAST_SYNAPSE} - 1"}),
+    "CPU sparse: links that were moved up add as much": cpu_sparse(
+        {"np.int64(link >> bits) if moved": "np.int64(link) if moved"}
+    ),
+    "CPU sparse: a link adds its place as well": cpu_sparse({"np.int64(link & ~of_place)": "np.int64(link)"}),
+    "CPU sparse: links that fill up add again": cpu_sparse(
+        {"numbers[begin + k] & np.uint64(of_place)": "numbers[begin + k]"}
+    ),
+    "CPU sparse: threads send along the links of all neurons": cpu_sparse({"part, parts, sent)": "0, parts, sent)"}),
     "CPU sparse: signs are swapped": cpu_sparse({"1 if weight < 0 else 0": "0 if weight < 0 else 1"}),
     "CPU sparse: the unit of graded inputs is forgotten": cpu_sparse(
         {"incoming.scales[2] * unit": "incoming.scales[2]", "incoming.scales[3] * unit": "incoming.scales[3]"}

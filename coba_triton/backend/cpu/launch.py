@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...ops import memory as kept_memory
 from ...ops.call import (
     CPU_CHECKPOINT_EVERY,
     DIFFERENTIABLE,
@@ -623,10 +624,9 @@ def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     longest, batch, _ = history.shape
     ring = torch.empty(batch, longest, 2, net.neurons, dtype=net.recurrent.grid.sums)
     work = 2 * history.numel()
-    # a backward has prepared them, or does so next
-    paths = _paths(net.recurrent, net) if net.recurrent.weights in _prepared else _no_paths(net)
-    arrays = _array(ring), _array(history)
-    run(sparse.ring_kernel(), *arrays, _wires(net.recurrent, net), paths, shares=_split_rows(batch, work))
+    wires = _wires(net.recurrent, net)
+    links = _links(net, wires, net.neurons) if net.recurrent.weights in _linked else NO_LINKS  # many steps made them
+    run(sparse.ring_kernel(), _array(ring), _array(history), wires, links, shares=_split_rows(batch, work))
     return ring
 
 
@@ -702,7 +702,8 @@ def sparse_block(
         inputs, wires = _wires(net.inputs, net, parts, share), _wires(net.recurrent, net, parts, share)
         # numbers of their own are worth it to be brought into one form before they are read many times
         prepare = max(wires.weight_of, wires.delay_of) == 2 and len(wires.targets) <= PREPARED_AT_MOST
-        paths = _paths(net.recurrent, net) if prepare and batch * steps >= MANY_STEPS else _no_paths(net)
+        prepare &= batch * steps >= MANY_STEPS and _bits_of_place(net) <= PLACE_BITS
+        links = _links(net, wires, share) if prepare else NO_LINKS
         lists = sparse.shared_lists(share, parts, together) if parts > 1 else None
         shares = [
             (*some, part, parts, sparse.scratch(inputs, x.shape[-1], final.numpy().dtype, share, parts, together, lists))
@@ -710,7 +711,7 @@ def sparse_block(
             for part in range(parts)
         ]
         done = np.zeros(1, np.int64)
-        middle = inputs, _rows_of_events(net, x, drive), _array_if_given(drive, 4, state.dtype), wires, paths
+        middle = inputs, _rows_of_events(net, x, drive), _array_if_given(drive, 4, state.dtype), wires, links
         kernel = sparse.block_kernel()
         run(kernel, sources, *middle, *after, since, steps, together, share, LONG_WAITS, done, shares=shares, meet=parts > 1)
         return int(done[0])
@@ -732,47 +733,66 @@ def sparse_block(
     return final
 
 
-# Synapses that are prepared to be gone over many times, and kept until their weights change: 8 to 24 bytes each.
+# Synapses that are prepared to be gone over many times, and kept until their weights change: 8 to 28 bytes each.
 PREPARED_AT_MOST = 2**22
-# So many places have numbers of 32 bits.
-PLACES_OF_32_BITS = 2**32
+# Bits of a place at the most: half of a link's.
+PLACE_BITS = 32
 # A call goes over them many times if it has so many steps of all rows.
 MANY_STEPS = 256
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_linked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+NO_LINKS = sparse.Links(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64), 0, True)
 
 
-def _no_paths(net: SparseNetwork) -> sparse.Paths:
-    places, units = np.empty(0, np.uint32), nothing(1, net.recurrent.grid.sums)
-    return sparse.Paths(np.zeros(1, np.int64), places, nothing(1, net.dtype), units, True)
+def _kept(made: WeakTensorKeyDictionary, synapses: Projection, fits: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What was ``made`` of synapses that have not changed since, for a use that it ``fits``; else it is made now.
+
+    It is kept for the next time unless they are too many.
+    """
+    read = (synapses.indptr, synapses.weights, synapses.targets, synapses.delays, synapses.grid.scales)
+    fits += tuple(None if tensor is None else tensor._version for tensor in read)
+    found = made.get(synapses.weights)
+    if found is None or found[0] != fits or any(a is not b for a, b in zip(found[1], read[2:], strict=True)):
+        found = fits, read[2:], make()
+        if len(synapses.targets) <= PREPARED_AT_MOST:
+            made[synapses.weights] = found
+    return found[2]
 
 
 def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
-    """Synapses prepared for the backward, or for a forward of many steps."""
+    """Synapses prepared for the backward."""
     if synapses is None:
-        return _no_paths(net)
-    weights, targets, delays = synapses.weights, synapses.targets, synapses.delays
-    scales, count = synapses.grid.scales, len(targets)
-    own = _sharing(weights, count) == 2  # numbers of their own are read where they are
-    fits = weights._version, net.neurons, net.per_ms, None if delays is None else delays._version
-    found = _prepared.get(weights)
-    if (
-        found is None
-        or found[0] != fits
-        or any(a is not b for a, b in zip(found[1], (targets, delays, scales), strict=True))
-    ):
-        narrow = 2 * (net.longest + 1) * net.neurons <= PLACES_OF_32_BITS
-        places = np.empty(count, np.uint32 if narrow else np.int64)
-        copies, units = (
-            torch.empty(size, dtype=kind).numpy()
-            for size, kind in ((0 if own else count, net.dtype), (count, synapses.grid.sums))
-        )
-        alike = sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, copies, units)
-        found = fits, (targets, delays, scales), places, copies, units, alike
-        if count <= PREPARED_AT_MOST:
-            _prepared[weights] = found
-    *_, places, copies, units, alike = found
-    values = _array(weights).reshape(-1) if own else copies
-    return sparse.Paths(_array(synapses.indptr), places, values, units, alike)
+        return sparse.Paths(np.zeros(1, np.int64), np.empty(0, np.uint32), nothing(1, net.dtype))
+    count = len(synapses.targets)
+    own = _sharing(synapses.weights, count) == 2  # numbers of their own are read where they are
+
+    def make() -> tuple[Any, Any]:
+        places, copies = np.empty(count, np.uint32), torch.empty(0 if own else count, dtype=net.dtype).numpy()
+        sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, copies)
+        return places, copies
+
+    places, copies = _kept(_prepared, synapses, (net.neurons, net.per_ms), make)
+    return sparse.Paths(_array(synapses.indptr), places, _array(synapses.weights).reshape(-1) if own else copies)
+
+
+def _bits_of_place(net: SparseNetwork) -> int:
+    return (2 * (net.longest + 1) * net.neurons - 1).bit_length()
+
+
+def _links(net: SparseNetwork, wires: sparse.Wires, share: int) -> sparse.Links:
+    """The synapses between neurons prepared for many steps, onto each ``share`` of the neurons."""
+    parts, sources, bits = len(wires.splits) - 1, wires.splits.shape[1], _bits_of_place(net)
+
+    def make() -> sparse.Links:
+        most = 2 * len(wires.targets) + 2 * (sparse.ABREAST - 1) * parts * sources + 1
+        shapes = ((parts * sources + 1, np.int64), (parts * sources, np.int64), (most, np.uint64))
+        starts, middles, numbers = (np.empty(length, kind) for length, kind in shapes)
+        moved = net.recurrent.grid.sums == torch.int32  # their units have few bits
+        count, alike = sparse.links_kernel()(wires, net.neurons, bits, moved, starts, middles, numbers)
+        return sparse.Links(starts, middles, numbers[:count], bits, alike)
+
+    made: sparse.Links = _kept(_linked, net.recurrent, (net.neurons, net.per_ms, bits, parts, share), make)
+    return made
 
 
 def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, sweep: SparseSweep, threads: int) -> None:
@@ -806,7 +826,7 @@ def _scratch(sweep: SparseSweep, name: str, groups: int, numbers: int) -> Tensor
     """
     memory = sweep.scratch.get(name)
     if memory is None or memory.numel() < groups * numbers:
-        memory = sweep.scratch[name] = sweep.lam.new_empty(groups * numbers)
+        memory = sweep.scratch[name] = kept_memory.empty((groups * numbers,), sweep.lam.dtype)
         ask_for_huge_pages(memory)
     return memory[: groups * numbers].view(groups, numbers)
 
@@ -827,6 +847,11 @@ def sparse_backward_block(
     """See :meth:`coba_triton.backend.protocol.Backend.sparse_backward_block`."""
     _, batch, neurons = state.shape
     steps, cells, dtype = len(x), batch * neurons, state.dtype
+    if _bits_of_place(net) > PLACE_BITS:
+        raise ValueError(
+            f"gradients through sparse synapses need 2 (D + 1) N <= 2**{PLACE_BITS} sums a batch row, got D={net.longest} "
+            f"steps, the longest delay, and N={neurons} neurons; use shorter delays or backend 'reference'"
+        )
     most = parameters_of("recurrent_backward", dtype, neurons, batch)["threads"]
     threads = count_threads(most, 32 * steps * cells)
     planes = kept_count(len(state)) - 1 + (0 if sweep.sums is None else 2)
@@ -841,6 +866,7 @@ def sparse_backward_block(
         _rows_of_events(net, x, drive),
         _array_if_given(drive, 4, dtype),
         _paths(net.recurrent, net),
+        _links(net, _wires(net.recurrent, net), neurons),
         np.concatenate([_array(p.grid.scales) for p in (net.recurrent, net.inputs or net.recurrent)]),
         _array(ring),
         *constants_arrays(net.constants),

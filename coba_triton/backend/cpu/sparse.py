@@ -46,8 +46,10 @@ MOST_TOGETHER = 32
 STEP = 2**32
 # Bytes of a source's targets that are asked for while those of the one before are read.
 MOST_AHEAD = 1024
-# Lines of a source's prepared synapses that are asked for ahead: the processor itself asks for those that follow.
-LINES_AHEAD = 8
+# Lines of a source's links that are asked for ahead: the processor itself asks for those that follow.
+LINES_AHEAD = 14
+# So many links of a source are added without a look at whether they are the last: those that are missing add 0.
+ABREAST = 4
 # In so many meetings a thread may wait long for another one.
 MEETINGS_A_WAIT = 512
 TILE_SIZE = INPUT + 2 * ROW
@@ -136,55 +138,123 @@ def steps_of(w: Wires, index: int) -> int:
 
 
 class Paths(NamedTuple):
-    """Synapses as those read them who go over them many times; without elements: they are read as they are.
+    """Synapses as those read them who go over them many times.
 
     Attributes:
         starts: the synapses of source ``k`` are ``starts[k]`` to ``starts[k + 1]``, int64 ``[K + 1]``.
-        places: ``(2 d + sign) N + target`` of each synapse, uint32 ``[S]``, or int64 where these would not fit: which number
-            of ``[T, 2, N]``, counted from the step of the source on, is the drive that it adds to.
+        places: ``(2 d + sign) N + target`` of each synapse, uint32 ``[S]``: which number of ``[T, 2, N]``, counted from the
+            step of the source on, is the drive that it adds to.
         weights: ``[S]``.
-        units: their magnitudes in units of the grid, ``[S]``, integers of the dtype of the sums.
-        alike: whether all synapses of a source have the same delay.
     """
 
     starts: Any
     places: Any
     weights: Any
-    units: Any
-    alike: bool
 
 
 @compiled
 def borrow_paths(paths: Paths) -> Paths:
-    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.weights), borrow(paths.units), paths.alike)
+    return Paths(borrow(paths.starts), borrow(paths.places), borrow(paths.weights))
 
 
 @functools.cache
 def paths_kernel() -> Any:
-    """Fill the ``places``, the ``units`` and, if there are any, the ``weights`` of :class:`Paths` onto ``neurons``.
+    """Fill the ``places`` and, if there are any, the ``weights`` of :class:`Paths` onto ``neurons``."""
+    digest = sources()
 
-    Returns whether the synapses of each source have the same delay.
+    def paths(wires: Wires, neurons: int, places: Any, weights: Any) -> None:
+        _ = digest  # part of the key of the disk cache
+        w = borrow_wires(wires)
+        for source in range(w.splits.shape[1]):
+            for s in range(w.splits[0, source], w.splits[1, source]):
+                weight = weight_at(w, source, s)
+                places[s] = (2 * delay_at(w, source, s) + sign_of(weight)) * neurons + w.targets[s]
+                if weights.size > 0:
+                    weights[s] = weight
+
+    return entry_point(paths)
+
+
+class Links(NamedTuple):
+    """Synapses as those read them who send spikes along them many times; without elements: they are read as they are.
+
+    A link is one number. Its lowest ``bits`` are the place that it leads to, as in :class:`Paths`; what it adds there, in
+    units of the grid, is in the bits above. Links of the first kind have it as it is, because it ends with so many zeros.
+    Links of the second kind have it moved up. A weight that fits neither kind has a link of each.
+
+    Attributes:
+        starts: int64 ``[K parts + 1]``; the links of source ``k`` onto the neurons of part ``p`` begin at ``k parts + p``.
+        middles: int64 ``[K parts]``, where those of the second kind begin.
+        numbers: uint64. There are so many of each kind that ``ABREAST`` divides them: the last ones may add 0.
+        bits: of a place.
+        alike: whether all synapses of a source have the same delay.
+    """
+
+    starts: Any
+    middles: Any
+    numbers: Any
+    bits: int
+    alike: bool
+
+
+@compiled
+def borrow_links(links: Links) -> Links:
+    return Links(borrow(links.starts), borrow(links.middles), borrow(links.numbers), links.bits, links.alike)
+
+
+@functools.cache
+def links_kernel() -> Any:
+    """Fill :class:`Links`, of ``bits`` a place, onto ``neurons``; all of them are of the second kind where it is ``moved``.
+
+    Returns how many there are, and whether the synapses of each source have the same delay.
     """
     digest = sources()
 
-    def paths(wires: Wires, neurons: int, places: Any, weights: Any, units: Any) -> bool:
+    def link(
+        wires: Wires, neurons: int, bits: int, moved: bool, starts: Any, middles: Any, numbers: Any
+    ) -> tuple[int, bool]:  # fmt: skip
         _ = digest  # part of the key of the disk cache
         w = borrow_wires(wires)
-        alike = True
+        parts, count, alike = len(w.splits) - 1, 0, True
+        fits, of_place = 1 << min(64 - bits, 62), (1 << bits) - 1
         for source in range(w.splits.shape[1]):
-            of_first = 0
-            for s in range(w.splits[0, source], w.splits[1, source]):
-                weight = w.weights[s if w.weight_of == 2 else source * w.weight_of]
-                steps = 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
-                of_first = steps if s == w.splits[0, source] else of_first
-                alike &= steps == of_first
-                places[s] = (2 * steps + sign_of(weight)) * neurons + w.targets[s]
-                units[s] = units_of(weight, w.scales[sign_of(weight)])
-                if weights.size > 0:
-                    weights[s] = weight
-        return alike
+            for part in range(parts):
+                first, last = w.splits[part, source], w.splits[part + 1, source]
+                starts[source * parts + part] = count
+                of_first, left = delay_at(w, source, first) if first < last else 0, 0
+                for kind in range(2):
+                    begin = count
+                    if kind == 1:
+                        middles[source * parts + part] = begin
+                    for s in range(first, last if kind == 0 or left > 0 else first):
+                        weight, steps = weight_at(w, source, s), delay_at(w, source, s)
+                        alike &= steps == of_first
+                        units = units_of(weight, w.scales[sign_of(weight)])
+                        low = units & of_place
+                        low = units if moved or (low > 0 and units < fits) else low
+                        left |= low
+                        added = low << bits if kind == 1 else units - low
+                        numbers[count] = added | ((2 * steps + sign_of(weight)) * neurons + w.targets[s])
+                        count += added != 0
+                    for k in range((begin - count) % ABREAST):
+                        numbers[count] = numbers[begin + k] & np.uint64(of_place)
+                        count += 1
+        starts[len(starts) - 1] = count
+        return count, alike
 
-    return entry_point(paths)
+    return entry_point(link)
+
+
+@compiled
+def weight_at(w: Wires, source: int, s: int) -> Any:
+    """The weight of the synapse ``s`` of a source."""
+    return w.weights[s if w.weight_of == 2 else source * w.weight_of]
+
+
+@compiled
+def delay_at(w: Wires, source: int, s: int) -> int:
+    """Its delay in steps, 0 without delays."""
+    return 0 if w.delays.size == 0 else steps_of(w, s if w.delay_of == 2 else source * w.delay_of)
 
 
 @compiled
@@ -200,52 +270,72 @@ def units_of(weight: Any, scale: Any) -> int:
 
 
 @inlined
-def send_along(sums: Any, base: Any, paths: Paths, first: Any, last: Any, under_way: bool) -> None:
-    """Add the paths from ``first`` to ``last`` to the ``sums``; those of the step of the spike begin at ``base``.
+def add_links(
+    sums: Any, base: Any, links: Links, first: int, last: int, moved: bool, each: bool, under_way: bool
+) -> None:  # fmt: skip
+    """Add the links from ``first`` to ``last`` to the ``sums``; ``moved``: they are of the second kind.
 
-    A path that leads past the end of the sums goes on at their beginning. Of a spike that was sent before the first step and
-    is ``under_way``, only such paths are added: along the others it has arrived.
+    ``each``: whether they lead past the end of the sums is to be looked at for each, see :func:`send_along`.
     """
-    around = np.uintp(len(sums))
-    if not paths.alike:
-        for s in range(first, last):
-            place = base + np.uintp(paths.places[np.uintp(s)])
-            arrives = place >= around or not under_way
-            place = place - around if place >= around else place
-            if arrives:
-                sums[place] += paths.units[np.uintp(s)]
-    elif first < last:  # all of them arrive in one step
-        past_the_end = base + np.uintp(paths.places[np.uintp(first)]) >= around
-        if past_the_end:
-            base -= around
-        if past_the_end or not under_way:
-            for s in range(first, last):
-                sums[base + np.uintp(paths.places[np.uintp(s)])] += paths.units[np.uintp(s)]
+    around, bits = np.uintp(len(sums)), np.uint64(links.bits)
+    of_place = (np.uint64(1) << bits) - np.uint64(1)
+    at = np.uintp(first)
+    while at != np.uintp(last):  # of a range, LLVM would do several turns at once, and have to ask how many are left
+        for k in range(ABREAST):
+            link = links.numbers[at + np.uintp(k)]
+            place = base + np.uintp(link & of_place)
+            units = np.int64(link >> bits) if moved else np.int64(link & ~of_place)
+            if not each:
+                sums[place] += units
+            elif place >= around:
+                sums[place - around] += units
+            elif not under_way:
+                sums[place] += units
+        at += np.uintp(ABREAST)
 
 
 @inlined
-def ask_for_path(paths: Paths, first: int) -> None:
-    """Ask for the paths from ``first`` on ahead of their use."""
-    places, units = numbers_in(paths.places, np.uint8), numbers_in(paths.units, np.uint8)
-    place, unit = first * paths.places.itemsize, first * paths.units.itemsize
+def send_along(sums: Any, base: Any, links: Links, index: Any, under_way: bool) -> None:
+    """Add the links of a source to the ``sums``; those of the step of the spike begin at ``base``.
+
+    A link that leads past the end of the sums goes on at their beginning. Of a spike that was sent before the first step and
+    is ``under_way``, only such links are added: along the others it has arrived.
+    """
+    around = np.uintp(len(sums))
+    first, middle, last = links.starts[index], links.middles[index], links.starts[index + np.uintp(1)]
+    if not links.alike:
+        for moved in range(2):
+            begin, end = (middle, last) if moved else (first, middle)
+            add_links(sums, base, links, begin, end, moved != 0, True, under_way)
+    elif first < last:  # all of them arrive in one step
+        of_place = (np.uint64(1) << np.uint64(links.bits)) - np.uint64(1)
+        past_the_end = base + np.uintp(links.numbers[np.uintp(first)] & of_place) >= around
+        if past_the_end:
+            base -= around
+        if past_the_end or not under_way:
+            add_links(sums, base, links, first, middle, False, False, under_way)
+            add_links(sums, base, links, middle, last, True, False, under_way)
+
+
+@inlined
+def ask_for_links(links: Links, index: Any) -> None:
+    """Ask for the links of a source ahead of their use."""
+    data, first = numbers_in(links.numbers, np.uint8), links.starts[index] * links.numbers.itemsize
     for line in range(LINES_AHEAD):
-        prefetch_line(places, place + line * LINE)
-        prefetch_line(units, unit + line * LINE)
+        prefetch_line(data, first + line * LINE)
 
 
 @compiled
-def send_all(sums: Any, slot: int, neurons: int, paths: Paths, begins: Any, ends: Any, sent: Any) -> None:
-    """:func:`send` of the spikes of a list, ``step * STEP + source``, along the prepared paths.
-
-    ``slot``: of step 0. The synapses of source ``k`` are those from ``begins[k]`` to ``ends[k]``.
-    """
+def send_all(sums: Any, slot: int, neurons: int, links: Links, part: int, parts: int, sent: Any) -> None:
+    """:func:`send` of the spikes of a list, ``step * STEP + source``, along links; ``slot``: of step 0."""
     a_step, around = np.uintp(2 * neurons), np.uintp(len(sums))
     for k in range(len(sent)):
         following = np.uintp(sent[min(k + 1, len(sent) - 1)] & (STEP - 1))
-        ask_for_path(paths, begins[following])
+        ask_for_links(links, following * np.uintp(parts) + np.uintp(part))
         source = np.uintp(sent[k] & (STEP - 1))
         base = np.uintp(slot + (sent[k] >> 32)) * a_step
-        send_along(sums, base - around if base >= around else base, paths, begins[source], ends[source], False)
+        base = base - around if base >= around else base
+        send_along(sums, base, links, source * np.uintp(parts) + np.uintp(part), False)
 
 
 @compiled
@@ -368,9 +458,9 @@ def ring_kernel() -> Any:
     """What the values of the last steps have under way, for the batch rows from ``first`` to ``last``."""
     digest = sources()
 
-    def ring(ring: Any, history: Any, wires: Wires, prepared: Paths, first: int, last: int) -> None:
+    def ring(ring: Any, history: Any, wires: Wires, prepared: Links, first: int, last: int) -> None:
         _ = digest  # part of the key of the disk cache
-        ring, history, w, paths = borrow(ring), borrow(history), borrow_wires(wires), borrow_paths(prepared)
+        ring, history, w, links = borrow(ring), borrow(history), borrow_wires(wires), borrow_links(prepared)
         longest, neurons = ring.shape[1], ring.shape[3]
         events = np.empty(history.shape[2] + 1, np.int64)
         for row in range(first, last):
@@ -380,9 +470,8 @@ def ring_kernel() -> Any:
                 count, base = compact(events, history[r, row]), np.uintp(2 * r * neurons)
                 for k in range(count):
                     value = history[r, row, events[k]]
-                    if value == 1 and paths.places.size > 0:
-                        source = np.uintp(events[k])
-                        send_along(sums, base, paths, paths.starts[source], paths.starts[source + np.uintp(1)], True)
+                    if value == 1 and links.numbers.size > 0:
+                        send_along(sums, base, links, np.uintp(events[k]), True)
                     else:
                         send_value(sums, neurons, w, events[k], 0, value, 1.0, longest - r)
 
@@ -416,7 +505,7 @@ def block_kernel() -> Any:
     digest = sources()
 
     def block(
-        x: Strided, inputs: Wires, input_rows: Any, input_drive: Any, wires: Wires, prepared: Paths, ring: Any, start: int,
+        x: Strided, inputs: Wires, input_rows: Any, input_drive: Any, wires: Wires, prepared: Links, ring: Any, start: int,
         shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, states: Any, chosen: Any,
         jump_first: bool, holds: bool | None, since: int, steps: int, together: int, share: int, long_most: int, done: Any,
         first: int, last: int, part: int, parts: int, own: Scratch,
@@ -432,7 +521,7 @@ def block_kernel() -> Any:
         """
         _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
-        incoming, w, paths = borrow_wires(inputs), borrow_wires(wires), borrow_paths(prepared)
+        incoming, w, links = borrow_wires(inputs), borrow_wires(wires), borrow_links(prepared)
         input_rows, input_drive, ring = borrow(input_rows), borrow(input_drive), borrow(ring)
         state, words = borrow(state), borrow(words)
         states, chosen, done = borrow(states), borrow(chosen), borrow(done)
@@ -523,8 +612,8 @@ def block_kernel() -> Any:
                     long_waits += long_wait
                     alone |= wants_alone(word)  # all threads see the same words
                     sent = listed(theirs, word)
-                    if paths.places.size > 0:
-                        send_all(sums, slot, neurons, paths, w.splits[part], w.splits[part + 1], sent)
+                    if links.numbers.size > 0:
+                        send_all(sums, slot, neurons, links, part, parts, sent)
                         continue
                     for k in range(len(sent)):
                         source = sent[k] & (STEP - 1)

@@ -48,7 +48,7 @@ from .rows import (
     row_of,
     scratch_on_line,
 )
-from .sparse import Paths, arriving_at, borrow_paths, send_all, take, unit_of
+from .sparse import Links, Paths, arriving_at, borrow_links, borrow_paths, send_all, take, unit_of
 
 
 @compiled
@@ -219,8 +219,8 @@ def backward_block_kernel(method: str) -> Any:
     digest = sources()
 
     def backward_block(
-        x: Strided, inputs: Paths, input_rows: Any, input_drive: Any, synapses: Paths, scales: Any, ring: Any, shared: Any,
-        per_neuron: Any, state: Any,
+        x: Strided, inputs: Paths, input_rows: Any, input_drive: Any, synapses: Paths, prepared: Links, scales: Any,
+        ring: Any, shared: Any, per_neuron: Any, state: Any,
         words: Any, grad_spikes: Any, grad_states: Any, lam: Any, grad_constants: Any, adjoints: Any, grad_x: Any,
         jump_first: bool, holds: bool | None, steps: int, ahead: int, trajectories: Any, flows: Any, by_weights: Any,
         by_inputs: Any, lanes: int, rows: int, first: int, number: int,
@@ -236,6 +236,7 @@ def backward_block_kernel(method: str) -> Any:
         """
         _ = digest  # part of the key of the disk cache
         x, incoming, paths = borrow_strided(x), borrow_paths(inputs), borrow_paths(synapses)
+        links = borrow_links(prepared)
         input_rows, input_drive, ring = borrow(input_rows), borrow(input_drive), borrow(ring)
         state, words = borrow(state), borrow(words)
         grad_spikes, grad_states, lam, adjoints = borrow(grad_spikes), borrow(grad_states), borrow(lam), borrow(adjoints)
@@ -298,7 +299,7 @@ def backward_block_kernel(method: str) -> Any:
                     for plane in range(planes):
                         copy_part(trajectory[plane, t], to, tile, KEPT + tile_row(plane + 1, holds) * ROW, n)
                 count = compact(events, fired)
-                send_all(sums, slot, neurons, paths, paths.starts[:-1], paths.starts[1:], events[:count])
+                send_all(sums, slot, neurons, links, 0, 1, events[:count])
         # back, with the adjoints of the steps after the block
         flat, a_step = flattened(adjoints), 2 * neurons * lanes
         flow = flows[number]
