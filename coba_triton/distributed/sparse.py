@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backend import reference
 from ..backend.choose import launcher
@@ -16,6 +15,7 @@ from ..ops import sparse_blocks
 from ..ops.call import Asked, Call, Connections, Incoming, Saved, SparseNetwork, is_binary
 from ..ops.constants import constants_table, derive_constants
 from ..ops.grid import Grid, make_grid
+from ..ops.kept import Kept
 from ..ops.sparse_operators import PLACES, check_connections, sparse_forward
 from ..ops.synapses import Synapses
 from ..ops.validation import check_device
@@ -23,9 +23,9 @@ from ..ops.wiring import Wiring, check_matrix, check_no_delays
 from .ranks import Gather, Ranks
 
 # Targets as they are numbered within a rank, for those that are numbered within the network.
-_own_targets: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# The grids of weights, with what they were made for.
-_grids: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_own_targets: Kept[Tensor] = Kept()
+# The grids on which all ranks add up weights.
+_grids: Kept[Grid] = Kept()
 
 
 class SparseRows:
@@ -67,9 +67,8 @@ class SparseRows:
             return synapses
         targets = synapses.targets
         if synapses.neurons == self.ranks.neurons:
-            key = targets._version, own
-            kept = _own_targets.get(targets)
-            if kept is None or kept[0] != key:
+
+            def within_rank() -> Tensor:
                 low, high = map(int, targets.aminmax()) if len(targets) else (own.start, own.start)
                 if low < own.start or high >= own.stop:
                     raise ValueError(
@@ -77,8 +76,9 @@ class SparseRows:
                         f"{self.ranks.rank} of {self.ranks.ranks}, got some onto neurons {low} to {high}; make them with "
                         f"only=({own.start}, {own.stop})"
                     )
-                kept = _own_targets[targets] = key, targets - own.start
-            return synapses._replace(targets=kept[1], neurons=len(own))
+                return targets - own.start
+
+            return synapses._replace(targets=_own_targets.get(targets, (), own, within_rank), neurons=len(own))
         raise ValueError(
             f"{name} must be synapses onto the {len(own)} neurons of rank {self.ranks.rank} of {self.ranks.ranks}, or onto "
             f"some of all {self.ranks.neurons}, got {synapses.neurons} neurons; make them with "
@@ -100,20 +100,18 @@ class SparseRows:
     def agree_on_grids(self, weights: list[Tensor], binary: bool) -> tuple[Grid | None, Grid]:
         """The grids on which all ranks add up. They are kept until a weight of any rank changes."""
         synapses = [(own, w) for own, w in zip(self.wiring[:2], weights, strict=True) if isinstance(own, Synapses)]
-        kept: list[Grid | None] = []
         wanted: list[tuple[Any, ...]] = []
         for number, (own, w) in enumerate(synapses):
             narrow = number == len(synapses) - 1 and binary and not w.requires_grad
-            wanted.append((w._version, own.count, own.neurons, self.ranks.ranks, narrow))
-            found = _grids.get(w)
-            kept.append(found[2] if found is not None and found[0] == wanted[-1] and found[1] is own.targets else None)
+            wanted.append((w, (own.indptr, own.targets), (own.neurons, self.ranks.ranks, narrow)))
+        kept = [_grids.find(*key) for key in wanted]
         if not all(self.ranks.share_facts(None not in kept)):
             kept = []
-            for (own, w), key in zip(synapses, wanted, strict=True):
+            for w, (indptr, targets), fits in wanted:
                 with torch.no_grad():
-                    parts = w.detach(), own.indptr, own.targets, own.neurons, key[-1]
-                    kept.append(make_grid(*parts, greatest=self.ranks.greatest))
-                _grids[w] = key, own.targets, kept[-1]
+                    parts = w.detach(), indptr, targets, fits[0], fits[-1]
+                    made = make_grid(*parts, greatest=self.ranks.greatest)
+                kept.append(_grids.keep(w, (indptr, targets), fits, made))
         *of_inputs, grid = kept
         assert grid is not None
         return (of_inputs[0] if of_inputs else None), grid

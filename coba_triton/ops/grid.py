@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from .kept import Kept
 from .tensors import is_watched
 
 # The largest sum is below two to this number: one bit is the sign's, and one is spare for weights that are rounded up.
@@ -117,7 +117,7 @@ def _is_exact(weights: Tensor, power: Tensor) -> bool:
     return bool((scaled == torch.round(scaled)).all())
 
 
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_grids: Kept[Grid] = Kept()
 
 
 def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, spikes: bool = True) -> Grid:
@@ -127,12 +127,9 @@ def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, spik
     ``spikes``, whose products are rounded to the grid: no result depends on the width.
     """
     learned = weights.requires_grad or not spikes
-    key = (weights._version, len(targets), neurons, learned)
-    found = _made.get(weights)
-    if found is not None and found[0] == key and found[1] is targets:
-        kept: Grid = found[2]
-        return kept
-    with torch.no_grad():
-        grid = make_grid(weights.detach(), indptr, targets, neurons, not learned)
-    _made[weights] = (key, targets, grid)
-    return grid
+
+    def make() -> Grid:
+        with torch.no_grad():
+            return make_grid(weights.detach(), indptr, targets, neurons, not learned)
+
+    return _grids.get(weights, (indptr, targets), (neurons, learned), make)

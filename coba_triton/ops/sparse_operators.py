@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backend.choose import launcher
 from . import sparse_blocks
 from .call import SCHEMA, Asked, Call, Connections, Incoming, Outputs, Saved, SparseNetwork
+from .kept import Kept
 from .operands import COMPUTE, INPUT, Operand, check_asked, fields_of, rank
 from .operators import (
     GROUPS,
@@ -98,17 +98,20 @@ def _connected(x: Tensor, history: Tensor, states: tuple[Tensor, ...], to: Conne
     yield _table(to.constants, batch * neurons, (dtype,))
 
 
-# What was found to be in order: of each tensor its version, and what it fits.
-_in_order: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Which tensors were found to be in order, and what for.
+_in_order: Kept[bool] = Kept()
 WAY_OUT = "make synapses with a constructor of coba_triton.Synapses"
 
 
 def _check_once(tensor: Tensor, fits: tuple[Any, ...], check: Callable[[], None]) -> None:
     """Look at the numbers of a tensor, again only if they change. Those of tensors on a GPU are not waited for."""
-    known = (tensor._version, *fits)
-    if tensor.device.type == "cpu" and tensor.numel() and _in_order.get(tensor) != known:
+
+    def in_order() -> bool:
         check()
-        _in_order[tensor] = known
+        return True
+
+    if tensor.device.type == "cpu" and tensor.numel():
+        _in_order.get(tensor, (), fits, in_order)
 
 
 def _check_wiring(name: str, indptr: Tensor, targets: Tensor, neurons: int) -> None:

@@ -784,6 +784,27 @@ def test_operators_refuse_what_would_be_read_past_its_end() -> None:
                 small(recurrent=wrong)
 
 
+@pytest.mark.parametrize("delays", [None, "mixed"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_inference_mode(backend: str, delays: Any) -> None:
+    """Synapses may be made, and may change, in inference mode, in which tensors do not tell whether they have changed."""
+
+    def spikes() -> list[Tensor]:
+        x, start, inputs, recurrent, p, _ = case(delays=delays)
+        found = [coba_lif_integral(x, start, inputs, recurrent, p, DT, backend=backend)[0]]
+        matrix = torch.sparse_coo_tensor(torch.stack([inputs.targets, inputs.source_of()]), inputs.weights, (37, 8))
+        found.append(coba_lif_integral(x, start, matrix, recurrent, p, DT, backend=backend)[0])
+        recurrent.weights.mul_(4)
+        return [*found, coba_lif_integral(x, start, inputs, recurrent, p, DT, backend=backend)[0]]
+
+    wanted = spikes()
+    assert not torch.equal(wanted[0], wanted[2])
+    with torch.inference_mode():
+        found = spikes()
+    for a, b in zip(found, wanted, strict=True):
+        assert_same_bits(a, b)
+
+
 def test_what_changes_in_place_is_looked_at_again() -> None:
     synapses = draw(5, 5, 9, 0.3)._replace(delays=torch.full((9,), 0.3))
     small(recurrent=synapses)

@@ -362,7 +362,7 @@ MUTANTS = {
     "synapses: 32-bit sums of weights that are not exact": synapses(
         "ops/grid.py", {"return bool((scaled == torch.round(scaled)).all())": "return True"}
     ),
-    "synapses: the grid of weights that have changed": synapses("ops/grid.py", {"key = (weights._version, ": "key = (0, "}),
+    "synapses: what was made of other tensors is found": synapses("ops/kept.py", {"all(a is b for": "all(a is a for"}),
     "synapses: spikes under way are lost between calls": synapses(
         "functional.py", {CARRIED.format("", ""): CARRIED.format("", " * 0")}
     ),
@@ -376,8 +376,8 @@ MUTANTS = {
     "synapses: what arrives after a block has no gradient": synapses(
         "ops/sparse_blocks.py", {"later = adjoints[:longest].clone()": "later = torch.zeros_like(adjoints[:longest])"}
     ),
-    "synapses: what has changed is not looked at again": synapses(
-        "ops/sparse_operators.py", {"known = (tensor._version, *fits)": "known = fits"}
+    "synapses: what has changed is taken for what it was": synapses(
+        "ops/kept.py", {"found[0] != (fits, _versions(tensor, *others))": "found[0][0] != fits"}
     ),
     "spikes before a block from the wrong bit": blocks({">> (WORD_BITS - 1)) & 1": ">> (WORD_BITS - 2)) & 1"}),
     "inhibitory weights keep the gradient's sign": blocks({BY_SIGN.format("-"): BY_SIGN.format("+")}),

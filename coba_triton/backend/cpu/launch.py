@@ -9,12 +9,11 @@ import mmap
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...ops import memory as kept_memory
 from ...ops.call import (
@@ -31,6 +30,7 @@ from ...ops.call import (
     Sweep,
     kept_count,
 )
+from ...ops.kept import Kept
 from ...tuning.tables import Parameters, launch_parameters
 from . import checksums, feed_forward, products, recurrent, sparse, sparse_backward, time_chunks
 from .events import count_kernel, list_kernel, unpack_kernel
@@ -38,6 +38,8 @@ from .lanes import LANES
 from .meeting import memory_apart
 from .rows import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, TILE, UINT8, Strided
 from .threads import run
+
+T = TypeVar("T")
 
 # A buffer of this size is worth pages of 2 MiB: the first touch of a page of 4 KiB costs more than the arithmetic.
 HUGE_PAGES_FROM = 8 << 20
@@ -571,22 +573,21 @@ def add_products(sums: Tensor, sources: Tensor, rows: Tensor, events: bool) -> N
     run(recurrent.products_kernel(), _array(sums), _array(rows), *found, shares=shares)
 
 
-_splits: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_splits: Kept[Any] = Kept()
 
 
 def _split_synapses(synapses: Projection, neurons: int, parts: int, share: int) -> Any:
     """Where the synapses of every source onto the neurons of each part begin and end, int64 ``[parts + 1, K]``."""
     if parts == 1:
         return np.stack([_array(synapses.indptr[:-1]), _array(synapses.indptr[1:])])
-    targets = synapses.targets
-    key = (parts, share, neurons, synapses.indptr._version, targets._version)
-    kept = _splits.get(synapses.indptr)
-    if kept is None or kept[0] != key or kept[2] is not targets:
+
+    def make() -> Any:
         bounds = np.minimum(np.arange(parts + 1) * share, neurons)
         splits = np.empty((parts + 1, len(synapses.indptr) - 1), np.int64)
-        sparse.splits_kernel()(_array(synapses.indptr), _array(targets), bounds, splits)
-        kept = _splits[synapses.indptr] = (key, splits, targets)
-    return kept[1]
+        sparse.splits_kernel()(_array(synapses.indptr), _array(synapses.targets), bounds, splits)
+        return splits
+
+    return _splits.get(synapses.indptr, (synapses.targets,), (parts, share, neurons), make)
 
 
 def _sharing(numbers: Tensor, synapses: int) -> int:
@@ -739,24 +740,17 @@ PREPARED_AT_MOST = 2**22
 PLACE_BITS = 32
 # A call goes over them many times if it has so many steps of all rows.
 MANY_STEPS = 256
-_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_linked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_prepared: Kept[tuple[Any, Any]] = Kept()
+_linked: Kept[sparse.Links] = Kept()
 NO_LINKS = sparse.Links(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64), 0, True)
 
 
-def _kept(made: WeakTensorKeyDictionary, synapses: Projection, fits: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """What was ``made`` of synapses that have not changed since, for a use that it ``fits``; else it is made now.
-
-    It is kept for the next time unless they are too many.
-    """
-    read = (synapses.indptr, synapses.weights, synapses.targets, synapses.delays, synapses.grid.scales)
-    fits += tuple(None if tensor is None else tensor._version for tensor in read)
-    found = made.get(synapses.weights)
-    if found is None or found[0] != fits or any(a is not b for a, b in zip(found[1], read[2:], strict=True)):
-        found = fits, read[2:], make()
-        if len(synapses.targets) <= PREPARED_AT_MOST:
-            made[synapses.weights] = found
-    return found[2]
+def _prepare(made: Kept[T], synapses: Projection, fits: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What was ``made`` of synapses for a use that it ``fits``; else it is made now, and kept unless they are too many."""
+    if len(synapses.targets) > PREPARED_AT_MOST:
+        return make()
+    others = synapses.indptr, synapses.targets, synapses.delays
+    return made.get(synapses.weights, others, (*fits, *synapses.grid.scales.tolist()), make)
 
 
 def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
@@ -771,7 +765,7 @@ def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
         sparse.paths_kernel()(_wires(synapses, net), net.neurons, places, copies)
         return places, copies
 
-    places, copies = _kept(_prepared, synapses, (net.neurons, net.per_ms), make)
+    places, copies = _prepare(_prepared, synapses, (net.neurons, net.per_ms), make)
     return sparse.Paths(_array(synapses.indptr), places, _array(synapses.weights).reshape(-1) if own else copies)
 
 
@@ -791,8 +785,7 @@ def _links(net: SparseNetwork, wires: sparse.Wires, share: int) -> sparse.Links:
         count, alike = sparse.links_kernel()(wires, net.neurons, bits, moved, starts, middles, numbers)
         return sparse.Links(starts, middles, numbers[:count], bits, alike)
 
-    made: sparse.Links = _kept(_linked, net.recurrent, (net.neurons, net.per_ms, bits, parts, share), make)
-    return made
+    return _prepare(_linked, net.recurrent, (net.neurons, net.per_ms, bits, parts, share), make)
 
 
 def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, sweep: SparseSweep, threads: int) -> None:
