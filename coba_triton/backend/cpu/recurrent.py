@@ -17,7 +17,7 @@ from ...neuron.operations import relu
 from ...neuron.records import Drive, Kept, State
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .events import FEW, compact, count_nonzero, unpack
-from .numba_bridge import borrow, compiled, converted, entry_point, flattened, sources
+from .numba_bridge import borrow, compiled, converted, entry_point, flattened, inlined, sources
 from .products import ROWS, send_back
 from .rows import (
     BACKWARD_ROWS,
@@ -479,7 +479,7 @@ def row_of_step(gradient: Any, t: int) -> int:
     return t if len(gradient) > 1 else 0
 
 
-@compiled
+@inlined
 def sweep_tile(
     tile: Any, trajectory: Any, at: int, begun: Any, grad_z: Any, at_z: int, words: Any, per_neuron: Any, grad_spikes: Any,
     grad_states: Any, lam: Any, grad_constants: Any, t: int, cell: int, n: int, jump_first: bool, shared: Any,
