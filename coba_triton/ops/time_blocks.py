@@ -214,7 +214,14 @@ def by_sign(weights: Tensor, sums: Tensor) -> Tensor:
     """The gradient by ``weights [N, K]``, from the sums ``[..., K, 2 N]`` over the sources of both signs."""
     rows = weights.t().contiguous()  # everything in the order of the sums: memory is read in its order
     excitatory, inhibitory = sums.chunk(2, -1)
-    return ((rows > 0) * excitatory - (rows < 0) * inhibitory).mT.contiguous()
+    chosen = excitatory * rows.sign().clamp_(min=0)
+    chosen.addcmul_(inhibitory, rows.sign().clamp_(max=0))
+    if chosen.device.type != "cpu":
+        return chosen.mT.contiguous()
+    found = chosen.new_empty(*sums.shape[:-2], *weights.shape)
+    for to, matrix in zip(found, chosen, strict=True):  # a CPU transposes one matrix in blocks, several number by number
+        to.copy_(matrix.t())
+    return found
 
 
 def _begin(net: Network, z: Tensor, grads: Incoming, grad_z: Tensor | None, method: str, asked: Asked) -> Sweep:
