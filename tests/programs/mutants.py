@@ -200,7 +200,6 @@ RESET_GRADIENT = "((grad_z + lam.v * c.v_reset) - lam.v * kept.u)"
 BACKWARD_SWEEP = "for i in tl.static_range(STEPS - 1, {}, -1):"
 LIST_BARRIER = "tl.debug_barrier()  # the list is complete before any thread reads it"
 ADJOINT_BARRIER = "tl.debug_barrier()  # the adjoints of all neurons are written before any thread reads them"
-BY_SIGN = "(rows > 0) * excitatory {} (rows < 0) * inhibitory"
 KEPT_LEFT = "left = left_at(frame, {}FRAME_LEFT, j, holds)\n        a ="
 STORED_SPIKE = "z: Any = 1.0 if (words[j] >> {}) & 1 else 0.0"
 ROW_OF_CELLS = "cells[np.uintp(at + n * lanes + {})] = rows["
@@ -380,7 +379,7 @@ MUTANTS = {
         "ops/kept.py", {"found[0] != (fits, _versions(tensor, *others))": "found[0][0] != fits"}
     ),
     "spikes before a block from the wrong bit": blocks({">> (WORD_BITS - 1)) & 1": ">> (WORD_BITS - 2)) & 1"}),
-    "inhibitory weights keep the gradient's sign": blocks({BY_SIGN.format("-"): BY_SIGN.format("+")}),
+    "inhibitory weights keep the gradient's sign": blocks({"inhibitory, rows.sign()": "-inhibitory, rows.sign()"}),
     "a held neuron spikes": refractory("coba_triton/neuron/step.py", {"z = z & (left <= 0.0)": "z = z"}),
     "a held neuron integrates": refractory("coba_triton/neuron/step.py", {"where(left > 0.0, c.v_reset, v)": "v"}),
     "held one step too long": refractory("coba_triton/neuron/step.py", {"z * c.n_ref": "z * (c.n_ref + 1.0)"}),
