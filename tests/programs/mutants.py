@@ -37,7 +37,7 @@ RECURRENT += ["-k", "triton or recurrent_kernels"]
 CPU_RECURRENT = [*PYTEST, SHARED, "tests/backend/test_cpu_recurrent.py", "-m", "not slow", "-k", "cpu"]
 SPARSE = [*PYTEST, "tests/kernels/test_sparse_kernels.py", "-m", "not slow"]
 EXECUTED_SPARSE = [argument.replace("test_kernels", "test_sparse_kernels") for argument in EXECUTED[:-1]]
-SYNAPSES = [*PYTEST, "tests/ops/test_kept.py", "tests/ops/test_sparse.py", "-m", "not slow"]
+SYNAPSES = [*PYTEST, "tests/ops/test_what_is_kept.py", "tests/ops/test_sparse.py", "-m", "not slow"]
 # What reaches the code of an area, by layer: arguments of Python.
 AREAS: dict[str, dict[str, list[str]]] = {
     "neuron": {"equations": EQUATIONS},
