@@ -626,7 +626,8 @@ def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     ring = torch.empty(batch, longest, 2, net.neurons, dtype=net.recurrent.grid.sums)
     work = 2 * history.numel()
     wires = _wires(net.recurrent, net)
-    links = _links(net, wires, net.neurons) if net.recurrent.weights in _linked else NO_LINKS  # many steps made them
+    # A call of many steps, or a backward, keeps links. For this ring alone they are not worth making.
+    links = _links(net, wires, net.neurons) if net.recurrent.weights in _linked else NO_LINKS
     run(sparse.ring_kernel(), _array(ring), _array(history), wires, links, shares=_split_rows(batch, work))
     return ring
 
@@ -736,9 +737,9 @@ def sparse_block(
 
 # Synapses that are prepared to be gone over many times, and kept until their weights change: 8 to 28 bytes each.
 PREPARED_AT_MOST = 2**22
-# Bits of a place at the most: half of a link's.
+# A place has so many bits at the most, half of a link's 64: then the lowest part of a weight's units fits beside it.
 PLACE_BITS = 32
-# A call goes over them many times if it has so many steps of all rows.
+# A call with at least so many steps, those of all batch rows added up, prepares the synapses.
 MANY_STEPS = 256
 _prepared: Kept[tuple[Any, Any]] = Kept()
 _linked: Kept[sparse.Links] = Kept()
@@ -746,7 +747,10 @@ NO_LINKS = sparse.Links(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0
 
 
 def _prepare(made: Kept[T], synapses: Projection, fits: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """What was ``made`` of synapses for a use that it ``fits``; else it is made now, and kept unless they are too many."""
+    """Find what was ``made`` of synapses for the use that ``fits`` names, or make it now.
+
+    It is kept for the next time, unless there are too many synapses.
+    """
     if len(synapses.targets) > PREPARED_AT_MOST:
         return make()
     others = synapses.indptr, synapses.targets, synapses.delays
@@ -770,6 +774,7 @@ def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
 
 
 def _bits_of_place(net: SparseNetwork) -> int:
+    """How many bits the largest place of a synapse between neurons needs; see :class:`.sparse.Links`."""
     return (2 * (net.longest + 1) * net.neurons - 1).bit_length()
 
 

@@ -48,7 +48,8 @@ STEP = 2**32
 MOST_AHEAD = 1024
 # Lines of a source's links that are asked for ahead: the processor itself asks for those that follow.
 LINES_AHEAD = 14
-# So many links of a source are added without a look at whether they are the last: those that are missing add 0.
+# Links of a source are added in groups of so many. Links that add 0 fill up its last group, so that nothing has to ask how
+# many there are in it: a processor would often guess that wrong.
 ABREAST = 4
 # In so many meetings a thread may wait long for another one.
 MEETINGS_A_WAIT = 512
@@ -178,9 +179,12 @@ def paths_kernel() -> Any:
 class Links(NamedTuple):
     """Synapses as those read them who send spikes along them many times; without elements: they are read as they are.
 
-    A link is one number. Its lowest ``bits`` are the place that it leads to, as in :class:`Paths`; what it adds there, in
-    units of the grid, is in the bits above. Links of the first kind have it as it is, because it ends with so many zeros.
-    Links of the second kind have it moved up. A weight that fits neither kind has a link of each.
+    A link is one number of 64 bits. Its lowest ``bits`` are the place that it leads to, as in :class:`Paths`. The bits above
+    say what it adds there, in units of the grid.
+
+    There are two kinds of links. Those of the first kind have the units as they are: they end with so many zeros that the
+    place fits there. Those of the second kind have the units moved up by ``bits``. Units that fit neither kind are divided
+    into two links, one of each kind.
 
     Attributes:
         starts: int64 ``[K parts + 1]``; the links of source ``k`` onto the neurons of part ``p`` begin at ``k parts + p``.
@@ -270,17 +274,23 @@ def units_of(weight: Any, scale: Any) -> int:
 
 
 @inlined
+def bits_of_place(links: Links) -> Any:
+    """The bits of a link that are its place, all 1."""
+    return (np.uint64(1) << np.uint64(links.bits)) - np.uint64(1)
+
+
+@inlined
 def add_links(
     sums: Any, base: Any, links: Links, first: int, last: int, moved: bool, each: bool, under_way: bool
 ) -> None:  # fmt: skip
     """Add the links from ``first`` to ``last`` to the ``sums``; ``moved``: they are of the second kind.
 
-    ``each``: whether they lead past the end of the sums is to be looked at for each, see :func:`send_along`.
+    With ``each``, every link is asked whether it leads past the end of the sums, see :func:`send_along`; without, no link
+    does, and ``base`` has been chosen accordingly.
     """
-    around, bits = np.uintp(len(sums)), np.uint64(links.bits)
-    of_place = (np.uint64(1) << bits) - np.uint64(1)
+    around, bits, of_place = np.uintp(len(sums)), np.uint64(links.bits), bits_of_place(links)
     at = np.uintp(first)
-    while at != np.uintp(last):  # of a range, LLVM would do several turns at once, and have to ask how many are left
+    while at != np.uintp(last):  # LLVM would unroll a loop over a range, and then has to ask how many turns are left
         for k in range(ABREAST):
             link = links.numbers[at + np.uintp(k)]
             place = base + np.uintp(link & of_place)
@@ -308,8 +318,7 @@ def send_along(sums: Any, base: Any, links: Links, index: Any, under_way: bool) 
             begin, end = (middle, last) if moved else (first, middle)
             add_links(sums, base, links, begin, end, moved != 0, True, under_way)
     elif first < last:  # all of them arrive in one step
-        of_place = (np.uint64(1) << np.uint64(links.bits)) - np.uint64(1)
-        past_the_end = base + np.uintp(links.numbers[np.uintp(first)] & of_place) >= around
+        past_the_end = base + np.uintp(links.numbers[np.uintp(first)] & bits_of_place(links)) >= around
         if past_the_end:
             base -= around
         if past_the_end or not under_way:
