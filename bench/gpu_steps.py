@@ -443,9 +443,9 @@ def barrier(step: Step) -> None:
     """Check and time the kernel whose programs wait for each other, with a small spin limit, so that it cannot hang long."""
     if step.needs_a_gpu():
         return
-    from coba_triton.backend import triton as triton_backend
+    from coba_triton.backend.triton import meeting
 
-    triton_backend.SPIN_LIMIT = 200_000
+    meeting.SPIN_LIMIT = 200_000
     case = recurrent_problem(70, 2, 1000, device=step.device)
     spikes, state = case.run("triton", path="sliced")
     expected, last = case.run("reference")

@@ -317,7 +317,7 @@ import importlib, pkgutil
 from coba_triton.cli import main
 
 for module in pkgutil.walk_packages(coba_triton.__path__, "coba_triton."):
-    alone = module.name.endswith((".__main__", ".backend.triton", ".compiler"))
+    alone = ".backend.triton" in module.name or module.name.endswith((".__main__", ".compiler"))
     if not alone and ".kernels" not in module.name and ".pynn." not in module.name:  # those need a compiler, and PyNN
         importlib.import_module(module.name)
 for sink in (out + "/run.zarr", out + "/run.npz"):

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ..backend import choose
-from ..backend import triton as triton_backend
+from ..backend.triton import hardware
 from ..functional import coba_lif_feed_forward_integral, coba_lif_integral
 from ..kernels import feed_forward, recurrent, sparse, time_chunks
 from ..neuron.records import CobaLIFParameters
@@ -107,11 +107,11 @@ def recorded(target: str) -> Iterator[dict[str, Recorder]]:
     recorders = {kernel: Recorder(function) for kernel, function in kernels.items()}
     kept_type = choose.triton_device_type
     of_device = ("threads_per_warp", "resident_programs", "meets_unasked")
-    kept = {name: getattr(triton_backend, name) for name in of_device}
+    kept = {name: getattr(hardware, name) for name in of_device}
     choose.triton_device_type = lambda: "cpu"
-    triton_backend.threads_per_warp = functools.cache(lambda: TARGETS[target].warp_size)
-    triton_backend.resident_programs = lambda device: 132
-    triton_backend.meets_unasked = lambda: TARGETS[target].backend == "cuda"
+    hardware.threads_per_warp = functools.cache(lambda: TARGETS[target].warp_size)
+    hardware.resident_programs = lambda device: 132
+    hardware.meets_unasked = lambda: TARGETS[target].backend == "cuda"
     for kernel, (module, function) in TRITON_FUNCTIONS.items():
         setattr(module, function, recorders[kernel])
     try:
@@ -120,7 +120,7 @@ def recorded(target: str) -> Iterator[dict[str, Recorder]]:
     finally:
         choose.triton_device_type = kept_type
         for name, function in kept.items():
-            setattr(triton_backend, name, function)
+            setattr(hardware, name, function)
         for kernel, (module, function) in TRITON_FUNCTIONS.items():
             setattr(module, function, kernels[kernel])
 

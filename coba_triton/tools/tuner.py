@@ -83,11 +83,11 @@ class Task:
                 values = tuple(value for value in values if value * 16 < cells) or values[:1]
             space[name] = values
         if self.backend == "triton" and self.recurrent:
-            from ..backend import triton as triton_backend
+            from ..backend.triton import parameters, recurrent
 
-            if key["neurons"] <= triton_backend.row_in_registers(tables.DTYPES[self.dtype]) and "tile" in space:
+            if key["neurons"] <= parameters.row_in_registers(tables.DTYPES[self.dtype]) and "tile" in space:
                 space["tile"] = (rule["tile"],)
-            if self.kernel == "recurrent_backward" and key["neurons"] <= triton_backend.SWEEP_IN_ONE_LAUNCH:
+            if self.kernel == "recurrent_backward" and key["neurons"] <= recurrent.SWEEP_IN_ONE_LAUNCH:
                 space["num_warps"] = (rule["num_warps"],)
         return {name: tuple(dict.fromkeys((rule[name], *values))) for name, values in space.items()}
 

@@ -34,7 +34,7 @@ STATES = ("x", "v", "g_e", "g_i")  # whose gradients have autograd's bits
 @pytest.fixture(autouse=True)
 def own_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A test's changes to the options end with it. Slices of 32 neurons, so that small rows have several."""
-    monkeypatch.setattr(triton_backend, "SLICE", 32)
+    monkeypatch.setattr(triton_backend.recurrent, "SLICE", 32)
     with ptxsim.install(**vars(ptxsim.current_options())):
         yield
 
@@ -219,8 +219,8 @@ def test_recurrent(name: str) -> None:
 
 
 def test_rows_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "ROW_IN_REGISTERS", 0)
-    monkeypatch.setattr(triton_backend, "TILE", 32)
+    monkeypatch.setattr(triton_backend.parameters, "ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(triton_backend.parameters, "TILE", 32)
     compare(recurrent_problem(35, 2, 75, per_neuron=True), path="events", spike_dtype="bits")
 
 
@@ -237,7 +237,7 @@ def test_projections_have_the_same_bits_however_dense_their_sources_are(
     for row, source in (sources != 0).nonzero().tolist():
         signed = torch.stack([weights[source].relu(), (-weights[source]).relu()])
         expected[:, row] += signed * sources[row, source]
-    monkeypatch.setattr(triton_backend, "MANY_ROWS", 1)
+    monkeypatch.setattr(triton_backend.projection, "MANY_ROWS", 1)
     for _ in schedules():
         assert_same_bits([triton_backend.project_events(sources, weights)], [expected])
 
@@ -275,7 +275,7 @@ def test_slices_that_meet_without_order_are_noticed(order: str) -> None:
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_slices_have_the_bits_of_whole_rows_on_any_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each order of a sum would have bits of its own; a row's spikes are listed in several parts."""
-    monkeypatch.setattr(triton_backend, "READ_TOGETHER", 64)
+    monkeypatch.setattr(triton_backend.recurrent, "READ_TOGETHER", 64)
     case = recurrent_problem(9, 2, 75, dtype, exact=False, per_neuron=True, refractory=True)
     spikes, final = case.run("triton", path="events")
     assert spikes.any()
@@ -288,7 +288,7 @@ def test_slices_have_the_bits_of_whole_rows_on_any_weights(dtype: torch.dtype, m
 def test_more_slices_than_the_device_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cooperative launch fails at once where its programs could wait for each other for ever."""
     ptxsim.set_options(sm_count=1, resident=3)
-    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 4)
+    monkeypatch.setattr(triton_backend.hardware, "resident_programs", lambda device: 4)
     message = "needs its 4 programs to run at once, and cpu does not hold them .*too many blocks.*Pass path='events'"
     with pytest.raises(RuntimeError, match=message):
         recurrent_problem(3, 2, 75).run("triton", path="sliced")
@@ -298,8 +298,8 @@ def test_more_slices_than_the_device_holds_are_refused(monkeypatch: pytest.Monke
 def test_recurrent_gradients(steps_per_launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks, the last a short one; sums over synapses and time in float64."""
     if steps_per_launch == "step":
-        monkeypatch.setattr(triton_backend, "SWEEP_IN_ONE_LAUNCH", 0)
-        monkeypatch.setattr(triton_backend, "meets_unasked", lambda: False)
+        monkeypatch.setattr(triton_backend.recurrent, "SWEEP_IN_ONE_LAUNCH", 0)
+        monkeypatch.setattr(triton_backend.hardware, "meets_unasked", lambda: False)
     case = recurrent_problem(37, 2, 33, F64, exact=False, binary=False, per_neuron=True)
     options = {"order": "jump_first", "record_states": True} if steps_per_launch == "block" else {}
     expected, theirs = case.gradients("reference", **options)
@@ -317,7 +317,7 @@ SWEEPS = {"held": (2, 16, True), "streamed": (4, 32, False)}  # rows and neurons
 
 
 def share_sweeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "_shared_sweep", lambda *sizes: SWEEPS[kind])
+    monkeypatch.setattr(triton_backend.recurrent, "_shared_sweep", lambda *sizes: SWEEPS[kind])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -385,8 +385,8 @@ class LastProgram:
     """Launches run their last program only, on arrays of which only that part becomes memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.launch = triton_backend._launch
-        monkeypatch.setattr(triton_backend, "_launch", self)
+        self.launch = triton_backend.launch.run
+        monkeypatch.setattr(triton_backend.launch, "run", self)
         ptxsim.set_options(race=False)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -448,7 +448,7 @@ def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
         spikes, words = zeros(STEPS, batch, neurons), zeros(2, batch, neurons, dtype=torch.int32)
         trajectory, adjoints = zeros(6, STEPS, batch, neurons), zeros(STEPS, batch, 2 * neurons)
         triton_backend.recurrent_block(net, x, drive, z, state, Outputs(spikes, words), sliced=False)
-        triton_backend._launch_driven(net, drive, recurrent_drive, state, words, trajectory=trajectory)
+        triton_backend.recurrent.launch_driven(net, drive, recurrent_drive, state, words, trajectory=trajectory)
         grad_spikes = spikes.flatten(1)  # any numbers serve
         sweep = Sweep("super", weights, grad_spikes, None, lam, zeros(batch, neurons), None, {})
         triton_backend.sweep_back(net, sweep, Block(0, words, trajectory), adjoints)

@@ -29,13 +29,13 @@ SEEDS = (1, 2, 3)
 @pytest.fixture(autouse=True)
 def own_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A test's changes to the options end with it. Tiles of one warp, so that small rows have several."""
-    monkeypatch.setattr(triton_backend, "SPARSE_TILE", 32)
+    monkeypatch.setattr(triton_backend.sparse, "SPARSE_TILE", 32)
     with ptxsim.install(**vars(ptxsim.current_options())):
         yield
 
 
 def together(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(triton_backend, "PROGRAMS_PER_ROW", programs)
+    monkeypatch.setattr(triton_backend.sparse, "PROGRAMS_PER_ROW", programs)
 
 
 def launched() -> dict[str, tuple[int, int, int]]:
@@ -89,7 +89,7 @@ def test_programs_with_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_programs_of_several_warps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "SPARSE_TILE", 128)
+    monkeypatch.setattr(triton_backend.sparse, "SPARSE_TILE", 128)
     together(monkeypatch, 2)
     compare(problem(neurons=200, steps=6, batch=1), seeds=SEEDS[:2])
 
@@ -172,7 +172,7 @@ BARRIERS = {
 def test_a_missing_barrier_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of two warps, whose threads race without it; with Triton 3.6 in few of the steps, so there are many."""
     module, comment, programs = BARRIERS[name]
-    monkeypatch.setattr(triton_backend, "SPARSE_TILE", 64)
+    monkeypatch.setattr(triton_backend.sparse, "SPARSE_TILE", 64)
     together(monkeypatch, programs)
     case = problem(batch=1, neurons=150, steps=40)
     case.run()
@@ -224,7 +224,7 @@ ROWS = {
 
 def test_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last of 2^21 rows has the bits of that row alone, forward and back; drives and adjoints have 2^31 elements."""
-    rows, launch, compared = 2**21, triton_backend._launch, []
+    rows, launch, compared = 2**21, triton_backend.launch.run, []
 
     def launch_both(kernel: Any, grid: tuple[int, ...], device: Any, num_warps: int, *args: Any, **meta: Any) -> None:
         axes = ROWS.get(kernel.__name__)
@@ -252,6 +252,6 @@ def test_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
 
     case = problem(steps=33, neurons=32, batch=1, delays=(1, 1))
     together(monkeypatch, 1)
-    monkeypatch.setattr(triton_backend, "_launch", launch_both)
+    monkeypatch.setattr(triton_backend.launch, "run", launch_both)
     case.gradients(case.random_loss(), "super", 1, ())
     assert {"drive_ptr", "states_ptr", "trajectory_ptr", "adjoints_ptr"} <= set(compared)

@@ -122,12 +122,12 @@ def test_the_host_takes_the_compiled_kernel_that_triton_would_take() -> None:
         assert numbers and all(p.do_not_specialize for p in numbers), kernel
     for steps in (40, 1, 16):
         coba_lif_feed_forward_integral(X[:steps], None, P, 0.1, backend="triton")
-    before = set(triton_backend._compiled)
+    before = set(triton_backend.launch._compiled)
     coba_lif_feed_forward_integral(X[:17], None, P, 0.2, backend="triton")
-    assert set(triton_backend._compiled) == before
+    assert set(triton_backend.launch._compiled) == before
     buffer = torch.zeros(X[:17].numel() + 1)
     coba_lif_feed_forward_integral(buffer[1:].view(17, 3, 64), None, P, 0.2, backend="triton")  # not aligned
-    assert len(triton_backend._compiled) == len(before) + 1
+    assert len(triton_backend.launch._compiled) == len(before) + 1
 
 
 @pytest.mark.parametrize("kind", ["feed-forward", "recurrent"])

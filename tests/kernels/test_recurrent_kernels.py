@@ -37,9 +37,9 @@ def test_bits_do_not_depend_on_batch_and_tiles(device, monkeypatch) -> None:
     case.state = CobaLIFState(*(field[1:2] for field in state))
     alone = case.run("triton", path="events")
     assert_same_bits([alone[0], *alone[1]], [spikes[:, 1:2], *(field[1:2] for field in final)])
-    monkeypatch.setattr(triton_backend, "ROW_IN_REGISTERS", 0)
-    monkeypatch.setattr(triton_backend, "TILE", 32)
-    monkeypatch.setattr(triton_backend, "EVENTS_AHEAD", 2)
+    monkeypatch.setattr(triton_backend.parameters, "ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(triton_backend.parameters, "TILE", 32)
+    monkeypatch.setattr(triton_backend.parameters, "EVENTS_AHEAD", 2)
     for spike_dtype in (None, "bits"):
         tiled = case.run("triton", path="events", spike_dtype=spike_dtype)
         alone = case.run("triton", path="events", spike_dtype=spike_dtype)
@@ -49,8 +49,8 @@ def test_bits_do_not_depend_on_batch_and_tiles(device, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spike_dtype", [None, "bits"])
 def test_rows_larger_than_a_tile(spike_dtype, device, monkeypatch) -> None:
-    monkeypatch.setattr(triton_backend, "ROW_IN_REGISTERS", 0)
-    monkeypatch.setattr(triton_backend, "TILE", 32)
+    monkeypatch.setattr(triton_backend.parameters, "ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(triton_backend.parameters, "TILE", 32)
     case = recurrent_problem(36, 2, 75, device=device, per_neuron=True)
     ours = case.run("triton", path="events", spike_dtype=spike_dtype)
     theirs = case.run("reference", spike_dtype=spike_dtype)
@@ -79,7 +79,7 @@ def test_projections_have_the_same_bits_however_dense_their_sources_are(density,
         signed = torch.stack([weights[source].relu(), (-weights[source]).relu()])
         expected[:, row] += signed * sources[row, source]
     for many in (1, 1000):  # four rows a program, and one
-        monkeypatch.setattr(triton_backend, "MANY_ROWS", many)
+        monkeypatch.setattr(triton_backend.projection, "MANY_ROWS", many)
         assert_same_bits([triton_backend.project_events(sources.to(device), weights.to(device)).cpu()], [expected])
 
 
@@ -149,8 +149,8 @@ def launch_cases() -> Iterator[Any]:
 def test_gradients(options, one_launch, device, monkeypatch) -> None:
     """Everything by everything in float64, to 1e-8; two blocks, the last a short one."""
     if not one_launch:
-        monkeypatch.setattr(triton_backend, "SWEEP_IN_ONE_LAUNCH", 0)
-        monkeypatch.setattr(triton_backend, "meets_unasked", lambda: False)
+        monkeypatch.setattr(triton_backend.recurrent, "SWEEP_IN_ONE_LAUNCH", 0)
+        monkeypatch.setattr(triton_backend.hardware, "meets_unasked", lambda: False)
     case = recurrent_problem(37, 2, 9, torch.float64, device, exact=False, binary=False, per_neuron=True)
     ours, our_grads = case.gradients("triton", block_steps=32, **options)
     theirs, their_grads = case.gradients("reference", **options)
@@ -217,12 +217,12 @@ interpreted = pytest.mark.skipif(
 @contextlib.contextmanager
 def small_slices(spin_limit: int) -> Iterator[None]:
     """Programs of 32 neurons, so that small rows have several."""
-    kept = triton_backend.SLICE, triton_backend.SPIN_LIMIT
-    triton_backend.SLICE, triton_backend.SPIN_LIMIT = 32, spin_limit
+    kept = triton_backend.recurrent.SLICE, triton_backend.meeting.SPIN_LIMIT
+    triton_backend.recurrent.SLICE, triton_backend.meeting.SPIN_LIMIT = 32, spin_limit
     try:
         yield
     finally:
-        triton_backend.SLICE, triton_backend.SPIN_LIMIT = kept
+        triton_backend.recurrent.SLICE, triton_backend.meeting.SPIN_LIMIT = kept
 
 
 def run_sliced(
@@ -247,7 +247,7 @@ def test_slices_agree_with_the_reference(seed, device) -> None:
 @pytest.mark.parametrize("everything", [False, *slow(True)])
 def test_slices_have_the_bits_of_whole_rows_on_any_weights(everything, dtype, device, monkeypatch) -> None:
     """Where each order of a sum would have bits of its own; several lists a row, and most neurons fire."""
-    monkeypatch.setattr(triton_backend, "READ_TOGETHER", 32)
+    monkeypatch.setattr(triton_backend.recurrent, "READ_TOGETHER", 32)
     options = {"per_neuron": True, "refractory": True} if everything else {}
     case = recurrent_problem(9, 3, 75, dtype, device, exact=False, **options)
     asked = {"record_states": True, "order": "jump_first"} if everything else {"spike_dtype": "bits"}
@@ -259,16 +259,16 @@ def test_slices_have_the_bits_of_whole_rows_on_any_weights(everything, dtype, de
 
 def test_which_rows_are_shared(monkeypatch) -> None:
     """By N and B alone: rows that no program keeps in registers, where at least four programs can share each."""
-    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
-    monkeypatch.setattr(triton_backend, "meets_unasked", lambda: True)
+    monkeypatch.setattr(triton_backend.hardware, "resident_programs", lambda device: 132)
+    monkeypatch.setattr(triton_backend.hardware, "meets_unasked", lambda: True)
     device, sizes = torch.device("cuda", 0), [(2048, 1), (2049, 1), (4000, 8), (4096, 33), (4096, 34), (16000, 1)]
-    shared = [triton_backend._shares_rows(neurons, batch, device) for neurons, batch in sizes]
+    shared = [triton_backend.recurrent._shares_rows(neurons, batch, device) for neurons, batch in sizes]
     assert shared == [False, True, True, True, False, True]
-    slices = [triton_backend._slice_of(neurons, batch, torch.float32, device) for neurons, batch in sizes]
+    slices = [triton_backend.recurrent._slice_of(neurons, batch, torch.float32, device) for neurons, batch in sizes]
     assert slices == [128, 128, 256, 1024, 2048 * 2, 128]
-    assert triton_backend._slice_of(4096, 33, torch.float64, device) == 4096  # 1024 neurons of float64 would spill
-    monkeypatch.setattr(triton_backend, "meets_unasked", lambda: False)
-    assert not triton_backend._shares_rows(4096, 1, device)
+    assert triton_backend.recurrent._slice_of(4096, 33, torch.float64, device) == 4096  # 1024 neurons of float64 would spill
+    monkeypatch.setattr(triton_backend.hardware, "meets_unasked", lambda: False)
+    assert not triton_backend.recurrent._shares_rows(4096, 1, device)
 
 
 @interpreted
@@ -285,18 +285,17 @@ SWEEPS = {"held": (2, 16, True), "streamed": (4, 32, False)}  # rows and neurons
 @contextlib.contextmanager
 def swept_together(kind: str, seed: int, spin_limit: int = 100_000) -> Iterator[None]:
     """The sweep back by several programs at once."""
-    kept = triton_backend._shared_sweep, triton_backend._sweep_together, triton_backend.SPIN_LIMIT
+    together = triton_backend.recurrent._sweep_together
 
     def in_turns(*args: Any) -> None:
         with programs_take_turns(seed):
-            kept[1](*args)
+            together(*args)
 
-    triton_backend._shared_sweep, triton_backend._sweep_together = lambda *sizes: SWEEPS[kind], in_turns
-    triton_backend.SPIN_LIMIT = spin_limit
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend.recurrent, "_shared_sweep", lambda *sizes: SWEEPS[kind])
+        patch.setattr(triton_backend.recurrent, "_sweep_together", in_turns)
+        patch.setattr(triton_backend.meeting, "SPIN_LIMIT", spin_limit)
         yield
-    finally:
-        triton_backend._shared_sweep, triton_backend._sweep_together, triton_backend.SPIN_LIMIT = kept
 
 
 SWEPT: dict[str, Any] = {"plain": {}, "everything": {"per_neuron": True, "refractory": True}}
@@ -323,25 +322,25 @@ def test_programs_that_go_back_together(kind, problem, device) -> None:
 
 @interpreted
 def test_programs_that_wait_in_vain_on_the_way_back_raise(device, monkeypatch) -> None:
-    monkeypatch.setattr(triton_backend, "_shared_sweep", lambda *sizes: (1, 16, True))
-    monkeypatch.setattr(triton_backend, "SPIN_LIMIT", 20)
+    monkeypatch.setattr(triton_backend.recurrent, "_shared_sweep", lambda *sizes: (1, 16, True))
+    monkeypatch.setattr(triton_backend.meeting, "SPIN_LIMIT", 20)
     with pytest.raises(RuntimeError, match="backward: a program waited for another .* pass backend='reference'"):
         recurrent_problem(3, 1, 40).gradients("triton")
 
 
 def test_which_sweeps_are_shared(monkeypatch) -> None:
     """By N, B and the dtype alone: weights that registers hold, or few rows, where all programs run at once."""
-    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
-    monkeypatch.setattr(triton_backend, "meets_unasked", lambda: True)
+    monkeypatch.setattr(triton_backend.hardware, "resident_programs", lambda device: 132)
+    monkeypatch.setattr(triton_backend.hardware, "meets_unasked", lambda: True)
     expected = {
         (128, 32): None, (129, 32): (8, 16, True), (257, 32): (8, 16, True), (512, 32): (8, 16, True), (512, 33): None,
         (300, 3): (4, 16, True), (513, 5): None, (513, 4): (4, 32, False), (4224, 1): (1, 32, False), (4225, 1): None,
     }  # fmt: skip
     device = torch.device("cuda", 0)
-    assert {size: triton_backend._shared_sweep(*size, torch.float32, device) for size in expected} == expected
-    assert triton_backend._shared_sweep(300, 32, torch.float64, device) is None
-    assert triton_backend._shared_sweep(256, 2, torch.float64, device) is None
-    assert triton_backend._shared_sweep(300, 2, torch.float64, device) == (2, 16, False)
+    assert {size: triton_backend.recurrent._shared_sweep(*size, torch.float32, device) for size in expected} == expected
+    assert triton_backend.recurrent._shared_sweep(300, 32, torch.float64, device) is None
+    assert triton_backend.recurrent._shared_sweep(256, 2, torch.float64, device) is None
+    assert triton_backend.recurrent._shared_sweep(300, 2, torch.float64, device) == (2, 16, False)
 
 
 SWEEP_PLANTED = {
@@ -381,7 +380,7 @@ def plant(tmp_path, monkeypatch) -> Callable[[str, dict[str, str]], None]:
     def put(bug: str, edits: dict[str, str]) -> None:
         assert all(source.count(old) == 1 for old in edits), bug  # in the kernel that is meant, and in no other one
         module = load(source, edits, kernels_package.__name__, tmp_path / f"{bug}.py", monkeypatch)
-        monkeypatch.setattr(triton_backend, "recurrent", module)
+        monkeypatch.setattr(triton_backend.recurrent, "recurrent", module)
 
     return put
 

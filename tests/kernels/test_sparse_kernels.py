@@ -47,17 +47,12 @@ def problem(device: torch.device) -> Callable[..., SparseProblem]:
 @contextlib.contextmanager
 def programs(count: int, seed: int = 0, spin_limit: int = 1_000_000) -> Iterator[None]:
     """So many programs share a row, each with tiles of 32 neurons."""
-    names = ("PROGRAMS_PER_ROW", "SPARSE_TILE", "SPIN_LIMIT")
-    kept = [getattr(triton_backend, name) for name in names]
-    for name, value in zip(names, (count, 32, spin_limit), strict=True):
-        setattr(triton_backend, name, value)
     in_turns = triton.knobs.runtime.interpret and count > 1
-    try:
-        with programs_take_turns(seed) if in_turns else contextlib.nullcontext():
-            yield
-    finally:
-        for name, value in zip(names, kept, strict=True):
-            setattr(triton_backend, name, value)
+    with pytest.MonkeyPatch.context() as patch, programs_take_turns(seed) if in_turns else contextlib.nullcontext():
+        patch.setattr(triton_backend.sparse, "PROGRAMS_PER_ROW", count)
+        patch.setattr(triton_backend.sparse, "SPARSE_TILE", 32)
+        patch.setattr(triton_backend.meeting, "SPIN_LIMIT", spin_limit)
+        yield
 
 
 def of_neurons(neurons: int, dtype: torch.dtype = torch.float32, constants: int = 1) -> Any:
@@ -110,7 +105,7 @@ def test_long_blocks(problem) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 16])
 def test_bits_do_not_depend_on_the_window(window: int, problem, monkeypatch) -> None:
-    monkeypatch.setattr(triton_backend, "SPARSE_WINDOW", window)
+    monkeypatch.setattr(triton_backend.sparse, "SPARSE_WINDOW", window)
     assert_as_expected(problem(delays=(3, 7)))
 
 
@@ -134,18 +129,18 @@ def test_bits_do_not_depend_on_programs(count: int, options: dict[str, Any], pro
     """Two programs have tiles of three, so that one has two; three have one each."""
     case, net = problem(**options), of_neurons(75)
     if triton.knobs.runtime.interpret:
-        assert triton_backend._programs_and_tile(net, 2)[0] == 1
+        assert triton_backend.sparse._programs_and_tile(net, 2)[0] == 1
     with programs(1):
         assert_as_expected(case, (7,))
     with programs(count):
-        assert triton_backend._programs_and_tile(net, 2)[0] == count
+        assert triton_backend.sparse._programs_and_tile(net, 2)[0] == count
         assert_as_expected(case, (7,))
 
 
 def test_programs_are_as_many_as_run_at_once(monkeypatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(triton_backend, "threads_per_warp", lambda: 32)
-    monkeypatch.setattr(triton_backend, "resident_programs", lambda device: 132)
+    monkeypatch.setattr(triton_backend.hardware, "threads_per_warp", lambda: 32)
+    monkeypatch.setattr(triton_backend.hardware, "resident_programs", lambda device: 132)
     for neurons, batch, *expected in [
         (256, 1, 1, 256),
         (257, 1, 9, 32),
@@ -154,18 +149,18 @@ def test_programs_are_as_many_as_run_at_once(monkeypatch) -> None:
         (10**6, 1, 132, 1024),
         (10**6, 50, 2, 1024),
     ]:
-        found = triton_backend._programs_and_tile(of_neurons(neurons), batch)
+        found = triton_backend.sparse._programs_and_tile(of_neurons(neurons), batch)
         assert found == tuple(expected), (neurons, batch)
         assert found[0] == 1 or found[0] * batch <= 132
     for net in (of_neurons(10**6, torch.float64), of_neurons(10**6, constants=10**6)):
-        assert triton_backend._programs_and_tile(net, 1) == (132, 256)
+        assert triton_backend.sparse._programs_and_tile(net, 1) == (132, 256)
 
 
 def test_synapses_that_are_read_together_are_as_many_as_a_source_has() -> None:
     def together(synapses: int, **options: Any) -> int:
         net = of_neurons(10, **options)
         net.recurrent = SimpleNamespace(targets=torch.empty(synapses), indptr=torch.empty(11))
-        return triton_backend._synapses_together(net)
+        return triton_backend.sparse._synapses_together(net)
 
     assert [together(count) for count in (0, 60, 320, 330, 1000, 9000)] == [32, 32, 32, 64, 128, 128]
     assert together(1000, dtype=torch.float64) == together(1000, constants=10) == 32
@@ -273,7 +268,7 @@ def test_a_coarser_grid_keeps_sums_in_range(problem, device) -> None:
     inputs = Projection(torch.arange(401), torch.zeros(400, dtype=torch.int32), weights, None, Grid(
         torch.tensor([2.0**55, 1.0, 2.0**-55, 1.0]), torch.int64))  # fmt: skip
     net, x = to_device((case.net._replace(inputs=inputs), torch.full((1, 1, 400), 3.0)), device)
-    drive = triton_backend._sparse_projection(net, x, None)
+    drive = triton_backend.sparse._sparse_projection(net, x, None)
     assert drive is not None and drive[0, 0, 0].tolist() == [300.0, 0.0, 0.0, 0.0] and not drive[1].any()
 
 
@@ -387,15 +382,14 @@ def test_sums_are_exact_in_any_order(problem) -> None:
 
 
 @interpreted
-def test_programs_that_wait_in_vain_raise(problem) -> None:
+def test_programs_that_wait_in_vain_raise(problem, monkeypatch) -> None:
     """One after the other, the first program waits for the second for ever: an exception, no hang."""
     case = problem(steps=3)
-    names = {"PROGRAMS_PER_ROW": 2, "SPARSE_TILE": 32, "SPIN_LIMIT": 20}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setattr(triton_backend, name, value)
-        with pytest.raises(RuntimeError, match="sparse network: a program waited .* expected all 4 programs"):
-            case.run()
+    monkeypatch.setattr(triton_backend.sparse, "PROGRAMS_PER_ROW", 2)
+    monkeypatch.setattr(triton_backend.sparse, "SPARSE_TILE", 32)
+    monkeypatch.setattr(triton_backend.meeting, "SPIN_LIMIT", 20)
+    with pytest.raises(RuntimeError, match="sparse network: a program waited .* expected all 4 programs"):
+        case.run()
 
 
 PLANTED = {
@@ -430,7 +424,7 @@ def test_planted_barrier_bugs_are_caught(tmp_path: Path, problem, monkeypatch) -
 
     def plant(bug: str, edits: dict[str, str]) -> None:
         module = load(source, edits, kernels_package.__name__, tmp_path / f"{bug}.py", monkeypatch)
-        monkeypatch.setattr(triton_backend, "sparse", module)
+        monkeypatch.setattr(triton_backend.sparse, "sparse", module)
 
     def goes_wrong(seed: int) -> bool:
         """Whether a result differs under this schedule, or a program waits in vain."""

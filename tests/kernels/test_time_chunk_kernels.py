@@ -16,7 +16,7 @@ from helpers.few_neurons import DT, MEMORY, P, assert_same, bits, irregular
 from helpers.marks import slow
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
-from coba_triton.backend import triton as backend
+from coba_triton.backend.triton import feed_forward as backend
 from coba_triton.kernels import time_chunks
 
 
@@ -36,13 +36,13 @@ def compare(
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are launched."""
     names: list[str] = []
-    real = backend._launch
+    real = backend.launch.run
 
     def launch(kernel: Any, *args: Any, **meta: Any) -> None:
         names.append(kernel.__name__)
         real(kernel, *args, **meta)
 
-    monkeypatch.setattr(backend, "_launch", launch)
+    monkeypatch.setattr(backend.launch, "run", launch)
     return names
 
 
@@ -170,7 +170,7 @@ def test_nan_and_infinity(device: torch.device) -> None:
 @pytest.mark.parametrize("value", [float("nan"), *slow(-1e30)])
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 def test_any_guess_gives_these_bits(value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = backend._launch
+    real = backend.launch.run
 
     def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
         real(kernel, grid, *args, **meta)
@@ -179,7 +179,7 @@ def test_any_guess_gives_these_bits(value: float, device: torch.device, monkeypa
             ends[1:], notes[-(-64 // meta["MARK"]) :] = value, value
 
     x = irregular(300, 3)
-    monkeypatch.setattr(backend, "_launch", launch)
+    monkeypatch.setattr(backend.launch, "run", launch)
     compare(x, 4, device)
 
 

@@ -151,11 +151,11 @@ def sparse_meeting(edits: dict[str, str]) -> Mutant:
 
 
 def sparse_launch(edits: dict[str, str]) -> Mutant:
-    return Mutant("sparse", "coba_triton/backend/triton.py", edits)
+    return Mutant("sparse", "coba_triton/backend/triton/sparse.py", edits)
 
 
-def launch(edits: dict[str, str]) -> Mutant:
-    return Mutant("feed-forward", "coba_triton/backend/triton.py", edits)
+def launch(edits: dict[str, str], module: str = "feed_forward.py") -> Mutant:
+    return Mutant("feed-forward", f"coba_triton/backend/triton/{module}", edits)
 
 
 def blocks(edits: dict[str, str]) -> Mutant:
@@ -230,7 +230,7 @@ MUTANTS = {
     "reverse sweep leaves out the first step of a chunk": feed_forward(
         {BACKWARD_SWEEP.format("-1"): BACKWARD_SWEEP.format("0 if STEPS > 1 else -1")}
     ),
-    "multiplications and additions fuse": launch({"enable_fp_fusion=False": "enable_fp_fusion=True"}),
+    "multiplications and additions fuse": launch({"enable_fp_fusion=False": "enable_fp_fusion=True"}, "launch.py"),
     "ragged launch says it is whole": launch({"EVEN=neurons % block == 0": "EVEN=neurons >= block"}),
     "no barrier after the list of spikes": recurrent({LIST_BARRIER: "pass"}),
     "no barrier after the adjoints": recurrent({ADJOINT_BARRIER: "pass"}),
