@@ -15,7 +15,7 @@ from ..ops import sparse_blocks
 from ..ops.call import Asked, Call, Connections, Incoming, Saved, SparseNetwork, is_binary
 from ..ops.constants import constants_table, derive_constants
 from ..ops.grid import Grid, make_grid
-from ..ops.kept import Kept
+from ..ops.kept import Kept, contents_of
 from ..ops.sparse_operators import PLACES, check_connections, sparse_forward
 from ..ops.synapses import Synapses
 from ..ops.validation import check_device
@@ -103,14 +103,14 @@ class SparseRows:
         wanted: list[tuple[Any, ...]] = []
         for number, (own, w) in enumerate(synapses):
             narrow = number == len(synapses) - 1 and binary and not w.requires_grad
-            wanted.append((w, (own.indptr, own.targets), (own.neurons, self.ranks.ranks, narrow)))
+            wanted.append((w, (own.indptr, own.targets), (own.neurons, narrow, self.ranks.ranks, contents_of(w))))
         kept = [_grids.find(*key) for key in wanted]
         if not all(self.ranks.share_facts(None not in kept)):
             kept = []
             for w, (indptr, targets), fits in wanted:
                 with torch.no_grad():
-                    parts = w.detach(), indptr, targets, fits[0], fits[-1]
-                    made = make_grid(*parts, greatest=self.ranks.greatest)
+                    neurons, narrow = fits[:2]
+                    made = make_grid(w.detach(), indptr, targets, neurons, narrow, self.ranks.greatest)
                 kept.append(_grids.keep(w, (indptr, targets), fits, made))
         *of_inputs, grid = kept
         assert grid is not None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kept import Kept
+from .kept import Kept, contents_of
 from .tensors import is_watched
 
 # The largest sum is below two to this number: one bit is the sign's, and one is spare for weights that are rounded up.
@@ -132,4 +132,4 @@ def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, spik
         with torch.no_grad():
             return make_grid(weights.detach(), indptr, targets, neurons, not learned)
 
-    return _grids.get(weights, (indptr, targets), (neurons, learned), make)
+    return _grids.get(weights, (indptr, targets), (neurons, learned, contents_of(weights)), make)

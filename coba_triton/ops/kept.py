@@ -8,21 +8,23 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .tensors import is_watched
+
 T = TypeVar("T")
+# A tensor of more bytes is told by its checksum, for which a kernel is loaded.
+COPIED_AT_MOST = 2**16
 
 
 class Kept(Generic[T]):
     """One thing for each tensor, as long as that tensor lives.
 
-    It is found again for the same tensors with the same numbers in them, and for the same use, which an equal ``fits`` says.
-    A tensor that was made in inference mode does not tell whether it has changed, so nothing is kept for it.
+    It is found again for the same tensors, unless PyTorch counted a change of one of them, and for the same use, which an
+    equal ``fits`` says. PyTorch does not count all changes: where numbers are learned, their :func:`contents_of` belong to
+    ``fits``. It counts no changes of tensors that were made in inference mode, so nothing is kept for these.
     """
 
     def __init__(self) -> None:
         self._made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return tensor in self._made
 
     def find(self, tensor: Tensor, others: Sequence[Tensor | None], fits: Hashable) -> T | None:
         """What :meth:`keep` was given, or None."""
@@ -47,7 +49,25 @@ class Kept(Generic[T]):
 
 
 def _versions(*tensors: Tensor | None) -> tuple[Any, ...] | None:
-    """How often each of the tensors was changed in place; None if one does not tell."""
+    """How often each of the tensors was changed in place, and where its numbers are; None if one does not tell."""
     if any(tensor is not None and tensor.is_inference() for tensor in tensors):
         return None
-    return tuple(None if tensor is None else tensor._version for tensor in tensors)
+    watched = is_watched()  # by a transform, whose tensors do not say where their numbers are
+    return tuple(None if t is None else (t._version, watched or t.data_ptr(), t.dtype, t.device) for t in tensors)
+
+
+def contents_of(tensor: Tensor) -> Hashable:
+    """What equals that of another time only if all numbers in the tensor are the same.
+
+    An optimizer with ``fused=True``, ``tensor.data`` and NumPy change numbers without PyTorch's counting it. So the numbers
+    themselves are looked at, on the CPU. On a GPU, for which the host would have to wait, those of a tensor that is learned
+    are taken to be new every time, and those of others never.
+    """
+    if not tensor.is_cpu or is_watched():
+        return object() if tensor.requires_grad or is_watched() else None
+    numbers = tensor.detach().resolve_neg().contiguous().view(-1).numpy()
+    if numbers.nbytes <= COPIED_AT_MOST:
+        return numbers.tobytes()
+    from ..backend.cpu.checksums import checksum_of
+
+    return checksum_of(numbers)

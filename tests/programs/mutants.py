@@ -361,6 +361,7 @@ MUTANTS = {
     "synapses: 32-bit sums of weights that are not exact": synapses(
         "ops/grid.py", {"return bool((scaled == torch.round(scaled)).all())": "return True"}
     ),
+    "synapses: changes that PyTorch does not count are not seen": synapses("ops/grid.py", {"contents_of(weights))": "0)"}),
     "synapses: what was made of other tensors is found": synapses("ops/kept.py", {"all(a is b for": "all(a is a for"}),
     "synapses: spikes under way are lost between calls": synapses(
         "functional.py", {CARRIED.format("", ""): CARRIED.format("", " * 0")}

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -105,6 +106,20 @@ def add_row(sums: Any, row: Any, columns: int) -> None:
         _fold_rest(sums, LANES * whole, row, GROUP * whole, columns - GROUP * whole)
     for g in range(whole - 1, -1, -1):
         _fold_group(sums, LANES * g, row, GROUP * g, GROUP)
+
+
+# Words of a row of :func:`checksum_of`; of so many has a cache room for the row and its lanes.
+ROW = 4096
+
+
+def checksum_of(numbers: Any) -> bytes:
+    """The checksum of an array ``[n]`` of numbers of four or eight bytes."""
+    words = numbers.view(np.uint32)
+    whole = len(words) // ROW * ROW
+    sums = np.zeros((2, ROW // 4), np.uint32)
+    checksum_kernel()(words[:whole].reshape(-1, ROW), sums[0])
+    checksum_kernel()(words[whole:].reshape(1, -1), sums[1])
+    return sums.tobytes()
 
 
 @functools.cache

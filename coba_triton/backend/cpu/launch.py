@@ -627,7 +627,7 @@ def sparse_ring(net: SparseNetwork, history: Tensor) -> Tensor:
     work = 2 * history.numel()
     wires = _wires(net.recurrent, net)
     # A call of many steps, or a backward, keeps links. For this ring alone they are not worth making.
-    links = _links(net, wires, net.neurons) if net.recurrent.weights in _linked else NO_LINKS
+    links = _linked.find(net.recurrent.weights, _others(net.recurrent), _fits_links(net, 1, net.neurons)) or NO_LINKS
     run(sparse.ring_kernel(), _array(ring), _array(history), wires, links, shares=_split_rows(batch, work))
     return ring
 
@@ -753,8 +753,12 @@ def _prepare(made: Kept[T], synapses: Projection, fits: tuple[Any, ...], make: C
     """
     if len(synapses.targets) > PREPARED_AT_MOST:
         return make()
-    others = synapses.indptr, synapses.targets, synapses.delays
-    return made.get(synapses.weights, others, (*fits, *synapses.grid.scales.tolist()), make)
+    return made.get(synapses.weights, _others(synapses), fits, make)
+
+
+def _others(synapses: Projection) -> tuple[Tensor | None, ...]:
+    """What synapses are prepared from, beside their weights. While these are the same, their grid is, and no other one."""
+    return synapses.indptr, synapses.targets, synapses.delays, synapses.grid.scales
 
 
 def _paths(synapses: Projection | None, net: SparseNetwork) -> sparse.Paths:
@@ -790,7 +794,11 @@ def _links(net: SparseNetwork, wires: sparse.Wires, share: int) -> sparse.Links:
         count, alike = sparse.links_kernel()(wires, net.neurons, bits, moved, starts, middles, numbers)
         return sparse.Links(starts, middles, numbers[:count], bits, alike)
 
-    return _prepare(_linked, net.recurrent, (net.neurons, net.per_ms, bits, parts, share), make)
+    return _prepare(_linked, net.recurrent, _fits_links(net, parts, share), make)
+
+
+def _fits_links(net: SparseNetwork, parts: int, share: int) -> tuple[Any, ...]:
+    return net.neurons, net.per_ms, _bits_of_place(net), parts, share
 
 
 def _add_groups(kernel: Callable[..., None], args: tuple[Any, ...], batch: int, sweep: SparseSweep, threads: int) -> None:
