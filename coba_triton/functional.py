@@ -23,12 +23,12 @@ from .neuron.records import (
     recurrent_state,
 )
 from .ops import operators, sparse_operators, time_blocks, validation
-from .ops.call import Call, Connections, Weights
+from .ops.call import Call, Connections, Weights, check_spikes_under_way
 from .ops.constants import constants_table, derive_constants, memory_in_steps
 from .ops.grid import Grid, grid_of
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
 from .ops.synapses import Synapses
-from .ops.tensors import is_refractory, keep, known, number_key, numbers_on
+from .ops.tensors import is_refractory, is_watched, keep, known, number_key, numbers_on
 from .ops.validation import SpikeDtype
 from .ops.wiring import Wiring, connect, is_sparse
 
@@ -683,6 +683,8 @@ def _run_sparse_reference(
     x: Tensor, history: Tensor, initial: Tensor, wiring: Wiring, weights: list[Tensor], p: Any, dt: float, call: Call
 ) -> tuple[list[Tensor], RecurrentState]:
     """The same, step by step in eager PyTorch."""
+    if not is_watched():
+        check_spikes_under_way(history)
     c = derive_constants(p, dt, initial.dtype, x.device)
     inputs, recurrent = (
         reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None

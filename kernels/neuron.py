@@ -85,6 +85,7 @@ vjp_constants = compiled(adjoint.vjp_constants)
 @triton.jit
 def load_fields(pointers, stride, mask, COUNT: tl.constexpr):
     """``COUNT`` arrays that lie ``stride`` elements apart, a register each."""
+    stride = tl.cast(stride, tl.int64)
     fields = ()
     for i in tl.static_range(COUNT):
         fields = fields + (tl.load(pointers + i * stride, mask=mask),)
@@ -94,6 +95,7 @@ def load_fields(pointers, stride, mask, COUNT: tl.constexpr):
 @triton.jit
 def store_fields(pointers, stride, fields, mask, COUNT: tl.constexpr):
     """The inverse of :func:`load_fields`."""
+    stride = tl.cast(stride, tl.int64)
     for i in tl.static_range(COUNT):
         tl.store(pointers + i * stride, fields[i], mask=mask)
 
@@ -101,6 +103,7 @@ def store_fields(pointers, stride, fields, mask, COUNT: tl.constexpr):
 @triton.jit
 def load_constants(constants_ptr, stride, neurons, mask, PER_NEURON: tl.constexpr):
     """The constants as scalars, or per neuron."""
+    stride = tl.cast(stride, tl.int64)
     values = ()
     for row in tl.static_range(NUM_CONSTANTS):
         if PER_NEURON:

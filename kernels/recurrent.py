@@ -92,7 +92,7 @@ def compact_kernel(sources_ptr, lists_ptr, counts_ptr, K, row_stride, source_str
     count = 0
     for start in range(0, K, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        value = tl.load(sources_ptr + row * row_stride + index * source_stride, mask=index < K, other=0)
+        value = tl.load(sources_ptr + row * row_stride + index.to(tl.int64) * source_stride, mask=index < K, other=0)
         count = compact(value != 0, count, lists_ptr + row * K, index)
     tl.store(counts_ptr + row, count)
 

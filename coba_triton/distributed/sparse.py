@@ -12,7 +12,7 @@ from ..backend.choose import launcher
 from ..functional import connections, initial_sparse_state, kernel_input, own_fields, reference_synapses, run_reference
 from ..neuron.records import Drive, RecurrentState, recurrent_state
 from ..ops import sparse_blocks
-from ..ops.call import Asked, Call, Connections, Incoming, Saved, SparseNetwork, is_binary
+from ..ops.call import Asked, Call, Connections, Incoming, Saved, SparseNetwork, check_spikes_under_way, is_binary
 from ..ops.constants import constants_table, derive_constants
 from ..ops.grid import Grid, make_grid
 from ..ops.kept import Kept, contents_of
@@ -95,6 +95,7 @@ class SparseRows:
     def prepare(self, x: Tensor, state: Any, p: Any) -> tuple[Tensor, ...]:
         """The spikes of the last D steps, ``[D, *batch, n]``, the initial state, ``[F, *batch, n]``, and the weights."""
         history, initial = initial_sparse_state(x, state, self.wiring, p, self.dt, x.shape[1:])
+        check_spikes_under_way(history)  # here, so that all ranks stop
         return history, initial, *(weights.to(initial.dtype) for weights in self.weights)
 
     def agree_on_grids(self, weights: list[Tensor], binary: bool) -> tuple[Grid | None, Grid]:

@@ -378,7 +378,11 @@ class SparseNetwork(NamedTuple):
         """The network that goes on after the spikes ``history [R, ..., N]``; its sums may be narrow if these are 0 or 1.
 
         ``grids``, of the inputs' synapses and of the others, are those of all processes with an ``exchange``.
+
+        Raises:
+            ValueError: if a number under way is above 1, or below -1.
         """
+        check_spikes_under_way(history)
         longest, neurons = history.shape[0], history.shape[-1]
         if grids is None:
             spikes = history.device.type == "cpu" and is_binary(history)  # a GPU is not waited for
@@ -432,6 +436,18 @@ class SparseNetwork(NamedTuple):
 def is_binary(spikes: Tensor) -> bool:
     """Whether all numbers are 0 or 1."""
     return bool(((spikes == 0) | (spikes == 1)).all())
+
+
+def check_spikes_under_way(history: Tensor) -> None:
+    """Refuse numbers for which exact sums have no room. On a GPU, for which the host does not wait, the device raises."""
+    expected = "state.z and state.history must be between -1 and 1 with sparse synapses"
+    way_out = "give spikes, 0 or 1, or parts of them"
+    fits = (history.abs() > 1).logical_not_()
+    if history.device.type != "cpu":
+        torch._assert_async(fits.all(), f"{expected}; {way_out}")
+    elif not fits.all():
+        wrong = history[~fits][0].item()
+        raise ValueError(f"{expected}, got {wrong:g}; {way_out}")
 
 
 class SparseSweep(NamedTuple):

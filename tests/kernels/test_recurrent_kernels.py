@@ -12,11 +12,13 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
+import triton.language as tl
 
 from coba_triton import CobaLIFParameters, CobaLIFState, coba_lif_integral, coba_lif_step
 from coba_triton import kernels as kernels_package
 from coba_triton.backend import triton as triton_backend
 from coba_triton.kernels import recurrent as recurrent_kernels
+from coba_triton.kernels.neuron import load_fields, store_fields
 from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
 from coba_triton.ops.call import Call
@@ -276,6 +278,26 @@ def test_slices_that_wait_in_vain_raise(device) -> None:
     """One after the other, the first program waits for the second for ever: an exception, no hang."""
     with small_slices(20), pytest.raises(RuntimeError, match="path 'sliced': a program waited .* pass path='events'"):
         recurrent_problem(3, 1, 75).run("triton", path="sliced")
+
+
+@triton.jit(do_not_specialize=["stride"])
+def move_fields_kernel(to_ptr, from_ptr, stride, COUNT: tl.constexpr):
+    index = tl.arange(0, 1)
+    store_fields(to_ptr + index, stride, load_fields(from_ptr + index, stride, index < 1, COUNT), index < 1, COUNT)
+
+
+def test_rows_far_apart(device) -> None:
+    """Fields, and sources, whose places are beyond 2**31: such a state or input has some gigabytes."""
+    stride = 1_100_000_000
+    numbers, moved = (torch.zeros(2 * stride + 1, dtype=torch.uint8, device=device) for _ in range(2))
+    values = torch.tensor([1, 2, 3], dtype=torch.uint8, device=device)
+    numbers[::stride] = values
+    move_fields_kernel[(1,)](moved, numbers, stride, COUNT=3)
+    assert torch.equal(moved[::stride], values)
+    weights = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    drive = triton_backend.project_events(numbers.as_strided((1, 3), (1, stride)), weights)
+    assert_same_bits([drive], [triton_backend.project_events(values.view(1, 3), weights)])
+    assert drive.any()
 
 
 MEET = ("(arrived < target)", "arrived >= target")

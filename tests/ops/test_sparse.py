@@ -106,6 +106,25 @@ class TestEquations:
             assert_same(found, coba_lif_integral(x, None, inputs, synapses, P, DT))
             assert found[0].sum() > 0
 
+    @pytest.mark.parametrize("backend", ["reference", "cpu"])
+    def test_spikes_under_way_of_more_than_1_are_refused(self, backend) -> None:
+        """An exact sum has room for a spike of every synapse, not for several."""
+        synapses = Synapses.fixed_number(20, 20, 5, weight=0.01, seed=1)
+        x, inputs = torch.zeros(5, 2, 3), torch.ones(20, 3)
+        for z in (1.0, -1.0, 0.5):
+            coba_lif_integral(
+                x, CobaLIFState(torch.full((20,), z), -60.0, 0.0, 0.0), inputs, synapses, P, DT, backend=backend
+            )
+        past = torch.zeros(2, 2, 20)
+        past[0, 0, 3] = -1.5
+        delayed = Synapses.fixed_number(20, 20, 5, weight=0.01, delay=0.3, seed=1)
+        message = "state.z and state.history must be between -1 and 1 with sparse synapses, got -1.5; give spikes"
+        with pytest.raises(ValueError, match=message):
+            state = CobaLIFDelayState(0.0, -60.0, 0.0, 0.0, 0.0, past)
+            coba_lif_integral(x, state, inputs, delayed, P, DT, backend=backend)
+        with pytest.raises(ValueError, match="got 4; give spikes, 0 or 1, or parts of them"):
+            coba_lif_integral(x, CobaLIFState(4.0, -60.0, 0.0, 0.0), inputs, synapses, P, DT, backend=backend)
+
     def test_counts_and_graded_inputs(self) -> None:
         """A sum is exact: of products of any float32 values with any float32 weights, rounded once."""
         g = torch.Generator().manual_seed(0)
