@@ -67,7 +67,7 @@ def warmup(
 
 def _warm_up_dense(p: CobaLIFParameters, dtype: torch.dtype, train: bool) -> None:
     """Compile the kernels of unconnected neurons and of dense weights."""
-    from ..backend.cpu.launch import add_products, project_events
+    from ..backend.cpu.launch import add_products, fires_often, project_events
 
     x = torch.zeros(1, 1, 2, dtype=dtype, requires_grad=train)
     weights = torch.zeros(2, 2, dtype=dtype)
@@ -79,6 +79,7 @@ def _warm_up_dense(p: CobaLIFParameters, dtype: torch.dtype, train: bool) -> Non
         if train:
             spikes.sum().backward()
     project_events(x.detach(), weights)
+    fires_often(torch.zeros(1, dtype=torch.uint8))
     if train:
         add_products(torch.zeros(2, 2, dtype=dtype), x.detach()[0], x.detach()[0], True)
 

@@ -26,7 +26,7 @@ import torch
 
 import coba_triton
 from coba_triton import CobaLIFFeedForwardState, coba_lif_feed_forward_integral
-from coba_triton.backend.cpu import cache as _kernel_cache
+from coba_triton.backend.cpu import cache as kernel_cache
 from coba_triton.backend.cpu import feed_forward as kernels
 from coba_triton.backend.cpu import numba_bridge, rows
 from coba_triton.tools.problems import Problem, network_problem, problem, recurrent_problem
@@ -279,6 +279,7 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
     pytest.importorskip("xxhash", reason="the extra stream is not installed")
     coba_triton.warmup(per_neuron=per_neuron)
     caplog.clear()
+    loaded = {kernel: set(kernel.signatures) for kernel in numba_bridge._reported}  # whether compiled or found on the disk
     with caplog.at_level("INFO", "coba_triton"):
         for case in (problem(40, (5,), per_neuron=per_neuron), recurrent_problem(40, 2, 5, per_neuron=per_neuron)):
             case.x.requires_grad_()
@@ -312,6 +313,7 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
         source = coba_triton.PoissonSource(10.0, 40, 5)
         coba_triton.simulate(layer, source, record=coba_triton.Record(populations={"all": range(5)}), progress=False)
     assert not caplog.records
+    assert {kernel: set(kernel.signatures) for kernel in numba_bridge._reported} == loaded
 
 
 def test_a_warmup_of_another_dtype() -> None:
@@ -319,17 +321,19 @@ def test_a_warmup_of_another_dtype() -> None:
         coba_triton.warmup([torch.float16])
 
 
-def test_kernels_are_compiled_anew_where_code_that_they_take_has_changed() -> None:
-    """The digest that is part of a kernel's key covers every module from which another one of the folder takes code."""
-    folder = Path(numba_bridge.__file__).parent
-    kernels = [path for path in folder.glob("*.py") if "sources()" in path.read_text() and path.stem != "numba_bridge"]
-    assert len(kernels) >= 4
+def test_what_kernels_take_from_other_modules_is_part_of_their_stamp() -> None:
+    """The digest covers every module of the folder from which a kernel of the package takes code."""
+    folder = Path(kernel_cache.__file__).parent
+    package = Path(coba_triton.__file__).parent
+    modules = [path for path in package.rglob("*.py") if re.search(r"import .*\bentry_point\b", path.read_text())]
+    assert len(modules) >= 12 and package / "stream" / "loops.py" in modules
     taken: set[str] = set()
-    while kernels:
-        imported = set(re.findall(r"^from \.(\w+) import", kernels.pop().read_text(), re.M)) - {"cache"}
-        kernels += [folder / f"{name}.py" for name in imported - taken]
+    while modules:
+        code = re.findall(r"^from (?:\.|\.\.backend\.cpu\.)(\w+) import", modules.pop().read_text(), re.M)
+        imported = {name for name in code if (folder / f"{name}.py").exists()} - {"cache", "threads"}
+        modules += [folder / f"{name}.py" for name in imported - taken]
         taken |= imported
-    assert taken == set(numba_bridge.SHARED)
+    assert taken == set(kernel_cache.SHARED)
 
 
 @pytest.fixture
@@ -393,16 +397,23 @@ def test_damaged_code_is_compiled_anew(damage, twice, tmp_path, caplog) -> None:
     assert ("cannot be used" in caplog.text) == (damage not in (DAMAGES["missing"], DAMAGES["another pickle"]))
 
 
+def test_code_of_other_sources_is_compiled_anew(twice, monkeypatch) -> None:
+    twice()(np.array([21.0]))
+    monkeypatch.setattr(kernel_cache, "sources", lambda: "what a module holds that the kernel takes code from")
+    again = twice()
+    assert again(np.array([21.0])) == 42 and hits(again) == 0
+
+
 def test_processes_that_compile_at_once_do_not_take_each_other_s_code(twice, monkeypatch) -> None:
     """All have looked for code before any has kept some, and all keep it at once."""
     files = [twice()._cache._cache_file for _ in range(4)]
-    dumps, together = _kernel_cache.dumps, threading.Barrier(len(files))
+    dumps, together = kernel_cache.dumps, threading.Barrier(len(files))
 
     def dump_together(content: Any) -> bytes:
         together.wait(60)
         return dumps(content)
 
-    monkeypatch.setattr(_kernel_cache, "dumps", dump_together)
+    monkeypatch.setattr(kernel_cache, "dumps", dump_together)
     with ThreadPoolExecutor(len(files)) as processes:
         saved = [processes.submit(file.save, ("signature", n), f"code {n}") for n, file in enumerate(files)]
         assert not any(job.result() for job in saved)

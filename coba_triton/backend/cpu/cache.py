@@ -6,6 +6,7 @@ may find the other's code under its own number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 from pathlib import Path
@@ -21,6 +22,20 @@ from ...common.garbage import no_collection
 from ...common.messages import logger
 
 MOST = 2**28  # bytes of a kernel's code
+# Modules of this folder from which kernels of other ones take code.
+SHARED = (
+    "numba_bridge", "rows", "events", "feed_forward", "checksums", "chunks", "products", "recurrent", "sparse", "lanes",
+    "meeting", "draws",
+)  # fmt: skip
+
+
+@functools.cache
+def sources() -> str:
+    """Digest of what kernels take from other files, whose changes Numba does not see."""
+    here = Path(__file__).parent
+    neuron = here.parents[1] / "neuron"
+    files = [*sorted(neuron.glob("*.py")), *(here / f"{name}.py" for name in SHARED)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 class _File:
@@ -29,7 +44,7 @@ class _File:
     Args:
         folder: where.
         name: of the kernel.
-        stamp: of its source, whose change makes the code obsolete.
+        stamp: of its source and of all that it takes in, whose change makes the code obsolete.
     """
 
     def __init__(self, folder: str, name: str, stamp: Any) -> None:
@@ -68,7 +83,8 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
 
     def __init__(self, function: Any) -> None:
         super().__init__(function)
-        self._cache_file = _File(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
+        stamp = self._impl.locator.get_source_stamp(), sources()
+        self._cache_file = _File(self._cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         # What is loaded needs Numba's memory functions, but nothing of what Numba compiles with. To import that takes longer

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .numba_bridge import compiled, entry_point, sources
+from .numba_bridge import compiled, entry_point
 
 # A checksum has 16 lanes for every group of 64 columns: lane j takes in the columns j, j + 16, j + 32 and j + 48.
 LANES = 16
@@ -125,11 +125,9 @@ def checksum_of(numbers: Any) -> bytes:
 @functools.cache
 def checksum_kernel() -> Any:
     """The entry point for a checksum of rows of words."""
-    digest = sources()
 
     def add_all_rows(words: Any, sums: Any) -> None:
         """Fold ``words [T, W]`` into the lanes ``sums [ceil(W / 64) * 16]``."""
-        _ = digest
         for t in range(len(words)):
             add_row(sums, words[t], words.shape[1])
 

@@ -13,7 +13,7 @@ import numpy as np
 from .feed_forward import forward_row
 from .lanes import LANES, copy_lanes, lowest_bit, transpose_lanes
 from .meeting import memory_apart
-from .numba_bridge import borrow, compiled, entry_point, numbers_in, sources
+from .numba_bridge import borrow, compiled, entry_point, numbers_in
 from .rows import (
     CONSTANTS,
     FLOAT32,
@@ -281,7 +281,6 @@ def borrow_scratch(scratch: Scratch) -> Scratch:
 @functools.cache
 def chunks_kernel() -> Any:
     """The entry point."""
-    digest = sources()
 
     def advance(
         x: Strided, shared: Any, per_neuron: Any, spikes: Strided, one: int, words: Any, states: Any, checkpoints: Any,
@@ -295,7 +294,6 @@ def chunks_kernel() -> Any:
         ``at`` and ``reached`` say where it is. The state before every unit is noted in ``notes [units, F, n]``; ``noted`` is
         the same memory as integers. The other arguments are those of the forward kernel, for all ``steps`` of the run.
         """
-        _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         words, states, checkpoints = borrow(words), borrow(states), borrow(checkpoints)
         notes, noted, reached, at, until = borrow(notes), borrow(noted), borrow(reached), borrow(at), borrow(until)

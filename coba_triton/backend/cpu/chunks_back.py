@@ -15,7 +15,7 @@ from .chunks import STEPS, WORD, gather, leave_or_note, prefetch_part, row_width
 from .feed_forward import FRAME, FRAME_LEFT, backward_row, replay_row
 from .lanes import LANES, copy_lanes
 from .meeting import memory_apart
-from .numba_bridge import borrow, compiled, entry_point, flattened, sources
+from .numba_bridge import borrow, compiled, entry_point, flattened
 from .rows import (
     BACKWARD_ROWS,
     FIELDS,
@@ -133,7 +133,6 @@ def clear_sums(tile: Any, lane: int, n: int) -> None:
 @functools.cache
 def chunks_back_kernel(method: str) -> Any:
     """The entry point for one surrogate derivative."""
-    digest = sources()
 
     def go_back(
         x: Strided, shared: Any, per_neuron: Any, words: Any, checkpoints: Any, grad_spikes: Strided, grad_states: Any,
@@ -149,7 +148,6 @@ def chunks_back_kernel(method: str) -> Any:
 
         ``parts [units, S, n]`` takes each unit's part of the gradient by the constants, or is None.
         """
-        _ = digest  # part of the key of the disk cache
         x, grad_spikes, grad_x = borrow_strided(x), borrow_strided(grad_spikes), borrow_strided(grad_x)
         words, checkpoints, grad_states = borrow(words), borrow(checkpoints), borrow(grad_states)
         notes, noted, reached, at, until = borrow(notes), borrow(noted), borrow(reached), borrow(at), borrow(until)
@@ -227,10 +225,8 @@ def chunks_back_kernel(method: str) -> Any:
 @functools.cache
 def add_parts_kernel() -> Any:
     """Add the ``parts [units, S, n]`` of units to the ``sums [S, n]``, one after the other."""
-    digest = sources()
 
     def add_parts(parts: Any, sums: Any) -> None:
-        _ = digest  # part of the key of the disk cache
         parts, total = parts.reshape(len(parts), -1), flattened(sums)
         for unit in range(len(parts)):
             for j in range(len(total)):

@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .lanes import lowest_bit
-from .numba_bridge import compiled, entry_point, sources
+from .numba_bridge import compiled, entry_point
 
 # Numbers that are compared with 0 at once.
 FEW = 16
@@ -90,10 +90,8 @@ def unpack(fired: Any, words: Any, bit: int) -> None:
 @functools.cache
 def count_kernel() -> Any:
     """How many of ``values [M]`` are not 0."""
-    digest = sources()
 
     def count(values: Any) -> Any:
-        _ = digest  # part of the key of the disk cache
         return count_nonzero(values)
 
     return entry_point(count)
@@ -102,11 +100,9 @@ def count_kernel() -> Any:
 @functools.cache
 def unpack_kernel() -> Any:
     """Words of 32 steps as a byte for each step."""
-    digest = sources()
 
     def unpack_words(words: Any, spikes: Any) -> None:
         """Fill ``spikes [T, M]`` from ``words [ceil(T / 32), M]``."""
-        _ = digest  # part of the key of the disk cache
         for t in range(len(spikes)):
             unpack(spikes[t], words[t // 32], t % 32)
 
@@ -116,10 +112,8 @@ def unpack_kernel() -> Any:
 @functools.cache
 def list_kernel() -> Any:
     """The numbers of ``rows [R, K]`` that are not 0, row by row: in which row each is, its place there, and itself."""
-    digest = sources()
 
     def list_events(rows: Any) -> tuple[Any, Any, Any]:
-        _ = digest  # part of the key of the disk cache
         total = 0
         for row in range(len(rows)):
             total += count_nonzero(rows[row])

@@ -11,7 +11,7 @@ from ...neuron.adjoint import vjp, vjp_constants, vjp_input
 from ...neuron.records import Constants, Kept
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset, split_input
 from .checksums import add_row
-from .numba_bridge import borrow, compiled, entry_point, numbers_in, sources
+from .numba_bridge import borrow, compiled, entry_point, numbers_in
 from .rows import (
     BACKWARD_ROWS,
     CONSTANTS,
@@ -114,7 +114,6 @@ def backward_row(
 @functools.cache
 def forward_kernel() -> Any:
     """The forward entry point."""
-    digest = sources()
 
     def forward(
         x: Strided, state: Any, shared: Any, per_neuron: Any, final: Any, spikes: Strided, one: int, words: Any,
@@ -129,7 +128,6 @@ def forward_kernel() -> Any:
         which is float32 and contiguous then: while a row is at hand, that costs a fraction of reading it again. ``wide``:
         neurons of a tile, at most ``TILE``.
         """
-        _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         words, states, checkpoints = borrow(words), borrow(states), borrow(checkpoints)
         tile = scratch_on_line(FORWARD_ROWS, state.dtype)
@@ -167,7 +165,6 @@ def forward_kernel() -> Any:
 @functools.cache
 def backward_kernel(method: str) -> Any:
     """The backward entry point for one surrogate derivative."""
-    digest = sources()
 
     def backward(
         x: Strided, shared: Any, per_neuron: Any, words: Any, checkpoints: Any, grad_spikes: Strided, grad_final: Any,
@@ -179,7 +176,6 @@ def backward_kernel(method: str) -> Any:
         ``grad_constants`` [S, M] takes sums over time for each neuron, or is None. Every ``SUMMED_STEPS`` steps have a sum
         of their own, and these are added from the last to the first: so they can be computed side by side.
         """
-        _ = digest  # part of the key of the disk cache
         x, grad_spikes, grad_x = borrow_strided(x), borrow_strided(grad_spikes), borrow_strided(grad_x)
         words, checkpoints, grad_states = borrow(words), borrow(checkpoints), borrow(grad_states)
         tile = scratch_on_line(BACKWARD_ROWS, grad_state.dtype)

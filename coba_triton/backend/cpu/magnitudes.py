@@ -7,20 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from .numba_bridge import borrow, entry_point, sources
+from .numba_bridge import borrow, entry_point
 
 
 @functools.cache
 def magnitudes_kernel() -> Any:
     """Adds up the magnitudes, each rounded up to a whole number."""
-    digest = sources()
 
     def magnitudes(weights: Any, weight_of: int, indptr: Any, targets: Any, scales: Any, sums: Any) -> None:
         """Fill ``sums [2, N]``, of excitatory and of inhibitory weights, times ``scales [2]``.
 
         ``weight_of``: whether all synapses share a weight (0), those of a source do (1), or each has its own (2).
         """
-        _ = digest  # part of the key of the disk cache
         weights, indptr, targets = borrow(weights), borrow(indptr), borrow(targets)
         scales, sums = borrow(scales), borrow(sums)
         sums[:] = 0

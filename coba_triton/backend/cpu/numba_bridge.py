@@ -6,13 +6,11 @@ The neuron's equations and the operations that they are written in are compiled 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import sys
 import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -291,19 +289,3 @@ def compile_count() -> int:
 def compile_seconds() -> float:
     """For how long this process has compiled CPU kernels, in s."""
     return _report.seconds
-
-
-# Modules of this folder from which kernels of other ones take code.
-SHARED = (
-    "numba_bridge", "rows", "events", "feed_forward", "checksums", "chunks", "products", "recurrent", "sparse", "lanes",
-    "meeting",
-)  # fmt: skip
-
-
-@functools.cache
-def sources() -> str:
-    """Digest of what kernels take from other files, whose changes Numba's disk cache does not see."""
-    neuron = Path(str(step.__file__)).parent
-    here = Path(__file__).parent
-    files = [*sorted(neuron.glob("*.py")), *(here / f"{name}.py" for name in SHARED)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -17,7 +17,7 @@ from ...neuron.operations import relu
 from ...neuron.records import Drive, Kept, State
 from ...neuron.step import count_down, decaying, excess, fire, integrate, reset
 from .events import FEW, compact, count_nonzero, unpack
-from .numba_bridge import borrow, compiled, converted, entry_point, flattened, inlined, sources
+from .numba_bridge import borrow, compiled, converted, entry_point, flattened, inlined
 from .products import ROWS, send_back
 from .rows import (
     BACKWARD_ROWS,
@@ -264,10 +264,8 @@ def step_row(
 @functools.cache
 def projection_kernel() -> Any:
     """``relu(W) x`` and ``relu(-W) x`` for the rows from ``first`` to ``last``."""
-    digest = sources()
 
     def projection(values: Any, weights: Any, drive: Any, first: int, last: int) -> None:
-        _ = digest  # part of the key of the disk cache
         values, weights, drive = borrow(values), borrow(weights), borrow(drive)
         inputs, neurons = weights.shape
         tile = scratch_on_line(2 * ROW, drive.dtype)
@@ -290,10 +288,8 @@ def projection_kernel() -> Any:
 @functools.cache
 def synapses_kernel() -> Any:
     """:class:`Synapses` of dense rows, without elements if there are more than ``most``."""
-    digest = sources()
 
     def synapses(rows: Any, most: int) -> tuple[Any, Any, Any]:
-        _ = digest  # part of the key of the disk cache
         neurons = rows.shape[1]
         tiles = (neurons + TILE - 1) // TILE
         starts = np.empty((len(rows), tiles + 1), np.int64)
@@ -418,13 +414,11 @@ def simulate_rows(
 @functools.cache
 def block_kernel() -> Any:
     """:func:`simulate_rows`: a block of steps, simulated, or replayed with the spikes known."""
-    digest = sources()
 
     def block(
         feeds: Feeds, shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool,
         states: Any, chosen: Any, trajectory: Any, jump_first: bool, holds: bool | None, steps: int, first: int, last: int,
     ) -> None:  # fmt: skip
-        _ = digest  # part of the key of the disk cache
         simulate_rows(
             feeds, shared, per_neuron, state, spikes, one, words, forced, states, chosen, trajectory, 0, jump_first, holds,
             steps, first, last,
@@ -576,13 +570,11 @@ def sweep_rows(
 @functools.cache
 def sweep_kernel(method: str) -> Any:
     """:func:`sweep_rows` of one surrogate derivative."""
-    digest = sources()
 
     def sweep(
         since: int, until: int, trajectory: Any, words: Any, shared: Any, per_neuron: Any, back: Back,
         grad_constants: Any, jump_first: bool, holds: bool | None, first: int, last: int, sums_of_rows: Any,
     ) -> None:  # fmt: skip
-        _ = digest  # part of the key of the disk cache
         sweep_rows(
             since, until, trajectory, 0, words, shared, per_neuron, back, grad_constants, jump_first, holds, first, last,
             sums_of_rows, method,
@@ -597,7 +589,6 @@ def backward_kernel(method: str) -> Any:
 
     Their trajectory is small enough to stay in the caches.
     """
-    digest = sources()
 
     def backward(
         feeds: Feeds, shared: Any, per_neuron: Any, state: Any, spikes: Strided, one: int, words: Any, forced: bool,
@@ -605,7 +596,6 @@ def backward_kernel(method: str) -> Any:
         grad_constants: Any, first: int, last: int, sums_of_rows: Any,
     ) -> None:  # fmt: skip
         """Arguments as in :func:`simulate_rows` and :func:`sweep_rows`; ``planes`` of the trajectory."""
-        _ = digest  # part of the key of the disk cache
         neurons = feeds.input_rows.shape[1]
         trajectory = scratch_on_line(planes * steps * ROWS * neurons, state.dtype).reshape(planes, steps, ROWS * neurons)
         for begin in range(first, last, ROWS):
@@ -625,10 +615,8 @@ def backward_kernel(method: str) -> Any:
 @functools.cache
 def products_kernel() -> Any:
     """``sums += sources^T rows`` from the sources that are not 0, for the columns from ``first`` to ``last``."""
-    digest = sources()
 
     def products(sums: Any, rows: Any, row_of_event: Any, source: Any, values: Any, first: int, last: int) -> None:
-        _ = digest  # part of the key of the disk cache
         sums, rows = borrow(sums), borrow(rows)
         columns = max(COLUMNS, CACHED // max(1, sums.shape[0] * sums.itemsize))
         for begin in range(first, last, columns):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .numba_bridge import borrow, compiled, entry_point
 
 
 @compiled
@@ -37,11 +37,9 @@ def place(order: Any, before: Any, keys: Any, first: Any) -> None:
 @functools.cache
 def order_kernel() -> Any:
     """``order`` and ``indptr`` of synapses with ``targets`` and ``origins``, by origin, then target, then as they were."""
-    digest = sources()
 
     def order(targets: Any, origins: Any, starts: Any, by_target: Any, indptr: Any, order: Any) -> None:
         """``starts [N + 1]`` and ``indptr`` are zeros; ``order`` and ``by_target`` have a number for each synapse."""
-        _ = digest  # part of the key of the disk cache
         targets, origins, starts = borrow(targets), borrow(origins), borrow(starts)
         by_target, indptr, order = borrow(by_target), borrow(indptr), borrow(order)
         for s in range(len(order)):
@@ -101,14 +99,12 @@ class Gathered(NamedTuple):
 @functools.cache
 def tally_kernel() -> Any:
     """Counts the synapses of each source, and says whether those of a source are alike."""
-    digest = sources()
 
     def tally(listed: Listed, counts: Any, weights: Any, delays: Any, alike: Any) -> None:
         """``weights [K]`` and ``delays [K]`` become the first ones of each source.
 
         ``alike [2]`` becomes False where another weight, or another delay, of a source is not the first one.
         """
-        _ = digest  # part of the key of the disk cache
         pre, each, steps, numbers = borrow(listed.pre), borrow(listed.weights), borrow(listed.delays), borrow(listed.sources)
         counts, weights, delays = borrow(counts), borrow(weights), borrow(delays)
         same_weights, same_delays = True, True
@@ -131,14 +127,12 @@ def tally_kernel() -> Any:
 @functools.cache
 def gather_kernel() -> Any:
     """Puts the synapses of a list where they belong."""
-    digest = sources()
 
     def gather(listed: Listed, indptr: Any, at: Any, targets: Any, weights: Any, delays: Any, ordered: Any) -> None:
         """``at [K]``: where the next synapse of each source goes. ``weights`` or ``delays`` without elements are not wanted.
 
         ``ordered [1]`` becomes False if the targets of a source do not ascend.
         """
-        _ = digest  # part of the key of the disk cache
         pre, post, each, steps = borrow(listed.pre), borrow(listed.post), borrow(listed.weights), borrow(listed.delays)
         numbers, neurons = borrow(listed.sources), borrow(listed.neurons)
         indptr, at, targets, weights, delays = borrow(indptr), borrow(at), borrow(targets), borrow(weights), borrow(delays)

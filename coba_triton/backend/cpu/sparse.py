@@ -17,7 +17,7 @@ import numpy as np
 
 from .events import append, compact, count_nonzero
 from .meeting import APART, await_word, listed, memory_apart, publish, wants_alone
-from .numba_bridge import borrow, compiled, entry_point, flattened, inlined, numbers_in, prefetch_line, sources
+from .numba_bridge import borrow, compiled, entry_point, flattened, inlined, numbers_in, prefetch_line
 from .recurrent import INPUT, Arriving, add_events, add_values, are_spikes, step_row
 from .rows import (
     LEFT,
@@ -161,10 +161,8 @@ def borrow_paths(paths: Paths) -> Paths:
 @functools.cache
 def paths_kernel() -> Any:
     """Fill the ``places`` and, if there are any, the ``weights`` of :class:`Paths` onto ``neurons``."""
-    digest = sources()
 
     def paths(wires: Wires, neurons: int, places: Any, weights: Any) -> None:
-        _ = digest  # part of the key of the disk cache
         w = borrow_wires(wires)
         for source in range(w.splits.shape[1]):
             for s in range(w.splits[0, source], w.splits[1, source]):
@@ -212,12 +210,10 @@ def links_kernel() -> Any:
 
     Returns how many there are, and whether the synapses of each source have the same delay.
     """
-    digest = sources()
 
     def link(
         wires: Wires, neurons: int, bits: int, moved: bool, starts: Any, middles: Any, numbers: Any
     ) -> tuple[int, bool]:  # fmt: skip
-        _ = digest  # part of the key of the disk cache
         w = borrow_wires(wires)
         parts, count, alike = len(w.splits) - 1, 0, True
         fits, of_place = 1 << min(64 - bits, 62), (1 << bits) - 1
@@ -465,10 +461,8 @@ def ask_for_targets(w: Wires, source: int, part: int) -> None:
 @functools.cache
 def ring_kernel() -> Any:
     """What the values of the last steps have under way, for the batch rows from ``first`` to ``last``."""
-    digest = sources()
 
     def ring(ring: Any, history: Any, wires: Wires, prepared: Links, first: int, last: int) -> None:
-        _ = digest  # part of the key of the disk cache
         ring, history, w, links = borrow(ring), borrow(history), borrow_wires(wires), borrow_links(prepared)
         longest, neurons = ring.shape[1], ring.shape[3]
         events = np.empty(history.shape[2] + 1, np.int64)
@@ -490,11 +484,9 @@ def ring_kernel() -> Any:
 @functools.cache
 def send_kernel() -> Any:
     """Add to the ring what spikes send to the neurons of one part; ``slot``: of their first step."""
-    digest = sources()
 
     def send_spikes(ring: Any, slot: int, events: Any, wires: Wires, part: int) -> None:
         """``events``: each spike as ``(step * B + row) * K + source``."""
-        _ = digest  # part of the key of the disk cache
         ring, events, w = borrow(ring), borrow(events), borrow_wires(wires)
         batch, longest, _, neurons = ring.shape
         sources = w.splits.shape[1]
@@ -511,7 +503,6 @@ def send_kernel() -> Any:
 @functools.cache
 def block_kernel() -> Any:
     """A block of steps of the batch rows from ``first`` to ``last``, and of these the neurons of one part."""
-    digest = sources()
 
     def block(
         x: Strided, inputs: Wires, input_rows: Any, input_drive: Any, wires: Wires, prepared: Links, ring: Any, start: int,
@@ -528,7 +519,6 @@ def block_kernel() -> Any:
         ``input_rows [I, N]``, if these have elements.
         ``states [F T, M]``, or those of the ``chosen`` neurons.
         """
-        _ = digest  # part of the key of the disk cache
         x, spikes = borrow_strided(x), borrow_strided(spikes)
         incoming, w, links = borrow_wires(inputs), borrow_wires(wires), borrow_links(prepared)
         input_rows, input_drive, ring = borrow(input_rows), borrow(input_drive), borrow(ring)
@@ -643,10 +633,8 @@ def block_kernel() -> Any:
 @functools.cache
 def splits_kernel() -> Any:
     """Where the synapses of every source onto neurons from ``bounds[p]`` on begin: ``splits [parts + 1, K]``."""
-    digest = sources()
 
     def split(indptr: Any, targets: Any, bounds: Any, splits: Any) -> None:
-        _ = digest  # part of the key of the disk cache
         for source in range(len(indptr) - 1):
             first, last = indptr[source], indptr[source + 1]
             for p in range(len(bounds)):

@@ -17,7 +17,7 @@ import numpy as np
 
 from .events import compact, unpack
 from .lanes import LANES, add_product, lowest_bit, no_lanes, put_lanes, transpose_lanes
-from .numba_bridge import borrow, compiled, entry_point, flattened, inlined, numbers_in, prefetch_line, sources
+from .numba_bridge import borrow, compiled, entry_point, flattened, inlined, numbers_in, prefetch_line
 from .recurrent import (
     ADJOINT,
     BACKWARD_SIZE,
@@ -216,7 +216,6 @@ def steps_ahead(steps: int, longest: int) -> int:
 @functools.cache
 def backward_block_kernel(method: str) -> Any:
     """Replay a block and go back through it, for one group of batch rows from ``first`` on."""
-    digest = sources()
 
     def backward_block(
         x: Strided, inputs: Paths, input_rows: Any, input_drive: Any, synapses: Paths, prepared: Links, scales: Any,
@@ -234,7 +233,6 @@ def backward_block_kernel(method: str) -> Any:
         ``flows``, one row of numbers a group, are scratch: the second has the adjoints that are still read, of ``ahead``
         steps and of the longest delay. A group has ``lanes`` rows, of which ``rows`` are there.
         """
-        _ = digest  # part of the key of the disk cache
         x, incoming, paths = borrow_strided(x), borrow_paths(inputs), borrow_paths(synapses)
         links = borrow_links(prepared)
         input_rows, input_drive, ring = borrow(input_rows), borrow(input_drive), borrow(ring)
@@ -373,13 +371,11 @@ def backward_block_kernel(method: str) -> Any:
 @functools.cache
 def history_kernel() -> Any:
     """The gradients by what was sent before the first step, and by its weights, for one group of batch rows."""
-    digest = sources()
 
     def history_gradient(
         synapses: Paths, history: Any, adjoints: Any, grad_history: Any, by_weights: Any, by_inputs: Any, lanes: int,
         rows: int, first: int, number: int,
     ) -> None:  # fmt: skip
-        _ = digest  # part of the key of the disk cache
         paths, history, adjoints = borrow_paths(synapses), borrow(history), borrow(adjoints)
         grad_history, by_weights = borrow(grad_history), borrow(by_weights)
         steps, batch, sources = history.shape

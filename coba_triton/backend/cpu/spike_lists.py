@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .numba_bridge import borrow, compiled, entry_point, sources
+from .numba_bridge import borrow, compiled, entry_point
 
 WORD_BITS = 32
 
@@ -24,11 +24,9 @@ def ones_of(word: Any) -> Any:
 @functools.cache
 def list_kernel() -> Any:
     """Lists the bits of words that are 1."""
-    digest = sources()
 
     def list_spikes(words: Any, steps: Any, neurons: Any) -> int:
         """Fill ``steps`` and ``neurons``, if they have elements; returns how many spikes there are."""
-        _ = digest  # part of the key of the disk cache
         words, steps, neurons = borrow(words), borrow(steps), borrow(neurons)
         count = 0
         if len(steps) == 0:
