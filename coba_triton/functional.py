@@ -685,6 +685,7 @@ def _run_sparse_reference(
     """The same, step by step in eager PyTorch."""
     if not is_watched():
         check_spikes_under_way(history)
+        sparse_operators.check_connections(wiring.longest, wiring.recurrent.neurons, connections(wiring, initial, dt))
     c = derive_constants(p, dt, initial.dtype, x.device)
     inputs, recurrent = (
         reference_synapses(synapses, own, dt) if isinstance(synapses, Synapses) else None

@@ -57,6 +57,7 @@ from .neuron.records import (
     numbers_of,
 )
 from .ops import validation
+from .ops.given import limits
 from .ops.spikes import unpack_spikes
 from .ops.synapses import Synapses
 from .ops.tensors import is_watched, known
@@ -218,6 +219,13 @@ class _RecurrentNeurons(_Neurons):
             values = weights.weights
         own = values if isinstance(values, nn.Parameter) else nn.Parameter(values.detach())
         self.register_parameter(f"{name}_weights", own)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self._sparse:
+            delays = getattr(self, f"{name}_delays")
+            if delays is not None and delays.numel() and delays.device.type != "meta":
+                self._sparse[name] = limits(delays)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: normal around 0, with a standard deviation of ``sqrt(2 pi) g_l / fan_in``.

@@ -191,7 +191,7 @@ class _SparseBlocks(torch.autograd.Function):
         state: Tensor, *tensors: Any,
     ) -> Any:  # fmt: skip
         to = Connections._make((*tensors, per_ms, shortest))
-        check_connections(history, to)
+        check_connections(history.shape[0], history.shape[-1], to)
         net = SparseNetwork.of(to, history, call.jump_first, launcher(call.backend), grids, ranks)
         spikes, last, final, states, words, checkpoints = sparse_forward(net, x, history, state, to, call)
         ctx.net, ctx.to, ctx.call, ctx.fields = net, to, call, len(state)

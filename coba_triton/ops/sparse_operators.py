@@ -149,9 +149,8 @@ def _check_steps(to: Connections, longest: int) -> None:
     _check_once(to.delays, (longest, to.shortest, to.per_ms), check_delays)
 
 
-def check_connections(history: Tensor, to: Connections) -> None:
+def check_connections(longest: int, neurons: int, to: Connections) -> None:
     """Look at the numbers of the synapses, by which kernels find their way."""
-    longest, _, neurons = history.shape
     if to.input_indptr is not None and to.input_targets is not None:
         _check_wiring("input_", to.input_indptr, to.input_targets, neurons)
     _check_wiring("", to.indptr, to.targets, neurons)
@@ -159,7 +158,7 @@ def check_connections(history: Tensor, to: Connections) -> None:
 
 
 def _network(history: Tensor, to: Connections, call: Call) -> SparseNetwork:
-    check_connections(history, to)
+    check_connections(history.shape[0], history.shape[-1], to)
     return SparseNetwork.of(to, history, call.jump_first, launcher(call.backend))
 
 

@@ -721,6 +721,31 @@ def test_module_and_cell() -> None:
     assert half(x.bool())[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("delays", [([1.0, 0.5], [0.2, 0.3]), ([0.1, 0.1], [0.3, 0.2]), ([0.2, 0.7], [0.1, 0.1])])
+def test_a_module_takes_the_delays_that_it_loads(backend, delays) -> None:
+    """Also their shortest and longest, by which it knows how long spikes are under way."""
+
+    def network(delays: list[float]) -> CobaLIFRecurrent:
+        synapses = Synapses.from_coo([1, 0], [0, 1], [0.3, 0.2], torch.tensor(delays), shape=(2, 2))
+        return CobaLIFRecurrent(1, 2, P, DT, input_weights=torch.ones(2, 1), recurrent_weights=synapses, backend=backend)
+
+    source, other = map(network, delays)
+    x = noise(60, 1, 1)
+    expected = source(x)
+    assert expected[0].any()
+    if source.recurrent_delays.shape == other.recurrent_delays.shape:
+        other.load_state_dict(source.state_dict())
+        assert_same(tuple(map(_detached, other(x))), tuple(map(_detached, expected)))
+    source.recurrent_delays.mul_(20.0)
+    with pytest.raises(ValueError, match="delays must be from .* steps, which shortest and the history say"):
+        source(x)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else type(value)(*(field.detach() for field in value))
+
+
 def test_module_draws_the_weights_of_given_synapses() -> None:
     module = CobaLIFRecurrent(8, 37, P, DT, recurrent_weights=draw(37, 37, 3700))
     torch.manual_seed(0)
