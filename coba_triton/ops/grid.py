@@ -9,6 +9,7 @@ A float32 weight of more than ``2**-38`` of that sum is on the grid as it is; a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Grid(NamedTuple):
 
     Attributes:
         scales: of the compute dtype, ``[4]``: what a weight is multiplied with, if it is excitatory and if it is inhibitory;
-            then the inverses of both. All of them are powers of two.
+            then the inverses of both. All of them are powers of two, or NaN if a weight is not finite: then all drives are.
         sums: dtype of the sums, int64, or int32 where all weights and sums are exact in it as well.
     """
 
@@ -76,7 +77,9 @@ def make_grid(
     largest = torch.zeros(2, dtype=torch.float64, device=device)
     if weights.numel():
         largest = torch.stack([weights.amax(), -weights.amin()]).clamp(min=0).double()
-    largest = greatest(largest)
+    largest = greatest(largest.nan_to_num(nan=math.inf, posinf=math.inf))
+    finite = torch.isfinite(largest).all()
+    largest = torch.where(finite, largest, 0.0)
     parts = [(begin, min(begin + PART, len(targets))) for begin in range(0, len(targets), PART)]
     fan_in = torch.zeros(neurons, dtype=torch.int64, device=device)
     one = torch.ones((), dtype=torch.int64, device=device)
@@ -108,7 +111,8 @@ def make_grid(
         if not parts or all(_is_exact(part, fewer) for part in used.split(PART)):
             power, width = fewer, torch.int32
     ones = torch.ones(2, dtype=torch.float64, device=device)
-    return Grid(torch.cat([torch.ldexp(ones, power), torch.ldexp(ones, -power)]).to(dtype), width)
+    scales = torch.cat([torch.ldexp(ones, power), torch.ldexp(ones, -power)])
+    return Grid(torch.where(finite, scales, torch.nan).to(dtype), width)
 
 
 def _is_exact(weights: Tensor, power: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -105,6 +106,31 @@ class TestEquations:
             synapses = Synapses.from_coo(*places, matrix.flatten(), each[places[1]], shape=(5, 5))
             assert_same(found, coba_lif_integral(x, None, inputs, synapses, P, DT))
             assert found[0].sum() > 0
+
+    @pytest.mark.parametrize("own", [True, False])
+    @pytest.mark.parametrize("where", ["recurrent", "inputs", "input value", "input value, no synapses"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_what_is_not_finite_reaches_all_neurons(self, value, where, own) -> None:
+        """As it would from a matrix, where 0 times it is NaN; on both backends alike."""
+        inputs, recurrent = draw(6, 40, 120, scale=0.2), draw(40, 40, 200, "mixed")
+        if where == "recurrent":
+            weights = recurrent.weights.clone() if own else torch.zeros(1)
+            weights[0] = value
+            recurrent = recurrent.with_weights(weights)
+        if where == "inputs":
+            weights = inputs.weights.clone() if own else torch.zeros(1)
+            weights[-1] = value
+            inputs = inputs.with_weights(weights)
+        x = noise(20, 2, 6)
+        if "value" in where:
+            x[3, :, 2] = value
+            inputs = Synapses.from_coo([], [], torch.zeros(0), shape=(40, 6)) if "no" in where else inputs
+        reference, cpu = (
+            coba_lif_integral(x, None, inputs, recurrent, P, DT, backend=backend) for backend in ("reference", "cpu")
+        )
+        assert_same_bits(cpu[0], reference[0])
+        for _, state in (reference, cpu):
+            assert state.v.isnan().all() and state.g_e.isnan().all() and state.g_i.isnan().all()
 
     @pytest.mark.parametrize("backend", ["reference", "cpu"])
     def test_spikes_under_way_of_more_than_1_are_refused(self, backend) -> None:

@@ -110,7 +110,7 @@ def scratch(w: Wires, sources: int, dtype: Any, neurons: int, parts: int, togeth
     return Scratch(
         memory_apart((tiles, TILE_SIZE), dtype),
         memory_apart((tiles, TILE), np.uint8),
-        memory_apart((2 * neurons * parts if w.targets.size > 0 else 0,), np.int64),
+        memory_apart((2 * neurons * parts if sources > 0 else 0,), np.int64),
         memory_apart((sources,), dtype),
         memory_apart((sources,), np.uint32),
         memory_apart((sources + 1,), np.int64),
