@@ -15,7 +15,6 @@ from .neuron.records import (
     CobaLIFFeedForwardState,
     CobaLIFParameters,
     CobaLIFState,
-    Drive,
     FeedForwardState,
     RecurrentState,
     feed_forward_state,
@@ -700,7 +699,7 @@ def _run_sparse_reference(
             drive = reference.input_drive(inputs, now)
         else:
             w = weights[0].mT
-            drive = Drive(now @ torch.relu(w), now @ torch.relu(-w))
+            drive = reference.matrix_drive(now, torch.relu(w), torch.relu(-w))
         done, history = reference.sparse_step(drive, history, s, recurrent, c, call.jump_first, call.method)
         s = recurrent_state(*_fields_after(done))
         rows.append(done.z)

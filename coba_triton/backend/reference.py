@@ -140,8 +140,17 @@ def recurrent_step(x: Tensor, z: Any, s: Any, w: SplitWeights, c: Constants, jum
         jump_first: add the drive before the decay instead of after it.
         method: surrogate derivative of the spike.
     """
-    drive, recurrent = Drive(x @ w.input_e, x @ w.input_i), Drive(z @ w.recurrent_e, z @ w.recurrent_i)
+    drive, recurrent = matrix_drive(x, w.input_e, w.input_i), matrix_drive(z, w.recurrent_e, w.recurrent_i)
     return step(s, drive, recurrent, c, jump_first, method)
+
+
+def matrix_drive(x: Tensor, excitatory: Tensor, inhibitory: Tensor) -> Drive:
+    """Products with the weights of both signs ``[K, N]``, in the dtype of the neurons, whatever autocast says."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return Drive(x @ excitatory, x @ inhibitory)
+    return Drive(x @ excitatory, x @ inhibitory)
 
 
 class _ExactSum(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backend import reference
 from ..backend.choose import launcher
 from ..functional import connections, initial_sparse_state, kernel_input, own_fields, reference_synapses, run_reference
-from ..neuron.records import Drive, RecurrentState, recurrent_state
+from ..neuron.records import RecurrentState, recurrent_state
 from ..ops import sparse_blocks
 from ..ops.call import Asked, Call, Connections, Incoming, Saved, SparseNetwork, check_spikes_under_way, is_binary
 from ..ops.constants import constants_table, derive_constants
@@ -136,7 +136,7 @@ class SparseRows:
                 drive = reference.input_drive(inputs, x)
             else:
                 w = weights[0].mT
-                drive = Drive(x @ torch.relu(w), x @ torch.relu(-w))
+                drive = reference.matrix_drive(x, torch.relu(w), torch.relu(-w))
             arriving = reference.recurrent_drive(recurrent, every[-1])
             done = reference.step(s, drive, arriving, c, jump_first, p.method)
             now = done.z.unsqueeze(0)

@@ -16,10 +16,13 @@ from coba_triton import (
     CobaLIFFeedForwardState,
     CobaLIFRecurrent,
     CobaLIFState,
+    Synapses,
     coba_lif_feed_forward_integral,
     coba_lif_integral,
+    coba_lif_step,
 )
 from coba_triton.tools.problems import DT, problem, recurrent_problem
+from helpers.bits import assert_same_bits
 
 SAMPLES = 3
 CPU = torch.device("cpu")
@@ -308,6 +311,26 @@ def test_autocast_keeps_the_state_in_float32(kind) -> None:
     assert grad.dtype == torch.float32 and grad.abs().max() > 0
     plain, final = run(x.detach())
     assert torch.equal(spikes, plain) and all(map(torch.equal, state, final))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_changes_no_bit(backend, sparse) -> None:
+    """Of sequences and single steps; in bfloat16, potentials would be 0.03 mV off."""
+    case = recurrent_problem(20, 2, 6)
+    recurrent = Synapses.from_torch(case.recurrent_weights.to_sparse_csr()) if sparse else case.recurrent_weights
+    weights = case.input_weights, recurrent
+
+    def run() -> list[Tensor]:
+        spikes, state = coba_lif_integral(case.x, None, *weights, case.record(), DT, backend=backend)
+        _, after = coba_lif_step(case.x[0], None, *weights, case.record(), DT)
+        return [spikes, *state, *after]
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    assert expected[0].any()
+    assert_same_bits(found, expected)
 
 
 def loss_of(incoming: str, spikes: Tensor, last: Tensor, v: Tensor) -> Tensor:
