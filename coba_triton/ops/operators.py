@@ -582,6 +582,11 @@ class _RecurrentRules(_ForwardRules):
         return part(outputs, size, -2)
 
 
+def with_blocks(call: Call, steps: int, z: Tensor) -> Call:
+    """The call with the blocks of its forward, from whose states the backward goes on: which had the rows of ``z``."""
+    return call._replace(block_steps=choose_block_steps(call.block_steps, steps, z.numel(), z, train=True))
+
+
 class _RecurrentBackwardRules(_BackwardRules):
     operator = "recurrent_backward"
 
@@ -592,6 +597,8 @@ class _RecurrentBackwardRules(_BackwardRules):
         x_dim, z_dim, weights_dims, saved_dims, grads_dims, grad_z_dim, _, _ = cls.records(in_dims)
         if weights_dims.input is not None or weights_dims.recurrent is not None:
             return each(torch.ops.coba_triton.recurrent_backward, size, in_dims, args)
+        if saved_dims.checkpoints is None:
+            call = with_blocks(call, x.shape[0], z)
         x, z = join_all((x, z), (x_dim, z_dim), size, -2)
         shared = columns(weights.constants, weights_dims.constants)
         table = join_constants(weights.constants, weights_dims.constants, size, z.numel() // size, asked.constants)

@@ -36,6 +36,7 @@ from .operators import (
     _table,
     _written,
     register,
+    with_blocks,
 )
 from .samples import columns, each, join, join_all, join_constants, part, part_constants
 from .tensors import FLOATING
@@ -372,6 +373,8 @@ class _SparseBackwardRules(_BackwardRules):
         x_dim, history_dim, to_dims, saved_dims, grads_dims, grad_last_dim, _, _ = cls.records(in_dims)
         if any(dim is not None for name, dim in zip(to._fields, to_dims, strict=True) if name != "constants"):
             return each(torch.ops.coba_triton.sparse_backward, size, in_dims, args)
+        if saved_dims.checkpoints is None:
+            call = with_blocks(call, x.shape[0], history[0])
         x, history = join(x, x_dim, size, -2), join(history, history_dim, size, -2)
         shared = columns(to.constants, to_dims.constants)
         table = join_constants(to.constants, to_dims.constants, size, history[0].numel() // size, asked.constants)

@@ -21,6 +21,7 @@ from coba_triton import (
     coba_lif_integral,
     coba_lif_step,
 )
+from coba_triton.ops import operators, sparse_blocks, sparse_operators, time_blocks
 from coba_triton.tools.problems import DT, problem, recurrent_problem
 from helpers.bits import assert_same_bits
 
@@ -314,11 +315,30 @@ def test_autocast_keeps_the_state_in_float32(kind) -> None:
 
 
 @pytest.mark.parametrize("sparse", [False, True])
+def test_many_gradients_of_one_forward(sparse, monkeypatch) -> None:
+    """A backward of many gradients goes through the blocks of the forward, also where their length depends on the rows."""
+
+    def as_on_a_gpu(block_steps: int | None, steps: int, cells: int, like: Tensor, train: bool) -> int:
+        return block_steps or (32 if cells > 100 else 64)
+
+    for module in (operators, sparse_operators, time_blocks, sparse_blocks):
+        monkeypatch.setattr(module, "choose_block_steps", as_on_a_gpu)
+    case = recurrent_problem(96, 2, 20)
+    recurrent = Synapses.from_torch(case.recurrent_weights.to_sparse()) if sparse else case.recurrent_weights
+    x = case.x.clone().requires_grad_()
+    _, state = coba_lif_integral(x, None, case.input_weights, recurrent, case.record(), DT, backend="cpu")
+    directions = torch.eye(state.v.numel()).view(-1, *state.v.shape)[::7]
+    (together,) = torch.autograd.grad(state.v, x, directions, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(state.v, x, direction, retain_graph=True)[0] for direction in directions]
+    assert_same_bits(together, alone)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_autocast_changes_no_bit(backend, sparse) -> None:
     """Of sequences and single steps; in bfloat16, potentials would be 0.03 mV off."""
     case = recurrent_problem(20, 2, 6)
-    recurrent = Synapses.from_torch(case.recurrent_weights.to_sparse_csr()) if sparse else case.recurrent_weights
+    recurrent = Synapses.from_torch(case.recurrent_weights.to_sparse()) if sparse else case.recurrent_weights
     weights = case.input_weights, recurrent
 
     def run() -> list[Tensor]:
