@@ -325,11 +325,14 @@ def test_many_gradients_of_one_forward(sparse, monkeypatch) -> None:
         monkeypatch.setattr(module, "choose_block_steps", as_on_a_gpu)
     case = recurrent_problem(96, 2, 20)
     recurrent = Synapses.from_torch(case.recurrent_weights.to_sparse()) if sparse else case.recurrent_weights
-    x = case.x.clone().requires_grad_()
-    _, state = coba_lif_integral(x, None, case.input_weights, recurrent, case.record(), DT, backend="cpu")
-    directions = torch.eye(state.v.numel()).view(-1, *state.v.shape)[::7]
-    (together,) = torch.autograd.grad(state.v, x, directions, is_grads_batched=True, retain_graph=True)
-    alone = [torch.autograd.grad(state.v, x, direction, retain_graph=True)[0] for direction in directions]
+
+    def potentials(x: Tensor) -> Tensor:
+        return coba_lif_integral(x, None, case.input_weights, recurrent, case.record(), DT, backend="cpu")[1].v
+
+    v, vjp = torch.func.vjp(potentials, case.x)
+    directions = torch.eye(v.numel()).view(-1, *v.shape)[::7]
+    (together,) = torch.func.vmap(vjp)(directions)
+    alone = [vjp(direction)[0] for direction in directions]
     assert_same_bits(together, alone)
 
 
