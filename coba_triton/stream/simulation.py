@@ -47,7 +47,7 @@ from ..ops.tensors import is_refractory
 from ..ops.wiring import Wiring, connect, is_sparse
 from .results import Result
 from .sinks import Checkpoint, Header, Sink, open_sink
-from .sources import Blocks, digest
+from .sources import Blocks, EventSource, PoissonSource, digest
 from .states import pack_state, unpack_state
 from .store import checksum, columns_of
 
@@ -364,6 +364,11 @@ class BlockRun:
             raise TypeError(
                 f"network must be a CobaLIF or a CobaLIFRecurrent, got {type(network).__name__}; give a cell's parameters "
                 "and weights to one of them"
+            )
+        if isinstance(source, PoissonSource | EventSource) and source.dt != network.dt:
+            raise ValueError(
+                f"source must have the network's time step, dt={network.dt:g} ms, got dt={source.dt:g} ms; make the source "
+                f"with dt={network.dt:g}, or the network with dt={source.dt:g}"
             )
         block_steps = validation.check_block_steps(block_steps)
         _check_record(record)

@@ -121,5 +121,5 @@ def _warm_up_draws() -> None:
     weight = Normal(1.0, 0.1)
     Synapses.fixed_probability(2, 2, 0.5, weight, seed=1)
     Synapses.fixed_number(2, 2, 1, weight, seed=1, per="source")
-    source = PoissonSource(1.0, 1, (2,))
+    source = PoissonSource(1.0, 1, (2,), CobaLIF().dt)
     simulate(CobaLIF(), source, record=Record(populations={"all": range(2)}), progress=False)

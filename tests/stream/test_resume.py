@@ -161,7 +161,7 @@ def test_killed_25_times_at_random_moments(tmp_path: Path) -> None:
     [
         ({"source": drive(steps=T - 1)}, "source.steps was 1000 and is 999"),
         ({"network": CobaLIF(NEURON._replace(v_thresh=-51.0), 0.1)}, "parameters.v_thresh was -50.0 and is -51.0"),
-        ({"network": CobaLIF(NEURON, 0.2)}, "dt_ms was 0.1 and is 0.2"),
+        ({"network": CobaLIF(NEURON, 0.2), "source": drive()[:]}, "dt_ms was 0.1 and is 0.2"),
         ({"network": CobaLIF(NEURON, 0.1, order="jump_first")}, 'order was "decay_first" and is "jump_first"'),
         ({"block_steps": 128}, "block_steps was 96 and is 128"),
         ({"record": Record(neurons=[1])}, "record.inputs was true and is false"),

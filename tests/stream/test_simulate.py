@@ -23,6 +23,7 @@ from coba_triton import (
     CobaLIFFeedForwardState,
     CobaLIFRecurrent,
     CobaLIFState,
+    EventSource,
     MemorySink,
     NpzSink,
     PoissonSource,
@@ -89,6 +90,16 @@ def test_default_block_is_longer_where_the_input_is_not_copied() -> None:
     assert block_steps(x, record=Record(inputs=True)) == copied
     assert block_steps(x.numpy()[::-1]) == copied
     assert block_steps(x.int()) == copied
+
+
+@pytest.mark.parametrize(
+    "source", [PoissonSource(10.0, 40, 5), EventSource([0.01], [0], 5, steps=40)], ids=["rates", "events"]
+)
+def test_a_source_of_another_time_step_is_refused(source: Any) -> None:
+    """Its spikes would come at another rate than it was asked for."""
+    message = "source must have the network's time step, dt=1 ms, got dt=0.001 ms; make the source with dt=1"
+    with pytest.raises(ValueError, match=message):
+        simulate(CobaLIF(), source, progress=False)
 
 
 def test_initial_state() -> None:
