@@ -32,8 +32,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if not FROM <= size <= KEPT:
         return torch.empty(shape, dtype=dtype)
     with _lock:
-        fitting = [k for k, block in enumerate(_unused) if size <= block.nbytes and size >= USED * block.nbytes]
-        block = _unused.pop(fitting[-1]) if fitting else None
+        block = next((block for block in reversed(_unused) if USED * block.nbytes <= size <= block.nbytes), None)
+        if block is not None:
+            _unused[:] = [other for other in _unused if other is not block]
     if block is None:
         block = torch.empty(size, dtype=torch.uint8).numpy()
     lent = block[:size]

@@ -519,6 +519,18 @@ def test_an_error_of_openmp_or_the_pool_is_raised(openmp: bool, monkeypatch: pyt
         of_shares.run(kernel, shares=[(0,), (1,)])
 
 
+def test_the_pool_has_no_more_threads_than_the_largest_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coba_triton.backend.cpu import threads as of_shares
+
+    monkeypatch.setattr(of_shares, "_PROCESS", 0)
+    of_shares._pool.cache_clear()
+    before = set(threading.enumerate())
+    for count in (2, 5, 3, 6):
+        barrier = threading.Barrier(count, timeout=60)
+        of_shares.run(lambda share: barrier.wait(), shares=[(share,) for share in range(count)])
+    assert len(set(threading.enumerate()) - before) == 5
+
+
 @pytest.mark.parametrize("openmp", [True, False])
 def test_ctrl_c_waits_for_all_shares_and_is_not_lost(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from coba_triton.backend.cpu import threads as of_shares

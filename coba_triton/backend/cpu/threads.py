@@ -20,6 +20,8 @@ import torch
 from ...common.signals import deferred
 
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# Of the pool, which starts them one by one; a meeting needs all of its threads at once.
+MOST_THREADS = 1024
 # OpenMP's threads do not survive a fork: a process in which this module was not imported has a pool of its own.
 _PROCESS = os.getpid()
 # One launch at a time has threads that wait for each other: of two, each could have the threads that the other waits for.
@@ -50,9 +52,9 @@ def _openmp() -> _OpenMP | None:
 
 
 @functools.cache
-def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="coba_triton")
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """Threads of this process: those of a parent do not survive a fork. One is started where none is idle."""
+    return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="coba_triton")
 
 
 def run(kernel: Callable[..., None], *args: Any, shares: Sequence[tuple[Any, ...]], meet: bool = False) -> None:
@@ -98,7 +100,7 @@ def _run_in_pool(openmp: _OpenMP | None, kernel: Callable[..., None], args: tupl
     if openmp is not None:
         openmp.pause(1)  # omp_pause_soft: settings stay; within a parallel region it does nothing
     first, *rest = shares
-    jobs = [_pool(os.getpid(), len(rest)).submit(kernel, *args, *share) for share in rest]
+    jobs = [_pool(os.getpid()).submit(kernel, *args, *share) for share in rest]
     kernel(*args, *first)
     for job in jobs:
         job.result()
