@@ -199,10 +199,11 @@ def sparse_projection_kernel(
 @triton.jit(do_not_specialize=["N", "R"])
 def sums_to_drive_kernel(sums_ptr, units_ptr, counts_ptr, scales_ptr, drive_ptr, N, R, BLOCK: tl.constexpr):
     """The drive ``[2, R, N]``: the sums times the units of their rows. Those of a row without events are not read."""
-    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(N, BLOCK)  # of a row; all programs are on one axis, as the others have at most 65535
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    neurons = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     N = tl.cast(N, tl.int64)
     R = tl.cast(R, tl.int64)
-    neurons = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = neurons < N
     dtype: tl.constexpr = drive_ptr.dtype.element_ty
     count = tl.load(counts_ptr + row)
@@ -445,12 +446,14 @@ def source_gradient_kernel(
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, WEIGHT: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
     """The gradient ``[T B, K]`` by the values of sources in T steps from ``begin`` on. ``adjoints`` begin with step 0."""
-    step = tl.program_id(0) // B
-    b = (tl.program_id(0) % B).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(K, BLOCK)  # of a row, as above
+    program = tl.program_id(0) // tiles
+    step = program // B
+    b = (program % B).to(tl.int64)
+    row = program.to(tl.int64)
+    sources = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     B = tl.cast(B, tl.int64)
     N = tl.cast(N, tl.int64)
-    sources = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = sources < K
     total = send_back(
         sources, mask, begin + step, b, indptr_ptr, targets_ptr, weights_ptr, delays_ptr, adjoints_ptr, B, N,

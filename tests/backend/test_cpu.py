@@ -527,7 +527,7 @@ def test_the_pool_has_no_more_threads_than_the_largest_launch(monkeypatch: pytes
     before = set(threading.enumerate())
     for count in (2, 5, 3, 6):
         barrier = threading.Barrier(count, timeout=60)
-        of_shares.run(lambda share: barrier.wait(), shares=[(share,) for share in range(count)])
+        of_shares.run(lambda barrier, share: barrier.wait(), barrier, shares=[(share,) for share in range(count)])
     assert len(set(threading.enumerate()) - before) == 5
 
 

@@ -24,6 +24,8 @@ MEMORIES = 25
 # Shorter chunks, or fewer, are not worth four launches.
 LEAST_CHUNK_STEPS = 512
 LEAST_CHUNKS = 4
+# A grid of programs has no more on its second axis.
+MOST_CHUNKS = 65_535
 
 
 def choose_time_chunks(steps: int, neurons: int, memory: float | None) -> int:
@@ -39,6 +41,7 @@ def _forward_in_chunks(
 ) -> None:
     """:func:`feed_forward_forward` in at most so many chunks of time; ``steps`` are computed while others are loaded."""
     length, neurons = x.shape
+    chunks = min(chunks, MOST_CHUNKS)
     device, fields, block = x.device, len(state), hardware.threads_per_warp()
     chunk_steps = cdiv(length, chunks * CHECK_STEPS) * CHECK_STEPS
     tiles, chunks = cdiv(neurons, block), cdiv(length, chunk_steps)
@@ -80,6 +83,7 @@ def _backward_in_chunks(
 ) -> None:
     """:func:`feed_forward_backward` in at most so many chunks of time, without the sums over time."""
     length, neurons = x.shape
+    chunks = min(chunks, MOST_CHUNKS)
     device, block = x.device, hardware.threads_per_warp()
     chunk_steps = cdiv(length, chunks * CHECK_STEPS) * CHECK_STEPS
     tiles, chunks = cdiv(neurons, block), cdiv(length, chunk_steps)

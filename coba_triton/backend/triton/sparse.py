@@ -116,7 +116,7 @@ def _sparse_projection(net: SparseNetwork, x: Tensor, drive: Tensor | None) -> T
         BLOCK=threads, SOURCES=threads // together, LANES=together, WEIGHT=_mode(weights),
     )  # fmt: skip
     launch.run(
-        sparse.sums_to_drive_kernel, (rows, cdiv(net.neurons, threads)), drive.device, num_warps,
+        sparse.sums_to_drive_kernel, (rows * cdiv(net.neurons, threads),), drive.device, num_warps,
         sums, units, counts, grid.scales, drive, net.neurons, rows, BLOCK=threads,
     )  # fmt: skip
     return drive
@@ -250,7 +250,7 @@ def _fill_source_gradient(net: SparseNetwork, projection: Projection, grad: Tens
     num_warps = 4
     block = num_warps * hardware.threads_per_warp()
     launch.run(
-        sparse.source_gradient_kernel, (steps * batch, cdiv(sources, block)), grad.device, num_warps,
+        sparse.source_gradient_kernel, (steps * batch * cdiv(sources, block),), grad.device, num_warps,
         indptr, targets, weights, delays, adjoints, filled, sources, batch, net.neurons, begin, net.per_ms,
         BLOCK=block, UNROLL=events_ahead(grad.dtype), WEIGHT=_mode(weights), DELAY=_mode(delays),
     )  # fmt: skip
