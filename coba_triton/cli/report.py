@@ -1,12 +1,15 @@
 """Write the files beside a run's result (``result.zarr`` or ``result.npz``): ``raster.png`` and ``summary.json``.
 
-Each file appears whole or not at all. ``summary.json`` is written last, so a folder that has it has all files. The arrays of
-a result are described in :mod:`coba_triton.stream.sinks`. If a recording drives the run, the result also has ``signal [T]``,
-its values at the beginnings of the steps, and ``events [T, 2]``, the encoder's ON and OFF events.
+Each file appears whole or not at all. ``summary.json`` is written last, so a folder that has it has all files. Both are
+removed just before the result that they tell of is replaced, and before a resumed run goes on with it.
+
+The arrays of a result are described in :mod:`coba_triton.stream.sinks`. If a recording drives the run, the result also has
+``signal [T]``, its values at the beginnings of the steps, and ``events [T, 2]``, the encoder's ON and OFF events.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -75,7 +78,17 @@ def make_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
         attributes["recording"] = facts
         arrays = {"signal": recording.values, "events": recording.events}
     kind = NpzSink if path.suffix == ".npz" else ZarrSink
-    return kind(path, overwrite=True, attributes=attributes, arrays=arrays)
+    sink: Sink = kind(path, overwrite=True, attributes=attributes, arrays=arrays)
+    sink.changing = functools.partial(_without_report, path.parent)
+    return sink
+
+
+@contextmanager
+def _without_report(folder: Path) -> Iterator[None]:
+    """Remove the picture and the summary before the block, in which the result that they tell of changes."""
+    for file in reversed(FILES):
+        (folder / file).unlink(missing_ok=True)
+    yield
 
 
 def title(result: Result) -> str | None:

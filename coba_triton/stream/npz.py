@@ -6,7 +6,8 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +25,25 @@ def crc32(array: Array) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def write_npz(path: Path, attributes: dict[str, Any], arrays: Mapping[str, Array], replace: bool) -> None:
+def write_npz(
+    path: Path,
+    attributes: dict[str, Any],
+    arrays: Mapping[str, Array],
+    replace: bool,
+    changing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Write arrays, and the attributes as JSON in one more array.
+
+    The file is written beside its path first. It gets its name within the context that ``changing`` makes.
 
     Raises:
         FileExistsError: if the file is there and ``replace`` is False.
         OSError: if it cannot be written.
     """
-    with written_whole(path, replace) as part, part.open("wb") as file:
-        np.savez_compressed(file, **cast(Any, {"attributes": np.array(json.dumps(attributes)), **arrays}))
+    with ExitStack() as stack, written_whole(path, replace) as part:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **cast(Any, {"attributes": np.array(json.dumps(attributes)), **arrays}))
+        stack.enter_context(changing())
 
 
 def read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -24,7 +24,7 @@ import stat
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,10 +87,13 @@ class Sink(ABC):
     Attributes:
         path: the file or the group; None for memory.
         checks_input: whether the sink keeps a checksum of the input of every block.
+        changing: makes a context in which the sink puts a new result in the place of an earlier one, or prepares to go on
+            with it. Whoever keeps files that belong to the earlier result can remove them there.
     """
 
     path: Path | None = None
     checks_input = False
+    changing: Callable[[], AbstractContextManager[Any]] = staticmethod(contextlib.nullcontext)
 
     def __init__(self, *, attributes: Mapping[str, Any] | None = None, arrays: Mapping[str, Any] | None = None) -> None:
         try:
@@ -237,7 +240,7 @@ class NpzSink(MemorySink):
             for name, array in self._fixed.items()
         }
         try:
-            write_npz(self.path, *self.result(), self.overwrite)
+            write_npz(self.path, *self.result(), self.overwrite, self.changing)
         except OSError as error:
             saved = Path(tempfile.mkdtemp(prefix="coba_triton-")) / self.path.name
             kept = f"the result is kept in {saved}"
@@ -343,9 +346,10 @@ class ZarrSink(Sink):
             self._describe_columns(header.steps if header.steps is not None else header.block_steps)
             (part / "zarr.json").write_text(store.describe_group(attributes))
             old = part_of(place)
-            if replaced := place.exists():
-                place.rename(old)
-            part.rename(place)
+            with self.changing():
+                if replaced := place.exists():
+                    place.rename(old)
+                part.rename(place)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)  # its name was made up above: nobody else has anything there
             raise
@@ -376,7 +380,7 @@ class ZarrSink(Sink):
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
         kept = self._kept
         state = kept.state(blocks) if blocks else None
-        with self._kept_so_far(blocks * self._block_steps):
+        with self._kept_so_far(blocks * self._block_steps), self.changing():
             self._describe_group(steps=steps, finished=False)
             if kept.steps != blocks * self._block_steps:  # the last block was short, and is made again as a longer one
                 self._put_progress(blocks * self._block_steps)

@@ -393,7 +393,6 @@ def test_interrupted_write_leaves_no_half_file(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 0
-    picture = (tmp_path / "out" / "raster.png").read_bytes()
 
     def interrupted_draw(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -402,8 +401,73 @@ def test_interrupted_write_leaves_no_half_file(
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 130
     assert "Interrupted; nothing more was written." in capsys.readouterr().err
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == ["raster.png", "result.zarr"]  # without summary.json: not a whole result
-    assert (tmp_path / "out" / "raster.png").read_bytes() == picture
+    assert left == ["result.zarr"]  # the picture and the summary were of the earlier result
+
+
+def in_the_folder(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+
+
+def look_at(monkeypatch: pytest.MonkeyPatch, out: Path) -> list[list[str]]:
+    """What is in a folder while a run goes on, which is what a kill would leave, is added to the list."""
+    finish, seen = simulation.BlockRun.finish, []
+
+    def looked_at(self: simulation.BlockRun, running: Any) -> Any:
+        seen.append(in_the_folder(out))
+        return finish(self, running)
+
+    monkeypatch.setattr(simulation.BlockRun, "finish", looked_at)
+    return seen
+
+
+def test_a_run_that_goes_on_has_no_report_of_an_earlier_one(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the run that it replaces, nor of the one that it resumes."""
+    out = tmp_path / "out"
+    for options in ([], ["--resume"]):
+        interrupt_at(monkeypatch, 384)
+        assert main(["simulate", config, "--out", str(out)]) == 130
+        assert in_the_folder(out) == ["raster.png", "result.zarr", "summary.json"]
+        monkeypatch.undo()
+        seen = look_at(monkeypatch, out)
+        assert main(["simulate", config, "--out", str(out), *options]) == 0
+        monkeypatch.undo()
+        assert seen and set(map(tuple, seen)) == {("result.zarr",)}
+        assert in_the_folder(out) == ["raster.png", "result.zarr", "summary.json"]
+
+
+def test_the_report_of_an_npz_goes_when_the_npz_is_replaced(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, files = tmp_path / "out", ["raster.png", "result.npz", "summary.json"]
+    arguments = ["simulate", config, "--out", str(out), "--format", "npz"]
+    assert main(arguments) == 0
+    earlier = (out / "result.npz").read_bytes()
+    seen = look_at(monkeypatch, out)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    assert main(arguments) == 2
+    assert seen and all(names == files for names in seen)
+    assert in_the_folder(out) == files and (out / "result.npz").read_bytes() == earlier  # the earlier run is whole
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "overview", full)
+    assert main(arguments) == 2
+    assert in_the_folder(out) == ["result.npz"]
+
+
+@pytest.mark.parametrize("change_to", ["another configuration", "a shorter run"])
+def test_a_resume_that_is_refused_changes_nothing(config: str, tmp_path: Path, change_to: str) -> None:
+    out = tmp_path / "out"
+    assert main(["simulate", config, "--out", str(out)]) == 0
+    summary = (out / "summary.json").read_bytes()
+    change(config, *{"another configuration": ("seed = 1", "seed = 2"), "a shorter run": ('"60 ms"', '"25 ms"')}[change_to])
+    assert main(["simulate", config, "--out", str(out), "--resume"]) == 2
+    assert in_the_folder(out) == ["raster.png", "result.zarr", "summary.json"]
+    assert (out / "summary.json").read_bytes() == summary
 
 
 @pytest.mark.parametrize(
