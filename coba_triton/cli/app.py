@@ -198,7 +198,7 @@ def _simulate(name: str, changes: list[str], out: Path, resume: bool, form: Form
             source, recurrent = open_source(config), open_recurrent(config, part)
         except (OverflowError, ValueError) as error:  # a number has the right sign and unit, but is too large
             raise UserError(f"{name}: {error}") from None
-        sink = report.make_sink(out / f"result.{form.value}", name, config, source)
+        sink = report.make_sink(out / f"result.{form.value}", name, config, source, resume or not first)
         with _warnings_in_one_line():
             run = job.run(config, source, recurrent, sink, resume, keep_going, part)
         if not first:

@@ -28,7 +28,7 @@ from coba_triton import NpzSink, Result, ZarrSink, open_result
 from coba_triton.common.files import held, is_there, local_path, reason, written_whole
 from coba_triton.common.versions import package_version
 from coba_triton.stream.plotting import overview, statistics_cells, statistics_note
-from coba_triton.stream.sinks import Sink
+from coba_triton.stream.sinks import Sink, check_replaceable, replaced
 
 from .config import Config
 from .errors import UserError
@@ -66,8 +66,12 @@ def own_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def make_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
-    """The sink for a run's result. It replaces an earlier result, unless the run is resumed."""
+def make_sink(path: Path, name: str, config: Config, source: Source, resume: bool) -> Sink:
+    """The sink for a run's result. It replaces an earlier result, also one of the other format, unless the run is resumed.
+
+    Raises:
+        UserError: if there is something in the place of the other format that is no result.
+    """
     recording = source.encoded if isinstance(source, RecordingSource) else None
     settings = config.model_dump(mode="json")
     del settings["simulation"]["duration"]  # the result has its number of steps, and a resumed run may be longer
@@ -79,16 +83,36 @@ def make_sink(path: Path, name: str, config: Config, source: Source) -> Sink:
         arrays = {"signal": recording.values, "events": recording.events}
     kind = NpzSink if path.suffix == ".npz" else ZarrSink
     sink: Sink = kind(path, overwrite=True, attributes=attributes, arrays=arrays)
-    sink.changing = functools.partial(_without_report, path.parent)
+    other = next(path.with_name(result) for result in RESULTS if result != path.name)
+    if resume or not os.path.lexists(other):
+        sink.changing = functools.partial(_changing, path.parent, None)
+        return sink
+    try:
+        check_replaceable(other)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path.name} takes the place of {other}, which cannot be replaced ({error}); move that away, or give another "
+            "--out"
+        ) from None
+    sink.changing = functools.partial(_changing, path.parent, other)
     return sink
 
 
 @contextmanager
-def _without_report(folder: Path) -> Iterator[None]:
-    """Remove the picture and the summary before the block, in which the result that they tell of changes."""
-    for file in reversed(FILES):
-        (folder / file).unlink(missing_ok=True)
-    yield
+def _changing(folder: Path, other: Path | None) -> Iterator[None]:
+    """Make room for a result that appears or goes on within the block.
+
+    The picture and the summary, which tell of what was there before, are removed, and so is an earlier result of the other
+    format. After an error, that result is back.
+    """
+    with ExitStack() as stack:
+        if other is not None:
+            stack.enter_context(held(other))
+        for file in reversed(FILES):
+            (folder / file).unlink(missing_ok=True)
+        if other is not None:
+            stack.enter_context(replaced(other))
+        yield
 
 
 def title(result: Result) -> str | None:

@@ -6,8 +6,8 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,23 +46,57 @@ def write_npz(
         stack.enter_context(changing())
 
 
+# What reading a file raises that holds something else, or is damaged.
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
+def check_npz(path: Path) -> None:
+    """Refuse a file that is no result. Only its attributes are read.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        with _opened(path) as file:
+            _attributes_of(path, file)
+    except Refused:
+        raise
+    except _DAMAGED as error:
+        raise _no_result(path, error) from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    if not path.is_file():
+        raise ValueError("no regular file")
+    with zipfile.ZipFile(path) as file:
+        yield file
+
+
+def _attributes_of(path: Path, file: zipfile.ZipFile) -> tuple[Any, dict[str, zipfile.ZipInfo]]:
+    """The attributes, and the members that hold the other arrays."""
+    members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+    attributes = json.loads(str(_read_member(file, members.pop("attributes"), "str", ())))
+    check_attributes(str(path), attributes)
+    return attributes, members
+
+
+def _no_result(path: Path, error: BaseException) -> ValueError:
+    return ValueError(f"{path} is no result of coba_triton, or damaged ({error}); give the path of one")
+
+
 def read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """The attributes and the arrays of a file. Every array has the shape and the checksum that the attributes name.
 
     Raises:
         ValueError: if the file is no result, or damaged.
     """
-    damaged = (
-        *(OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, RuntimeError),
-        *(zipfile.BadZipFile, zlib.error),
-    )
     try:
-        if not path.is_file():
-            raise ValueError("no regular file")
-        with zipfile.ZipFile(path) as file:
-            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
-            attributes = json.loads(str(_read_member(file, members.pop("attributes"), "str", ())))
-            check_attributes(str(path), attributes)
+        with _opened(path) as file:
+            attributes, members = _attributes_of(path, file)
             kept, steps, config = attributes["arrays"], attributes["steps_done"], attributes["config"]
             shapes = {name: tuple(array["shape"]) for name, array in kept.items()}
             expected = {name: (column.rows(steps), *column.shape) for name, column in columns_of(config).items()}
@@ -75,8 +109,8 @@ def read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
                     raise ValueError(f"{name} is not what was written")
     except Refused:
         raise
-    except damaged as error:
-        raise ValueError(f"{path} is no result of coba_triton, or damaged ({error}); give the path of one") from None
+    except _DAMAGED as error:
+        raise _no_result(path, error) from None
     return attributes, arrays
 
 

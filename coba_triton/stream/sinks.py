@@ -33,7 +33,7 @@ import numpy as np
 
 from ..common.files import held, local_path, part_of, reason, written_whole
 from . import store
-from .npz import crc32, write_npz
+from .npz import check_npz, crc32, write_npz
 from .results import Result
 from .store import BLOSC, DTYPES, FORMAT, NAME, TAKEN, VERSION, Array, Column, Fixed, Store, checksum, difference_of, filled
 
@@ -320,11 +320,7 @@ class ZarrSink(Sink):
                 f"{self.path} exists; continue it with resume=True, replace it with ZarrSink(path, overwrite=True), or "
                 "choose another path"
             )
-        if foreign := _foreign(Store(self.path)):
-            raise ValueError(
-                f"{foreign} is no part of the result {self.path}, so the result is not replaced; move it away, or choose "
-                "another path"
-            )
+        check_replaceable(self.path)
 
     def _create(self, attributes: dict[str, Any], fixed: dict[str, Array], kept: dict[str, Fixed], header: Header) -> None:
         """Build the empty result beside its path and then move it there, so that it appears whole or not at all."""
@@ -345,18 +341,13 @@ class ZarrSink(Sink):
             self._put_progress(0)
             self._describe_columns(header.steps if header.steps is not None else header.block_steps)
             (part / "zarr.json").write_text(store.describe_group(attributes))
-            old = part_of(place)
-            with self.changing():
-                if replaced := place.exists():
-                    place.rename(old)
+            with self.changing(), replaced(place):
                 part.rename(place)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)  # its name was made up above: nobody else has anything there
             raise
         finally:
             self.path = place
-        if replaced:
-            _remove(Store(old))
         self._kept = Store(place)
 
     def _reopen(self, attributes: dict[str, Any]) -> Checkpoint:
@@ -483,6 +474,42 @@ def _replace_text(path: Path, text: str) -> None:
             return
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to replace what is no result, or a folder that holds something else as well.
+
+    Raises:
+        ValueError: if it is one of these.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link; give the path that it leads to")
+    if not path.is_dir():
+        check_npz(path)
+    elif foreign := _foreign(Store(path)):
+        raise ValueError(
+            f"{foreign} is no part of the result {path}, so the result is not replaced; move it away, or choose another path"
+        )
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[None]:
+    """Within the block, the result at a path is out of the way. Then it is removed; after an error it is back."""
+    if not path.exists():
+        yield
+        return
+    aside = part_of(path)
+    path.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if not path.exists():
+            aside.rename(path)
+        raise
+    if aside.is_dir():
+        _remove(Store(aside))
+    else:
+        aside.unlink()
 
 
 def _foreign(kept: Store) -> Path | None:

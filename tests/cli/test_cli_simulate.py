@@ -459,6 +459,91 @@ def test_the_report_of_an_npz_goes_when_the_npz_is_replaced(
     assert in_the_folder(out) == ["result.npz"]
 
 
+@pytest.mark.parametrize(("old", "new"), [("zarr", "npz"), ("npz", "zarr")])
+def test_a_result_of_the_other_format_is_replaced_as_well(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    """When the new one appears, and not before: that of zarr at the beginning of its run, an .npz at the end."""
+    out = tmp_path / "out"
+    assert main(["simulate", config, "--out", str(out), "--format", old]) == 0
+    change(config, '"60 ms"', '"25 ms"')
+    before = in_the_folder(out)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("no such run")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulation.BlockRun, "__init__", refuse)
+        assert main(["simulate", config, "--out", str(out), "--format", new]) == 2
+    assert in_the_folder(out) == before
+    with monkeypatch.context() as patch:
+        seen = look_at(patch, out)
+        assert main(["simulate", config, "--out", str(out), "--format", new]) == 0
+    assert seen and all(names == (before if new == "npz" else ["result.zarr"]) for names in seen)
+    assert sorted(path.name for path in out.iterdir()) == ["raster.png", f"result.{new}", "summary.json"]
+    assert open_result(out / f"result.{new}").steps == 250
+
+
+def test_a_result_is_back_if_the_new_one_cannot_take_its_place(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert main(["simulate", config, "--out", str(out)]) == 0
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Any:
+        if Path(target).suffix == ".npz":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    assert main(["simulate", config, "--out", str(out), "--format", "npz"]) == 2
+    assert [path.name for path in out.iterdir()] == ["result.zarr"]
+    assert open_result(out / "result.zarr").steps == T
+
+
+def test_a_resumed_run_removes_no_other_result(config: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["simulate", config, "--out", str(out), "--format", "npz"]) == 0
+    assert main(["simulate", config, "--out", str(out), "--resume"]) == 0
+    assert in_the_folder(out) == ["raster.png", "result.npz", "result.zarr", "summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("form", "other", "kind"),
+    [
+        ("zarr", "result.npz", "something else"),
+        ("zarr", "result.npz", "a link"),
+        ("npz", "result.zarr", "something else"),
+        ("npz", "result.zarr", "a link"),
+        ("npz", "result.zarr", "something besides"),
+    ],
+)
+def test_what_is_no_result_is_not_removed_with_the_other_format(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, other: str, kind: str
+) -> None:
+    out = tmp_path / "out"
+    if kind == "something else":
+        out.mkdir()
+        np.savez(out / "result.npz", x=np.ones(3))
+        if other == "result.zarr":
+            (out / "result.npz").rename(out / other)
+    else:
+        assert main(["simulate", config, "--out", str(out), "--format", other[7:]]) == 0
+    if kind == "a link":
+        (out / other).rename(tmp_path / other)
+        (out / other).symlink_to(tmp_path / other)
+    if kind == "something besides":
+        (out / other / "mine.txt").touch()
+    before = in_the_folder(out)
+    capsys.readouterr()
+    assert main(["simulate", config, "--out", str(out), "--format", form]) == 2
+    printed = capsys.readouterr().err
+    assert f"result.{form} takes the place of {out / other}, which cannot be replaced (" in printed
+    assert "move that away, or give another --out" in printed and printed.count("\n") == 1
+    assert in_the_folder(out) == before
+
+
 @pytest.mark.parametrize("change_to", ["another configuration", "a shorter run"])
 def test_a_resume_that_is_refused_changes_nothing(config: str, tmp_path: Path, change_to: str) -> None:
     out = tmp_path / "out"
