@@ -17,7 +17,7 @@ from .. import __version__
 from ..common.messages import messages_on_stderr
 from ..common.signals import as_interrupts
 from . import tools
-from .errors import INTERRUPTED, UserError, require
+from .errors import INTERRUPTED, UserError, lack_of_memory, require
 from .output import say
 
 
@@ -127,9 +127,12 @@ def simulate(
     except KeyboardInterrupt:
         _say("Interrupted; nothing more was written.")
         raise typer.Exit(INTERRUPTED) from None
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if (lack := lack_of_memory(error)) is None:
+            raise
         raise UserError(
-            f"not enough memory ({error}); make neuron.count, the channels or simulation.block_steps smaller"
+            f"{lack}; make neuron.count, the channels or simulation.block_steps smaller, or, where synapses have delays, "
+            "simulation.dt longer"
         ) from None
     if interrupted:
         raise typer.Exit(INTERRUPTED)

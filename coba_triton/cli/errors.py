@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterable
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
@@ -11,6 +12,28 @@ INTERRUPTED = 130  # the exit status after Ctrl-C
 
 class UserError(Exception):
     """An error that the user can put right. Its message is one sentence, which says how."""
+
+
+def lack_of_memory(error: Exception) -> str | None:
+    """What an error says of memory that could not be had; None if it is of something else.
+
+    Python and NumPy raise a MemoryError. PyTorch raises a RuntimeError, whose text depends on the device and says where in
+    PyTorch it arose; of it, only the size is kept.
+    """
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})" if str(error) else "not enough memory"
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if wanted := re.search(r"tried to allocate ([\d.]+) ?(\w+)", text, re.IGNORECASE):
+        number, unit = wanted.groups()
+        number = f"{int(number):,}" if number.isdigit() else number
+        return f"not enough memory (PyTorch asked for {number} {unit})"
+    if "out of memory" in text:
+        return f"not enough memory ({text.splitlines()[0]:.200})"
+    if "Storage size calculation overflowed" in text:
+        return "not enough memory (PyTorch asked for more bytes than any machine has)"
+    return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -34,7 +34,7 @@ from coba_triton.stream.sinks import Sink
 from coba_triton.stream.sources import Described
 
 from .config import Config, Neuron, Simulation, Spread
-from .errors import UserError
+from .errors import UserError, lack_of_memory
 from .inputs import PoissonChannels, PoissonDrive, Source
 from .part import Part
 from .weights import Recurrent, populations
@@ -207,6 +207,7 @@ def run(
     ``keep_going`` lets a run go on whose time step is too long for its conductances, so that its spikes mean nothing.
 
     Raises:
+        MemoryError, RuntimeError: if there is not enough memory, see :func:`lack_of_memory`.
         UserError: if the device or the backend cannot serve, the Euler step becomes unstable, the sink cannot be written to,
             or its path has something else, something damaged, or the result of another configuration.
     """
@@ -258,4 +259,6 @@ def run(
     except LostRankError as error:
         raise UserError(str(error).replace("resume=True", "--resume")) from error
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        if lack_of_memory(error):
+            raise
         raise UserError(f"the simulation failed: {error}") from error

@@ -15,7 +15,7 @@ import typer
 
 from ..common.garbage import importing
 from ..common.signals import silent_start
-from .errors import INTERRUPTED, UserError, require
+from .errors import INTERRUPTED, UserError, lack_of_memory, require
 from .output import say
 
 
@@ -36,8 +36,10 @@ def for_users(command: Callable[..., int]) -> Callable[..., None]:
         except KeyboardInterrupt:
             say("Interrupted.", error=True)
             status = INTERRUPTED
-        except MemoryError as error:
-            raise UserError(f"not enough memory ({error}); choose smaller sizes") from None
+        except (MemoryError, RuntimeError) as error:
+            if (lack := lack_of_memory(error)) is None:
+                raise
+            raise UserError(f"{lack}; choose smaller sizes") from None
         if status:
             raise typer.Exit(status)
 

@@ -21,7 +21,7 @@ from coba_triton import (
     coba_lif_integral,
     open_result,
 )
-from coba_triton.cli import job, main, weights
+from coba_triton.cli import info, job, main, weights
 from coba_triton.cli.config import Config, FileWeights, RandomSynapses, UserError, load
 from coba_triton.cli.inputs import open_source
 from coba_triton.cli.weights import Recurrent, count_synapses, draw_recurrent, open_recurrent, read_synapses
@@ -381,6 +381,42 @@ def test_not_enough_memory(
     monkeypatch.setattr(job, "run", fail)
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
     assert "not enough memory (Unable to allocate 1 TiB); make neuron.count" in capsys.readouterr().err
+
+
+def test_not_enough_memory_for_a_tensor(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch has an error of its own for that."""
+    monkeypatch.setattr(job, "simulate", lambda *_, **__: torch.zeros(10**17))
+    assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
+    told = "not enough memory (PyTorch asked for 400,000,000,000,000,000 bytes); make neuron.count, the channels or "
+    more = "simulation.block_steps smaller, or, where synapses have delays, simulation.dt longer"
+    assert capsys.readouterr().err == f"coba-triton: {told}{more}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU"),
+            "PyTorch asked for 20.00 GiB",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "CUDA error: out of memory"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "PyTorch asked for more bytes than"),
+        (MemoryError(), None),
+    ],
+)
+def test_every_lack_of_memory_is_told_in_one_sentence(
+    error: Exception, message: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert main(["info"]) == 2
+    said = f" ({message}" if message else ";"
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"coba-triton: not enough memory{said}") and printed.endswith("; choose smaller sizes\n")
 
 
 def test_builtin_va_keeps_itself_going(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
