@@ -139,6 +139,31 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+# Files that a page names and that are not in this repository: what they are.
+ELSEWHERE = {"pyNN/coba_triton.py": "a file that a reader may add to PyNN"}
+MADE = ("out/",)  # folders in which the examples write
+FILE = re.compile(r"[\w.*-]+(?:/[\w.*-]+)+\.(?:c|cff|cpp|h|in|ipynb|json|md|npz|png|py|toml|txt|yml)")
+
+
+def files_named_on(page: Path) -> set[str]:
+    """What stands in backticks on a page, has a slash, and ends as a file does; blocks of code are left out."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    words = [word for quoted in re.findall(r"`([^`]+)`", text) for word in quoted.split()]
+    return {word for word in words if FILE.fullmatch(word) and word not in ELSEWHERE and not word.startswith(MADE)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    """From the root of the repository, the folder of the page, the package, or the backends, which pages shorten to."""
+    bases = (ROOT, page.parent, ROOT / "coba_triton", ROOT / "coba_triton" / "backend")
+    for named in files_named_on(page):
+        assert any(next(base.glob(named), None) for base in bases), f"{page}: there is no file {named}"
+
+
+def test_the_search_for_named_files_finds_some() -> None:
+    assert {"coba_triton/stream/store.py", "tests/stream/test_resume.py"} <= files_named_on(ROOT / "docs" / "reliability.md")
+
+
 def test_every_picture_is_on_a_page() -> None:
     shown = "".join(page.read_text("utf-8") for page in PAGES)
     for picture in (ROOT / "docs").rglob("*.png"):
