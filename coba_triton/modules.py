@@ -62,6 +62,7 @@ from .ops.spikes import unpack_spikes
 from .ops.synapses import Synapses
 from .ops.tensors import is_watched, known
 from .ops.validation import SpikeDtype
+from .ops.wiring import check_delay
 
 for _function in ("coba_lif_feed_forward_integral", "coba_lif_feed_forward_step", "coba_lif_integral", "coba_lif_step"):
     torch.fx.wrap(_function)
@@ -187,7 +188,11 @@ class _RecurrentNeurons(_Neurons):
             self._hold(name, weights, hidden_size, inputs)
         if delay is not None:
             if "recurrent" in self._sparse:
-                raise ValueError("delay is for dense recurrent weights, got sparse ones, which have delays of their own")
+                raise ValueError(
+                    "delay is for dense recurrent weights, got sparse ones, which have delays of their own; leave delay= "
+                    "away"
+                )
+            check_delay(delay, hidden_size, self.dt)
             self.register_buffer("delay", torch.as_tensor(delay, dtype=torch.float32))
         else:
             self.delay = None
@@ -198,8 +203,10 @@ class _RecurrentNeurons(_Neurons):
         """Weights as a parameter, and the rest of sparse synapses as buffers."""
         if weights is None:
             weights = torch.empty(neurons, inputs)
-        if isinstance(weights, Tensor) and weights.layout is not torch.strided:
-            weights = Synapses.from_torch(weights)
+        if isinstance(weights, Tensor):
+            validation.check_matrix(weights, f"{name}_weights")
+            if weights.layout is not torch.strided:
+                weights = Synapses.from_torch(weights)
         if not isinstance(weights, Tensor | Synapses):
             raise TypeError(
                 f"{name}_weights must be a torch.Tensor or coba_triton.Synapses, got {type(weights).__name__}; use "
@@ -209,13 +216,14 @@ class _RecurrentNeurons(_Neurons):
         if shape != [neurons, inputs]:
             raise ValueError(
                 f"{name}_weights must be [{neurons}, {inputs}] for input_size={self.input_size} and "
-                f"hidden_size={self.hidden_size}, got {shape}"
+                f"hidden_size={self.hidden_size}, got {shape}; transpose them, or pass the sizes that they have"
             )
         values: Any = weights
         if isinstance(weights, Synapses):
             self._sparse[name] = weights.shortest, weights.longest
             for part in ("indptr", "targets", "delays"):
                 self.register_buffer(f"{name}_{part}", getattr(weights, part))
+            validation.check_floating(weights.weights, f"{name}_weights.weights")
             values = weights.weights
         own = values if isinstance(values, nn.Parameter) else nn.Parameter(values.detach())
         self.register_parameter(f"{name}_weights", own)

@@ -531,6 +531,104 @@ def test_export_to_onnx(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             torch.export.export(fused, (x,), strict=strict)
 
 
+FLOATING = r"_weights must be of a floating dtype of 16 bits or more, got torch."
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("name", ["input", "recurrent"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda w: w.long(), TypeError, FLOATING + r"int64; use \.float\(\)"),
+        (lambda w: w.bool(), TypeError, FLOATING + r"bool; use \.float\(\)"),
+        (lambda w: w + 0j, TypeError, FLOATING + r"complex64; use \.real"),
+        (lambda w: w[0], ValueError, r"_weights must be a matrix, .* got shape \[\d\]; reshape it"),
+        (lambda w: w[None], ValueError, r"_weights must be a matrix, .* got shape \[1, 5, \d\]; reshape it"),
+        (
+            lambda w: w[:3],
+            ValueError,
+            r"_weights must be \[5, \d\] for .*, got \[3, \d\]; transpose them, or pass",
+        ),
+    ],
+)
+def test_weights_that_are_wrong_are_refused_by_modules_and_functions_alike(
+    change: Any, error: type[Exception], message: str, name: str, kind: str
+) -> None:
+    """At construction, in the words of a call."""
+    given = {"input_weights": torch.ones(N, INPUTS), "recurrent_weights": torch.ones(N, N)}
+    wrong = change(given[f"{name}_weights"])
+    given[f"{name}_weights"] = wrong.to_sparse() if kind == "sparse" else wrong
+    for module in (CobaLIFRecurrent, CobaLIFCell):
+        with pytest.raises(error, match=name + message):
+            module(INPUTS, N, **given)
+    if "for " not in message:
+        with pytest.raises(error, match=name + message):
+            coba_lif_integral(torch.ones(T, INPUTS), None, **given)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "delay"])
+@pytest.mark.parametrize("name", ["input", "recurrent"])
+def test_weights_of_eight_bits_and_nested_ones_are_refused(name: str, kind: str, layout: torch.layout) -> None:
+    """Whatever the other weights are."""
+    other: Any = torch.ones(N, N if name == "input" else INPUTS)
+    options: dict[str, Any] = {"delay": 1.0} if kind == "delay" else {}
+    other = Synapses.from_torch(other) if kind == "sparse" else other
+    eight = torch.ones(N, INPUTS if name == "input" else N).to(torch.float8_e4m3fn)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    said = "_weights must be dense, got a nested tensor; use .to_padded_tensor"
+    for wrong, message in ((eight, FLOATING + "float8"), (nested, said)):
+        given = {f"{name}_weights": wrong, ("recurrent" if name == "input" else "input") + "_weights": other}
+        with pytest.raises(TypeError, match=name + message):
+            CobaLIFRecurrent(INPUTS, N, **given, **options)
+        with pytest.raises(TypeError, match=name + message):
+            coba_lif_integral(torch.ones(T, INPUTS), None, **given, **options)
+
+
+@pytest.mark.parametrize(
+    ("delay", "error", "message"),
+    [
+        ("x", TypeError, "must be real numbers, got <U1; use"),
+        (object(), TypeError, "must be real numbers, got object; use"),
+        (float("nan"), ValueError, "must be finite, got nan; correct"),
+        (float("inf"), ValueError, "must be finite, got inf; correct"),
+        (-1.0, ValueError, "must not be negative, got -1 ms; correct its sign"),
+        (0.1, ValueError, "must be at least one step of dt=1 ms, got 0.1 ms; lengthen it"),
+        (0, ValueError, "must be at least one step of dt=1 ms, got 0 ms; lengthen it"),
+        ([1.0] * 4 + [0.2], ValueError, "must be at least one step of dt=1 ms, got 0.2 ms; lengthen it"),
+        (1e20, ValueError, "must be at most 2,147,483,647 steps"),
+        (
+            [1.0, 2.0],
+            ValueError,
+            r"must be a number, \[[NK]\]=\[5\] or \[N, [NK]\]=\[5, 5\].*, got shape \[2\]; pass one number",
+        ),
+        (torch.ones(2, device="meta"), ValueError, r"must be a number, \[N\]=\[5\] .* got shape \[2\]; pass one number"),
+        (torch.ones(N, dtype=torch.complex64), TypeError, "must be of a floating dtype .*complex64; use .real"),
+        (torch.ones(N).to_sparse(), TypeError, "must be dense, got torch.sparse_coo; use .to_dense()"),
+        (torch.ones(N, requires_grad=True), ValueError, r"must not require a gradient, .* pass \.detach\(\)"),
+    ],
+)
+def test_a_delay_that_a_call_would_refuse_is_refused_at_construction(
+    delay: Any, error: type[Exception], message: str
+) -> None:
+    for module in (CobaLIFRecurrent, CobaLIFCell):
+        with pytest.raises(error, match=f"delay {message}"):
+            module(INPUTS, N, delay=delay)
+    if not isinstance(delay, Tensor) or not delay.is_meta:
+        with pytest.raises(error, match=f"delays? {message}"):
+            coba_lif_integral(torch.ones(T, INPUTS), None, torch.ones(N, INPUTS), torch.ones(N, N), dt=1.0, delay=delay)
+
+
+def test_delays_that_are_right_are_taken() -> None:
+    for delay in (1, 1.5, np.float32(2), [1.0] * N, np.ones(N), torch.ones(()), torch.ones(N, N), torch.ones(N).double()):
+        layer = CobaLIFRecurrent(INPUTS, N, delay=delay)
+        assert layer.delay.dtype == torch.float32
+        layer(torch.ones(4, INPUTS))
+    with torch.device("meta"):
+        assert CobaLIFRecurrent(INPUTS, N, delay=1.5).delay.is_meta
+
+
 @pytest.mark.parametrize("kind", ["synapses", "layout", "delay", "cell"])
 def test_sparse_synapses_are_not_exported_to_onnx(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(4, B, INPUTS)

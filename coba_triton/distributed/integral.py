@@ -242,7 +242,10 @@ def _check_rows(ranks: Ranks, input_weights: Any, recurrent_weights: Any) -> Non
     for name, weights in (("input_weights", input_weights), ("recurrent_weights", recurrent_weights)):
         if not isinstance(weights, Tensor) or weights.dim() != 2:
             got = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-            raise TypeError(f"{name} must be a matrix, the rows of the neurons that this rank owns, got {got}")
+            raise TypeError(
+                f"{name} must be a matrix, the rows of the neurons that this rank owns, got {got}; take the rows "
+                "owned_neurons(N) of the whole matrix"
+            )
     neurons = recurrent_weights.shape[1]
     ranks.divide(neurons)
     rows = range(neurons)[ranks.own]

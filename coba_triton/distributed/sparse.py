@@ -18,8 +18,8 @@ from ..ops.grid import Grid, make_grid
 from ..ops.kept import Kept, contents_of
 from ..ops.sparse_operators import PLACES, check_connections, sparse_forward
 from ..ops.synapses import Synapses
-from ..ops.validation import check_device
-from ..ops.wiring import Wiring, check_matrix, check_no_delays
+from ..ops.validation import check_device, check_matrix
+from ..ops.wiring import Wiring, check_no_delays
 from .ranks import Gather, Ranks
 
 # Targets as they are numbered within a rank, for those that are numbered within the network.
@@ -50,7 +50,10 @@ class SparseRows:
             columns = inputs.sources
             check_no_delays(inputs)
         if columns != x.shape[-1]:
-            raise ValueError(f"input_weights must be for the I={x.shape[-1]} inputs of input_tensor, got {columns} columns")
+            raise ValueError(
+                f"input_weights must be for the I={x.shape[-1]} inputs of input_tensor, got {columns} columns; change one "
+                "of them"
+            )
         recurrent = self._own(recurrent, "recurrent_weights")
         for name, own_weights in (("input_weights", inputs), ("recurrent_weights", recurrent)):
             check_device(own_weights.indptr if isinstance(own_weights, Synapses) else own_weights, name, x.device)

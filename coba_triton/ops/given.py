@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tensors import FLOATING
-from .validation import check_int
+from .tensors import is_tracked
+from .validation import check_floating, check_int, check_not_nested
 
 MOST = 2**31 - 1  # sources, and neurons
 
@@ -49,6 +50,7 @@ def indices(value: Any, name: str, device: torch.device) -> Tensor:
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be integers, got {array.dtype}; use numpy.asarray(..., dtype=numpy.int64)")
         value = torch.from_numpy(array.astype(np.int64))
+    check_not_nested(value, name)
     if value.layout is not torch.strided or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got a tensor of {value.dtype}, {value.layout}; use .long()")
     if value.dim() != 1:
@@ -65,15 +67,10 @@ def check_range(indices: Tensor, name: str, size: str, most: int) -> None:
         )
 
 
-def check_floating(value: Tensor, name: str) -> None:
-    if value.dtype not in FLOATING:
-        way_out = ".real" if value.is_complex() else ".float()"
-        raise TypeError(f"{name} must be of a floating dtype of 16 bits or more, got {value.dtype}; use {way_out}")
-
-
 def to_tensor(value: Any, name: str, device: torch.device) -> Tensor:
     """A floating tensor from a tensor, an array, a list or a number; what is a tensor is the same one."""
     if isinstance(value, Tensor):
+        check_not_nested(value, name)
         if value.layout is not torch.strided:
             raise TypeError(f"{name} must be dense, got {value.layout}; use .to_dense(), or from_torch for a matrix")
         check_floating(value, name)
@@ -107,3 +104,22 @@ def limits(values: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     low, high = torch.stack(torch.aminmax(values.detach())).tolist()
     return low, high
+
+
+def example(values: Tensor) -> float:
+    """A number that is not finite, of values that have one."""
+    flat = values.detach().flatten()
+    return float(flat[~torch.isfinite(flat)][0])
+
+
+def delays_of(delays: Tensor, name: str) -> tuple[Tensor, float, float]:
+    """Delays in ms as float32, the shortest and the longest one, after a look at every number."""
+    if is_tracked(delays):
+        raise ValueError(f"{name} must not require a gradient, got a tensor that does; pass .detach()")
+    delays = delays.detach().to(torch.float32)
+    shortest, longest = limits(delays)
+    if not (math.isfinite(shortest) and math.isfinite(longest)):
+        raise ValueError(f"{name} must be finite, got {example(delays)}; correct the numbers where they come from")
+    if shortest < 0:
+        raise ValueError(f"{name} must not be negative, got {shortest:g} ms; correct its sign")
+    return delays, shortest, longest

@@ -8,7 +8,7 @@ import numbers
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,10 +16,21 @@ import torch
 from torch import Tensor
 
 from ..common.files import local_path, reason, written_whole
-from .given import MOST, check_floating, check_range, check_shape, device_of, indices, limits, to_tensor, values_of
+from .given import (
+    MOST,
+    check_range,
+    check_shape,
+    delays_of,
+    device_of,
+    example,
+    indices,
+    limits,
+    to_tensor,
+    values_of,
+)
 from .random_synapses import Law, Wanted, draw
 from .tensors import FLOATING, is_tracked, is_watched
-from .validation import check_dt, check_flag, check_int, is_one_of
+from .validation import check_dt, check_flag, check_floating, check_int, check_not_nested, is_one_of
 
 FORMAT = "coba_triton.Synapses 1"
 COUNTED_FROM = 2**14  # synapses that the CPU kernels sort: fewer are not worth it to load them
@@ -144,19 +155,7 @@ class Synapses(NamedTuple):
         """
         if self.delays is None or not self.count:
             return 1, 1
-        per_ms = _single(1.0 / check_dt(dt))
-        shortest, longest = round(_single(self.shortest * per_ms)), round(_single(self.longest * per_ms))
-        if shortest < 1:
-            raise ValueError(
-                f"a delay must be at least one step of dt={dt:g} ms, got {self.shortest:g} ms; lengthen it, or make "
-                "dt smaller"
-            )
-        if longest > MOST:
-            raise ValueError(
-                f"a delay must be at most {MOST:,} steps of dt={dt:g} ms, got {self.longest:g} ms; shorten it, or make dt "
-                "larger"
-            )
-        return shortest, longest
+        return steps_of(self.shortest, self.longest, dt)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the synapses to an ``.npz`` file, whole or not at all. A file of this name is replaced.
@@ -235,7 +234,7 @@ class Synapses(NamedTuple):
         return record_of(indptr, targets, given, delays, neurons)
 
     @classmethod
-    def join(cls, parts: Sequence[Synapses]) -> Synapses:
+    def join(cls, parts: Iterable[Synapses]) -> Synapses:
         """All synapses of several records in one. Of one pair, those of an earlier record come first.
 
         Where a weight or delay for each source, or one for all, says what the parts say, the result has that. Weights of
@@ -245,9 +244,12 @@ class Synapses(NamedTuple):
             parts: at least one record; of the same sources, neurons, device and dtype.
 
         Raises:
-            TypeError: if one is no record of synapses.
+            TypeError: if it is no list, or one of them is no record of synapses.
             ValueError: if they do not belong together.
         """
+        if isinstance(parts, cls) or not isinstance(parts, Iterable):
+            got = "a single record" if isinstance(parts, cls) else type(parts).__name__
+            raise TypeError(f"parts must be a list of records of synapses, got {got}; put all records in one list")
         parts = list(parts)
         if not parts:
             raise ValueError(
@@ -334,7 +336,8 @@ class Synapses(NamedTuple):
         """
         if not isinstance(matrix, Tensor):
             raise TypeError(f"matrix must be a torch.Tensor, got {type(matrix).__name__}; use from_scipy or torch.as_tensor")
-        if matrix.layout not in (torch.strided, torch.sparse_coo, *_COMPRESSED) or matrix.is_nested:
+        check_not_nested(matrix, "matrix")
+        if matrix.layout not in (torch.strided, torch.sparse_coo, *_COMPRESSED):
             raise TypeError(
                 f"matrix must be dense, or sparse with the layout COO, CSR or CSC, got {matrix.layout}; use .to_sparse_coo()"
             )
@@ -583,7 +586,7 @@ def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor |
     """The record of what is sorted, after a look at every number."""
     low, high = limits(weights)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"weights must be finite, got {_example(weights)}; correct them where they come from")
+        raise ValueError(f"weights must be finite, got {example(weights)}; correct them where they come from")
     limit = torch.finfo(torch.float64 if weights.dtype == torch.float64 else torch.float32).max
     if max(-low, high) > limit / max(len(targets), 1):
         synapses = Synapses(indptr, targets, weights, None, neurons, 0.0, 0.0)
@@ -597,14 +600,7 @@ def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor |
             )
     shortest = longest = 0.0
     if delays is not None:
-        if is_tracked(delays):
-            raise ValueError("delays take no gradient, got a tensor that requires grad; pass .detach()")
-        delays = delays.detach().to(torch.float32)
-        shortest, longest = limits(delays)
-        if not (math.isfinite(shortest) and math.isfinite(longest)):
-            raise ValueError(f"delays must be finite, got {_example(delays)}; correct them where they come from")
-        if shortest < 0:
-            raise ValueError(f"delays must not be negative, got {shortest:g} ms; correct its sign")
+        delays, shortest, longest = delays_of(delays, "delays")
         if shortest == longest and delays.numel() > 1:
             delays = delays.flatten()[:1].clone()
         if not delays.numel():
@@ -612,15 +608,25 @@ def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor |
     return Synapses(indptr, targets, weights, delays, neurons, shortest + 0.0, longest + 0.0)
 
 
+def steps_of(shortest: float, longest: float, dt: float) -> tuple[int, int]:
+    """The shortest and the longest delay, which are in ms, in steps of ``dt`` ms."""
+    per_ms = _single(1.0 / check_dt(dt))
+    first, last = round(_single(shortest * per_ms)), round(_single(longest * per_ms))
+    if first < 1:
+        raise ValueError(
+            f"a delay must be at least one step of dt={dt:g} ms, got {shortest:g} ms; lengthen it, or make dt smaller"
+        )
+    if last > MOST:
+        raise ValueError(
+            f"a delay must be at most {MOST:,} steps of dt={dt:g} ms, got {longest:g} ms; shorten it, or make dt larger"
+        )
+    return first, last
+
+
 def _single(number: float) -> float:
     """A number rounded to the 24 bits of float32, in operations that a compiler follows."""
     shift = math.ldexp(1.5, math.frexp(number)[1] + 28)
     return (number + shift) - shift
-
-
-def _example(values: Tensor) -> float:
-    flat = values.detach().flatten()
-    return float(flat[~torch.isfinite(flat)][0])
 
 
 def _each(values: Tensor, sources: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..common.warned import warn
 from ..neuron.records import FIXED_PARAMETERS, NUMERIC_PARAMETERS, OPTIONAL_PARAMETERS, numbers_of
 from ..neuron.surrogate import SURROGATES
 from .spikes import WORD_BITS
-from .tensors import NUMBERS, SPIKES, is_tracked, number_key
+from .tensors import FLOATING, NUMBERS, SPIKES, is_tracked, number_key
 
 ORDERS = ("decay_first", "jump_first")
 SpikeDtype = torch.dtype | Literal["bits"] | None
@@ -67,11 +67,35 @@ def check_path(path: Any, paths: tuple[str, ...]) -> None:
         raise ValueError(f"path must be one of {', '.join(map(repr, paths))}, got {path!r:.200}")
 
 
+def check_not_nested(x: Tensor, name: str) -> None:
+    """A tensor that has one size along each axis."""
+    if x.is_nested:
+        raise TypeError(f"{name} must be dense, got a nested tensor; use .to_padded_tensor(0.0)")
+
+
+def check_floating(value: Tensor, name: str) -> None:
+    """A tensor of a floating dtype that is computed with."""
+    if value.dtype not in FLOATING:
+        way_out = ".real" if value.is_complex() else ".float()"
+        raise TypeError(f"{name} must be of a floating dtype of 16 bits or more, got {value.dtype}; use {way_out}")
+
+
+def check_matrix(weights: Tensor, name: str) -> None:
+    """A matrix of weights of any layout, rows post-synaptic."""
+    check_not_nested(weights, name)
+    check_floating(weights, name)
+    if weights.dim() != 2:
+        raise ValueError(
+            f"{name} must be a matrix, rows post-synaptic, got shape {list(weights.shape)}; reshape it to one row for each "
+            "neuron and one column for each source"
+        )
+
+
 def check_dense(x: Tensor, name: str) -> None:
     """A tensor of numbers, each in its own place in memory."""
-    if x.layout is not torch.strided or x.is_nested:
-        layout = "a nested tensor" if x.is_nested else str(x.layout)
-        raise TypeError(f"{name} must be dense, got {layout}; use .to_dense()")
+    check_not_nested(x, name)
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}; use .to_dense()")
     if x.dtype not in NUMBERS:
         way_out = ".real" if x.is_complex() else ".float()"
         raise TypeError(
@@ -227,11 +251,8 @@ def check_weights(input_weights: Any, recurrent_weights: Any, x: Tensor, inputs:
     for name, weights in (("input_weights", input_weights), ("recurrent_weights", recurrent_weights)):
         if not isinstance(weights, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(weights).__name__}; use torch.as_tensor")
-        if not weights.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype, got {weights.dtype}; use .float()")
+        check_matrix(weights, name)
         check_dense(weights, name)
-        if weights.dim() != 2:
-            raise ValueError(f"{name} must be a matrix, rows post-synaptic, got shape {list(weights.shape)}")
         check_device(weights, name, x.device)
     neurons = input_weights.shape[0]
     if input_weights.shape[1] != inputs:
@@ -242,7 +263,7 @@ def check_weights(input_weights: Any, recurrent_weights: Any, x: Tensor, inputs:
     if recurrent_weights.shape != (neurons, neurons):
         raise ValueError(
             f"recurrent_weights must be [N, N]=[{neurons}, {neurons}] like input_weights [N, I]="
-            f"{list(input_weights.shape)}, got {list(recurrent_weights.shape)}"
+            f"{list(input_weights.shape)}, got {list(recurrent_weights.shape)}; make both for the same neurons"
         )
 
 

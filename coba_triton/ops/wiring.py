@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .synapses import Synapses
-from .tensors import is_capturing
-from .validation import check_device
+from .given import delays_of, to_tensor
+from .synapses import Synapses, steps_of
+from .tensors import is_capturing, is_watched
+from .validation import check_device, check_matrix
 
 
 class Wiring(NamedTuple):
@@ -58,10 +59,17 @@ def connect(x: Tensor, input_weights: Any, recurrent_weights: Any, delay: Any, d
     return Wiring(inputs, recurrent, *recurrent.check_delays(dt))
 
 
-def check_matrix(weights: Tensor, name: str) -> None:
-    """A matrix of any layout, rows post-synaptic."""
-    if weights.dim() != 2 or not weights.is_floating_point():
-        raise ValueError(f"{name} must be a floating matrix, rows post-synaptic, got {weights.dtype} {list(weights.shape)}")
+def check_delay(delay: Any, neurons: int, dt: float) -> None:
+    """The delay of a recurrent matrix for these neurons. It is looked at unless a compiler or a transform looks on."""
+    values = to_tensor(delay, "delay", delay.device if isinstance(delay, Tensor) else torch.device("cpu"))
+    if values.shape not in ((), (1,), (neurons,), (neurons, neurons)):
+        raise ValueError(
+            f"delay must be a number, [N]=[{neurons}] or [N, N]={[neurons, neurons]}, got shape {list(values.shape)}; pass "
+            "one number to share it"
+        )
+    if not (values.is_meta or is_watched()):
+        _, shortest, longest = delays_of(values, "delay")
+        steps_of(shortest, longest, dt)
 
 
 def check_no_delays(inputs: Synapses) -> None:
@@ -85,7 +93,8 @@ def check_synapses(inputs: Any, recurrent: Any, x: Tensor) -> None:
     neurons = recurrent.neurons
     if recurrent.sources != neurons:
         raise ValueError(
-            f"recurrent_weights must connect N neurons with N neurons, got {recurrent.sources} sources and {neurons} neurons"
+            f"recurrent_weights must connect N neurons with N neurons, got {recurrent.sources} sources and {neurons} "
+            "neurons; make them with shape=(N, N)"
         )
     if isinstance(inputs, Synapses):
         shape = [inputs.neurons, inputs.sources]
@@ -96,5 +105,5 @@ def check_synapses(inputs: Any, recurrent: Any, x: Tensor) -> None:
     if shape != [neurons, x.shape[-1]]:
         raise ValueError(
             f"input_weights must be [N, I]=[{neurons}, {x.shape[-1]}] for {neurons} neurons and an input of "
-            f"I={x.shape[-1]}, got {shape}"
+            f"I={x.shape[-1]}, got {shape}; transpose them, or change the input"
         )

@@ -759,6 +759,10 @@ def test_the_functions_behind_the_distributions() -> None:
 # Errors
 
 
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
 def pair(**changes: Any) -> Synapses:
     return Synapses.from_coo(
         **{"targets": [0, 1], "sources": [2, 0], "weights": [0.5, 0.25], "delays": None, "shape": (2, 3), **changes}
@@ -816,7 +820,7 @@ NAN, INF = math.nan, math.inf
         (lambda: pair(delays=1e40), ValueError, r"delays must be finite, got inf; correct"),
         (lambda: pair(delays=NAN), ValueError, r"delays must be finite, got nan; correct"),
         (lambda: pair(delays=[0.5] * 4), ValueError, r"delays must be one number, one for each of S=2"),
-        (lambda: pair(delays=torch.ones(2, requires_grad=True)), ValueError, r"delays take no gradient, .*\.detach\(\)"),
+        (lambda: pair(delays=torch.ones(2, requires_grad=True)), ValueError, r"delays must not require a g.*\.detach\(\)"),
         (lambda: pair(shape=5), TypeError, r"shape must be \(N, K\), .* got 5; pass a pair of ints"),
         (lambda: pair(shape=(2, 3, 4)), TypeError, r"shape must be \(N, K\)"),
         (lambda: pair(shape=(-1, 3)), ValueError, r"N must be an int from 0 to 2147483647, got -1"),
@@ -846,6 +850,11 @@ NAN, INF = math.nan, math.inf
         (lambda: pair(delays=1e30).check_delays(0.1), ValueError, r"at most 2,147,483,647 steps of dt=0.1 ms, got 1e"),
         (lambda: pair(delays=1.0).check_delays(0.0), ValueError, r"dt must be a positive finite number"),
         (lambda: Synapses.join([]), ValueError, r"parts must be at least one record of synapses, got none"),
+        (lambda: Synapses.join(5), TypeError, r"parts must be a list of records of synapses, got int; put all"),  # type: ignore[arg-type]
+        (lambda: Synapses.join(pair()), TypeError, r"parts must be a list of records of synapses, got a single record;"),
+        (lambda: Synapses.from_torch(nested()), TypeError, r"matrix must be dense, got a nested tensor; use .to_padded_ten"),
+        (lambda: pair(weights=nested()), TypeError, r"weights must be dense, got a nested tensor; use .to_padded_tensor"),
+        (lambda: pair(targets=nested()), TypeError, r"targets must be dense, got a nested tensor; use .to_padded_tensor"),
         (lambda: Synapses.join([pair(), 3]), TypeError, r"parts must be records of synapses, got int"),  # type: ignore[list-item]
         (lambda: Synapses.join([pair(), pair(shape=(3, 3))]), ValueError, r"parts must have the same neurons, got 2 and 3;"),
         (lambda: Synapses.join([pair(), pair(shape=(2, 4))]), ValueError, r"parts must have the same sources, got 3 and 4;"),
