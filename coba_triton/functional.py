@@ -598,6 +598,7 @@ def initial_sparse_state(
     given = _given(state, fields, p)
     validation.warn_if_unstable(p, dt, given[2], given[3])
     history = getattr(state, "history", 0.0) if longest > 1 else 0.0
+    validation.check_history(history, neurons, x.device)
     weights = [w.weights if isinstance(w, Synapses) else w for w in wiring[:2]]
     initial = _side_by_side(x, neurons, given, [*weights, *numbers.values(), history])
     if longest == 1:
@@ -605,7 +606,6 @@ def initial_sparse_state(
     sent = torch.as_tensor(history, dtype=initial.dtype, device=x.device)
     if sent.dim() < 2:
         sent = sent.expand(longest, *neurons)
-    validation.broadcast_neurons(neurons, {"state.history[0]": sent[0]}, grows=False)
     sent = sent.expand(len(sent), *neurons)[max(0, len(sent) - longest) : -1]
     missing = sent.new_zeros(longest - 1 - len(sent), *neurons)
     return torch.cat([missing, sent, initial[:1]]), initial[1:]

@@ -238,6 +238,26 @@ def check_state(state: Any, fields: tuple[str, ...], device: torch.device) -> No
         check_device(value, f"state.{name}", device)
 
 
+def check_history(history: Any, neurons: torch.Size, device: torch.device) -> None:
+    """The spikes that are under way at the beginning, ``[D, *batch, N]``; a number or ``[N]`` holds for all steps alike."""
+    check_number(history, "state.history")
+    if not isinstance(history, Tensor):
+        return
+    check_device(history, "state.history", device)
+    shape, axes = history.shape, 1 + len(neurons)
+    of_a_step = shape[1:] if history.dim() == axes else shape
+    fits = history.dim() < 2 or (history.dim() == axes and shape[0] > 0)
+    try:
+        fits = fits and torch.broadcast_shapes(of_a_step, neurons) == neurons
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"state.history must be a number or [D, *batch, N], at least one step of neurons {list(neurons)}, got "
+            f"{list(shape)}; pass that of a state which a call has returned, or 0.0 for no spikes under way"
+        )
+
+
 def check_device(value: Any, name: str, device: torch.device) -> None:
     """A tensor with axes must be where the input is; single numbers may be anywhere."""
     if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:

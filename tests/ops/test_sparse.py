@@ -834,6 +834,51 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
+SHAPE = r"must be a number or \[D, \*batch, N\], at least one step of neurons \[3, 5\], got \{}; pass that of a state which"
+
+
+@pytest.mark.parametrize("record_states", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("history", "error", "message"),
+    [
+        (torch.zeros(4), ValueError, SHAPE.format(r"[4\]")),
+        (torch.zeros(2, 5), ValueError, SHAPE.format(r"[2, 5\]")),
+        (torch.zeros(3, 5), ValueError, SHAPE.format(r"[3, 5\]")),
+        (torch.zeros(0, 3, 5), ValueError, SHAPE.format(r"[0, 3, 5\]")),
+        (torch.zeros(2, 3, 4), ValueError, SHAPE.format(r"[2, 3, 4\]")),
+        (torch.zeros(2, 2, 3, 5), ValueError, SHAPE.format(r"[2, 2, 3, 5\]")),
+        (None, TypeError, "must be a real number or a torch.Tensor, got NoneType; wrap arrays"),
+        ("x", TypeError, "must be a real number or a torch.Tensor, got str; wrap arrays"),
+        (math.nan, ValueError, "must be finite, got nan; correct it"),
+        (
+            torch.zeros(2, 3, 5, dtype=torch.complex64),
+            TypeError,
+            "must be a real number .* tensor of torch.complex64",
+        ),
+        (torch.zeros(2, 3, 5, device="meta"), ValueError, "must be on the input's device 'cpu', got 'meta'; move it"),
+        (torch.zeros(2, 3, 5).to_sparse(), TypeError, "must be dense, got torch.sparse_coo; use .to_dense"),
+    ],
+)
+def test_a_history_that_is_wrong_is_refused(
+    history: Any, error: type[Exception], message: str, backend: str, record_states: bool
+) -> None:
+    state = CobaLIFDelayState(0.0, -65.0, 0.0, 0.0, 0.0, history)
+    weights = torch.zeros(5, 2), draw(5, 5, 9, 0.3)
+    with pytest.raises(error, match=f"state.history {message}"):
+        coba_lif_integral(torch.zeros(4, 3, 2), state, *weights, P, DT, backend=backend, record_states=record_states)
+    with pytest.raises(error, match=f"state.history {message}"):
+        coba_lif_step(torch.zeros(3, 2), state, *weights, P, DT)
+
+
+@pytest.mark.parametrize("history", [0, 0.0, torch.zeros(()), torch.zeros(5), torch.zeros(1, 3, 5), torch.zeros(9, 1, 5)])
+def test_a_history_without_spikes_is_as_none(history: Any) -> None:
+    state, weights = CobaLIFDelayState(0.0, -65.0, 0.0, 0.0, 0.0, history), (torch.ones(5, 2), draw(5, 5, 9, 0.3))
+    x = torch.ones(20, 3, 2)
+    spikes, _ = coba_lif_integral(x, state, *weights, P, DT)
+    assert torch.equal(spikes, coba_lif_integral(x, CobaLIFState(*state[:4]), *weights, P, DT)[0])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_message(name: str) -> None:
     call, error, message = REFUSED[name]
