@@ -27,7 +27,7 @@ from .ops.constants import constants_table, derive_constants, memory_in_steps
 from .ops.grid import Grid, grid_of
 from .ops.spikes import WORD_BITS, pack_spikes, word_count
 from .ops.synapses import Synapses
-from .ops.tensors import is_refractory, is_watched, keep, known, number_key, numbers_on
+from .ops.tensors import as_in_memory, is_refractory, is_watched, keep, known, number_key, numbers_on
 from .ops.validation import SpikeDtype
 from .ops.wiring import Wiring, connect, is_sparse
 
@@ -392,8 +392,7 @@ def coba_lif_feed_forward_integral(
 
 def kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Half precision and bytes are read as they are; everything else comes in the compute dtype."""
-    if not torch.compiler.is_compiling() and x.is_neg():  # kernels read what is in memory, which has another sign
-        x = x.resolve_neg()
+    x = as_in_memory(x)
     return x if x.dtype in (torch.float16, torch.bfloat16, torch.bool, torch.uint8) else x.to(dtype)
 
 
@@ -535,7 +534,7 @@ def coba_lif_integral(
     initial = initial_recurrent_state(input_tensor, state, input_weights, recurrent_weights, p, dt, input_tensor.shape[1:])
     neurons, dtype, device = initial.shape[1:], initial.dtype, input_tensor.device
     given = cast("tuple[Tensor, Tensor]", (input_weights, recurrent_weights))
-    weights = given[0].to(dtype), given[1].to(dtype)
+    weights = as_in_memory(given[0]).to(dtype), as_in_memory(given[1]).to(dtype)
     default = default_spike_dtype(input_tensor, dtype, given)
     jump_first = order == "jump_first"
     if out is not None:

@@ -60,7 +60,7 @@ from .ops import validation
 from .ops.given import limits
 from .ops.spikes import unpack_spikes
 from .ops.synapses import Synapses
-from .ops.tensors import is_watched, known
+from .ops.tensors import as_in_memory, is_watched, known
 from .ops.validation import SpikeDtype
 from .ops.wiring import check_delay
 
@@ -193,7 +193,7 @@ class _RecurrentNeurons(_Neurons):
                     "away"
                 )
             check_delay(delay, hidden_size, self.dt)
-            self.register_buffer("delay", torch.as_tensor(delay, dtype=torch.float32))
+            self.register_buffer("delay", as_in_memory(torch.as_tensor(delay, dtype=torch.float32)))
         else:
             self.delay = None
         with torch.no_grad():

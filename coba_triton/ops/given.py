@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tensors import is_tracked
+from .tensors import as_in_memory, is_tracked
 from .validation import check_floating, check_int, check_not_nested
 
 MOST = 2**31 - 1  # sources, and neurons
@@ -55,7 +55,7 @@ def indices(value: Any, name: str, device: torch.device) -> Tensor:
         raise TypeError(f"{name} must be integers, got a tensor of {value.dtype}, {value.layout}; use .long()")
     if value.dim() != 1:
         raise ValueError(f"{name} must be one index for each synapse, got shape {list(value.shape)}; use .flatten()")
-    return torch.as_tensor(value, dtype=torch.int64, device=device)
+    return torch.as_tensor(as_in_memory(value), dtype=torch.int64, device=device)
 
 
 def check_range(indices: Tensor, name: str, size: str, most: int) -> None:
@@ -74,8 +74,7 @@ def to_tensor(value: Any, name: str, device: torch.device) -> Tensor:
         if value.layout is not torch.strided:
             raise TypeError(f"{name} must be dense, got {value.layout}; use .to_dense(), or from_torch for a matrix")
         check_floating(value, name)
-        moved: Tensor = value.to(device)
-        return moved
+        return as_in_memory(value).to(device)
     array = array_of(value, name)
     if array.dtype.kind not in "fiu" or (array.dtype.kind != "f" and isinstance(value, np.ndarray) and value.size):
         raise TypeError(f"{name} must be real numbers, got {array.dtype}; use numbers, or an array of a floating dtype")

@@ -29,7 +29,7 @@ from .given import (
     values_of,
 )
 from .random_synapses import Law, Wanted, draw
-from .tensors import FLOATING, is_tracked, is_watched
+from .tensors import FLOATING, as_in_memory, is_tracked, is_watched
 from .validation import check_dt, check_flag, check_floating, check_int, check_not_nested, is_one_of
 
 FORMAT = "coba_triton.Synapses 1"
@@ -170,15 +170,16 @@ class Synapses(NamedTuple):
             "neurons": self.neurons,
             "has_delays": self.delays is not None,
         }
-        weights = self.weights.detach().cpu()
+        kept = in_memory(self)
+        weights = kept.weights.detach().cpu()
         arrays = {
             "about": np.array(json.dumps(about)),
-            "indptr": self.indptr.cpu().numpy(),
-            "targets": self.targets.cpu().numpy(),
+            "indptr": kept.indptr.cpu().numpy(),
+            "targets": kept.targets.cpu().numpy(),
             "weights": (weights.view(torch.int16) if weights.dtype == torch.bfloat16 else weights).numpy(),
         }
-        if self.delays is not None:
-            arrays["delays"] = self.delays.cpu().numpy()
+        if kept.delays is not None:
+            arrays["delays"] = kept.delays.cpu().numpy()
         try:
             with written_whole(place) as part, part.open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
@@ -584,6 +585,7 @@ def _permute(values: Any, order: Tensor | None) -> Any:
 
 def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor | None, neurons: int) -> Synapses:
     """The record of what is sorted, after a look at every number."""
+    weights = as_in_memory(weights)
     low, high = limits(weights)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"weights must be finite, got {example(weights)}; correct them where they come from")
@@ -600,12 +602,18 @@ def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor |
             )
     shortest = longest = 0.0
     if delays is not None:
-        delays, shortest, longest = delays_of(delays, "delays")
+        delays, shortest, longest = delays_of(as_in_memory(delays), "delays")
         if shortest == longest and delays.numel() > 1:
             delays = delays.flatten()[:1].clone()
         if not delays.numel():
             delays = delays.new_zeros(1)
     return Synapses(indptr, targets, weights, delays, neurons, shortest + 0.0, longest + 0.0)
+
+
+def in_memory(synapses: Synapses) -> Synapses:
+    """The same with weights and delays that are in memory as they are, see :func:`as_in_memory`."""
+    delays = None if synapses.delays is None else as_in_memory(synapses.delays)
+    return synapses._replace(weights=as_in_memory(synapses.weights), delays=delays)
 
 
 def steps_of(shortest: float, longest: float, dt: float) -> tuple[int, int]:

@@ -26,6 +26,15 @@ INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bi
 NUMBERS = frozenset((*SPIKES, *INTEGERS))
 
 
+def as_in_memory(tensor: Tensor) -> Tensor:
+    """The same numbers, in memory as they are.
+
+    Of a view such as ``z.conj().imag``, PyTorch only notes that its numbers have another sign. Kernels and NumPy read what
+    is in memory.
+    """
+    return tensor if torch.compiler.is_compiling() or not tensor.is_neg() else tensor.resolve_neg()
+
+
 def is_refractory(p: Any, state: Any = None) -> bool:
     """Whether neurons are held after a spike: by their parameters, or still by their state. No tensor is read for that."""
     refractory = getattr(p, "refractory", 0)

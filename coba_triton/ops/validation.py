@@ -332,6 +332,8 @@ def check_out(out: Any, shape: torch.Size, dtype: torch.dtype, inputs: dict[str,
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor or None, got {type(out).__name__}; use torch.empty")
     check_dense(out, "out")
+    if not torch.compiler.is_compiling() and out.is_neg():
+        raise ValueError("out must be memory to write to, got a view with another sign than its memory; use torch.empty")
     device = inputs["input_tensor"].device
     if (out.shape, out.dtype, out.device) != (shape, dtype, device) or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else "strided"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .given import delays_of, to_tensor
-from .synapses import Synapses, steps_of
-from .tensors import is_capturing, is_watched
+from .synapses import Synapses, in_memory, steps_of
+from .tensors import as_in_memory, is_capturing, is_watched
 from .validation import check_device, check_matrix
 
 
@@ -56,6 +56,8 @@ def connect(x: Tensor, input_weights: Any, recurrent_weights: Any, delay: Any, d
             named[name] = Synapses.from_torch(weights, delay if name == "recurrent_weights" else None)
     inputs, recurrent = named.values()
     check_synapses(inputs, recurrent, x)
+    inputs = in_memory(inputs) if isinstance(inputs, Synapses) else as_in_memory(inputs)
+    recurrent = in_memory(recurrent)
     return Wiring(inputs, recurrent, *recurrent.check_delays(dt))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backend.choose import the_device
 from ..ops import validation
+from ..ops.tensors import as_in_memory
 
 FIRST = 32  # so many steps are read at once, to know the source's channels and dtype
 ROUNDING = 1e-3  # part of a step by which a time in a list may be off
@@ -432,7 +433,7 @@ def _chunk(x: Any) -> Tensor:
 
 def _tensor(x: Any) -> Tensor:
     if isinstance(x, Tensor):
-        return x
+        return as_in_memory(x)
     if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
         raise ValueError("source must have a number everywhere, got a masked array; put one there with .filled(0)")
     array = np.asarray(x.toarray() if hasattr(x, "toarray") else x)
@@ -452,7 +453,7 @@ def _from_numpy(array: Any) -> Tensor:
 def digest(x: Tensor) -> str:
     """A checksum of a tensor's numbers."""
     # a tensor without elements cannot be viewed as bytes
-    content = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data if x.numel() else b""
+    content = as_in_memory(x.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data if x.numel() else b""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

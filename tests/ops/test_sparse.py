@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from coba_triton import (
     CobaLIFRecurrent,
     CobaLIFState,
     Synapses,
+    coba_lif_feed_forward_integral,
     coba_lif_integral,
     coba_lif_step,
+    simulate,
     unpack_spikes,
 )
 from coba_triton.ops.grid import grid_of, make_grid
@@ -832,6 +835,58 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         r"recurrent_weights must be \[6, 6\] for input_size=3 and hidden_size=6, got \[5, 5\]",
     ),
 }
+
+
+@pytest.mark.filterwarnings("ignore:the Euler step")
+@pytest.mark.parametrize("record_states", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_views_with_another_sign_than_their_memory_are_taken(backend: str, record_states: bool, tmp_path: Path) -> None:
+    """PyTorch only notes that numbers are negated, as in ``z.conj().imag``; they count as what they are."""
+
+    def negated(values: Tensor) -> Tensor:
+        return torch.complex(values, -values).conj().imag
+
+    g = torch.Generator().manual_seed(3)
+    x = (torch.rand(30, 2, 4, generator=g) < 0.4).float()
+    inputs, weights, delays = torch.rand(5, 4, generator=g), torch.rand(25, generator=g) - 0.3, torch.ones(5, 1) * 0.3
+    rows, columns = torch.arange(5).repeat_interleave(5), torch.arange(5).repeat(5)
+    synapses = Synapses.from_coo(rows, columns, weights, delays, shape=(5, 5))
+
+    def run(made: Any, onto: Tensor = inputs, source: Tensor = x, **options: Any) -> Tensor:
+        spikes, state = coba_lif_integral(
+            source, None, onto, made, P, DT, backend=backend, record_states=record_states, **options
+        )
+        assert spikes.any()
+        return torch.cat([spikes.flatten(), state.v.flatten()])
+
+    wanted = run(synapses)
+    made = [
+        Synapses.from_coo(rows, columns, negated(weights), negated(delays), shape=(5, 5)),
+        synapses.with_weights(negated(synapses.weights)),
+        synapses._replace(weights=negated(synapses.weights), delays=negated(torch.full((1,), 0.3))),
+        Synapses.from_torch(negated(weights.view(5, 5)), negated(torch.tensor(0.3))),
+    ]
+    for one in made:
+        assert torch.equal(run(one), wanted)
+        one.save(tmp_path / "synapses.npz")
+        assert torch.equal(run(Synapses.load(tmp_path / "synapses.npz")), wanted)
+    assert torch.equal(run(synapses, negated(inputs.t().contiguous()).t(), negated(x)), wanted)
+    matrix = weights.view(5, 5)
+    assert torch.equal(run(matrix, delay=negated(torch.tensor(0.3))), wanted)
+    assert torch.equal(run(negated(matrix.t().contiguous()).t(), negated(inputs.t().contiguous()).t()), run(matrix))
+    module = CobaLIFRecurrent(
+        4, 5, P, DT, autapses=True, input_weights=negated(inputs), recurrent_weights=matrix,
+        delay=negated(torch.tensor(0.3)), backend=backend,
+    )  # fmt: skip
+    plain, other = (simulate(module, source, sink=tmp_path / f"{n}.zarr") for n, source in enumerate((x, negated(x))))
+    assert np.array_equal(plain.spikes[:], other.spikes[:]) and plain.spikes[:].any()
+
+
+def test_a_buffer_for_spikes_is_no_view_with_another_sign() -> None:
+    x = torch.zeros(4, 2, 5)
+    out = torch.zeros(4, 2, 5, dtype=torch.complex64).conj().imag
+    with pytest.raises(ValueError, match="out must be memory to write to, got a view .*; use torch.empty"):
+        coba_lif_feed_forward_integral(x, out=out)
 
 
 SHAPE = r"must be a number or \[D, \*batch, N\], at least one step of neurons \[3, 5\], got \{}; pass that of a state which"
