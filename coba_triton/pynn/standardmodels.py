@@ -94,7 +94,7 @@ class _Drawn:
     def trains(self, number: int, parameters: dict[str, Array]) -> DrawnTrains:
         """What a population of such sources sends; ``number`` is that of its first cell."""
         engine = simulator.state.engine
-        trains = self.kind((engine.seed, number), engine.dt, engine.segment)
+        trains = self.kind((engine.seed, number), engine.dt, engine.segment, simulator.state.t)
         vars(trains).update(parameters)
         return trains
 

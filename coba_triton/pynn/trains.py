@@ -50,22 +50,28 @@ class DrawnTrains:
 
     The spikes of a window follow from the seed, the segment, the population and the window alone, so that a run may be cut
     anywhere. After a change of parameters they are drawn anew, and those that are not sent yet are taken from the new ones.
+
+    Args:
+        key: what the spikes of these sources are drawn from, beside the segment.
+        dt: time step in ms.
+        segment: how many times the clock was set back.
+        now: when the sources are made, in ms: they send nothing before.
     """
 
-    def __init__(self, key: tuple[int, ...], dt: float, segment: int) -> None:
-        self._key, self._dt, self._segment = key, dt, segment
+    def __init__(self, key: tuple[int, ...], dt: float, segment: int, now: float) -> None:
+        self._key, self._dt, self._segment, self._now = key, dt, segment, now
         self._changes = 0
         self._window = -1
         self._drawn = NOTHING
 
     def begin(self, segment: int) -> None:
-        self._segment, self._changes, self._window = segment, 0, -1
+        self._segment, self._changes, self._window, self._now = segment, 0, -1, 0.0
 
     def adopt(self, other: DrawnTrains, now: float) -> None:
         """Take the parameters of ``other`` from ``now`` on, in ms."""
         vars(self).update({name: value for name, value in vars(other).items() if not name.startswith("_")})
         self._changes += 1
-        self._window = -1
+        self._window, self._now = -1, now
 
     def draw(self, rng: np.random.Generator, begin: float, end: float) -> tuple[Array, Array]:
         """Sources, and times after ``begin`` up to ``end``, in ms."""
@@ -113,16 +119,15 @@ class RenewalTrains(DrawnTrains):
     """Spikes after intervals that are independent of each other. After a change of parameters an interval begins.
 
     Attributes:
-        start: when the first interval begins, of each source, in ms.
+        start: when the first interval begins, of each source, in ms; if that is past when a source is made, it begins then.
         duration: in ms.
     """
 
     start: Array
     duration: Array
 
-    def __init__(self, key: tuple[int, ...], dt: float, segment: int) -> None:
-        super().__init__(key, dt, segment)
-        self._now = 0.0
+    def __init__(self, key: tuple[int, ...], dt: float, segment: int, now: float) -> None:
+        super().__init__(key, dt, segment, now)
         self._rng: np.random.Generator | None = None
         self._next = np.empty(0)
 
@@ -132,11 +137,11 @@ class RenewalTrains(DrawnTrains):
 
     def begin(self, segment: int) -> None:
         super().begin(segment)
-        self._now, self._rng = 0.0, None
+        self._rng = None
 
     def adopt(self, other: DrawnTrains, now: float) -> None:
         super().adopt(other, now)
-        self._now, self._rng = now, None
+        self._rng = None
 
     def draw(self, rng: np.random.Generator, begin: float, end: float) -> tuple[Array, Array]:
         if self._rng is None:  # windows come one after the other
@@ -202,8 +207,8 @@ class InhomogeneousGammaTrains(RenewalTrains):
     b: Array
     tbins: Array
 
-    def __init__(self, key: tuple[int, ...], dt: float, segment: int) -> None:
-        super().__init__(key, dt, segment)
+    def __init__(self, key: tuple[int, ...], dt: float, segment: int, now: float) -> None:
+        super().__init__(key, dt, segment, now)
         self._last = np.empty(0)
         self._bins, self._shapes, self._scales = np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 0))
         self._most = np.empty(0)

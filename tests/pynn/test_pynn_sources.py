@@ -204,3 +204,55 @@ def test_gamma_processes_change_between_runs() -> None:
     for cell, (old, new) in enumerate(zip(before, spike_times(sources), strict=True)):
         assert new[: len(old)] == old and (new[len(old) :] == [] or new[len(old)] > 157.3)
         assert len(new) - len(old) == pytest.approx(300.0 if cell >= 10 else 15.0, abs=60.0 if cell >= 10 else 12.0)
+
+
+LATER = {
+    "poisson": ("SpikeSourcePoisson", dict(rate=100.0)),
+    "refractory": ("SpikeSourcePoissonRefractory", dict(rate=100.0, tau_refrac=6.0)),
+    "gamma": ("SpikeSourceGamma", dict(alpha=2.0, beta=200.0)),
+    "changing gamma": ("SpikeSourceInhGamma", dict(a=Sequence([2.0]), b=Sequence([0.005]))),
+}
+
+
+def made_later(kind: str, pieces: int, now: float, **parameters: Any) -> tuple[list[list[list[float]]], np.ndarray]:
+    """The spikes of both segments of sources that are made at a time, and what arrives after that in steps, in spikes."""
+    sim.setup(timestep=0.1)
+    cells = sim.Population(40, sim.IF_cond_exp(tau_syn_E=0.1, v_thresh=1000.0))
+    sim.run(now)
+    model, common = LATER[kind]
+    sources = sim.Population(40, getattr(sim, model)(**common, **parameters))
+    sources.record("spikes")
+    weight = 2.0**-12
+    sim.Projection(sources, cells, sim.OneToOneConnector(), sim.StaticSynapse(weight=weight, delay=0.1))
+    cells.record("gsyn_exc")
+    for _ in range(pieces):
+        sim.run(200.0 / pieces)
+    arrived = signal(cells, "gsyn_exc")[1 + round(now / 0.1) :] / weight  # the conductance is gone after a step
+    sim.reset()
+    sim.run(100.0)
+    return [spike_times(sources, segment) for segment in (0, 1)], arrived
+
+
+@pytest.mark.parametrize("now", [100.0, 123.4])
+@pytest.mark.parametrize("kind", LATER)
+def test_sources_that_are_made_later_begin_then(kind: str, now: float) -> None:
+    (trains, again), arrived = made_later(kind, 1, now)
+    counts = np.array(list(map(len, trains)))
+    assert counts.sum() == pytest.approx(40 * 20, rel=0.15) and min(train[0] for train in trains) > now
+    # each spike has arrived at its own time; those of the last step are on their way
+    for train, samples in zip(trains, arrived.T, strict=True):
+        steps = np.ceil((np.array(train) - now) / 0.1 - 1e-6).astype(int)
+        np.testing.assert_allclose(samples, np.bincount(steps, minlength=2001)[:2000], atol=1e-9)
+    assert [trains, again] == made_later(kind, 50, now)[0]
+    # a segment begins at time 0, when the sources are there from the start
+    assert 0.0 < min(map(min, again)) < 10.0 and sum(map(len, again)) == pytest.approx(40 * 10, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_sources_that_are_made_later_keep_their_start_and_their_end(kind: str) -> None:
+    """Both are times of the clock, as in NEST."""
+    (trains, _), _ = made_later(kind, 1, 100.0, start=150.0, duration=100.0)
+    times = np.concatenate(trains)
+    assert 150.0 < times.min() < 160.0 and 240.0 < times.max() <= 250.0
+    (trains, again), _ = made_later(kind, 1, 100.0, start=0.0, duration=50.0)
+    assert trains == [[]] * 40 and sum(map(len, again)) > 40
