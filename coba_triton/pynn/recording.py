@@ -10,6 +10,7 @@ from typing import Any
 
 import neo
 import numpy as np
+import quantities as pq
 from pyNN import recording
 
 from . import simulator
@@ -62,12 +63,13 @@ class Recorder(recording.Recorder):
         self._engine.traced = np.union1d(self._engine.traced, self.population.first + cells)
 
     def _reset(self) -> None:
-        """Record nothing any more."""
+        """Record nothing any more, and forget what was recorded: what is recorded next begins at this moment."""
         population, engine = self.population, self._engine
-        self.forget()
         kept = engine.records_source if population.is_source else engine.records
         kept[population.first : population.first + population.size] = False
-        self._columns, self._new = {}, {}
+        self._columns = {}
+        self._recording_start_time = round(engine.now * engine.dt, 12) * pq.ms
+        self._clear_simulator()
         if not population.is_source:
             others = (engine.traced < population.first) | (engine.traced >= population.first + population.size)
             engine.traced = engine.traced[others]

@@ -105,6 +105,38 @@ def test_recording_can_be_ended() -> None:
     assert len(signal(other, "v")) == 101
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_recording_can_be_ended_and_begun_again(every: int) -> None:
+    """What is recorded after that has its own times, and what was recorded before is gone."""
+    cells, sources = firing(), sim.Population(4, sim.SpikeSourcePoisson(rate=200.0))
+    twin, other = firing_twin(1), sim.Population(4, sim.SpikeSourceArray(spike_times=[1.0, 39.97, 40.03]))
+    twin.record(["spikes", "gsyn_exc"])
+    for _ in range(2):
+        cells.record(["v", "spikes"])
+        sources.record("spikes")
+        other.record("spikes")
+        sim.run(40.0)
+        for population in (cells, sources, other):
+            population.record(None)
+    cells[1:4].record(["v", "gsyn_exc"], sampling_interval=0.1 * every)
+    for population in (cells, sources, other):
+        population.record("spikes")
+    sim.run(20.0)
+    segment = cells.get_data().segments[0]
+    for name in ("v", "gsyn_exc"):
+        (data,) = segment.filter(name=name)
+        assert data.t_start.rescale("ms").magnitude == 80.0 and data.t_stop.rescale("ms").magnitude > 100.0
+        np.testing.assert_array_equal(np.asarray(data.magnitude), signal(twin, name)[800::every, 1:4])
+    assert spike_times(cells) == [[time for time in train if time > 80.0] for train in spike_times(twin)]
+    assert all(train.t_start.rescale("ms").magnitude == 80.0 for train in segment.spiketrains)
+    assert min(map(min, spike_times(sources))) > 80.0 and spike_times(other) == [[], [], [], []]
+    sim.reset()
+    sim.run(10.0)
+    first, second = cells.get_data("v").segments
+    assert first.analogsignals[0].t_start == 80.0 and second.analogsignals[0].t_start == 0.0
+    assert len(second.analogsignals[0]) == 100 // every + 1
+
+
 def test_data_outlive_the_end_and_not_the_next_setup(tmp_path: Path) -> None:
     cells = firing()
     cells.record(["v", "spikes"], to_file=str(tmp_path / "cells.pkl"))
