@@ -15,6 +15,12 @@ from . import simulator
 from .engine import Array, Wires
 from .standardmodels import SimpleStochasticSynapse, StaticSynapse
 
+MOST_STEPS = 2**24 - 1  # of a delay: the network counts one more, of which a float32 still has all bits
+
+
+class DelayError(errors.ConnectionError, ValueError):
+    """A delay that a synapse cannot have."""
+
 
 def check_weights(weights: Any, conductances: bool, inhibitory: bool) -> None:
     """Weights of conductances are not negative, whatever the receptor is; those of inhibitory currents are not positive."""
@@ -34,9 +40,14 @@ def delay_steps(delays: Any, dt: float) -> Array:
     """Delays in ms as whole numbers of steps: the nearest one, the larger one of two."""
     values = np.asarray(delays, np.float64)
     steps = np.floor(values / dt + 0.5 + 1e-9)
-    wrong = values[~(steps >= 1) | ~np.isfinite(values)]
-    if wrong.size:
-        raise errors.ConnectionError(f"a delay must be at least one time step of {dt:g} ms, got {wrong.flat[0]:g} ms")
+    short, long = values[~(steps >= 1)], values[steps > MOST_STEPS]
+    if short.size:
+        raise DelayError(f"a delay must be at least one time step of {dt:g} ms, got {short[0]:g} ms; lengthen it")
+    if long.size:
+        raise DelayError(
+            f"a delay must be at most {MOST_STEPS:,} time steps of {dt:g} ms, got {long[0]:g} ms; shorten it, or make the "
+            "time step longer"
+        )
     return steps.astype(np.int32)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
-from pyNN import connectors
+from pyNN import connectors, errors
 from pyNN.random import NumpyRNG, RandomDistribution
 
 import coba_triton.pynn as sim
@@ -204,3 +204,22 @@ def test_least_delays() -> None:
     cells = sim.Population(2, sim.IF_cond_exp())
     projection = sim.Projection(cells, cells, sim.AllToAllConnector(), sim.StaticSynapse(weight=0.1))
     assert set(projection.get("delay", "list", with_address=False)) == {0.4}
+
+
+@pytest.mark.parametrize("delay", [2.2e8, 1677721.6, 1e300, float("inf")])
+@pytest.mark.parametrize("kind", ["StaticSynapse", "SimpleStochasticSynapse"])
+def test_delays_are_not_longer_than_the_network_counts(kind: str, delay: float) -> None:
+    sim.setup(timestep=0.1)
+    cells = sim.Population(2, sim.IF_cond_exp())
+    source = sim.Population(1, sim.SpikeSourceArray(spike_times=[1.0]))
+    message = r"a delay must be at most 16,777,215 time steps of 0.1 ms, got [\de.+inf]+ ms; shorten it"
+    with pytest.raises(ValueError, match=message):
+        sim.Projection(source, cells, sim.AllToAllConnector(), getattr(sim, kind)(weight=0.1, delay=delay))
+    projection = sim.Projection(source, cells, sim.AllToAllConnector(), getattr(sim, kind)(weight=0.1, delay=1677721.5))
+    with pytest.raises(errors.ConnectionError, match=message):
+        projection.set(delay=delay)
+    with pytest.raises(ValueError, match=message):
+        projection[1].delay = delay
+    assert projection.get("delay", "list", with_address=False) == [1677721.5] * 2
+    with pytest.raises(ValueError, match=r"at least one time step of 0.1 ms, got 0 ms; lengthen it"):
+        projection.set(delay=0.0)
