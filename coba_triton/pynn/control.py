@@ -11,6 +11,7 @@ from pyNN import common, recording
 from pyNN.common.control import DEFAULT_MIN_DELAY, DEFAULT_TIMESTEP
 
 from ..common.messages import logger
+from ..ops import validation
 from . import simulator
 from .engine import load_kernels
 
@@ -33,6 +34,7 @@ def setup(timestep: float = DEFAULT_TIMESTEP, min_delay: Any = DEFAULT_MIN_DELAY
         The rank of this process, 0.
 
     Raises:
+        TypeError, ValueError: if an option has a value that it cannot have. The network that was there stays.
         RuntimeError: if several processes of MPI run the script.
     """
     processes = _processes()
@@ -41,17 +43,30 @@ def setup(timestep: float = DEFAULT_TIMESTEP, min_delay: Any = DEFAULT_MIN_DELAY
             f"coba_triton.pynn runs in one process, got {processes} of MPI, of which each would simulate the whole network; "
             "start the script without mpirun, or use coba_triton.distributed for networks over several processes"
         )
+    timestep = validation.check_time(timestep, "timestep")
+    least = _delay(min_delay, "min_delay")
+    greatest = _delay(extra_params.get("max_delay", "auto"), "max_delay")
     common.setup(timestep, min_delay, **extra_params)
     state = simulator.state
+    threads = extra_params.get("threads")
+    threads = state.threads if threads is None else validation.check_int(threads, "threads")
+    if "rng_seed" in extra_params:
+        validation.check_int(extra_params["rng_seed"], "rng_seed", 0)
     state.clear(timestep, **{own: extra_params[name] for name, own in OPTIONS.items() if name in extra_params})
-    torch.set_num_threads(int(extra_params.get("threads") or state.threads))
+    torch.set_num_threads(threads)
     logger.info("forward Euler with a step of %g ms; kernels that are compiled now are kept on disk", timestep)
     load_kernels(*(extra_params.get(name, default) for name, default in KERNELS.items()))
-    if min_delay != "auto":
-        state.least_delay = float(min_delay)
-    if extra_params.get("max_delay", "auto") != "auto":
-        state.greatest_delay = float(extra_params["max_delay"])
+    state.least_delay, state.greatest_delay = least, greatest
     return state.mpi_rank
+
+
+def _delay(value: Any, name: str) -> float | None:
+    """A delay in ms, None where it is ``"auto"``."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"{name} must be 'auto' or a positive finite number of ms, got {value!r:.50}")
+        return None
+    return validation.check_time(value, name)
 
 
 def _processes() -> int:

@@ -121,8 +121,8 @@ class Engine:
     def __init__(
         self, dt: float, dtype: str = "float64", backend: str = "auto", device: str = "cpu", seed: int = 42
     ) -> None:
-        if dtype not in ("float64", "float32"):
-            raise ValueError(f"dtype must be 'float64' or 'float32', got {dtype!r}")
+        if not validation.is_one_of(dtype, ("float64", "float32")):
+            raise ValueError(f"dtype must be 'float64' or 'float32', got {dtype!r:.200}")
         self.dt = dt
         self.seed = seed
         self.dtype: torch.dtype = getattr(torch, dtype)

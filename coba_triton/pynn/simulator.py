@@ -62,8 +62,8 @@ class State(common.control.BaseState):
 
     def clear(self, dt: float, **options: Any) -> None:
         """Begin a new network; ``options`` are those of the engine."""
-        self.dt = float(dt)
-        self.engine = Engine(self.dt, **options)
+        self.engine = Engine(float(dt), **options)
+        self.dt = self.engine.dt
         self.least_delay: float | None = None
         self.greatest_delay: float | None = None
         self.recorders: set[Any] = set()

@@ -224,6 +224,47 @@ def test_arguments_of_setup() -> None:
         sim.setup(dt=0.1)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(timestep=0), ValueError, "timestep must be a positive finite number of ms, got 0"),
+        (dict(timestep=-0.1), ValueError, "timestep must be a positive finite number of ms, got -0.1"),
+        (dict(timestep=float("nan")), ValueError, "timestep must be a positive finite number of ms, got nan"),
+        (dict(timestep=float("inf")), ValueError, "timestep must be a positive finite number of ms, got inf"),
+        (dict(timestep="0.1"), TypeError, "timestep must be a positive finite number of ms, got str"),
+        (dict(min_delay=float("nan")), ValueError, "min_delay must be a positive finite number of ms, got nan"),
+        (dict(min_delay="least"), ValueError, "min_delay must be 'auto' or a positive finite number of ms, got 'least'"),
+        (dict(min_delay=None), TypeError, "min_delay must be a positive finite number of ms, got NoneType"),
+        (dict(max_delay=-1.0), ValueError, "max_delay must be a positive finite number of ms, got -1.0"),
+        (dict(max_delay=float("nan")), ValueError, "max_delay must be a positive finite number of ms, got nan"),
+        (dict(rng_seed=-1), ValueError, "rng_seed must be an int of at least 0, got -1"),
+        (dict(rng_seed=1.5), TypeError, "rng_seed must be an int of at least 0, got float"),
+        (dict(rng_seed="x"), TypeError, "rng_seed must be an int of at least 0, got str"),
+        (dict(rng_seed=None), TypeError, "rng_seed must be an int of at least 0, got NoneType"),
+        (dict(threads=-2), ValueError, "threads must be a positive int, got -2"),
+        (dict(threads=1.5), TypeError, "threads must be a positive int, got float"),
+        (dict(dtype=np.zeros(2)), ValueError, "dtype must be 'float64' or 'float32', got array"),
+        (dict(backend=1), ValueError, "backend must be one of 'auto', 'reference', 'triton', 'cpu', got 1"),
+        (dict(device="nowhere"), ValueError, "device must be a device of torch, such as 'cpu' or 'cuda', got 'nowhere'"),
+    ],
+    ids=str,
+)
+def test_values_of_setup_that_cannot_be(options: dict[str, object], error: type[Exception], message: str) -> None:
+    """They are refused by name, and the network of before stays as it is."""
+    sim.setup(timestep=0.2, min_delay=0.4)
+    cells = sim.Population(1, sim.IF_cond_exp())
+    cells.record("v")
+    with pytest.raises(error, match=message):
+        sim.setup(**{"timestep": 0.1, **options})
+    assert (sim.get_time_step(), sim.get_min_delay()) == (0.2, 0.4) and sim.run(1.0) == 1.0
+    assert len(cells.get_data().segments[0].analogsignals[0]) == 6
+
+
+def test_numbers_of_numpy_are_taken_by_setup() -> None:
+    sim.setup(np.float32(0.5), np.float64(0.5), max_delay=np.int64(3), rng_seed=np.int64(7), threads=None)
+    assert (sim.get_time_step(), sim.get_min_delay(), sim.get_max_delay()) == (0.5, 0.5, 3.0)
+
+
 def test_steps_that_are_too_long_do_not_pass_in_silence() -> None:
     sim.setup(timestep=1.0)
     sim.Population(3, sim.IF_cond_exp(tau_syn_E=0.4))
