@@ -281,10 +281,10 @@ class Engine:
     def _run(self, count: int, listeners: Sequence[Listener]) -> None:
         """A block."""
         self._emit(self.now + count)
+        currents = [(current.neurons, current.block(self.now, count)) for current in self.currents]
         net = self._net
         if self.neurons and net is not None:
             x = self._input_rows(count)
-            currents = [(current.neurons, current.block(self.now, count)) for current in self.currents]
             cuts = self._cuts(currents, count)
             chosen = torch.as_tensor(self.traced, device=self.device) if len(self.traced) else None
             states = self.state.new_empty(4, count, len(self.traced)) if len(self.traced) else None

@@ -83,6 +83,27 @@ def test_noise() -> None:
     assert sim.NoisyCurrentSource().dt == DT
 
 
+@pytest.mark.parametrize("others", ["nothing", "sources", "neurons that come later"])
+def test_a_current_without_neurons_is_recorded(others: str) -> None:
+    sim.setup(timestep=DT)
+    if others == "sources":
+        sim.Population(1, sim.SpikeSourcePoisson())
+    step = sim.DCSource(amplitude=0.1, start=1.0)
+    noise = sim.NoisyCurrentSource(mean=0.0, stdev=1.0)
+    for source in (step, noise):
+        source.record()
+    sim.run(3.0)
+    if others == "neurons that come later":
+        sim.Population(1, sim.IF_cond_exp())
+    sim.run(1000.0)
+    expected = np.repeat([0.0, 0.1], [10, 10021])
+    np.testing.assert_array_equal(step.get_data().magnitude[:, 0], expected)
+    assert len(np.unique(noise.get_data().magnitude)) == 10031
+    sim.reset()
+    sim.run(3.0)
+    np.testing.assert_array_equal(step.get_data().magnitude[:, 0], expected[:31])
+
+
 def test_currents_add_up_and_are_those_of_an_offset() -> None:
     cells = cells_of(3)
     cells[0].i_offset = 0.75
