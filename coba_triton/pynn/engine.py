@@ -33,7 +33,6 @@ from ..neuron.records import CobaLIFParameters, Constants
 from ..ops import validation
 from ..ops.call import Outputs, SparseNetwork
 from ..ops.constants import constants_table
-from ..ops.grid import weights_of
 from ..ops.spikes import WORD_BITS, word_count
 from ..ops.synapses import Synapses, record_of
 from ..ops.wiring import Wiring
@@ -160,6 +159,7 @@ class Engine:
         self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)  # samples and sources of events
         self._channels: dict[int, Array] = {}
         self._input: Synapses | None = None
+        self._of_channels = np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0)  # what is in it, where NumPy reads it
         self._table = torch.empty(0)
         self._injected: tuple[Array, Tensor] | None = None
         self._peeked: tuple[int, Array] | None = None
@@ -417,15 +417,16 @@ class Engine:
 
     def _add_input(self, drive: Array, rows: Array) -> None:
         """Add what the channels send, whose spikes are counted in ``rows [count, I]``."""
-        assert self._input is not None
-        inputs = self._input.to("cpu")
-        indptr, targets = inputs.indptr.numpy(), inputs.targets.numpy()
-        each = weights_of(inputs.weights, inputs.indptr, 0, inputs.count).numpy()
+        indptr, targets, weights = self._of_channels
         steps, channels = np.nonzero(rows)
         counts = indptr[channels + 1] - indptr[channels]
         before = np.cumsum(counts) - counts
         synapses = np.arange(counts.sum()) + np.repeat(indptr[channels] - before, counts)
-        sent = each[synapses] * np.repeat(rows[steps, channels].astype(np.float64), counts)
+        if weights.ndim == 2:  # one for each channel
+            each = np.repeat(weights[channels, 0], counts)
+        else:
+            each = weights[0] if len(weights) == 1 else weights[synapses]
+        sent = each * np.repeat(rows[steps, channels].astype(np.float64), counts)
         np.add.at(drive, ((sent < 0).astype(np.int64), np.repeat(steps, counts), targets[synapses]), np.abs(sent))
 
     # Constants
@@ -531,7 +532,9 @@ class Engine:
                 self._channels.setdefault(int(lag), np.full(self.sources, -1))[source] = number
         if self._channels:
             shape = self.neurons, len(keys)
-            self._input = inputs = _shared(Synapses.from_coo(post[outer], channel, each[outer], shape=shape)).to(self.device)
+            synapses = _shared(Synapses.from_coo(post[outer], channel, each[outer], shape=shape))
+            self._of_channels = synapses.indptr.numpy(), synapses.targets.numpy(), synapses.weights.numpy()
+            self._input = inputs = synapses.to(self.device)
         wiring = Wiring(inputs, recurrent.to(self.device), shortest, longest)
         silence = torch.zeros(longest, 1, self.neurons, dtype=self.dtype, device=self.device)
         self._net = SparseNetwork.of(connections(wiring, self._table, 1.0), silence, False, self.backend)

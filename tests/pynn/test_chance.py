@@ -179,3 +179,29 @@ def test_faults() -> None:
         chance.set(p=2.0)
     with pytest.raises(errors.ConnectionError, match="not negative"):
         chance.set(weight=-1.0)
+
+
+@pytest.mark.parametrize("kind", ["one", "of each source", "of each synapse"])
+def test_what_stays_the_same_is_made_once(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A block is as short as the shortest delay, so static synapses beside uncertain ones are not looked through in each."""
+    from coba_triton import Synapses
+
+    sim.setup(timestep=0.1)
+    noise = sim.Population(20, sim.SpikeSourcePoisson(rate=1000.0))
+    cells = sim.Population(4, sim.IF_cond_exp(tau_syn_E=0.1, v_thresh=1000.0))
+    projection = sim.Projection(noise, cells, sim.AllToAllConnector(), sim.StaticSynapse(weight=W, delay=0.1))
+    if kind != "one":
+        projection.weights[:] *= 1 + (projection.pre_indices if kind == "of each source" else np.arange(80))
+    sim.Projection(cells, cells, sim.AllToAllConnector(), sim.SimpleStochasticSynapse(weight=W, delay=0.1, p=0.5))
+    noise.record("spikes")
+    cells.record(["gsyn_exc", "spikes"])
+    sim.run(1.0)
+    moved: list[Any] = []
+    monkeypatch.setattr(Synapses, "to", lambda *arguments, **options: moved.append(arguments))
+    sim.run(20.0)
+    assert not moved
+    expected = np.zeros((212, 4))
+    weights = np.array(projection.get("weight", "array"))
+    for source, train in enumerate(spike_times(noise)):
+        np.add.at(expected, np.ceil(np.array(train) / 0.1 - 1e-6).astype(int) + 1, weights[source])
+    np.testing.assert_allclose(signal(cells, "gsyn_exc"), expected[:211], atol=1e-12)
