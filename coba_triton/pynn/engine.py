@@ -159,7 +159,7 @@ class Engine:
         self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)  # samples and sources of events
         self._channels: dict[int, Array] = {}
         self._input: Synapses | None = None
-        self._of_channels = np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0)  # what is in it, where NumPy reads it
+        self._of_channels: tuple[Array, ...] = ()  # its arrays and the scales of its grid, where NumPy reads them
         self._table = torch.empty(0)
         self._injected: tuple[Array, Tensor] | None = None
         self._peeked: tuple[int, Array] | None = None
@@ -416,8 +416,8 @@ class Engine:
         return torch.as_tensor(drive, dtype=self.dtype, device=self.device).unsqueeze(2)
 
     def _add_input(self, drive: Array, rows: Array) -> None:
-        """Add what the channels send, whose spikes are counted in ``rows [count, I]``."""
-        indptr, targets, weights = self._of_channels
+        """Add what the channels send, whose spikes are counted in ``rows [count, I]``, in the bits of a backend's sums."""
+        indptr, targets, weights, scales = self._of_channels
         steps, channels = np.nonzero(rows)
         counts = indptr[channels + 1] - indptr[channels]
         before = np.cumsum(counts) - counts
@@ -426,8 +426,15 @@ class Engine:
             each = np.repeat(weights[channels, 0], counts)
         else:
             each = weights[0] if len(weights) == 1 else weights[synapses]
-        sent = each * np.repeat(rows[steps, channels].astype(np.float64), counts)
-        np.add.at(drive, ((sent < 0).astype(np.int64), np.repeat(steps, counts), targets[synapses]), np.abs(sent))
+        # of several spikes of a channel in a step the grid is coarser, by the least power of two that is not below them
+        units = np.ldexp(1.0, np.frexp(np.maximum(rows.max(1), 1) - 0.5)[1])
+        sent = each.astype(np.float64) * np.repeat(rows[steps, channels] / units[steps], counts)
+        signs = (sent < 0).astype(np.int64)
+        sums = np.zeros(drive.shape, np.int64)
+        whole = np.rint(np.abs(sent) * scales[signs]).astype(np.int64)
+        np.add.at(sums, (signs, np.repeat(steps, counts), targets[synapses]), whole)
+        rounded = torch.from_numpy(sums).to(self.dtype).double().numpy()
+        drive += rounded * scales[2:, np.newaxis, np.newaxis] * units[:, np.newaxis]
 
     # Constants
 
@@ -532,12 +539,13 @@ class Engine:
                 self._channels.setdefault(int(lag), np.full(self.sources, -1))[source] = number
         if self._channels:
             shape = self.neurons, len(keys)
-            synapses = _shared(Synapses.from_coo(post[outer], channel, each[outer], shape=shape))
-            self._of_channels = synapses.indptr.numpy(), synapses.targets.numpy(), synapses.weights.numpy()
-            self._input = inputs = synapses.to(self.device)
+            self._input = inputs = _shared(Synapses.from_coo(post[outer], channel, each[outer], shape=shape)).to(self.device)
         wiring = Wiring(inputs, recurrent.to(self.device), shortest, longest)
         silence = torch.zeros(longest, 1, self.neurons, dtype=self.dtype, device=self.device)
         self._net = SparseNetwork.of(connections(wiring, self._table, 1.0), silence, False, self.backend)
+        if (own := self._net.inputs) is not None:
+            tensors = own.indptr, own.targets, own.weights, own.grid.scales.double()
+            self._of_channels = tuple(tensor.cpu().numpy() for tensor in tensors)
         self._empty_ring(self._net)
         self._take_chances([part for part in every if part.probabilities is not None and len(part.listed.pre)])
 

@@ -205,3 +205,27 @@ def test_what_stays_the_same_is_made_once(monkeypatch: pytest.MonkeyPatch, kind:
     for source, train in enumerate(spike_times(noise)):
         np.add.at(expected, np.ceil(np.array(train) / 0.1 - 1e-6).astype(int) + 1, weights[source])
     np.testing.assert_allclose(signal(cells, "gsyn_exc"), expected[:211], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["one", "of each source", "of each synapse"])
+def test_static_inputs_beside_uncertain_ones_have_the_same_bits_as_alone(kind: str, dtype: str) -> None:
+    """Also where a source sends several spikes in a step."""
+    found = []
+    for chance in (True, False):
+        sim.setup(timestep=0.1, dtype=dtype)
+        cells = sim.Population(50, sim.IF_cond_exp(v_thresh=1000.0))
+        noise = sim.Population(200, sim.SpikeSourcePoisson(rate=3000.0))
+        for receptor in ("excitatory", "inhibitory"):
+            weight: Any = 1e-4 if kind != "of each synapse" else RandomDistribution("uniform", (5e-5, 2e-4), rng=NumpyRNG(1))
+            some, synapse = sim.FixedProbabilityConnector(0.5, rng=NumpyRNG(2)), sim.StaticSynapse(weight=weight, delay=1.0)
+            projection = sim.Projection(noise, cells, some, synapse, receptor_type=receptor)
+            if kind == "of each source":
+                projection.weights[:] *= 1 + projection.pre_indices % 7
+        if chance:
+            sim.Projection(cells, cells, sim.AllToAllConnector(), sim.SimpleStochasticSynapse(weight=W, delay=0.5, p=0.5))
+        cells.record(["v", "gsyn_exc", "gsyn_inh"])
+        sim.run(10.0)
+        found.append(traces(cells))
+    np.testing.assert_array_equal(*found)
+    assert found[0][1].max() > 0.0
