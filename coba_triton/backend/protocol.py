@@ -153,8 +153,8 @@ class Backend(Protocol):
     def sparse_ring(self, net: SparseNetwork, history: Tensor) -> Tensor:
         """The sums under way after the spikes ``history [R, B, K]`` of the last R steps, the last one in the last row.
 
-        Its values are between -1 and 1. The ring has sums for the next R steps. Its second axis is that of the steps, the
-        other axes are the backend's own.
+        Its values are between -1 and 1. The ring has sums for the next R steps. Its second axis is that of the steps and its
+        last one that of the neurons. The other two, of the batch and of both signs, have an order of the backend's own.
         """
 
     def sparse_send(self, net: SparseNetwork, ring: Tensor, start: int, events: Tensor) -> None:

@@ -96,7 +96,7 @@ class Chance:
         self._probabilities = probabilities[order].astype(np.float64)
         most = max(np.bincount(targets, np.abs(weights)).max(initial=0.0), np.finfo(np.float64).tiny)
         power = BITS - np.frexp(most)[1]
-        self._inverse = float(np.ldexp(1.0, -power))
+        self.unit = float(np.ldexp(1.0, -power))  # of the sums
         self._weights = np.rint(np.ldexp(weights[order], power)).astype(np.int64)
         of_neurons = self._synapses[: self._starts[neurons], 1]
         self.watches = bool(len(of_neurons))  # whether spikes of neurons have to be known
@@ -126,11 +126,16 @@ class Chance:
     def arriving(self, first: int, count: int) -> Array:
         """What arrives in the steps from ``first`` on, float64 ``[2, count, N]``; it stays under way."""
         rows = self._ring[np.arange(first, first + count) % len(self._ring)]
-        return np.swapaxes(rows, 0, 1) * self._inverse
+        return np.swapaxes(rows, 0, 1) * self.unit
 
-    def everything(self, first: int) -> Array:
-        """All that is under way before the step ``first``, as :meth:`arriving` gives it."""
-        return self.arriving(first, self.length)
+    def under_way(self, first: int) -> Array:
+        """All that is under way before the step ``first``, int64 ``[2, length, N]`` in this unit."""
+        return np.swapaxes(self._ring[np.arange(first, first + self.length) % self.length], 0, 1)
+
+    def go_on(self, first: int, sums: Array) -> None:
+        """Let sums ``[2, steps, n]`` in this unit arrive in the steps from ``first`` on, at the first neurons."""
+        rows = (first + np.arange(sums.shape[1])) % self.length
+        self._ring[rows, :, : sums.shape[2]] += np.swapaxes(sums, 0, 1)
 
     def forget(self, first: int, count: int) -> None:
         """Make room: these steps are over."""

@@ -6,9 +6,12 @@ next one. A neuron that fires in step ``k`` has a spike of sample ``k + 1``, so 
 steps in this package's count. A source is an input channel, one for each distinct delay of its synapses.
 
 What a step adds to the conductances comes from four places: from the ring of sums that a backend carries on, from the
-channels, from ``pending``: what was under way when synapses changed, which keeps the weights it was sent with, and from
-synapses that transmit with a probability. These are drawn between two blocks. So no block is longer than what they have
-under way: what is sent in a block arrives after it.
+channels, from synapses that transmit with a probability, and from ``pending``. The synapses with a probability are drawn
+between two blocks. So no block is longer than what they have under way: what is sent in a block arrives after it.
+
+What is under way when synapses change keeps the weights that it was sent with. Sums of integers go on in the new network as
+they are, in its own units, and sources go on along synapses that have not changed. What cannot, is ``pending``: numbers that
+are rounded already, to which a step adds the others.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from ..neuron.records import CobaLIFParameters, Constants
 from ..ops import validation
 from ..ops.call import Outputs, SparseNetwork
 from ..ops.constants import constants_table
+from ..ops.grid import SUM_BITS
 from ..ops.spikes import WORD_BITS, word_count
 from ..ops.synapses import Synapses, record_of
 from ..ops.wiring import Wiring
@@ -56,11 +60,13 @@ class Wires(NamedTuple):
             for neurons whose synapses are currents, negative where they are inhibitory. Delays are in steps of PyNN's count.
         probabilities: that a synapse transmits a spike; None if all always do.
         number: of the projection.
+        changes: how many times weights, delays or probabilities were changed.
     """
 
     listed: Listed
     probabilities: Array | None
     number: int
+    changes: int = 0
 
     def single(self) -> tuple[Array, Array, Array, Array]:
         """The source, the neuron, the weight and the delay of every synapse."""
@@ -95,6 +101,13 @@ class Listener(Protocol):
 
     def take(self, first: int, states: Array, neurons: Array) -> None:
         """The states ``[F, t, K]`` of ``neurons [K]`` after the steps from ``first`` on."""
+
+
+class _Sums(NamedTuple):
+    """What arrives in the next steps, integers ``[2, steps, N]`` of each sign, and what their units are, ``[2]``."""
+
+    numbers: Array
+    units: Array
 
 
 class _Group(NamedTuple):
@@ -154,6 +167,7 @@ class Engine:
         self._chance: Chance | None = None
         self._ring = torch.empty(0)
         self._words = torch.empty(0, 1, 0, dtype=torch.int32)
+        self._known: dict[int, int] = {}  # of every projection, how many changes of its synapses are in the network
         self._since = 0
         self._emitted = -1  # the last sample of which sources have sent
         self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)  # samples and sources of events
@@ -481,46 +495,65 @@ class Engine:
                 self._net = self._net._replace(constants=self._table)
             self._peeked = None
         if self.wiring_changed and self.neurons:
-            self._hold()
             self._wire()
             self._peeked = None
         self.constants_changed = self.wiring_changed = False
 
-    def _hold(self) -> None:
-        """Make what is under way pending, with the weights that it was sent with."""
-        if self._net is None or self.now == 0:
-            self.pending = np.zeros((2, 0, self.neurons))
-            return
-        old, size = self._net, self._net.neurons
-        # neurons that have no memory and never fire show what arrives
-        table = old.constants.clone()
-        table[[ROW["decay_e"], ROW["decay_i"]]] = -1.0
-        table[ROW["k"]] = 0.0
-        table[ROW["v_thresh"]] = torch.inf
-        steps = old.longest
-        trace = self.state.new_empty(4, steps, 1, size)
-        empty, nothing = self.state.new_empty(steps, 1, 0), self.state.new_zeros(4, 1, size)
-        probe = old._replace(inputs=None, constants=table)
-        old.backend.sparse_block(probe, self._ring.clone(), self._since, empty, None, nothing, Outputs(states=trace))
-        longest = max([steps, self.pending.shape[1], *(delay + 1 for delay in self._channels)])
-        if self._chance is not None:
-            longest = max(longest, self._chance.length)
-        held = np.zeros((2, longest, self.neurons))
-        held[:, :steps, :size] = trace[1:3, :, 0].double().cpu().numpy()
-        held[:, : self.pending.shape[1], : self.pending.shape[2]] += self.pending
+    def _hold(self, every: list[Wires]) -> None:
+        """Make what sources have sent pending where their synapses have changed, with the weights that it was sent with."""
+        known, self._known = self._known, {part.number: part.changes for part in every}
+        changed = [part for part in every if part.probabilities is None and known.get(part.number) != part.changes]
+        codes = np.concatenate([np.empty(0, np.int64), *(part.listed.sources for part in changed)])
+        steps, sources = self._under_way
+        concerned = np.isin(sources, -1 - codes)
+        self._under_way = steps[concerned], sources[concerned]
+        longest = max(self._channels, default=0) + 1
         x = self._input_rows(longest)
         if x is not None:
+            held = np.zeros((2, longest, self.neurons))
             self._add_input(held, x[:, 0].cpu().numpy())
-        if self._chance is not None:
-            under_way = self._chance.everything(self.now)
-            held[:, : under_way.shape[1], : under_way.shape[2]] += under_way
+            self._pend(held)
+        self._under_way = steps[~concerned], sources[~concerned]
+
+    def _pend(self, held: Array) -> None:
+        """Let ``held [2, steps, N]`` arrive in the next steps; there may be more neurons by now."""
         used = np.flatnonzero(held.any((0, 2)))
-        self.pending = held[:, : used[-1] + 1 if len(used) else 0]
-        self._under_way = np.empty(0, np.int64), np.empty(0, np.int64)
+        size, length = held.shape[2], used[-1] + 1 if len(used) else 0
+        pending = np.zeros((2, max(length, self.pending.shape[1]), self.neurons))
+        pending[:, : self.pending.shape[1], : self.pending.shape[2]] = self.pending
+        pending[:, :length, :size] += held[:, :length]
+        self.pending = pending
+
+    def _in_ring(self) -> Tensor:
+        """The ring as ``[2, R, N]``, in its own memory; its first row is that of the step in which it was made."""
+        return self._ring.movedim(1, 2).view(2, -1, self._ring.shape[-1])
+
+    def _sums_in_ring(self) -> _Sums | None:
+        """What the ring has under way; it has nothing at time 0."""
+        if self._net is None or self.now == 0:
+            return None
+        numbers = self._in_ring().roll(-self._since, 1).long().cpu().numpy()
+        return _Sums(numbers, self._net.recurrent.grid.scales[2:].double().cpu().numpy())
+
+    def _moved(self, sums: _Sums, units: Array, rows: int, most: int) -> Array:
+        """Sums in other units, for ``rows`` steps; those that are no whole numbers of them below ``most`` are pending."""
+        shift = (np.frexp(sums.units)[1] - np.frexp(units)[1]).astype(np.int64)[:, np.newaxis, np.newaxis]
+        if not shift.any() and sums.numbers.shape[1] <= rows and sums.numbers.max(initial=0) < most:
+            return sums.numbers
+        up, down = np.clip(shift, 0, 62), np.clip(-shift, 0, 62)
+        moved = sums.numbers >> down << up
+        taken = (moved >> up << down == sums.numbers) & (moved < most)
+        taken[:, rows:] = False
+        self._pend(np.where(taken, 0, sums.numbers) * sums.units[:, np.newaxis, np.newaxis])
+        return np.where(taken, moved, 0)[:, :rows]
 
     def _wire(self) -> None:
         """The synapses of all projections as the backend takes them."""
         every = [projection.wires() for projection in self.projections]
+        self._hold(every)
+        under_way, by_chance = self._sums_in_ring(), None
+        if self._chance is not None:
+            by_chance = _Sums(self._chance.under_way(self.now), np.full(2, self._chance.unit))
         parts = [part for part in every if part.probabilities is None]
         gathered = gather([part.listed for part in parts], self.neurons, self.neurons)
         indptr, targets, weights, lags = map(torch.from_numpy, gathered)
@@ -548,6 +581,24 @@ class Engine:
             self._of_channels = tuple(tensor.cpu().numpy() for tensor in tensors)
         self._empty_ring(self._net)
         self._take_chances([part for part in every if part.probabilities is not None and len(part.listed.pre)])
+        self._go_on(under_way, by_chance)
+
+    def _go_on(self, under_way: _Sums | None, by_chance: _Sums | None) -> None:
+        """Let what was under way before the synapses were made anew arrive: sums of the ring, and of uncertain synapses."""
+        assert self._net is not None
+        self._pend(np.zeros((2, 0, 0)))  # which makes room for new neurons
+        if under_way is not None:
+            grid, ring = self._net.recurrent.grid, self._in_ring()
+            units = grid.scales[2:].double().cpu().numpy()
+            # as much again has room beside it, also of weights that are rounded up
+            most = 2 ** SUM_BITS[grid.sums] - (2**31 if grid.sums == torch.int64 else 0)
+            moved = self._moved(under_way, units, ring.shape[1], most)
+            ring[:, : moved.shape[1], : moved.shape[2]] += torch.from_numpy(moved).to(ring)
+        if by_chance is not None and self._chance is None:
+            self._moved(by_chance, by_chance.units, 0, 0)
+        elif by_chance is not None and self._chance is not None:
+            units = np.full(2, self._chance.unit)
+            self._chance.go_on(self.now, self._moved(by_chance, units, self._chance.length, 2**61))
 
     def _take_chances(self, parts: list[Wires]) -> None:
         """The synapses that transmit with a probability."""

@@ -155,7 +155,7 @@ class Projection(common.Projection):
                 f"{type(self.synapse_type).__name__}"
             )
         self._engine = simulator.state.engine
-        self.number = simulator.state.projection_counter
+        self.number, self.changes = simulator.state.projection_counter, 0
         simulator.state.projection_counter += 1
         self._inhibitory = self.receptor_type == "inhibitory"
         self._conductances = bool(self.post.conductance_based)
@@ -217,7 +217,7 @@ class Projection(common.Projection):
         sign = -1.0 if self._inhibitory and self._conductances else 1.0
         sources, neurons = self._numbers
         listed = Listed(self.pre_indices, self.post_indices, self.weights, self.delay_steps, sources, neurons, sign)
-        return Wires(listed, self.probabilities, self.number)
+        return Wires(listed, self.probabilities, self.number, self.changes)
 
     # What users read and change
 
@@ -250,6 +250,7 @@ class Projection(common.Projection):
             column = self.column(name)
             check_probabilities(values)
             column[at] = values
+        self.changes += 1
         self._engine.wiring_changed = True
 
     def _value_list_to_array(self, attributes: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("pyNN", reason="PyNN is optional: pip install 'coba-triton[pynn]'")
 
+from pyNN.random import NumpyRNG, RandomDistribution
+
 import coba_triton.pynn as sim
 from helpers.pynn_networks import signal, spike_times
 
@@ -165,3 +167,130 @@ def test_new_neurons_start_with_their_initial_values() -> None:
     one, other = signal(old, "v"), signal(new, "v")
     np.testing.assert_array_equal(other[-51:], one[:51])
     assert one[-1, 0] > one[50, 0] > one[0, 0]
+
+
+def uniform(low: float, high: float, seed: int) -> Any:
+    return RandomDistribution("uniform", (low, high), rng=NumpyRNG(seed))
+
+
+def busy(
+    change: Any, dtype: str, chance: bool, i_offset: float = 0.5, unit: float | None = None, **parameters: Any
+) -> np.ndarray:
+    """What is recorded of a network with all kinds of synapses whose spikes are under way whenever it is changed."""
+    sim.setup(timestep=0.1, dtype=dtype)
+    cells = sim.Population(40, sim.IF_cond_exp(i_offset=np.linspace(i_offset, 3.0, 40), **{"tau_refrac": 2.0, **parameters}))
+    noise = sim.Population(50, sim.SpikeSourcePoisson(rate=150.0, duration=0.0 if parameters else 1e6))
+    projections = []
+    for number, (pre, receptor) in enumerate(((noise, "excitatory"), (cells, "excitatory"), (cells, "inhibitory"))):
+        for kind in (sim.StaticSynapse, sim.SimpleStochasticSynapse)[: 1 + chance]:
+            weights = uniform(0.0005, 0.002, number)
+            some = sim.FixedProbabilityConnector(0.4, rng=NumpyRNG(10 + number))
+            projections.append(sim.Projection(pre, cells, some, kind(weight=weights), receptor_type=receptor))
+            delays = 0.1 * np.random.default_rng(number).integers(1, 60, len(projections[-1]))
+            projections[-1].change("delay", delays)
+            if unit is not None:
+                projections[-1].change("weight", unit * np.ceil(projections[-1].weights / unit))
+    cells.record(["v", "gsyn_exc", "gsyn_inh"])
+    for turn in range(6):
+        sim.run(5.3)
+        change(turn, cells, projections)
+    return np.stack([signal(cells, name) for name in ("v", "gsyn_exc", "gsyn_inh")])
+
+
+def nothing(turn: int, cells: Any, projections: Any) -> None:
+    """Let the network as it is."""
+
+
+def add_neurons(turn: int, cells: Any, projections: Any) -> None:
+    sim.Population(3, sim.IF_cond_exp())
+
+
+def add_sources(turn: int, cells: Any, projections: Any) -> None:
+    sim.Population(3, sim.SpikeSourcePoisson(rate=100.0))
+
+
+def add_silent_sources(turn: int, cells: Any, projections: Any) -> None:
+    silent = sim.Population(3, sim.SpikeSourceArray(spike_times=[1e6]))
+    sim.Projection(silent, cells, sim.AllToAllConnector(), sim.StaticSynapse(weight=1e-9, delay=1.0 + turn))
+
+
+def add_a_network(turn: int, cells: Any, projections: Any) -> None:
+    others = sim.Population(3, sim.IF_cond_exp())
+    sim.Projection(others, others, sim.AllToAllConnector(), sim.StaticSynapse(weight=1e-9, delay=1.0 + turn))
+    sim.Projection(cells, others, sim.AllToAllConnector(), sim.StaticSynapse(weight=1e-9, delay=0.1))
+
+
+def set_the_same(turn: int, cells: Any, projections: Any) -> None:
+    projections[-1].change("weight", projections[-1].weights.copy())
+    projections[-2].change("delay", projections[-2].delays)
+
+
+@pytest.mark.parametrize("chance", [False, True], ids=["static", "uncertain"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("change", [add_neurons, add_sources, add_silent_sources, add_a_network, set_the_same])
+def test_what_is_under_way_keeps_its_bits(change: Any, dtype: str, chance: bool) -> None:
+    """It is added up with what arrives later in the same steps as if nothing had been changed in between."""
+    expected = busy(nothing, dtype, chance)
+    assert (np.ptp(expected, 1) > 0).all()
+    np.testing.assert_array_equal(busy(change, dtype, chance), expected)
+
+
+@pytest.mark.parametrize(
+    ("factor", "chance", "rounded"),
+    [
+        (2.0, False, False),
+        (2.0, True, False),
+        (0.5, True, False),
+        (1e-3, False, False),
+        (1e6, False, False),
+        (1.1, False, True),
+    ],
+)
+def test_what_is_under_way_keeps_its_bits_whatever_later_spikes_weigh(factor: float, chance: bool, rounded: bool) -> None:
+    """Each cell fires once, before the first change: all that arrives was sent with the weights of that time.
+
+    Sums of weights that are ``rounded`` to few bits are narrow, and those of other weights are not.
+    """
+    once = dict(tau_refrac=1e6, cm=0.05)
+
+    def change(turn: int, cells: Any, projections: Any) -> None:
+        for projection in projections[1 + chance :]:
+            projection.change("weight", projection.weights * factor)
+
+    def run(change: Any) -> np.ndarray:
+        return busy(change, "float64", chance, 2.5, 2.0**-14 if rounded else None, **once)
+
+    expected = run(nothing)
+    assert expected[1:, 54:].any()
+    np.testing.assert_array_equal(run(change), expected)
+
+
+@pytest.mark.parametrize("unit", [None, 2.0**-14], ids=["any", "few_bits"])
+def test_a_sum_of_almost_all_that_a_neuron_can_get_keeps_its_bits(unit: float | None) -> None:
+    """What was sent before a change and is nearly all of it arrives together with what is sent after it."""
+
+    def run(change: bool, delays: tuple[float, float] = (10.0, 0.1)) -> tuple[np.ndarray, list[list[float]]]:
+        sim.setup(timestep=0.1)
+        pre = sim.Population(2, sim.IF_cond_exp(i_offset=[5.0, 2.0], tau_refrac=1e6))
+        post = sim.Population(200, sim.IF_cond_exp(v_thresh=1000.0))
+        post.initialize(gsyn_exc=0.07)
+        pre.record("spikes")
+        post.record("gsyn_exc")
+        rng = np.random.default_rng(1)
+        for cell, low, delay in zip((0, 1), (0.1, 0.001), delays, strict=True):
+            synapse = sim.StaticSynapse(weight=0.0, delay=delay)
+            projection = sim.Projection(pre[cell : cell + 1], post, sim.AllToAllConnector(), synapse)
+            weights = rng.uniform(low, 2 * low, 200)
+            projection.change("weight", weights if unit is None else unit * np.ceil(weights / unit))
+        sim.run(5.0)
+        if change:
+            sim.Population(1, sim.IF_cond_exp())
+        sim.run(20.0)
+        return signal(post, "gsyn_exc"), spike_times(pre)
+
+    (early,), (late,) = run(False)[1]
+    assert early < 5.0 < late < 15.0
+    delays = round(late - early + 0.1, 1), 0.1
+    (expected, _), (got, _) = run(False, delays), run(True, delays)
+    assert expected[round(late / 0.1) + 1].min() > 0.1
+    np.testing.assert_array_equal(got, expected)
