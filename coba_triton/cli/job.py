@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,7 +228,17 @@ def run(
     feed = Feed(read, simulation.steps)
     if isinstance(source, PoissonChannels | PoissonDrive):
         feed = DrawnFeed(read, simulation.steps, config.input.model_dump(mode="json"))
-    path = sink.path
+    path, own_changing = sink.path, sink.changing
+    begun = part is not None and part.ranks.rank > 0  # another process changes what is at the path
+
+    @contextmanager
+    def changing() -> Iterator[None]:
+        nonlocal begun
+        with own_changing():
+            begun = True
+            yield
+
+    sink.changing = changing
     try:
         before = open_result(path).steps if resume and path is not None and path.exists() else 0
         begin, compiled = time.perf_counter(), compile_seconds()
@@ -244,7 +255,7 @@ def run(
                 stop_if_unstable=not keep_going,
             )
         except KeyboardInterrupt:
-            if path is None or not path.exists():
+            if path is None or not begun or not path.exists():  # what is there may be of an earlier run
                 raise
             result = open_result(path)
         compiled = compile_seconds() - compiled

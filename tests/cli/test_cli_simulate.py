@@ -484,6 +484,32 @@ def test_a_result_of_the_other_format_is_replaced_as_well(
     assert open_result(out / f"result.{new}").steps == 250
 
 
+@pytest.mark.parametrize(("form", "options"), [("zarr", []), ("zarr", ["--resume"]), ("npz", [])])
+def test_an_interrupt_before_the_run_begins_leaves_the_earlier_one(
+    config: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    options: list[str],
+) -> None:
+    """It is not reported as the new one."""
+    out = tmp_path / "out"
+    arguments = ["simulate", config, "--out", str(out), "--format", form]
+    assert main(arguments) == 0
+    summary = (out / "summary.json").read_bytes()
+    capsys.readouterr()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulation.BlockRun, "__init__", interrupted)
+    assert main([*arguments, *options]) == 130
+    assert capsys.readouterr() == ("", "Interrupted; nothing more was written.\n")
+    assert (out / "summary.json").read_bytes() == summary
+    assert in_the_folder(out) == ["raster.png", f"result.{form}", "summary.json"]
+
+
 def test_a_result_is_back_if_the_new_one_cannot_take_its_place(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
