@@ -325,7 +325,7 @@ def coba_lif_feed_forward_integral(
         dt: time step in ms.
         order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
         backend: ``auto``, ``reference``, ``triton`` or ``cpu``; all give the same bits.
-        block_steps: steps in one launch; None for all of them. Changes no result.
+        block_steps: steps in one launch; None, or recorded states, for all of them. Changes no result.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
             (:func:`coba_triton.unpack_spikes`), or None for the input's dtype, of one of bool or integers the state's.
@@ -424,8 +424,9 @@ def _run_operator(
     """Call the operator once a time block of the input ``x [T, M]``, and put the blocks together."""
     steps, neurons = x.shape[0], state.shape[1:]
     flat = state.reshape(len(state), -1).contiguous()
-    # a split of one block would still copy the gradient
-    split = call.block_steps if call.block_steps and call.block_steps < steps else None
+    # a split of one block would still copy the gradient; blocks of recorded states would add theirs up in another order
+    several = call.block_steps and call.block_steps < steps and not call.record_states
+    split = call.block_steps if several else None
     blocks = x.split(split) if split else (x,)
     parts: Sequence[Tensor | None] = (None,) * len(blocks)
     if out is not None:
