@@ -328,7 +328,8 @@ def coba_lif_feed_forward_integral(
         block_steps: steps in one launch; None, or recorded states, for all of them. Changes no result.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
         spike_dtype: a floating dtype, ``torch.bool``, ``torch.uint8``, ``"bits"`` for spikes packed along time
-            (:func:`coba_triton.unpack_spikes`), or None for the input's dtype, of one of bool or integers the state's.
+            (:func:`coba_triton.unpack_spikes`), or None. With None, spikes have the dtype of a floating input. If the input
+            is bool or integer, they have the dtype of the state.
         out: contiguous buffer that takes the spikes and is returned, apart in memory from all arguments; not for
             training. Reusing one in a loop saves the first touch of new memory, which costs a CPU more than the neurons
             do.
@@ -499,8 +500,8 @@ def coba_lif_integral(
         block_steps: steps in one launch of a fused backend, rounded up to a multiple of 32; None for about ``sqrt(T)``
             in training, where the state before each block is kept, and else for a bounded scratch.
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
-        spike_dtype: as in :func:`coba_lif_feed_forward_integral`; None with an input of bool or integers and weights in half
-            precision: theirs.
+        spike_dtype: as in :func:`coba_lif_feed_forward_integral`, with one difference: with None, an input of bool or
+            integers and weights in half precision, spikes have the dtype of the weights.
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
             (events, several programs a batch row; GPUs only), or ``auto``. On a CPU, ``auto`` is dense for a block that
             follows one with more than 0.2 spikes per neuron and step, else events. On a GPU it goes by the sizes alone:

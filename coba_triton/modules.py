@@ -8,13 +8,13 @@ The numbers of the parameter record ``p`` become attributes of their own names, 
 
 - those named in ``learn`` are ``nn.Parameter``, float32 unless given as floating tensors; an ``nn.Parameter`` that is
   given is shared, not copied;
-- all others are buffers. A Python number is held in double precision, as a 0-dim float64 tensor that ``.half()``,
-  ``.to(dtype)`` and the like do not round; tensors are converted with the weights, as in every module, and those of
-  integers are held as floating ones. Only a refractory period of 0 and a ``conductance_based`` of 1 are no buffers, but
-  plain attributes: what has no such parameter has them.
+- all others are buffers. A Python number becomes a 0-dim float64 tensor, which ``.half()``, ``.to(dtype)`` and the like do
+  not round. A tensor is converted with the weights, as in every module; a tensor of integers becomes a floating one.
+  There are two exceptions: a refractory period of 0 and a ``conductance_based`` of 1 are plain attributes and not in the
+  ``state_dict``, so that it is the same as without these two parameters.
 
-An input of bool or integers gives spikes in the dtype that the module was last converted to, as ``.half()`` does, so that
-they fit the layer behind; any other input gives spikes in its own.
+Spikes have the dtype of a floating input. If the input is bool or integer, they have the dtype to which the module was
+converted last, for example by ``.half()``, so that they fit the next layer.
 
 By default they have the parameters :data:`coba_triton.default_learning_parameters`, in which conductances are multiples
 of the leak conductance, and a step of 1 ms. Initial weights follow ``g_l`` and the number of inputs. Inputs of about 0.1
@@ -340,7 +340,7 @@ class _WholeSequence(nn.Module):
                 warn(
                     f"no neuron of {type(self).__name__} fired in {steps}, although there was input: what follows gets "
                     "nothing, and hardly any gradient comes back. Make the input or the weights larger, or v_thresh lower. "
-                    f"The input that opens half as much as the leak conductance, g_l = {leak:g}, is a strong one"
+                    f"An input that opens half of the leak conductance, g_l = {leak:g}, is a strong one"
                 )
             elif share > SATURATED and "saturated" not in self._warned:
                 self._warned.add("saturated")
@@ -364,7 +364,7 @@ class CobaLIFFeedForwardCell(_Neurons):
         p: parameters, see :class:`CobaLIFParameters`; they become attributes of the module. By default
             :data:`coba_triton.default_learning_parameters`.
         dt: time step in ms. It has to be several times shorter than the time constants in ``p``.
-        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        learn: names of the numbers in ``p`` that are learned: any but ``alpha``, ``refractory`` and ``conductance_based``.
 
     Shape:
         ``input_tensor [*shape]`` in the unit of ``g_l`` and the state, or None to start at rest, to spikes ``[*shape]``
@@ -408,7 +408,7 @@ class CobaLIFCell(_RecurrentNeurons):
         dt: time step in ms. It has to be several times shorter than the time constants in ``p``.
         autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
             no gradient, and is taken as 0 whatever is written to it. Sparse synapses are taken as they are.
-        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        learn: names of the numbers in ``p`` that are learned: any but ``alpha``, ``refractory`` and ``conductance_based``.
         input_weights: instead of drawn ones, a matrix ``[N, I]``, or :class:`coba_triton.Synapses` or a matrix of a sparse
             layout, of which the weights become a parameter and the rest buffers.
         recurrent_weights: likewise, ``[N, N]``.
@@ -465,13 +465,13 @@ class CobaLIF(_WholeSequence, _Neurons):
             :data:`coba_triton.default_learning_parameters`.
         dt: time step in ms. It has to be several times shorter than the time constants in ``p``.
         record_states: return the state of every step, ``[T, *shape]`` a field, instead of the final one.
-        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        learn: names of the numbers in ``p`` that are learned: any but ``alpha``, ``refractory`` and ``conductance_based``.
         return_state: False to return the spikes alone, as ``torch.nn.Sequential`` needs it between two layers.
         order: ``decay_first``, or ``jump_first`` as norse's feed-forward step has it.
         backend: which implementation computes; all give the same bits.
         block_steps: steps in one launch; None for all of them.
-        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype, of one of bool or integers
-            the dtype of the module (``.half()``).
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, or None. With None, spikes have the dtype of a floating
+            input. If the input is bool or integer, they have the dtype of the module (``.half()``).
         time_chunks: as in :func:`coba_triton.coba_lif_feed_forward_integral`; changes no result.
 
     Shape:
@@ -541,7 +541,7 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         record_states: return the state of every step, ``[T, *batch, N]`` a field, instead of the final one.
         autapses: let neurons connect to themselves. Otherwise the diagonal of ``recurrent_weights`` starts at 0, gets
             no gradient, and is taken as 0 whatever is written to it. Sparse synapses are taken as they are.
-        learn: names of the numbers in ``p`` that are learned, all but ``alpha``.
+        learn: names of the numbers in ``p`` that are learned: any but ``alpha``, ``refractory`` and ``conductance_based``.
         input_weights: instead of drawn ones, a matrix ``[N, I]``, or :class:`coba_triton.Synapses` or a matrix of a sparse
             layout, of which the weights become a parameter and the rest buffers.
         recurrent_weights: likewise, ``[N, N]``.
@@ -550,9 +550,10 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         return_state: False to return the spikes alone, as ``torch.nn.Sequential`` needs it between two layers.
         order: ``decay_first`` or ``jump_first``.
         backend: which implementation computes.
-        block_steps: steps in one launch; None for all of them.
-        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, None for the input's dtype, of one of bool or integers
-            the dtype of the module (``.half()``).
+        block_steps: steps in one launch; None for a choice, as in :func:`coba_triton.coba_lif_integral`. Changes no
+            result of the forward.
+        spike_dtype: dtype of the spikes, ``"bits"`` to pack them, or None. With None, spikes have the dtype of a floating
+            input. If the input is bool or integer, they have the dtype of the module (``.half()``).
 
     Attributes:
         input_weights: in the unit of ``g_l``, ``[N, I]``; a positive weight is an excitatory synapse, a negative one

@@ -53,7 +53,7 @@ plt.show()
 # * **Weights are multiples of the leak conductance.** They are 0.01 to 0.1 then, and Adam's default rate of 1e-3 suits
 #   them.
 # * **The gradient stays finite.** A reset multiplies the gradient in every step near the threshold. The default
-#   surrogate, `triangle` with a width of 10 mV and a height of 0.1, keeps that product at 1 or below.
+#   surrogate, `triangle`, is 0.1 at the threshold and 0 from 1 mV away on. It keeps that product at 1 or below.
 
 
 # %%

@@ -26,8 +26,8 @@ report = coba_triton.check(x, p=p, dt=0.1, backend="cpu")
 print(report)
 
 # %% [markdown]
-# `coba-triton check` has cases of its own, 170 of them, or 409 with `--full`. Here are those about chunks: a sequence
-# in parts must have the bits of the whole one.
+# `coba-triton check` has cases of its own, and about four times as many with `--full`. Here are those about chunks: a
+# sequence in parts must have the bits of the whole one.
 
 # %%
 status = main(["check", "--device", "cpu", "--only", "chunking"])

@@ -183,8 +183,8 @@ def test_silent_neurons_are_warned_of_once(spike_dtype: Any) -> None:
     (seen,) = warned(lambda: layer(torch.full((25, 4, 6), 0.01)))
     assert str(seen.message) == (
         "no neuron of CobaLIF fired in 25 steps of 1 ms, although there was input: what follows gets nothing, and hardly "
-        "any gradient comes back. Make the input or the weights larger, or v_thresh lower. The input that opens half as "
-        "much as the leak conductance, g_l = 1, is a strong one"
+        "any gradient comes back. Make the input or the weights larger, or v_thresh lower. An input that opens half of "
+        "the leak conductance, g_l = 1, is a strong one"
     )
     assert seen.filename == __file__
     assert not warned(lambda: layer(torch.full((25, 4, 6), 0.01)))

@@ -72,7 +72,7 @@ def run(
     }
     if old is not None:
         _check_comparable(old, result, compare)
-    say(f"{used} on {where} ({target.name}), {result['threads']} threads, torch {torch.__version__}")
+    say(f"{used} on {where} ({target.name}), {threads_of(result)}, torch {torch.__version__}")
     say(
         f"Copies move {machine.bytes / 1e9:.1f} GB/s, matrix products do {machine.flops / 1e9:.0f} GFLOP/s. Medians of "
         f"{rounds} interleaved calls, ± half of what the quartiles are apart; ns: a neuron and step; speed-up: over the "
@@ -249,8 +249,13 @@ def draw(result: dict[str, Any]) -> Figure:
         "* another model or gradient",
         fontsize=8,
     )
-    figure.suptitle(f"{result['name']}, {result['threads']} threads, torch {result['versions']['torch']}", fontsize=11)
+    figure.suptitle(f"{result['name']}, {threads_of(result)}, torch {result['versions']['torch']}", fontsize=11)
     return figure
+
+
+def threads_of(result: dict[str, Any]) -> str:
+    """How many threads a benchmark had."""
+    return f"{result['threads']} thread{'' if result['threads'] == 1 else 's'}"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -795,8 +795,8 @@ class Config(_Table):
         for seed in seeds:
             if seeds.count(seed) > 1:
                 raise ValueError(
-                    f"seed must be another one in each projection and fan_out, as they would connect neurons of the same "
-                    f"numbers, got {seed} twice; change one"
+                    f"seed must differ between all projections and fan_outs, got {seed} twice: with the same seed, both "
+                    "would connect neurons of the same numbers; change one"
                 )
         for where, table in [*tables, ("recurrent", self.recurrent)]:
             delay = getattr(table, "delay", None)

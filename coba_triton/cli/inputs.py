@@ -326,7 +326,7 @@ class FileChannels(_FannedOut):
         if not (np.isfinite(x).all() and (x >= 0).all()):
             raise UserError(
                 f"{self.path} has negative or infinite numbers or NaN in steps {start} to {stop}; channels hold spike "
-                "counts, and what inhibits has negative weights"
+                "counts, which are never negative. To inhibit, a channel needs negative weights"
             )
         return x
 

@@ -45,7 +45,7 @@ def open_compiler(option: str) -> ModuleType:
     try:
         from coba_triton.tools import compiler
     except ModuleNotFoundError as error:
-        raise UserError(f"{option} needs the package {error.name}; pip install coba-triton[interp]") from None
+        raise UserError(f'{option} needs the package {error.name}; run: pip install "coba-triton[interp]"') from None
     return compiler
 
 

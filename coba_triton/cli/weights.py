@@ -418,8 +418,8 @@ def _draw(
             drawn = Synapses.fixed_number(*shape, settings.number or 0, *numbers, **options)
         else:
             raise ValueError(
-                "number counts synapses between all neurons and a population that is part of them, of which those to "
-                "oneself would have to be left out; write a projection for each population, or autapses = true"
+                "number cannot be kept between all neurons and a population, because synapses of a neuron onto itself would "
+                "be left out; write a projection for each population, or autapses = true"
             )
         placed = place(drawn, chosen, targets, count, neurons)
     return placed if apart else _without_autapses(placed)

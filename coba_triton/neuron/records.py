@@ -149,9 +149,10 @@ class CobaLIFParameters(NamedTuple):
     """Parameters of the conductance-based leaky integrate-and-fire neuron.
 
     Every number may be a Python number, a 0-dim tensor, or a tensor that broadcasts over the neurons (``[N]``,
-    ``[B, 1]``, ``[B, N]``); floating-point tensors may require grad and may live on another device than the state. Numbers
-    have to be finite, and inverse time constants and capacitance, ``g_l`` and ``alpha`` not negative; those of tensors
-    are looked at by :func:`coba_triton.simulate` alone, as that waits for their device.
+    ``[B, 1]``, ``[B, N]``); floating-point tensors may require grad and may live on another device than the state. All
+    numbers must be finite; inverse time constants and capacitance, ``g_l`` and ``alpha`` must not be negative. Every call
+    checks this for Python numbers. Only :func:`coba_triton.simulate` checks it for tensors, because reading them means to
+    wait for their device.
 
     Attributes:
         tau_syn_exc_inv: inverse time constant of the excitatory synapses in 1/ms.

@@ -41,9 +41,11 @@ _COMPRESSED = (torch.sparse_csr, torch.sparse_csc)
 class Synapses(NamedTuple):
     """Sparse synapses of ``K`` sources onto ``N`` neurons, by source. A pair may have several synapses.
 
-    The constructors check and sort what they get: :meth:`from_coo`, :meth:`from_torch` and :meth:`from_scipy`. Gradients
-    flow back from the weights to what was given; what is in order already is the field itself, so that a leaf stays a leaf.
-    :meth:`fixed_probability` and :meth:`fixed_number` draw random synapses.
+    The constructors :meth:`from_coo`, :meth:`from_torch` and :meth:`from_scipy` check and sort what they get. Gradients
+    flow back from the field ``weights`` to the tensor that was given. If that tensor is sorted already, it becomes the field
+    itself, and stays a leaf of autograd. :meth:`fixed_probability` and :meth:`fixed_number` draw random synapses.
+
+    Weights have the unit of ``g_l``: uS, or multiples of the leak (``docs/model.md`` has both).
 
     A synapse needs 4 bytes for its target, and the bytes of a weight and of a delay where it has its own.
 
@@ -62,7 +64,7 @@ class Synapses(NamedTuple):
         >>> synapses.indptr.tolist(), synapses.targets.tolist()
         ([0, 1, 1, 2], [1, 0])
         >>> synapses
-        Synapses(3 sources -> 2 neurons, 2 synapses, weights -0.02 to 0.01 uS, delays 0.5 ms, 10 bytes a synapse)
+        Synapses(3 sources -> 2 neurons, 2 synapses, weights -0.02 to 0.01, delays 0.5 ms, 10 bytes a synapse)
     """
 
     indptr: Tensor
@@ -94,7 +96,7 @@ class Synapses(NamedTuple):
         return (
             f"Synapses({self.sources:,} sources -> {self.neurons:,} neurons, {count:,} synapses, "
             f"weights {_describe(self.weights)}, "
-            f"delays {'of one step' if self.delays is None else _span(self.shortest, self.longest, 'ms')}, "
+            f"delays {'of one step' if self.delays is None else _span(self.shortest, self.longest) + ' ms'}, "
             f"{each:.3g} bytes a synapse)"
         )
 
@@ -238,8 +240,9 @@ class Synapses(NamedTuple):
     def join(cls, parts: Iterable[Synapses]) -> Synapses:
         """All synapses of several records in one. Of one pair, those of an earlier record come first.
 
-        Where a weight or delay for each source, or one for all, says what the parts say, the result has that. Weights of
-        which a gradient is wanted stay apart.
+        The result has one weight (or delay) for all synapses, or one for each source, where that gives every synapse the
+        number that it has in its record. Weights that require a gradient are not made one because they are equal: training
+        may make them differ.
 
         Args:
             parts: at least one record; of the same sources, neurons, device and dtype.
@@ -416,7 +419,7 @@ class Synapses(NamedTuple):
 
         Example:
             >>> Synapses.fixed_probability(4000, 4000, 0.02, 0.004, 0.3, seed=1, autapses=False)
-            Synapses(4,000 sources -> 4,000 neurons, 319,236 synapses, weights 0.004 uS, delays 0.3 ms, 4 bytes a synapse)
+            Synapses(4,000 sources -> 4,000 neurons, 319,236 synapses, weights 0.004, delays 0.3 ms, 4 bytes a synapse)
         """
         if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
             raise TypeError(
@@ -597,8 +600,8 @@ def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor |
         sums.index_add_(0, targets.long(), each.double().abs())
         for neuron in (sums > limit).nonzero()[:1].flatten().tolist():
             raise ValueError(
-                f"weights must have a finite sum of magnitudes for each neuron, at most {limit:.3g} uS, got more for neuron "
-                f"{neuron}; check their unit, which is uS"
+                f"weights must have a finite sum of magnitudes for each neuron, at most {limit:.3g}, got more for neuron "
+                f"{neuron}; check their unit, which is that of g_l"
             )
     shortest = longest = 0.0
     if delays is not None:
@@ -687,11 +690,11 @@ def _describe(weights: Tensor) -> str:
     """What a user sees of weights."""
     if type(weights) not in (Tensor, torch.nn.Parameter) or weights.device.type == "meta" or is_watched():
         return f"{list(weights.shape)} of {str(weights.dtype).removeprefix('torch.')}"
-    return _span(*limits(weights), "uS")
+    return _span(*limits(weights))
 
 
-def _span(low: float, high: float, unit: str) -> str:
-    return f"{low:.4g} {unit}" if low == high else f"{low:.4g} to {high:.4g} {unit}"
+def _span(low: float, high: float) -> str:
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
 def _read_member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:

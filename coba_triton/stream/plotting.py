@@ -12,11 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        'pictures need the package matplotlib, which is not installed; run: pip install "coba-triton[cli]"',
+        name="matplotlib",
+    ) from None
 
 from ..ops.validation import check_int, check_neurons, check_time, is_one_of
 from .results import Result

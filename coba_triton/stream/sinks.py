@@ -228,7 +228,9 @@ class NpzSink(MemorySink):
     def begin(self, header: Header, resume: bool) -> Checkpoint:
         if os.path.lexists(self.path):
             if not self.overwrite:
-                raise FileExistsError(f"{self.path} exists; pass overwrite=True to replace it, or another path")
+                raise FileExistsError(
+                    f"{self.path} exists; replace it with NpzSink(path, overwrite=True), or choose another path"
+                )
             if not self.path.is_file() or self.path.is_symlink():
                 raise ValueError(f"{self.path} is no regular file, and is left alone; choose another path")
         return super().begin(header, resume)

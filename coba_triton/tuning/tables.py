@@ -113,7 +113,7 @@ class Choice(NamedTuple):
 
     Attributes:
         parameters: the values by name.
-        source: the file of the table, or ``heuristic`` for the launcher's own rule.
+        source: the file of the table, or ``rule`` for the launcher's own rule.
         reason: why this source serves the launch, in a sentence.
     """
 
@@ -399,7 +399,7 @@ def explain(
     Example:
         >>> print(explain("feed_forward_forward", 1024, batch=32))  # doctest: +SKIP
         tile=1024, threads=2
-        from: heuristic
+        from: rule
         why: no table has an entry for ...
     """
     if not isinstance(kernel, str) or kernel not in KERNELS:
@@ -432,4 +432,4 @@ def explain(
         for path in sources(target.name)
     ]
     where = f"looked into {', '.join(looked)}" if looked else f"tables are off ({VARIABLE}=off)"
-    return Choice(rule, "heuristic", f"no table has an entry for {what} on {target.name}; {where}")
+    return Choice(rule, "rule", f"no table has an entry for {what} on {target.name}; {where}")

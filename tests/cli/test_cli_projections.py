@@ -327,7 +327,7 @@ inhibitory_weight = "8 nS"
         ('low = "4 nS", ', "", 'projection.1.weight: low is missing; add it, such as low = "2 nS"'),
         ('std = "1 ms"', 'sd = "1 ms"', "projection.1.delay: unknown key 'sd'; did you mean 'std'?"),
         ('"2 nS"', '"-2 nS"', "projection.0.weight: must not be negative, got '-2 nS'"),
-        ("seed = 9", "seed = 2", "seed must be another one in each projection and fan_out"),
+        ("seed = 9", "seed = 2", "seed must differ between all projections and fan_outs, got 2 twice"),
         ('weight = "6 nS", seed', 'delay = "1 ms", weight = "6 nS", seed', "input.fan_out: unknown key 'delay'"),
         ("number = 2", 'target = "exc", number = 2', "input.fan_out.target must be the name of a population, got 'exc'"),
         ("[input]", '[recurrent]\npath = "w.npz"\nweight = "1 nS"\n[input]', "recurrent and projection both connect the"),
@@ -343,7 +343,7 @@ def test_message(old: str, new: str, message: str, tmp_path: Path) -> None:
     [
         ("number = 3", "number = 5", "projection.1: number must be at most 4, the sources to choose from, got 5; write"),
         ('"2 ms", std = "1 ms", low = "0.5 ms"', '"0.1 ms", std = "0.2 ms"', "projection: a delay must be at least one"),
-        ("probability = 0.5", "number = 5", "projection.0: number counts synapses between all neurons and"),
+        ("probability = 0.5", "number = 5", "projection.0: number cannot be kept between all neurons and"),
         (FIRST, '[[projection]]\npath = "w.npz"\nweight = "1 nS"\n', "projection.0: row in "),
         (FIRST, '[[projection]]\npath = "w.npz"\nsource = "inhibitory"\nweight = "1 nS"\n', "projection.0: row in "),
         (FIRST, '[[projection]]\npath = "d.npz"\nweight = "1 nS"\n', "projection.0: delay in "),

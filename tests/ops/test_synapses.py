@@ -288,11 +288,11 @@ def test_repr_says_what_it_is_and_prints_no_tensor() -> None:
     rows, columns, weights, _ = entries(50, 4000, 3000)
     shared = Synapses.from_coo(rows, columns, 0.004, 0.3, shape=(50, 4000))
     assert repr(shared) == (
-        "Synapses(4,000 sources -> 50 neurons, 3,000 synapses, weights 0.004 uS, delays 0.3 ms, 4 bytes a synapse)"
+        "Synapses(4,000 sources -> 50 neurons, 3,000 synapses, weights 0.004, delays 0.3 ms, 4 bytes a synapse)"
     )
     low, high = weights.min(), weights.max()
     own = Synapses.from_coo(rows, columns, weights, shape=(50, 4000))
-    assert f"weights {low:.4g} to {high:.4g} uS, delays of one step, 8 bytes a synapse" in repr(own)
+    assert f"weights {low:.4g} to {high:.4g}, delays of one step, 8 bytes a synapse" in repr(own)
     assert "weights [3000] of float32" in repr(own.to("meta"))
     assert "0 synapses" in repr(Synapses.from_coo([], [], 0.5, shape=(0, 0)))
 
@@ -808,12 +808,12 @@ NAN, INF = math.nan, math.inf
         (lambda: pair(weights=torch.ones(2, dtype=torch.int64)), TypeError, r"weights must be of a floating .*\.float"),
         (lambda: pair(weights=torch.ones(2) * 1j), TypeError, r"weights must be of a floating dtype .*complex64; use .real"),
         (lambda: pair(weights=torch.ones(2).to_sparse()), TypeError, r"weights must be dense, got torch.sparse_coo"),
-        (lambda: pair(targets=[0, 0], weights=3e38), ValueError, r"finite sum of magnitudes .* 3.4e\+38 uS, .* neuron 0;"),
-        (lambda: pair(targets=[0, 0], weights=-3e38), ValueError, r"finite sum of magnitudes .* 3.4e\+38 uS, .* neuron 0;"),
+        (lambda: pair(targets=[0, 0], weights=3e38), ValueError, r"finite sum of magnitudes .* 3.4e\+38, .* neuron 0;"),
+        (lambda: pair(targets=[0, 0], weights=-3e38), ValueError, r"finite sum of magnitudes .* 3.4e\+38, .* neuron 0;"),
         (
             lambda: pair(targets=[1, 1], weights=torch.tensor([1.5e308, -1.5e308], dtype=torch.float64)),
             ValueError,
-            r"finite sum of magnitudes .* 1.8e\+308 uS, got more for neuron 1;",
+            r"finite sum of magnitudes .* 1.8e\+308, got more for neuron 1;",
         ),
         (lambda: pair(delays=-0.5), ValueError, r"delays must not be negative, got -0.5 ms; correct"),
         (lambda: pair(delays=[0.5, INF]), ValueError, r"delays must be finite, got inf; correct"),

@@ -24,7 +24,7 @@ LAYERS = {
     "equations": "the neuron's equations against closed forms and numbers by hand, their adjoint against autograd",
     "interpreter": "the Triton kernels in Triton's interpreter, against the reference",
     "executed": "the compiled kernels, executed thread by thread on the CPU by `tests/ptxsim`, against the reference",
-    "CPU path": "the Numba kernels against the reference",
+    "CPU path": "the CPU kernels against the reference",
 }
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"]
 EXECUTED = ["-m", "ptxsim", "--arch", "80", *PYTEST, "tests/compiled/test_kernels.py", "-k"]

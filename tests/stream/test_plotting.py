@@ -1,6 +1,8 @@
 """What the pictures show, read back from their axes."""
 
+import importlib
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ from helpers.runs import NEURON, PER_NEURON, RECORD, T, drive
 @pytest.fixture(scope="module")
 def result() -> Result:
     return simulate(CobaLIF(NEURON, 0.1), drive(), record=RECORD, block_steps=96)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "coba_triton.stream.plotting")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pictures need the package matplotlib, .* pip install "coba-triton\[cli\]"'):
+        importlib.import_module("coba_triton.stream.plotting")
 
 
 def axes() -> Any:

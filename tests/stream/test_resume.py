@@ -265,7 +265,7 @@ def test_a_result_is_replaced_only_if_asked(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     run(path)
     before = contents(path)
-    with pytest.raises(FileExistsError, match=f"{name} exists"):
+    with pytest.raises(FileExistsError, match=rf"{name} exists; .*Sink\(path, overwrite=True\)"):
         run(path)
     assert contents(path) == before
     sink = (ZarrSink if name.endswith("zarr") else NpzSink)(path, overwrite=True)

@@ -103,12 +103,12 @@ def test_the_nearest_entry_within_a_factor_of_two_serves() -> None:
     assert tile(1000, torch.float64) == 1024
     choice = tuning.explain(KERNEL, 100, batch=10)
     assert choice.parameters["tile"] == 64 and "neurons=1000, batch=1" in choice.reason
-    assert tuning.explain(KERNEL, 5000).source == "heuristic"
+    assert tuning.explain(KERNEL, 5000).source == "rule"
 
 
 def test_explain_says_why_no_table_serves() -> None:
     choice = tuning.explain("recurrent_forward", 64, batch=2)
-    assert choice.source == "heuristic" and choice.parameters == {"threads": torch.get_num_threads()}
+    assert choice.source == "rule" and choice.parameters == {"threads": torch.get_num_threads()}
     assert "no table has an entry for recurrent_forward, float32, neurons=64, batch=2" in choice.reason
     assert "not there" in choice.reason
     tuning.use("off")
