@@ -310,7 +310,7 @@ def test_after_a_warmup_nothing_is_compiled(per_neuron, caplog, tmp_path) -> Non
             coba_triton.Synapses.fixed_number(5, 5, 2, weight, seed=1, per=per)
         layer = coba_triton.CobaLIFRecurrent(5, 5, p, input_weights=drawn, recurrent_weights=drawn)
         layer(spikes)[0].sum().backward()
-        source = coba_triton.PoissonSource(10.0, 40, 5)
+        source = coba_triton.PoissonSource(10.0, 40, 5, layer.dt)
         coba_triton.simulate(layer, source, record=coba_triton.Record(populations={"all": range(5)}), progress=False)
     assert not caplog.records
     assert {kernel: set(kernel.signatures) for kernel in numba_bridge._reported} == loaded
