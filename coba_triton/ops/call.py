@@ -237,16 +237,26 @@ class Network(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.constants.dtype
 
-    def send_back(self, adjoints: Tensor, split_weights: Tensor, lam_z: Tensor) -> None:
-        """Fill ``lam_z [B, N]``, the gradient by the spikes of a step, from the ``adjoints [B, 2 N]`` of the next one."""
-        if lam_z.device.type == "cpu":  # MKL takes the weights in rows of the result up to twice as fast
-            product = torch.mm(split_weights.t(), adjoints.t()).t()
+    def send_back(self, adjoints: Tensor, sweep: Sweep) -> None:
+        """Fill ``sweep.lam_z``, the gradient by the spikes of a step, from the ``adjoints [B, 2 N]`` of the next one."""
+        lam_z, on_cpu = sweep.lam_z, sweep.lam_z.device.type == "cpu"
+        weights = sweep.scratch.get("split weights")
+        if weights is None:
+            weights = split(self.recurrent_weights)
+            sweep.scratch["split weights"] = weights = weights.t().contiguous() if on_cpu else weights
+        if on_cpu:  # MKL takes the weights in rows of the result up to twice as fast
+            product = torch.mm(weights, adjoints.t()).t()
         else:
-            product = torch.mm(adjoints, split_weights, out=lam_z if self.exchange is None else None)
+            product = torch.mm(adjoints, weights, out=lam_z if self.exchange is None else None)
         if self.exchange is not None:
             product = self.exchange.add_up(product.contiguous())
         if product is not lam_z:
             lam_z.copy_(product)
+
+
+def split(weights: Tensor) -> Tensor:
+    """``[N, K]`` to ``[2 N, K]``: excitatory rows, then the magnitudes of the inhibitory ones."""
+    return torch.cat([torch.relu(weights), torch.relu(-weights)])
 
 
 class Sweep(NamedTuple):
@@ -254,7 +264,6 @@ class Sweep(NamedTuple):
 
     Attributes:
         method: the surrogate derivative of the spike.
-        split_weights: ``[2 N, N]``, the recurrent weights of excitatory synapses, then the magnitudes of inhibitory ones.
         spikes: the incoming gradient by the spikes, ``[T, B N]``, or None.
         states: the incoming gradient by the states of all steps, ``[F, T, B, N]``, or None.
         lam: carried on; the gradient by the state, ``[F, B, N]``.
@@ -264,7 +273,6 @@ class Sweep(NamedTuple):
     """
 
     method: str
-    split_weights: Tensor
     spikes: Tensor | None
     states: Tensor | None
     lam: Tensor

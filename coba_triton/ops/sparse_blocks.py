@@ -24,10 +24,11 @@ from .call import (
     Saved,
     SparseNetwork,
     SparseSweep,
+    split,
 )
 from .constants import constants_gradient
 from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
-from .time_blocks import by_sign, choose_block_steps, project, split, without_autocast, words_of
+from .time_blocks import by_sign, choose_block_steps, project, without_autocast, words_of
 
 
 def input_drive(net: SparseNetwork, x: Tensor, events: bool) -> Tensor | None:
@@ -181,7 +182,7 @@ def backward(
     )
     dense = net.input_weights
     dense_sums = new(asked.samples, x.shape[-1], 2 * neurons) if asked.input_weights and dense is not None else None
-    split_input = None if dense is None else split(dense)
+    split_input = split(dense) if dense is not None and asked.x else None
     grad_x = x.new_zeros(x.shape if asked.x else (0, *x.shape[1:]))
     input_events = dense is not None and net.backend.is_sparse(x)
     later = new(longest, batch, 2, neurons)
@@ -219,7 +220,7 @@ def backward(
         if by_x is not None:
             grad_x[here] = by_x
         rows = adjoints[:t].flatten(2)
-        if asked.x and split_input is not None:
+        if split_input is not None:
             grad_x[here] = (rows.flatten(0, 1) @ split_input).view(grad_x[here].shape)
         if dense_sums is not None:
             parts = (tensor.tensor_split(asked.samples, 1) for tensor in (x[here], rows))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..neuron.records import Sums
-from .call import DIFFERENTIABLE, Asked, Call, Gradients, Incoming, Network, Outputs, Saved, Sweep
+from .call import DIFFERENTIABLE, Asked, Call, Gradients, Incoming, Network, Outputs, Saved, Sweep, split
 from .constants import constants_gradient
 from .spikes import WORD_BITS, pack_spikes, word_count
 
@@ -46,11 +46,6 @@ def choose_block_steps(block_steps: int | None, steps: int, cells: int, like: Te
         root = torch.sym_int(torch.sym_float(steps) ** 0.5) + 1 if train else 1
         block_steps = root if train and on_cpu else torch.sym_max(root, torch.sym_min(steps, bounded))
     return word_count(block_steps) * WORD_BITS
-
-
-def split(weights: Tensor) -> Tensor:
-    """``[N, K]`` to ``[2 N, K]``: excitatory rows, then the magnitudes of the inhibitory ones."""
-    return torch.cat([torch.relu(weights), torch.relu(-weights)])
 
 
 def project(weights: Tensor, sources: Tensor) -> Tensor:
@@ -164,7 +159,7 @@ def backward(
     block_steps = choose_block_steps(call.block_steps, steps, z.numel(), z, train=True)
     saved, grads = saved.split(asked.fields), grads.ready()
     sweep = _begin(net, z, grads, grad_z, call.method, asked)
-    split_input = split(net.input_weights)
+    split_input = split(net.input_weights) if asked.x else None
 
     def sums_of(weights: Tensor, needed: bool) -> Tensor:
         return weights.new_zeros(asked.samples if needed else 0, weights.shape[1], 2 * neurons)
@@ -196,7 +191,7 @@ def backward(
             parts = (tensor.tensor_split(asked.samples, 1) for tensor in (sources, adjoints))
             for own, sent_by, received in zip(sums, *parts, strict=False):
                 net.backend.add_products(own, sent_by.flatten(0, 1), received.flatten(0, 1), sparse)
-        if asked.x:
+        if split_input is not None:
             grad_x[here] = (adjoints.flatten(0, 1) @ split_input).view(grad_x[here].shape)
 
     no_sums = z.new_zeros(len(Sums._fields), 0)
@@ -234,9 +229,6 @@ def _begin(net: Network, z: Tensor, grads: Incoming, grad_z: Tensor | None, meth
     lam_z = torch.zeros_like(z, memory_format=torch.contiguous_format)
     if grad_z is not None:
         lam_z += grad_z
-    split_weights = split(net.recurrent_weights)
-    if z.device.type == "cpu":
-        split_weights = split_weights.t().contiguous().t()  # as Network.send_back takes them
     sums = z.new_zeros(len(Sums._fields), z.numel()) if asked.constants else None
     spikes = None if grads.spikes is None else grads.spikes.flatten(1)
-    return Sweep(method, split_weights, spikes, grads.states, lam, lam_z, sums, {})
+    return Sweep(method, spikes, grads.states, lam, lam_z, sums, {})

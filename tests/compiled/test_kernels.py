@@ -450,7 +450,7 @@ def test_recurrent_offsets_above_2_31(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_backend.recurrent_block(net, x, drive, z, state, Outputs(spikes, words), sliced=False)
         triton_backend.recurrent.launch_driven(net, drive, recurrent_drive, state, words, trajectory=trajectory)
         grad_spikes = spikes.flatten(1)  # any numbers serve
-        sweep = Sweep("super", weights, grad_spikes, None, lam, zeros(batch, neurons), None, {})
+        sweep = Sweep("super", grad_spikes, None, lam, zeros(batch, neurons), None, {})
         triton_backend.sweep_back(net, sweep, Block(0, words, trajectory), adjoints)
         return [spikes[:, -1], words[:, -1], trajectory[:, :, -1], adjoints[:, -1], lam[:, -1]]
 

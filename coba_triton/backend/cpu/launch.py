@@ -549,7 +549,7 @@ def recurrent_backward_block(
     for t in reversed(range(steps)):
         kernel = recurrent.sweep_kernel(sweep.method)
         run(kernel, t, t + 1, kept, spikes, *constants, back, sums, jump_first, held, shares=shares(1))
-        net.send_back(adjoints[t], sweep.split_weights, sweep.lam_z)
+        net.send_back(adjoints[t], sweep)
 
 
 def _incoming(sweep: Sweep, start: int, steps: int) -> tuple[Any, Any]:
@@ -578,10 +578,10 @@ _splits: Kept[Any] = Kept()
 
 def _split_synapses(synapses: Projection, neurons: int, parts: int, share: int) -> Any:
     """Where the synapses of every source onto the neurons of each part begin and end, int64 ``[parts + 1, K]``."""
-    if parts == 1:
-        return np.stack([_array(synapses.indptr[:-1]), _array(synapses.indptr[1:])])
 
     def make() -> Any:
+        if parts == 1:
+            return np.stack([_array(synapses.indptr[:-1]), _array(synapses.indptr[1:])])
         bounds = np.minimum(np.arange(parts + 1) * share, neurons)
         splits = np.empty((parts + 1, len(synapses.indptr) - 1), np.int64)
         sparse.splits_kernel()(_array(synapses.indptr), _array(synapses.targets), bounds, splits)

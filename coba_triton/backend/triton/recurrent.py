@@ -218,7 +218,7 @@ def sweep_back(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> No
     tile = None if net.exchange is not None else _shared_sweep(neurons, batch, block.trajectory.dtype, sweep.lam.device)
     if tile is not None:
         return _sweep_together(net, sweep, block, adjoints, *tile)
-    _, _, grad_spikes, grad_states, lam, lam_z, sums, _ = sweep
+    _, grad_spikes, grad_states, lam, lam_z, sums, _ = sweep
     in_one_launch = neurons <= SWEEP_IN_ONE_LAUNCH and net.exchange is None
     # one neuron a thread: no layout conversions between the loads
     if in_one_launch:
@@ -244,10 +244,10 @@ def sweep_back(net: Network, sweep: Sweep, block: Block, adjoints: Tensor) -> No
     )  # fmt: skip
     if in_one_launch:
         return
-    net.send_back(adjoints[first], sweep.split_weights, lam_z)
+    net.send_back(adjoints[first], sweep)
     for t in reversed(range(first)):
         again(*args, t, t + 1, *sizes)
-        net.send_back(adjoints[t], sweep.split_weights, lam_z)
+        net.send_back(adjoints[t], sweep)
 
 
 def _shared_sweep(neurons: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int, bool] | None:
@@ -270,7 +270,7 @@ def _shared_sweep(neurons: int, batch: int, dtype: torch.dtype, device: torch.de
 def _sweep_together(net: Network, sweep: Sweep, block: Block, adjoints: Tensor, rows: int, columns: int, held: bool) -> None:
     """:func:`sweep_back` in one launch of programs of ``rows`` x ``columns`` neurons that meet after every step."""
     planes, steps, batch, neurons = block.trajectory.shape
-    _, _, grad_spikes, grad_states, lam, lam_z, sums, _ = sweep
+    _, grad_spikes, grad_states, lam, lam_z, sums, _ = sweep
     groups, programs = cdiv(batch, rows), cdiv(neurons, columns)
     meeting = Meeting.of(programs, groups, lam.device)
     grad_strides = (0, 0) if grad_spikes is None else grad_spikes.stride()
