@@ -33,7 +33,7 @@ class Grid(NamedTuple):
 
     Attributes:
         scales: of the compute dtype, ``[4]``: what a weight is multiplied with, if it is excitatory and if it is inhibitory;
-            then the inverses of both. All of them are powers of two, or NaN if a weight is not finite: then all drives are.
+            then the inverses of both. All of them are powers of two, or NaN if a weight is not finite.
         sums: dtype of the sums, int64, or int32 where all weights and sums are exact in it as well.
     """
 

@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .tensors import is_watched
+from .tensors import as_in_memory, is_watched
 
 T = TypeVar("T")
-# A tensor of more bytes is told by its checksum, for which a kernel is loaded.
+# Of a tensor of more bytes, the checksum is compared and not the numbers.
 COPIED_AT_MOST = 2**16
 
 
@@ -65,7 +65,7 @@ def contents_of(tensor: Tensor) -> Hashable:
     """
     if not tensor.is_cpu or is_watched():
         return object() if tensor.requires_grad or is_watched() else None
-    numbers = tensor.detach().resolve_neg().contiguous().view(-1).numpy()
+    numbers = as_in_memory(tensor.detach()).contiguous().view(-1).numpy()
     if numbers.nbytes <= COPIED_AT_MOST:
         return numbers.tobytes()
     from ..backend.cpu.checksums import checksum_of

@@ -583,7 +583,7 @@ class _RecurrentRules(_ForwardRules):
 
 
 def with_blocks(call: Call, steps: int, z: Tensor) -> Call:
-    """The call with the blocks of its forward, from whose states the backward goes on: which had the rows of ``z``."""
+    """The call with the length of block that its forward chose for the rows of ``z``. The backward needs the same blocks."""
     return call._replace(block_steps=choose_block_steps(call.block_steps, steps, z.numel(), z, train=True))
 
 

@@ -108,7 +108,7 @@ def add_row(sums: Any, row: Any, columns: int) -> None:
         _fold_group(sums, LANES * g, row, GROUP * g, GROUP)
 
 
-# Words of a row of :func:`checksum_of`; of so many has a cache room for the row and its lanes.
+# :func:`checksum_of` takes so many words as a row: the row and its lanes fit into a cache.
 ROW = 4096
 
 

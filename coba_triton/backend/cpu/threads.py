@@ -20,7 +20,7 @@ import torch
 from ...common.signals import deferred
 
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-# Of the pool, which starts them one by one; a meeting needs all of its threads at once.
+# The pool has so many threads at the most. It starts one only when a launch needs it.
 MOST_THREADS = 1024
 # OpenMP's threads do not survive a fork: a process in which this module was not imported has a pool of its own.
 _PROCESS = os.getpid()

@@ -1,4 +1,4 @@
-"""One launch of a kernel, and what it takes: the device, and tensors as kernels read them."""
+"""Launches a kernel on the device of its tensors, and prepares what kernels take."""
 
 from __future__ import annotations
 
