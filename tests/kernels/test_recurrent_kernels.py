@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from coba_triton import CobaLIFParameters, CobaLIFState, coba_lif_integral, coba_lif_step
 from coba_triton import kernels as kernels_package
@@ -21,7 +23,7 @@ from coba_triton.kernels import recurrent as recurrent_kernels
 from coba_triton.kernels.neuron import load_fields, store_fields
 from coba_triton.neuron.records import Constants
 from coba_triton.neuron.surrogate import SURROGATES
-from coba_triton.ops.call import Call
+from coba_triton.ops.call import Block, Call, Network, Sweep
 from coba_triton.tools.problems import DT, VALUES, RecurrentProblem, recurrent_problem
 from helpers.bits import assert_same_bits
 from helpers.concurrent_interpreter import programs_take_turns
@@ -306,12 +308,17 @@ SWEEPS = {"held": (2, 16, True), "streamed": (4, 32, False)}  # rows and neurons
 
 @contextlib.contextmanager
 def swept_together(kind: str, seed: int, spin_limit: int = 100_000) -> Iterator[None]:
-    """The sweep back by several programs at once."""
+    """The sweep back by several programs at once.
+
+    The memory for the adjoints holds NaN before. Otherwise it may hold the adjoints of the call before, and a program that
+    reads another one's too early would read the right numbers.
+    """
     together = triton_backend.recurrent._sweep_together
 
-    def in_turns(*args: Any) -> None:
+    def in_turns(net: Network, sweep: Sweep, block: Block, adjoints: Tensor, *tile: Any) -> None:
+        adjoints.fill_(math.nan)
         with programs_take_turns(seed):
-            together(*args)
+            together(net, sweep, block, adjoints, *tile)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend.recurrent, "_shared_sweep", lambda *sizes: SWEEPS[kind])
