@@ -24,8 +24,9 @@ from .ops.spikes import pack_spikes, unpack_spikes
 from .ops.synapses import Synapses
 from .parameter_sets import from_pynn, to_pynn
 from .stream.events import read_events
+from .stream.record import Record
 from .stream.results import Result, open_result
-from .stream.simulation import Record, simulate
+from .stream.simulation import simulate
 from .stream.sinks import MemorySink, NpzSink, ZarrSink
 from .stream.sources import EventSource, PoissonSource, stream_blocks
 from .tools.checker import check

@@ -19,11 +19,12 @@ from ..functional import connections
 from ..neuron.records import recurrent_state
 from ..ops import validation
 from ..ops.call import SparseNetwork, is_binary
-from ..ops.constants import constants_table
 from ..ops.synapses import Synapses
 from ..ops.wiring import Wiring
+from .block_run import BlockRun
+from .record import Record
 from .results import Result
-from .simulation import BlockRun, Record, go_on
+from .simulation import go_on
 from .sinks import Checkpoint, Header, Sink, ZarrSink, open_sink
 from .states import pack_state, unpack_state
 from .store import Array, difference_of
@@ -219,14 +220,12 @@ class RanksRun(BlockRun):
             return recurrent_state(history[-1].clone(), *initial.clone(), *past)
         return super()._initial_state(x, state)
 
-    def _sparse_network(self, wiring: Wiring) -> SparseNetwork:
+    def _sparse_network(self, wiring: Wiring, constants: Tensor) -> SparseNetwork:
         if self.rows is None:
-            return super()._sparse_network(wiring)
-        dtype = self.state.v.dtype
-        constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
+            return super()._sparse_network(wiring, constants)
         to = connections(wiring, constants, self.network.dt)
         history: Any = getattr(self.state, "history", self.state.z.unsqueeze(0))
-        weights = [w.to(dtype) for w in self.rows.weights]
+        weights = [w.to(constants.dtype) for w in self.rows.weights]
         grids = self.rows.agree_on_grids(weights, history.device.type == "cpu" and is_binary(history))
         jump_first = self.network.order == "jump_first"
         return SparseNetwork.of(to, history, jump_first, launcher(self.backend), grids, self.ranks)
@@ -235,7 +234,6 @@ class RanksRun(BlockRun):
         longest = 1 if self.wiring is None else self.wiring.longest
         own = self._own_part(torch.from_numpy(state)).contiguous().to(self.device)
         self.state = unpack_state(own, self.recurrent, longest)
-        self.ring = None
 
     def begin(self, x: Tensor, start: int, input_sum: Any = 0) -> Any:
         self.whole[start] = x

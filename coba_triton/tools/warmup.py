@@ -17,7 +17,8 @@ from ..neuron.records import CobaLIFParameters, default_learning_parameters
 from ..ops.constants import constants_table
 from ..ops.random_synapses import Normal
 from ..ops.synapses import Synapses
-from ..stream.simulation import Record, simulate
+from ..stream.record import Record
+from ..stream.simulation import simulate
 from ..stream.sources import PoissonSource
 
 

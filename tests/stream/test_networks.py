@@ -26,7 +26,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.neuron.records import CobaLIFDelayState, CobaLIFRefractoryState, CobaLIFState
-from coba_triton.stream.simulation import BlockRun
+from coba_triton.stream.block_run import BlockRun
 from coba_triton.stream.states import pack_state, unpack_state
 from helpers.runs import BLOCK, INPUTS, NEURON, RECORD, N, T, assert_same, begin, drive, run
 
@@ -218,8 +218,6 @@ def test_the_ring_of_sums_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_spikes_under_way_keep_their_weights() -> None:
     """The ring goes on from block to block, whatever becomes of the weights meanwhile."""
-    from coba_triton.stream.simulation import BlockRun
-
     recurrent = Synapses.from_coo([1], [0], [0.01], delays=5.0, shape=(2, 2))
     inputs = torch.tensor([[0.6], [0.0]])
     net = CobaLIFRecurrent(1, 2, HELD, 0.1, input_weights=inputs, recurrent_weights=recurrent)
@@ -229,7 +227,7 @@ def test_spikes_under_way_keep_their_weights() -> None:
     first = block_run.finish(block_run.begin(x[:32], 0)).rows["spikes"]
     assert first[0, 0]  # spikes that are under way for 50 steps
     with torch.no_grad():
-        block_run.sparse.recurrent.weights.zero_()
+        block_run.stepper.net.recurrent.weights.zero_()
     block_run.begin(x[32:], 32)
     assert block_run.state.g_e[1] > 0.005
 
@@ -414,7 +412,7 @@ def test_parts_of_a_block_change_no_bit_and_are_told(kind: str, monkeypatch: pyt
     x = drive((N,) if kind == "unconnected" else (INPUTS,))[:]
     record, results, told = Record(neurons=[3, 1], variables=("v", "g_e")), [], []
     ticks = itertools.count(0.0, 0.5)  # a part seems to take half a second, and keeps its length
-    monkeypatch.setattr("coba_triton.stream.simulation.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("coba_triton.stream.block_run.time.perf_counter", lambda: next(ticks))
     for part in (2**16, 32):
         monkeypatch.setattr(BlockRun, "_first_part", lambda self, part=part: part)
         told.append([])

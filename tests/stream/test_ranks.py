@@ -31,7 +31,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.stream import store
-from coba_triton.stream.simulation import sums_of
+from coba_triton.stream.identity import sums_of
 from coba_triton.stream.store import Store
 from coba_triton.tools.problems import DT, VALUES
 from helpers.marks import slow

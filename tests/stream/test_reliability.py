@@ -40,7 +40,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.stream import sinks
-from coba_triton.stream.simulation import checksum_of
+from coba_triton.stream.identity import checksum_of
 from coba_triton.stream.store import Store, describe_group
 from helpers.runs import (
     BLOCK,

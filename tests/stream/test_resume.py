@@ -74,7 +74,7 @@ def test_threads_of_kernels_and_of_blosc_change_no_byte(threads: int, tmp_path: 
 @pytest.mark.parametrize("network", ["feed-forward", "recurrent"])
 def test_at_most_three_blocks_are_lost(network: str, slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step that is not written yet to the last one that is begun."""
-    from coba_triton.stream.simulation import BlockRun
+    from coba_triton.stream.block_run import BlockRun
 
     begun, on_their_way = [0], set()
     begin = BlockRun.begin
