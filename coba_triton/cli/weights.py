@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coba_triton import LogNormal, Normal, Synapses, Uniform
 from coba_triton.common.files import reason
+from coba_triton.ops.synapses import each_of
 
 from .config import (
     ALL_OTHERS,
@@ -285,8 +286,8 @@ class Recurrent:
     @classmethod
     def of(cls, synapses: Synapses, provenance: dict[str, Any], part: Part | None = None) -> Recurrent:
         """With the signs of the neurons that the synapses have."""
-        sources, weights = synapses.source_of(), synapses.weights
-        each = weights[sources, 0] if weights.dim() == 2 else weights.expand(synapses.count)
+        sources = synapses.source_of()
+        each = each_of(synapses.weights, sources)
         excites, inhibits = (torch.zeros(synapses.sources, dtype=torch.bool) for _ in range(2))
         excites[sources[each > 0]] = True
         inhibits[sources[each < 0]] = True

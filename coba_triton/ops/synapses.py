@@ -147,7 +147,7 @@ class Synapses(NamedTuple):
         sources = self.source_of()
         places = self.targets.long() * self.sources + sources
         dense = self.weights.new_zeros(self.neurons * self.sources)
-        return dense.index_add(0, places, _each(self.weights, sources)).view(self.neurons, self.sources)
+        return dense.index_add(0, places, each_of(self.weights, sources)).view(self.neurons, self.sources)
 
     def check_delays(self, dt: float) -> tuple[int, int]:
         """The shortest and the longest delay in steps of ``dt`` ms: the nearest whole number, in float32.
@@ -595,7 +595,7 @@ def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor |
     limit = torch.finfo(torch.float64 if weights.dtype == torch.float64 else torch.float32).max
     if max(-low, high) > limit / max(len(targets), 1):
         synapses = Synapses(indptr, targets, weights, None, neurons, 0.0, 0.0)
-        each = _each(weights.detach(), synapses.source_of())
+        each = each_of(weights.detach(), synapses.source_of())
         sums = torch.zeros(neurons, dtype=torch.float64, device=targets.device)
         sums.index_add_(0, targets.long(), each.double().abs())
         for neuron in (sums > limit).nonzero()[:1].flatten().tolist():
@@ -640,8 +640,8 @@ def _single(number: float) -> float:
     return (number + shift) - shift
 
 
-def _each(values: Tensor, sources: Tensor) -> Tensor:
-    """``[S]`` from ``[S]``, ``[K, 1]`` or ``[1]``."""
+def each_of(values: Tensor, sources: Tensor) -> Tensor:
+    """The weight or delay of each synapse, ``[S]``, from ``[S]``, ``[K, 1]`` or ``[1]`` and the ``sources [S]``."""
     return values.flatten().index_select(0, sources) if values.dim() == 2 else values.expand(sources.shape)
 
 
@@ -673,7 +673,7 @@ def _merge(values: list[Tensor], fans: list[Tensor], sources: list[Tensor], orde
             if not len(used) or bool((used == used[0]).all()):
                 return (used if len(used) else values[0].flatten())[:1].clone()
             return torch.where(taken, together, used[0]).unsqueeze(1)
-    each: Tensor = _permute(torch.cat([_each(value, source) for value, source in zip(values, sources, strict=True)]), order)
+    each: Tensor = _permute(torch.cat([each_of(*part) for part in zip(values, sources, strict=True)]), order)
     if tracked or not len(each):
         return each
     if bool((each == each[0]).all()):

@@ -31,7 +31,7 @@ from ..ops import validation
 from ..ops.call import Network, SparseNetwork, Weights
 from ..ops.constants import constants_table
 from ..ops.spikes import WORD_BITS, word_count
-from ..ops.synapses import Synapses
+from ..ops.synapses import Synapses, each_of
 from ..ops.tensors import is_refractory
 from ..ops.wiring import Wiring, connect, is_sparse
 from .identity import sums_of, versions
@@ -480,7 +480,7 @@ def _weight_sums(weights: Any) -> Tensor:
     if not isinstance(weights, Synapses):
         return torch.stack([part.double().sum(0) for part in (weights.relu(), (-weights).relu())])
     sources = weights.source_of()
-    each = weights.weights[sources, 0] if weights.weights.dim() == 2 else weights.weights.expand(weights.count)
+    each = each_of(weights.weights, sources)
     sums = each.new_zeros(2, weights.sources, dtype=torch.float64)
     for total, part in zip(sums, (each.relu(), (-each).relu()), strict=True):
         total.index_add_(0, sources, part.double())
