@@ -108,7 +108,7 @@ def own_garbage() -> Iterator[None]:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Set the number of threads, which small problems use, too."""
-    monkeypatch.setattr("coba_triton.backend.cpu.launch.MIN_STEPS_PER_THREAD", 100)
+    monkeypatch.setattr("coba_triton.backend.cpu.launch.shared.MIN_STEPS_PER_THREAD", 100)
     return torch.set_num_threads
 
 

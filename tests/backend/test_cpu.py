@@ -95,7 +95,7 @@ def test_an_error_in_a_thread_is_raised(threads, monkeypatch) -> None:
         if args[-2] > 0:  # not the part of the calling thread
             raise MemoryError("no more")
 
-    monkeypatch.setattr(cpu_launch.feed_forward, "forward_kernel", lambda: fail)
+    monkeypatch.setattr(cpu_launch.feed_forward.feed_forward, "forward_kernel", lambda: fail)
     with pytest.raises(MemoryError, match="no more"):
         large().run("cpu")
 

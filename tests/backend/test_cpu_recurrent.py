@@ -109,7 +109,7 @@ def test_few_synapses_have_the_bits_of_dense_rows(size, order, dtype, binary, mo
     """Only the synapses that are there are read, tile by tile: forward, and where the backward repeats it."""
     from coba_triton.backend.cpu import launch as cpu_launch
 
-    monkeypatch.setattr(cpu_launch, "SYNAPSE_USES", 0)
+    monkeypatch.setattr(cpu_launch.recurrent, "SYNAPSE_USES", 0)
     case = recurrent_problem(*size, dtype, inputs=70, binary=binary)
     case.input_weights, case.recurrent_weights = few_synapses(8 * case.input_weights), few_synapses(case.recurrent_weights)
     for weights in (case.input_weights, case.recurrent_weights):
@@ -118,7 +118,7 @@ def test_few_synapses_have_the_bits_of_dense_rows(size, order, dtype, binary, mo
     theirs, _ = case.gradients("reference", order=order)
     assert_same_bits(ours, theirs)
     assert theirs[0].sum() > 100
-    monkeypatch.setattr(cpu_launch, "SYNAPSE_DENSITY", 0)
+    monkeypatch.setattr(cpu_launch.recurrent, "SYNAPSE_DENSITY", 0)
     assert not cpu_launch.synapses(case.recurrent_weights.t(), 1).targets.size
     dense, dense_gradients = case.gradients("cpu", order=order, path="events")
     assert_same_bits([*ours, *gradients.values()], [*dense, *dense_gradients.values()])
@@ -147,7 +147,7 @@ def test_synapses_are_looked_for_where_they_are_few_and_used_often(monkeypatch) 
     assert np.array_equal(rows[rows != 0].numpy(), found.weights)
     assert not cpu_launch.synapses(rows, 1999).starts.size
     rows[1::2] = 1.0  # none of those that are looked at first
-    monkeypatch.setattr(cpu_launch, "SAMPLED_SOURCES", 10)
+    monkeypatch.setattr(cpu_launch.recurrent, "SAMPLED_SOURCES", 10)
     assert not cpu_launch.synapses(rows, 2000).starts.size
 
 
@@ -172,7 +172,7 @@ def test_busy_blocks_take_the_dense_path(monkeypatch) -> None:
     rates = [block.mean().item() for block in theirs[0].split(32)]
     expected = ["recurrent_block"]
     for rate in rates[:-1]:
-        expected.append("recurrent_step" if rate > cpu_launch.DENSE_RATE else "recurrent_block")
+        expected.append("recurrent_step" if rate > cpu_launch.recurrent.DENSE_RATE else "recurrent_block")
     assert list(dict.fromkeys(taken)) == ["recurrent_block", "recurrent_step"]
     assert taken.count("recurrent_block") == expected.count("recurrent_block")
     assert_same_bits([ours[0], *ours[1]], [theirs[0], *theirs[1]])

@@ -85,8 +85,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the neurons of:UserWarning")  # 
 @pytest.fixture(autouse=True)
 def shared_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that share a row go on to do so, also while something else keeps the cores."""
-    monkeypatch.setattr(launch, "LONG_WAITS", 2**40)
-    monkeypatch.setattr(launch, "_alone_until", 0.0)
+    monkeypatch.setattr(launch.sparse, "LONG_WAITS", 2**40)
+    monkeypatch.setattr(launch.sparse, "_alone_until", 0.0)
 
 
 def settle(call: Callable[[], object]) -> None:

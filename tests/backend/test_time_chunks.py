@@ -351,14 +351,16 @@ class TestRule:
         table = constants_table(p, DT, torch.float32, torch.device("cpu"), torch.Size([neurons]))
         if not time_chunks.may_pay(steps, neurons):
             return 1
-        return time_chunks.choose_chunks(steps, neurons, time_chunks.memory_of(*launch.constants_arrays(table)), threads)
+        return time_chunks.choose_chunks(
+            steps, neurons, time_chunks.memory_of(*launch.shared.constants_arrays(table)), threads
+        )
 
     def test_memory(self) -> None:
         table = constants_table(P, DT, torch.float32, torch.device("cpu"), torch.Size([]))
-        assert time_chunks.memory_of(*launch.constants_arrays(table)) == pytest.approx(MEMORY)
+        assert time_chunks.memory_of(*launch.shared.constants_arrays(table)) == pytest.approx(MEMORY)
         slow = P._replace(tau_syn_inh_inv=torch.tensor([0.1, 0.01]))
         table = constants_table(slow, DT, torch.float32, torch.device("cpu"), torch.Size([2]))
-        assert time_chunks.memory_of(*launch.constants_arrays(table)) == pytest.approx(200)
+        assert time_chunks.memory_of(*launch.shared.constants_arrays(table)) == pytest.approx(200)
 
     def test_few_neurons_and_many_steps(self) -> None:
         assert self.chunks(1_000_000, 1) == 256

@@ -345,12 +345,12 @@ def test_threads_share_a_row(
     torch.set_num_threads(threads)
     from coba_triton.backend.cpu import launch
 
-    monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-    monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
-    monkeypatch.setattr(launch, "LONG_WAITS", long_waits)
-    monkeypatch.setattr(launch, "MANY_STEPS", 1 if threads == 2 else 10**9)  # with links, and without
+    monkeypatch.setattr(launch.shared, "MIN_STEPS_PER_THREAD", 1)
+    monkeypatch.setattr(launch.sparse, "MIN_STEPS_TO_MEETING", 1)
+    monkeypatch.setattr(launch.sparse, "LONG_WAITS", long_waits)
+    monkeypatch.setattr(launch.sparse, "MANY_STEPS", 1 if threads == 2 else 10**9)  # with links, and without
     stops = []
-    monkeypatch.setattr(launch, "_share_no_more_for_a_while", lambda: stops.append(1))
+    monkeypatch.setattr(launch.sparse, "_share_no_more_for_a_while", lambda: stops.append(1))
     for _ in range(3):
         found = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu", record_states=True)
         assert_same(found, alone)
@@ -362,8 +362,8 @@ def test_threads_share_the_synapses_that_are_given(monkeypatch: pytest.MonkeyPat
     """Of two records with one tensor of sources, each has its own targets."""
     from coba_triton.backend.cpu import launch
 
-    monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-    monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
+    monkeypatch.setattr(launch.shared, "MIN_STEPS_PER_THREAD", 1)
+    monkeypatch.setattr(launch.sparse, "MIN_STEPS_TO_MEETING", 1)
     x, start, inputs, recurrent, p, _ = case(neurons=300, batch=1, count=6000, delays=0.4)
     mirrored = 299 - recurrent.targets
     order = torch.argsort(recurrent.source_of() * 300 + mirrored, stable=True)
@@ -496,7 +496,7 @@ def test_places_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, start, inputs, recurrent, p, _ = case(delays="mixed")
     wanted = coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu")
-    monkeypatch.setattr(launch, "PLACE_BITS", 1)
+    monkeypatch.setattr(launch.sparse_backward, "PLACE_BITS", 1)
     assert_same(coba_lif_integral(x, start, inputs, recurrent, p, DT, backend="cpu"), wanted)
     with pytest.raises(ValueError, match=r"need 2 \(D \+ 1\) N <= 2\*\*1 sums a batch row, got D=.* use shorter delays"):
         gradients("cpu", delays="mixed")
@@ -510,7 +510,7 @@ def test_gradients_do_not_depend_on_who_reads_a_synapse(batch: int, monkeypatch:
     assert sparse_backward.groups(batch, 1, threads=1) == (32, [(0, batch, 0)])
     assert sparse_backward.groups(batch, 1, threads=2) == (16, [(0, 16, 0), (16, batch - 16, 0)])
     alone = gradients("cpu", batch=batch, delays="mixed", steps=40)
-    monkeypatch.setattr(launch, "count_threads", lambda most, work: 2)
+    monkeypatch.setattr(launch.sparse_backward, "count_threads", lambda most, work: 2)
     assert_same_bits(gradients("cpu", batch=batch, delays="mixed", steps=40), alone)
 
 
@@ -622,8 +622,8 @@ def test_gradients_do_not_depend_on_threads(threads: int, monkeypatch: pytest.Mo
 
     wanted = run()
     torch.set_num_threads(threads)
-    monkeypatch.setattr(launch, "MIN_STEPS_PER_THREAD", 1)
-    monkeypatch.setattr(launch, "MIN_STEPS_TO_MEETING", 1)
+    monkeypatch.setattr(launch.shared, "MIN_STEPS_PER_THREAD", 1)
+    monkeypatch.setattr(launch.sparse, "MIN_STEPS_TO_MEETING", 1)
     for found, grad in zip(run(), wanted, strict=True):
         assert_same_bits(found, grad)
 

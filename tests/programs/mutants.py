@@ -332,7 +332,7 @@ MUTANTS = {
     "CPU sparse: a thread's synapses begin one neuron late": cpu_sparse({"bounds[p])": "bounds[p] + 1)"}),
     "CPU sparse: threads do not meet": cpu_sparse({"while word >> _NUMBER != number:": "while False:"}, "meeting.py"),
     "CPU sparse: more steps together than the shortest delay has": cpu_sparse(
-        {"min(net.shortest, sparse.MOST_TOGETHER)": "min(net.shortest + 1, sparse.MOST_TOGETHER)"}, "launch.py"
+        {"min(net.shortest, sparse.MOST_TOGETHER)": "min(net.shortest + 1, sparse.MOST_TOGETHER)"}, "launch/sparse.py"
     ),
     "CPU sparse: lanes are mixed up": cpu_sparse(
         {ROW_OF_CELLS.format("lane"): ROW_OF_CELLS.format("(lanes - 1 - lane)")}, "sparse_backward.py"

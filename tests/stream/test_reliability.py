@@ -150,7 +150,7 @@ def test_whoever_reads_the_input_makes_the_same_checksum(shape: tuple[int, int],
             pytest.MonkeyPatch.context() as patch,
             tuning.forced("feed_forward_forward", {"tile": tile, "threads": threads}),
         ):
-            patch.setattr("coba_triton.backend.cpu.launch.MIN_STEPS_PER_THREAD", 1)
+            patch.setattr("coba_triton.backend.cpu.launch.shared.MIN_STEPS_PER_THREAD", 1)
             with contextlib.closing(ForwardStream(constants, False, torch.zeros(3, neurons), len(x))) as stream:
                 for job in stream.submit(x, torch.empty(-(-len(x) // 32), neurons, dtype=torch.int32), sums)[1]:
                     job.result()

@@ -33,7 +33,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
-from coba_triton.backend.cpu.launch import DENSE_RATE
+from coba_triton.backend.cpu.launch.recurrent import DENSE_RATE
 from coba_triton.stream import plotting
 from helpers.runs import INPUTS, NEURON, PER_NEURON, RECORD, N, T, drive, recurrent, whole
 

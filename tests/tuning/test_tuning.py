@@ -65,7 +65,7 @@ def write(path: Path, *entries: dict, **changes) -> Path:
 
 
 def tile(neurons: int = 1024, dtype: torch.dtype = torch.float32) -> int:
-    return cpu_launch.parameters_of(KERNEL, dtype, neurons)["tile"]
+    return cpu_launch.shared.parameters_of(KERNEL, dtype, neurons)["tile"]
 
 
 def test_first_table_with_an_entry_wins(tmp_path, monkeypatch) -> None:
@@ -252,9 +252,9 @@ def test_a_table_reaches_the_launch_and_changes_no_bit(monkeypatch) -> None:
     expected = case.gradients("cpu")
     write(tuning.user_table(name), entry(130, 64), entry(130, kernel="feed_forward_backward", parameters=backward))
     assert operators.checkpoint_interval(torch.float32, "cpu", 130) == 32
-    seen, kernel = [], cpu_launch.feed_forward.forward_kernel()
+    seen, kernel = [], cpu_launch.feed_forward.feed_forward.forward_kernel()
     monkeypatch.setattr(
-        cpu_launch.feed_forward, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args))
+        cpu_launch.feed_forward.feed_forward, "forward_kernel", lambda: lambda *args: (seen.append(args[-4]), kernel(*args))
     )
     tuned = case.gradients("cpu")
     assert seen == [64]
