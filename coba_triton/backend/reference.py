@@ -80,6 +80,10 @@ def spike(x: Tensor, alpha: Tensor, method: str, left: Tensor | None = None) -> 
     """
     if SURROGATES[method] is None:
         return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # a bound function has no types
+    if torch.compiler.is_compiling():
+        # Ordinary operations: a compiler takes no function with a forward mode, and an export loses the derivative of one.
+        nothing = _times_derivative(x - x.detach(), x.detach(), left, alpha, method)
+        return fire(x, left).to(x.dtype) + where(torch.isfinite(x), nothing, 0.0)  # type: ignore[no-any-return]  # likewise
     return _Spike.apply(x, left, alpha, method)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types
 
 
@@ -189,6 +193,13 @@ class _ExactSum(torch.autograd.Function):
         return tangent
 
 
+def _add_up(weights: Tensor, values: Tensor, targets: Tensor, scale: Tensor, neurons: int) -> Tensor:
+    if torch.compiler.is_compiling():  # ordinary operations, as in a spike
+        sums = values.new_zeros(*values.shape[:-1], neurons).index_add(-1, targets, weights * values)
+        return _ExactSum.forward(weights.detach(), values.detach(), targets, scale, neurons) + (sums - sums.detach())
+    return _ExactSum.apply(weights, values, targets, scale, neurons)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class SparseWeights(NamedTuple):
     """The synapses of one projection, one after the other.
 
@@ -211,9 +222,8 @@ class SparseWeights(NamedTuple):
 
 def exact_drive(w: SparseWeights, values: Tensor, unit: Any = 1.0) -> Drive:
     """The drive of the ``values [*batch, S]`` that arrive at the synapses; ``unit``: of which values are fractions."""
-    add_up: Any = _ExactSum.apply  # torch has no types here
     excitatory, inhibitory = (
-        add_up(relu(weights), values, w.targets, scale / unit, w.neurons)
+        _add_up(relu(weights), values, w.targets, scale / unit, w.neurons)
         for weights, scale in ((w.weights, w.scales[0]), (-w.weights, w.scales[1]))
     )
     return Drive(excitatory, inhibitory)

@@ -96,12 +96,14 @@ def make_grid(
         numbers, starts, onto = (tensor.contiguous().numpy() for tensor in (weights, indptr, targets))
         sums = torch.from_numpy(magnitudes_of(numbers, starts, onto, neurons, scale))
     else:
-        sums = torch.zeros(2, neurons, dtype=torch.int64, device=device)
+        rows = [torch.zeros(neurons, dtype=torch.int64, device=device)] * 2
         for begin, end in parts:
             part = weights_of(weights, indptr, begin, end).double()
             index = targets[begin:end].long()
-            for sign, row in enumerate(sums):
-                row.index_add_(0, index, torch.ceil(torch.ldexp(torch.relu(-part if sign else part), coarse[sign])).long())
+            for sign in range(2):  # not in place, as weights of several samples have a row each
+                magnitudes = torch.ldexp(torch.relu(-part if sign else part), coarse[sign])
+                rows[sign] = rows[sign].index_add(0, index, torch.ceil(magnitudes).long())
+        sums = torch.stack(rows)
     found = greatest(sums.amax(1) if neurons else sums.new_zeros(2))
     power = torch.where(found > 0, coarse + bits - _bit_length(found), 0).clamp(-limit, limit)
     width = torch.int64
@@ -110,7 +112,7 @@ def make_grid(
         used = weights[indptr.diff() > 0, 0] if weights.dim() == 2 else weights
         if not parts or all(_is_exact(part, fewer) for part in used.split(PART)):
             power, width = fewer, torch.int32
-    ones = torch.ones(2, dtype=torch.float64, device=device)
+    ones = torch.ones_like(power, dtype=torch.float64)
     scales = torch.cat([torch.ldexp(ones, power), torch.ldexp(ones, -power)])
     return Grid(torch.where(finite, scales, torch.nan).to(dtype), width)
 
@@ -136,4 +138,6 @@ def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, spik
         with torch.no_grad():
             return make_grid(weights.detach(), indptr, targets, neurons, not learned)
 
+    if torch.compiler.is_compiling():  # which keeps tensors itself, and has no numbers of them
+        return make()
     return _grids.get(weights, (indptr, targets), (neurons, learned, contents_of(weights)), make)

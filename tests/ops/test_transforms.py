@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from coba_triton import (
     CobaLIF,
+    CobaLIFCell,
+    CobaLIFFeedForwardCell,
     CobaLIFFeedForwardState,
     CobaLIFRecurrent,
     CobaLIFState,
@@ -261,6 +263,57 @@ def test_compiled_module_trains_as_the_plain_one(kind) -> None:
     model, x = module(kind), torch.rand(20, 2, 6)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert all(map(torch.equal, gradients(model, compiled, x), gradients(model, model, x)))
+
+
+def step_of(kind: str) -> torch.nn.Module:
+    """What computes with ordinary operations."""
+    p = problem(1, (1,)).record()
+    torch.manual_seed(0)
+    synapses = Synapses.fixed_number(4, 4, 2, weight=0.01, delay=2 * DT, seed=1)
+    modules: dict[str, Callable[[], torch.nn.Module]] = {
+        "feed-forward cell": lambda: CobaLIFFeedForwardCell(p, DT, learn=("v_thresh",)),
+        "cell": lambda: CobaLIFCell(6, 4, p, DT),
+        "sparse cell": lambda: CobaLIFCell(6, 4, p, DT, recurrent_weights=synapses),
+        "reference": lambda: CobaLIFRecurrent(6, 4, p, DT, backend="reference"),
+        "sparse reference": lambda: CobaLIFRecurrent(6, 4, p, DT, recurrent_weights=synapses, backend="reference"),
+    }
+    return torch.nn.Sequential(torch.nn.Linear(6, 6), modules[kind]())
+
+
+STEPS = ["feed-forward cell", "cell", "sparse cell", "reference", "sparse reference"]
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_compiled_and_exported_steps_train_as_plain_ones(kind) -> None:
+    """In one graph, although the reference has a forward mode, which compilers do not take; and nothing loses a gradient."""
+    model, x = step_of(kind), torch.rand(5, 2, 6)
+    x = x[0] if "cell" in kind else x
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = gradients(model, model, x)
+    assert all(map(torch.equal, gradients(model, compiled, x), expected))
+    for strict in (False, True):
+        exported = torch.export.export(model, (x,), strict=strict).module()
+        assert all(map(torch.equal, gradients(exported, exported, x), expected))
+    x[..., 0] = torch.inf
+    assert_same_bits([exported(x)[0]], [model(x)[0]])
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_of_an_ensemble(kind) -> None:
+    """Samples with weights of their own, through ordinary operations."""
+    model, x = step_of(kind), torch.rand(5, 2, 6)
+    x = x[0] if "cell" in kind else x
+    each = {name: torch.stack([value, 1.5 * value]).detach() for name, value in model.named_parameters()}
+
+    def run(own: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        outputs: tuple[Tensor, Any] = torch.func.functional_call(model, own, (x,))
+        return outputs
+
+    spikes, state = torch.vmap(run)(each)
+    for sample in range(2):
+        expected, final = run({name: value[sample] for name, value in each.items()})
+        assert torch.equal(spikes[sample], expected)
+        torch.testing.assert_close(state.v[sample], final.v)
 
 
 @kinds
