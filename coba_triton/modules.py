@@ -58,6 +58,7 @@ from .neuron.records import (
 )
 from .ops import validation
 from .ops.given import limits
+from .ops.kept import forget
 from .ops.spikes import unpack_spikes
 from .ops.synapses import Synapses
 from .ops.tensors import as_in_memory, is_watched, known
@@ -141,6 +142,7 @@ class _Neurons(nn.Module):
                 return fn(tensor.float())
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        forget(self.parameters(recurse=False))
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
@@ -229,6 +231,7 @@ class _RecurrentNeurons(_Neurons):
         self.register_parameter(f"{name}_weights", own)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        forget([*self.parameters(recurse=False), *self.buffers(recurse=False)])
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self._sparse:
             delays = getattr(self, f"{name}_delays")

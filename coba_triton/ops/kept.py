@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -13,6 +14,9 @@ from .tensors import as_in_memory, is_watched
 T = TypeVar("T")
 # Of a tensor of more bytes, the checksum is compared and not the numbers.
 COPIED_AT_MOST = 2**16
+
+
+_all: WeakSet[Kept[Any]] = WeakSet()
 
 
 class Kept(Generic[T]):
@@ -25,6 +29,7 @@ class Kept(Generic[T]):
 
     def __init__(self) -> None:
         self._made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        _all.add(self)
 
     def find(self, tensor: Tensor, others: Sequence[Tensor | None], fits: Hashable) -> T | None:
         """What :meth:`keep` was given, or None."""
@@ -46,6 +51,13 @@ class Kept(Generic[T]):
         """What was made, or what ``make`` makes now."""
         found = self.find(tensor, others, fits)
         return self.keep(tensor, others, fits, make()) if found is None else found
+
+
+def forget(tensors: Iterable[Tensor]) -> None:
+    """Give up what was made of these tensors, and the weak references to them, as PyTorch swaps no tensor that has one."""
+    for tensor in tensors:
+        for kept in _all:
+            kept._made.pop(tensor, None)
 
 
 def _versions(*tensors: Tensor | None) -> tuple[Any, ...] | None:

@@ -130,3 +130,24 @@ def test_a_module_may_become_double_after_it_ran() -> None:
     network(x)
     spikes, _ = network.double()(x.double())
     assert spikes.dtype == torch.float64 and spikes.shape == (50, 2, 30)
+
+
+@pytest.mark.parametrize("after", ["double", "load_state_dict"])
+def test_a_module_that_ran_may_swap_its_tensors(after) -> None:
+    """PyTorch can convert and load in this way, and then refuses tensors of which there are weak references."""
+    synapses = Synapses.fixed_number(30, 30, 5, weight=0.01, seed=1)
+    network = CobaLIFRecurrent(8, 30, dt=0.1, recurrent_weights=synapses, backend="cpu")
+    x = (torch.rand(50, 2, 8) < 0.3).float()
+    other = CobaLIFRecurrent(8, 30, dt=0.1, recurrent_weights=synapses.with_weights(2 * synapses.weights), backend="cpu")
+    network(x)[0].sum().backward()
+    network.zero_grad()
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        network.double() if after == "double" else network.load_state_dict(other.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+    if after == "double":
+        assert network(x.double())[0].dtype == torch.float64
+    else:
+        assert torch.equal(network(x)[0], other(x)[0])
