@@ -505,7 +505,8 @@ def coba_lif_integral(
         path: how a fused backend adds the recurrent drive: ``events``, ``dense`` (a matrix product a step), ``sliced``
             (events, several programs a batch row; GPUs only), or ``auto``. On a CPU, ``auto`` is dense for a block that
             follows one with more than 0.2 spikes per neuron and step, else events. On a GPU it goes by the sizes alone:
-            sliced for few rows of more than 2048 neurons, else events. Both have the same bits.
+            sliced for few rows of more than 2048 neurons, else events. All have the same bits where the sums of weights are
+            exact; sliced has those of events with any weights.
         out: as in :func:`coba_lif_feed_forward_integral`.
         delay: of the synapses of a recurrent matrix in ms, one number or one for each source ``[N]``; None: one step.
             :class:`coba_triton.Synapses` have delays of their own.
