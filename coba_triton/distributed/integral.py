@@ -186,7 +186,9 @@ def coba_lif_integral(
     cells = neurons[:-1].numel() * ranks.share
     # recorded spikes are part of the differentiable state: they take their format afterwards
     written = dtype if record_states else None if spike_dtype == "bits" else spike_dtype or default
-    block = time_blocks.choose_block_steps(block_steps, len(x), cells, prepared[0], train)
+    sources = neurons[:-1].numel() * (x.shape[-1] + ranks.neurons)
+    besides = time_blocks.SUM_BYTES // dtype.itemsize  # where inputs have sparse synapses
+    block = time_blocks.choose_block_steps(block_steps, len(x), cells, sources, prepared[0], train, besides)
     plan = Call(backend, jump_first, p.method, written, record_states, block, "events", save=train)
     spikes, final = rows.run(x, prepared, p, plan)
     if record_states:

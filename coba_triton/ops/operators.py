@@ -42,7 +42,7 @@ from .operands import COMPUTE, INPUT, WORDS, Operand, check_asked, checked, fiel
 from .samples import columns, each, join, join_all, join_constants, part, part_constants
 from .spikes import word_count
 from .tensors import FLOATING, SPIKES, has_tangent, is_tracked, is_watched
-from .time_blocks import choose_block_steps
+from .time_blocks import choose_block_steps, count_blocks, even_block_steps
 
 NUM_CONSTANTS = len(Constants._fields)
 NUM_SUMS = len(Sums._fields)
@@ -277,7 +277,7 @@ def _check_recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, call
 
 def _allocate_recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, call: Call) -> tuple[Tensor, ...]:
     steps, fields = x.shape[0], len(state)
-    blocks = _block_count(call.block_steps, steps, z) if call.save else 0
+    blocks = count_blocks(_block_steps(x, z, call), steps) if call.save else 0
     words = _saved_word_count(steps) if call.save and call.spike_dtype is not None else 0
     return (
         _empty_spikes(x, call.spike_dtype, z.shape),
@@ -289,11 +289,15 @@ def _allocate_recurrent(x: Tensor, z: Tensor, state: Tensor, weights: Weights, c
     )
 
 
-def _block_count(block_steps: int | None, steps: int, z: Tensor) -> int:
-    """Blocks of a recurrent training step, before each of which a state is kept."""
-    block = choose_block_steps(block_steps, steps, z.numel(), z, train=True)
-    blocks: int = torch.sym_max(1, (steps + block - 1) // block)  # no block has to be provably none
-    return blocks
+def _block_steps(x: Tensor, z: Tensor, call: Call) -> int:
+    """Steps in a block of ``x [T, B, I]`` and the neurons of ``z [B, N]``."""
+    return choose_block_steps(call.block_steps, x.shape[0], z.numel(), x.shape[1] * x.shape[2], z, bool(call.save))
+
+
+def _saved_states(saved: Saved, steps: int, call: Call, asked: Asked) -> int:
+    """How many states of how many fields those before the blocks of a forward are."""
+    blocks = rows_of(saved.checkpoints, asked.fields) // asked.fields
+    return asked.fields * count_blocks(even_block_steps(call.block_steps, steps, torch.sym_max(1, blocks)), steps)
 
 
 def _network(x: Tensor, weights: Weights, call: Call) -> Network:
@@ -309,7 +313,7 @@ def recurrent_forward(net: Network, x: Tensor, z: Tensor, state: Tensor, call: C
     if x.shape[0] == 0 or z.numel() == 0:
         return spikes, _copy(z), _copy(state), states, words, checkpoints
     out = _outputs(call, spikes, states, *_saves(call, len(state), words, checkpoints))
-    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z, bool(call.save))
+    block_steps = _block_steps(x, z, call)
     z, state = time_blocks.forward(net, x, z, state.contiguous(), out, block_steps, call.path)
     return spikes, z, state, states, words, checkpoints
 
@@ -337,7 +341,7 @@ def _compute_recurrent_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or z.numel() == 0:
         return _copy(z), _copy(state)
-    block_steps = choose_block_steps(call.block_steps, x.shape[0], z.numel(), z, train=False)
+    block_steps = _block_steps(x, z, call._replace(save=False))
     out = _outputs(call, spikes, None)
     return time_blocks.forward(_network(x, weights, call), x, z, state.contiguous(), out, block_steps, call.path)
 
@@ -356,7 +360,7 @@ def _check_recurrent_backward(
     check_asked(asked, z.shape[0])
     steps, shape, dtype = x.shape[0], z.shape, z.dtype
     yield Operand("x, as its gradient is asked for,", x, x.shape, FLOATING if asked.x else INPUT)
-    yield from _saved(saved, asked.fields * _block_count(call.block_steps, steps, z), steps, shape, dtype)
+    yield from _saved(saved, _saved_states(saved, steps, call, asked), steps, shape, dtype)
     yield from _incoming(grads, asked.fields, steps, shape, dtype)
     yield Operand("grad_z", grad_z, shape, (dtype,), optional=True)
 
@@ -582,11 +586,6 @@ class _RecurrentRules(_ForwardRules):
         return part(outputs, size, -2)
 
 
-def with_blocks(call: Call, steps: int, z: Tensor) -> Call:
-    """The call with the length of block that its forward chose for the rows of ``z``. The backward needs the same blocks."""
-    return call._replace(block_steps=choose_block_steps(call.block_steps, steps, z.numel(), z, train=True))
-
-
 class _RecurrentBackwardRules(_BackwardRules):
     operator = "recurrent_backward"
 
@@ -597,8 +596,6 @@ class _RecurrentBackwardRules(_BackwardRules):
         x_dim, z_dim, weights_dims, saved_dims, grads_dims, grad_z_dim, _, _ = cls.records(in_dims)
         if weights_dims.input is not None or weights_dims.recurrent is not None:
             return each(torch.ops.coba_triton.recurrent_backward, size, in_dims, args)
-        if saved_dims.checkpoints is None:
-            call = with_blocks(call, x.shape[0], z)
         x, z = join_all((x, z), (x_dim, z_dim), size, -2)
         shared = columns(weights.constants, weights_dims.constants)
         table = join_constants(weights.constants, weights_dims.constants, size, z.numel() // size, asked.constants)

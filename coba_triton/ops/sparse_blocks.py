@@ -28,7 +28,7 @@ from .call import (
 )
 from .constants import constants_gradient
 from .spikes import WORD_BITS, pack_spikes, unpack_spikes, word_count
-from .time_blocks import by_sign, choose_block_steps, project, without_autocast, words_of
+from .time_blocks import by_sign, even_block_steps, project, without_autocast, words_of
 
 
 def input_drive(net: SparseNetwork, x: Tensor, events: bool) -> Tensor | None:
@@ -162,8 +162,8 @@ def backward(
     """Go back through :func:`forward`, from the gradients by its outputs and ``grad_history [R, B, N]``."""
     longest, batch, neurons = history.shape
     steps = x.shape[0]
-    block_steps = choose_block_steps(call.block_steps, steps, batch * neurons, history, train=True)
     saved, grads = saved.split(asked.fields), grads.ready()
+    block_steps = even_block_steps(call.block_steps, steps, saved.checkpoints.shape[0])
     recurrent = net.recurrent
     new = history.new_zeros
     lam = new(asked.fields, batch, neurons)

@@ -21,7 +21,6 @@ from .operators import (
     GROUPS,
     NUM_CONSTANTS,
     _BackwardRules,
-    _block_count,
     _clear_spare,
     _copy,
     _empty_spikes,
@@ -31,16 +30,16 @@ from .operators import (
     _library,
     _outputs,
     _saved,
+    _saved_states,
     _saved_word_count,
     _saves,
     _table,
     _written,
     register,
-    with_blocks,
 )
 from .samples import columns, each, join, join_all, join_constants, part, part_constants
 from .tensors import FLOATING
-from .time_blocks import choose_block_steps
+from .time_blocks import SUM_BYTES, choose_block_steps, count_blocks
 
 _library.define(
     f"sparse(Tensor x, Tensor history, Tensor state, {SCHEMA[Connections]}, {SCHEMA[Call]}) "
@@ -169,7 +168,7 @@ def _check_sparse(x: Tensor, history: Tensor, state: Tensor, to: Connections, ca
 
 def _allocate_sparse(x: Tensor, history: Tensor, state: Tensor, to: Connections, call: Call) -> tuple[Tensor, ...]:
     steps, fields, shape = x.shape[0], len(state), history.shape[1:]
-    blocks = _block_count(call.block_steps, steps, history[0]) if call.save else 0
+    blocks = count_blocks(_block_steps(x, history, to, call), steps) if call.save else 0
     words = _saved_word_count(steps) if call.save and call.spike_dtype is not None else 0
     return (
         _empty_spikes(x, call.spike_dtype, shape),
@@ -181,12 +180,18 @@ def _allocate_sparse(x: Tensor, history: Tensor, state: Tensor, to: Connections,
     )
 
 
+def _block_steps(x: Tensor, history: Tensor, to: Connections, call: Call) -> int:
+    """Steps in a block of ``x [T, B, I]``, of the neurons of ``history [R, B, N]``."""
+    sums = 0 if to.input_indptr is None else SUM_BYTES // history.element_size()
+    cells, sources = history.shape[1] * history.shape[2], x.shape[1] * x.shape[2]
+    return choose_block_steps(call.block_steps, x.shape[0], cells, sources, history, bool(call.save), sums)
+
+
 def _run(
-    net: SparseNetwork, x: Tensor, history: Tensor, state: Tensor, out: Outputs, call: Call, train: bool
+    net: SparseNetwork, x: Tensor, history: Tensor, state: Tensor, out: Outputs, block_steps: int
 ) -> tuple[Tensor, Tensor]:
     """The spikes of the last steps, and the state, after a run that fills the outputs."""
-    steps, cells = x.shape[0], history[0].numel()
-    block_steps = choose_block_steps(call.block_steps, steps, cells, history, train)
+    steps = x.shape[0]
     ring = sparse_blocks.ring_of(net, history)
     state = sparse_blocks.forward(net, x, ring, state.contiguous(), out, block_steps)
     spikes = out.words if out.spikes is None else out.spikes
@@ -207,7 +212,7 @@ def sparse_forward(
     if x.shape[0] == 0 or history.numel() == 0:
         return spikes, _copy(history), _copy(state), states, words, checkpoints
     out = _outputs(call, spikes, states, *_saves(call, len(state), words, checkpoints))
-    last, final = _run(net, x, history, state, out, call, bool(call.save))
+    last, final = _run(net, x, history, state, out, _block_steps(x, history, to, call))
     return spikes, last, final, states, words, checkpoints
 
 
@@ -230,7 +235,8 @@ def _compute_sparse_out(
     """The forward into a given buffer ``[T, B, N]`` or, for packed spikes, int32 ``[ceil(T / 32), B, N]``."""
     if x.shape[0] == 0 or history.numel() == 0:
         return _copy(history), _copy(state)
-    return _run(_network(history, to, call), x, history, state, _outputs(call, spikes, None), call, train=False)
+    block_steps = _block_steps(x, history, to, call._replace(save=False))
+    return _run(_network(history, to, call), x, history, state, _outputs(call, spikes, None), block_steps)
 
 
 def _check_sparse_backward(
@@ -247,7 +253,7 @@ def _check_sparse_backward(
     check_asked(asked, x.shape[1])
     steps, shape, dtype = x.shape[0], history.shape[1:], history.dtype
     yield Operand("x, as its gradient is asked for,", x, x.shape, FLOATING if asked.x else INPUT)
-    yield from _saved(saved, asked.fields * _block_count(call.block_steps, steps, history[0]), steps, shape, dtype)
+    yield from _saved(saved, _saved_states(saved, steps, call, asked), steps, shape, dtype)
     yield from _incoming(grads, asked.fields, steps, shape, dtype)
     yield Operand("grad_last", grad_last, history.shape, (dtype,), optional=True)
 
@@ -373,8 +379,6 @@ class _SparseBackwardRules(_BackwardRules):
         x_dim, history_dim, to_dims, saved_dims, grads_dims, grad_last_dim, _, _ = cls.records(in_dims)
         if any(dim is not None for name, dim in zip(to._fields, to_dims, strict=True) if name != "constants"):
             return each(torch.ops.coba_triton.sparse_backward, size, in_dims, args)
-        if saved_dims.checkpoints is None:
-            call = with_blocks(call, x.shape[0], history[0])
         x, history = join(x, x_dim, size, -2), join(history, history_dim, size, -2)
         shared = columns(to.constants, to_dims.constants)
         table = join_constants(to.constants, to_dims.constants, size, history[0].numel() // size, asked.constants)

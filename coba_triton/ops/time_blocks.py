@@ -31,20 +31,55 @@ SCRATCH_BYTES = 2**26
 SCRATCH_BYTES_OF_A_GPU = 2**28
 # Numbers for each neuron and step of a block: its two drives, and in training what is computed again as well.
 DRIVES, COMPUTED_AGAIN = 2, 16
+SUM_BYTES = 16  # of the two sums of 64 bits of which sparse synapses of inputs make the drives
+# Numbers for each source of input and step on a GPU: a list of those that are not 0, and in training two tensors like x.
+LISTED, LISTED_AGAIN = 1, 3
 
 
-def choose_block_steps(block_steps: int | None, steps: int, cells: int, like: Tensor, train: bool) -> int:
+def choose_block_steps(
+    block_steps: int | None, steps: int, cells: int, sources: int, like: Tensor, train: bool, besides: int = 0
+) -> int:
     """Steps in a block, a multiple of 32: what was asked for, else so many that the scratch is bounded.
 
     In training the state before each block is kept. Blocks have ``sqrt(T)`` steps then on a CPU, and at least so many on a
     GPU. The scratch is ``like`` a tensor, in its dtype and on its device.
+
+    Args:
+        block_steps: what was asked for, or None.
+        steps: T.
+        cells: neurons of all batch rows.
+        sources: inputs of all batch rows. Where processes exchange spikes, all of their neurons as well.
+        like: a tensor of the compute dtype.
+        train: whether a backward goes through the same blocks.
+        besides: numbers that a call on a GPU has for each neuron and step besides.
     """
     if block_steps is None:
         itemsize, on_cpu = like.element_size(), like.device.type == "cpu"
         scratch = SCRATCH_BYTES if on_cpu else SCRATCH_BYTES_OF_A_GPU
-        bounded = scratch // torch.sym_max(1, (COMPUTED_AGAIN if train else DRIVES) * cells * itemsize)
+        numbers = (COMPUTED_AGAIN if train else DRIVES) * cells
+        if not on_cpu:
+            numbers += besides * cells + (LISTED_AGAIN if train else LISTED) * sources
+        bounded = scratch // torch.sym_max(1, numbers * itemsize)
         root = torch.sym_int(torch.sym_float(steps) ** 0.5) + 1 if train else 1
         block_steps = root if train and on_cpu else torch.sym_max(root, torch.sym_min(steps, bounded))
+        if train:
+            block_steps = even_block_steps(None, steps, count_blocks(word_count(block_steps) * WORD_BITS, steps))
+    return word_count(block_steps) * WORD_BITS
+
+
+def count_blocks(block_steps: int, steps: int) -> int:
+    """Blocks of a run, at least one."""
+    blocks: int = torch.sym_max(1, (steps + block_steps - 1) // block_steps)  # no block has to be provably none
+    return blocks
+
+
+def even_block_steps(block_steps: int | None, steps: int, blocks: int) -> int:
+    """Steps in each of so many blocks: what was asked for, else as even as words of 32 steps allow.
+
+    So a backward finds the blocks of its forward again, whatever rows of the batch each of both had.
+    """
+    if block_steps is None:
+        block_steps = torch.sym_max(1, (steps + blocks - 1) // blocks)
     return word_count(block_steps) * WORD_BITS
 
 
@@ -156,8 +191,8 @@ def backward(
 ) -> Gradients:
     """Go back through :func:`forward`, from the gradients by its outputs and ``grad_z [B, N]``, that by its last spikes."""
     steps, batch, neurons = x.shape[0], *z.shape
-    block_steps = choose_block_steps(call.block_steps, steps, z.numel(), z, train=True)
     saved, grads = saved.split(asked.fields), grads.ready()
+    block_steps = even_block_steps(call.block_steps, steps, saved.checkpoints.shape[0])
     sweep = _begin(net, z, grads, grad_z, call.method, asked)
     split_input = split(net.input_weights) if asked.x else None
 

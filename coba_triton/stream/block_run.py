@@ -209,6 +209,11 @@ class BlockRun:
         """The numbers within this process of those among some neurons that it has."""
         return cells
 
+    def _cells(self) -> int:
+        """Neurons of all rows, as many as any process has."""
+        cells: int = self.shape.numel()
+        return cells
+
     def _whole_shape(self) -> torch.Size:
         """The axes of all neurons."""
         return torch.Size(self.shape)
@@ -264,13 +269,14 @@ class BlockRun:
             return Functional(self.network, self.weights, self.p, self.neurons)
         dtype = self.state.v.dtype
         constants = constants_table(self.p, self.network.dt, dtype, self.device, self.shape)
+        chosen = self.neurons, bool(len(self.recorded)), self._cells(), self.network.block_steps
         if self.wiring is not None:
-            return Sparse(self._sparse_network(self.wiring, constants), self.neurons, self.network.block_steps)
+            return Sparse(self._sparse_network(self.wiring, constants), *chosen)
         input_weights, recurrent_weights = (w.to(dtype) for w in self.weights)
         weights = Weights(input_weights, recurrent_weights, constants)
         uses = (self.blocks.steps or LONG) * self.shape[:-1].numel()
         net = Network.of(weights, self.network.order == "jump_first", launcher(self.backend), uses=uses)
-        return Dense(net, self.neurons, self.network.block_steps)
+        return Dense(net, *chosen)
 
     def _sparse_network(self, wiring: Wiring, constants: Tensor) -> SparseNetwork:
         """A network with sparse synapses and delays, in the form that the backend's kernels take."""

@@ -102,11 +102,28 @@ class Functional(Stepper):
 class Connected(Stepper):
     """The kernels of a recurrent network, which keep the traces of the recorded neurons alone."""
 
-    def __init__(self, recorded: Tensor, block_steps: int | None) -> None:
-        """``recorded [K]``: indices of neurons. ``block_steps`` as in :func:`coba_triton.coba_lif_integral`."""
+    sums = False  # whether the inputs have sparse synapses, whose sums are made before the launch
+
+    def __init__(self, recorded: Tensor, records: bool, cells: int, block_steps: int | None) -> None:
+        """
+        Args:
+            recorded: indices of neurons, ``[K]``.
+            records: whether any neuron is recorded, here or in another process that shares the run.
+            cells: neurons of all rows, as many as any process has.
+            block_steps: as in :func:`coba_triton.coba_lif_integral`.
+        """
         order = recorded.argsort()
         self.ascending, self.places = recorded[order], order.argsort()
-        self.block_steps = block_steps
+        self.records, self.cells, self.block_steps = records, cells, block_steps
+
+    def _launch_steps(self, x: Tensor, fields: int, like: Tensor) -> int:
+        """Steps in one launch, of which one on a GPU writes the states of all neurons, where some are recorded."""
+        besides = (fields if self.records else 0) + (time_blocks.SUM_BYTES // like.element_size() if self.sums else 0)
+        sources = x[:1].numel()
+        steps: int = time_blocks.choose_block_steps(
+            self.block_steps, len(x), self.cells, sources, like, train=False, besides=besides
+        )
+        return steps
 
     def advance(self, x: Tensor, state: Any) -> tuple[Tensor, Any, FeedForwardState | None]:
         z, *fields = state
@@ -121,7 +138,7 @@ class Connected(Stepper):
             state,
             torch.stack(fields).reshape(len(fields), *rows),
             Outputs(words=words, states=traces),
-            time_blocks.choose_block_steps(self.block_steps, steps, z.numel(), z, False),
+            self._launch_steps(x, len(fields), z),
             None if traces is None else self.ascending,
         )
         kept = None if traces is None else feed_forward_state(*traces[..., self.places])
@@ -139,8 +156,8 @@ class Connected(Stepper):
 class Dense(Connected):
     """Weights that are matrices."""
 
-    def __init__(self, net: Network, recorded: Tensor, block_steps: int | None) -> None:
-        super().__init__(recorded, block_steps)
+    def __init__(self, net: Network, *chosen: Any) -> None:
+        super().__init__(*chosen)
         self.net = net
 
     def _forward(self, x: Tensor, state: Any, fields: Tensor, out: Outputs, block_steps: int, chosen: Tensor | None) -> Any:
@@ -152,8 +169,9 @@ class Dense(Connected):
 class Sparse(Connected):
     """Sparse synapses and delays. The sums that are under way go on from one call to the next."""
 
-    def __init__(self, net: SparseNetwork, recorded: Tensor, block_steps: int | None) -> None:
-        super().__init__(recorded, block_steps)
+    def __init__(self, net: SparseNetwork, *chosen: Any) -> None:
+        super().__init__(*chosen)
+        self.sums = net.inputs is not None
         self.net = net
         self.ring: Tensor | None = None  # sums under way after the steps that led to `last`
         self.last: Any = None

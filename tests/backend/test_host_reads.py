@@ -1,7 +1,7 @@
 """On a GPU the host reads nothing back from a tensor: not in a forward, not in training, on no path.
 
 The tensors are on PyTorch's ``meta`` device, whose tensors have no numbers: every operation that would read one raises. All
-that the package does on a GPU happens, but for the kernels, whose launches are counted.
+that the package does on a GPU happens, but for the kernels, whose launches are counted. So its scratch is known, too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coba_triton import (
@@ -28,7 +29,7 @@ from coba_triton import (
 )
 from coba_triton.backend import choose
 from coba_triton.backend import triton as triton_backend
-from coba_triton.ops import operators, sparse_operators, wiring
+from coba_triton.ops import operators, sparse_operators, time_blocks, wiring
 
 META = torch.device("meta")
 COMPUTE = {
@@ -223,3 +224,52 @@ def test_a_matrix_whose_synapses_are_read_cannot_be_captured(kind: str, monkeypa
     message = "recurrent_weights must be coba_triton.Synapses while a CUDA graph is captured, got a matrix.*from_torch"
     with pytest.raises(RuntimeError, match=message):
         coba_lif_integral(x, None, w_in, w_rec, CobaLIFParameters(), 0.1, backend="triton", **options)
+
+
+class Counting(Computing):
+    """Counts the bytes of all tensors that were made since, as long as something holds their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def now(self) -> int:
+        self.held = {place: found for place, found in self.held.items() if not found[0].expired()}
+        return sum(size for _, size in self.held.values())
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_dispatch__(operator, types, args, kwargs)
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, self.now())
+        return made
+
+
+LONG: dict[str, tuple[int, int, int, torch.dtype, bool, bool]] = {
+    "dense": (8, 20, 1024, torch.float32, False, False),
+    "dense, many inputs": (1, 65536, 128, torch.uint8, False, False),
+    "dense, many inputs, training": (1, 65536, 128, torch.float32, False, True),
+    "sparse": (8, 20, 1024, torch.float32, True, False),
+    "sparse, many inputs": (1, 65536, 128, torch.uint8, True, False),
+    "sparse, many inputs, training": (1, 65536, 128, torch.float32, True, True),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_scratch_is_bounded(name: str) -> None:
+    """What a long call holds beside its results and what it saves, whatever grows with a block: inputs, and sums of them."""
+    batch, inputs, neurons, dtype, is_sparse, train = LONG[name]
+    x = torch.zeros(10_000, batch, inputs, dtype=dtype, device=META, requires_grad=train)
+    weights: list[Any] = [torch.zeros(neurons, sources, device=META, requires_grad=train) for sources in (inputs, neurons)]
+    if is_sparse:
+        weights = [synapses(inputs, neurons, "synapse", None, train), synapses(neurons, neurons, "synapse", 1.5, train)]
+    with Counting() as counting:
+        spikes, state = coba_lif_integral(x, None, *weights, CobaLIFParameters(), 0.1, backend="triton")
+        saved = counting.now()
+        if train:
+            torch.autograd.backward([spikes.sum(), state.v.sum()])
+            saved = max(saved, counting.now())
+    assert counting.most - saved < 1.25 * time_blocks.SCRATCH_BYTES_OF_A_GPU

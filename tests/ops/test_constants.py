@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from coba_triton import CobaLIF, CobaLIFParameters
 from coba_triton.ops import constants
-from coba_triton.ops.time_blocks import choose_block_steps
+from coba_triton.ops.time_blocks import choose_block_steps, count_blocks, even_block_steps
 
 CPU = torch.device("cpu")
 
@@ -42,16 +42,27 @@ def test_numbers_that_are_learned_make_no_table_of_doubles() -> None:
 def test_block_steps() -> None:
     """In training, blocks have sqrt(T) steps on a CPU, and as many as scratch allows on a GPU ("meta" stands for one)."""
     like, on_gpu = torch.empty(0), torch.empty(0, device="meta")
-    for cells, train, expected, of_gpu in (
-        (32 * 256, True, 64, 512),
-        (32 * 1024, True, 64, 128),
-        (2**24, True, 64, 64),
-        (32 * 1024, False, 256, 1024),
-        (2**24, False, 32, 32),
+    for cells, sources, train, expected, of_gpu in (
+        (32 * 256, 0, True, 64, 512),
+        (32 * 1024, 0, True, 64, 128),
+        (2**24, 0, True, 64, 64),
+        (32 * 1024, 0, False, 256, 1024),
+        (2**24, 0, False, 32, 32),
+        (1000, 2**18, False, 2016, 256),
+        (1000, 2**18, True, 64, 96),
     ):
-        assert choose_block_steps(None, 2000, cells, like, train) == expected
-        assert choose_block_steps(None, 2000, cells, on_gpu, train) == of_gpu
-    assert choose_block_steps(70, 2000, 10, on_gpu, True) == 96
+        assert choose_block_steps(None, 2000, cells, sources, like, train) == expected
+        assert choose_block_steps(None, 2000, cells, sources, on_gpu, train) == of_gpu
+    assert choose_block_steps(70, 2000, 10, 10, on_gpu, True) == 96
+    assert choose_block_steps(None, 2000, 2**15, 0, on_gpu, False, besides=6) == 256
+
+
+@pytest.mark.parametrize("cells", [32 * 256, 32 * 700, 32 * 1024, 2**24])
+@pytest.mark.parametrize("steps", [0, 1, 32, 33, 100, 2000, 2049])
+def test_a_backward_finds_the_blocks_of_its_forward(steps, cells) -> None:
+    """By their number, so that it may have other rows."""
+    found = choose_block_steps(None, steps, cells, 0, torch.empty(0, device="meta"), True)
+    assert even_block_steps(None, steps, count_blocks(found, steps)) == found
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -62,6 +73,6 @@ def test_block_steps_of_any_length_are_one_expression(train: bool) -> None:
     dynamic: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
     x = mode.from_tensor(torch.empty(2000, 32, 256, device="meta"), symbolic_context=dynamic)
     with mode:
-        steps = choose_block_steps(None, x.shape[0], x[0].numel(), x, train)
+        steps = choose_block_steps(None, x.shape[0], x[0].numel(), x.shape[1], x, train)
     assert isinstance(steps, torch.SymInt) and not sizes.guards
     assert int(steps) == (512 if train else 2016)

@@ -23,7 +23,7 @@ from coba_triton import (
     coba_lif_integral,
     coba_lif_step,
 )
-from coba_triton.ops import operators, sparse_blocks, sparse_operators, time_blocks
+from coba_triton.ops import operators, sparse_operators
 from coba_triton.tools.problems import DT, problem, recurrent_problem
 from helpers.bits import assert_same_bits
 
@@ -371,10 +371,10 @@ def test_autocast_keeps_the_state_in_float32(kind) -> None:
 def test_many_gradients_of_one_forward(sparse, monkeypatch) -> None:
     """A backward of many gradients goes through the blocks of the forward, also where their length depends on the rows."""
 
-    def as_on_a_gpu(block_steps: int | None, steps: int, cells: int, like: Tensor, train: bool) -> int:
+    def as_on_a_gpu(block_steps: int | None, steps: int, cells: int, *_: Any) -> int:
         return block_steps or (32 if cells > 100 else 64)
 
-    for module in (operators, sparse_operators, time_blocks, sparse_blocks):
+    for module in (operators, sparse_operators):
         monkeypatch.setattr(module, "choose_block_steps", as_on_a_gpu)
     case = recurrent_problem(96, 2, 20)
     recurrent = Synapses.from_torch(case.recurrent_weights.to_sparse()) if sparse else case.recurrent_weights
@@ -387,6 +387,9 @@ def test_many_gradients_of_one_forward(sparse, monkeypatch) -> None:
     (together,) = torch.func.vmap(vjp)(directions)
     alone = [vjp(direction)[0] for direction in directions]
     assert_same_bits(together, alone)
+    several = torch.stack([case.x, case.x.flip(0), case.x.roll(3, 0)])  # whose forward has the rows of all
+    jacobian = torch.func.jacrev(lambda x: potentials(x)[0, :3])
+    assert_same_bits(torch.func.vmap(jacobian)(several), [jacobian(x) for x in several])
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -26,6 +26,7 @@ from coba_triton import (
     simulate,
 )
 from coba_triton.neuron.records import CobaLIFDelayState, CobaLIFRefractoryState, CobaLIFState
+from coba_triton.ops import time_blocks
 from coba_triton.stream.block_run import BlockRun
 from coba_triton.stream.states import pack_state, unpack_state
 from helpers.runs import BLOCK, INPUTS, NEURON, RECORD, N, T, assert_same, begin, drive, run
@@ -424,3 +425,20 @@ def test_parts_of_a_block_change_no_bit_and_are_told(kind: str, monkeypatch: pyt
         np.testing.assert_array_equal(parts.traces[name][:], whole.traces[name][:])
     assert_fields_equal(parts.state, whole.state)
     assert told == [[0, len(x)], [0, *range(32, len(x), 32), len(x)]]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_launch_has_fewer_steps_where_neurons_are_recorded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it writes the states of all neurons, which count as scratch."""
+    net = network() if kind == "sparse" else network(torch.zeros(N, N), DENSE_INPUT)
+    seen, choose = [], time_blocks.choose_block_steps
+
+    def noted(*args: Any, **options: Any) -> int:
+        seen.append(options["besides"])
+        return choose(*args, **options)
+
+    monkeypatch.setattr(time_blocks, "choose_block_steps", noted)
+    for record in (Record(), Record(neurons=[0])):
+        simulate(net, drive((INPUTS,)), record=record, block_steps=BLOCK, progress=False)
+    plain, recorded = dict.fromkeys(seen)
+    assert recorded - plain == {"sparse": 4, "dense": 3}[kind]  # v, g_e and g_i, and with delays the steps that are left
