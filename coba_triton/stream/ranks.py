@@ -160,6 +160,10 @@ class RanksRun(BlockRun):
         shape[self.axis] = self.ranks.neurons
         return torch.Size(shape)
 
+    def _cells(self) -> int:
+        cells: int = self.shape.numel() // self.shape[self.axis] * self.ranks.share
+        return cells
+
     def _own_cells(self, cells: Any) -> Any:
         places = np.unravel_index(np.asarray(cells, np.int64), self.whole_shape)
         own = self.ranks.own

@@ -30,6 +30,7 @@ from coba_triton import (
     open_result,
     simulate,
 )
+from coba_triton.ops import time_blocks
 from coba_triton.stream import store
 from coba_triton.stream.identity import sums_of
 from coba_triton.stream.store import Store
@@ -334,3 +335,29 @@ def poisson(group: Any, path: Path) -> int:
 def test_a_source_that_describes_itself(ranks: Ranks, tmp_path: Path) -> None:
     [one], two = ranks(1, poisson, tmp_path / "one.zarr"), ranks(2, poisson, tmp_path / "two.zarr")
     assert one > 20 and two == [one, one]
+
+
+def uneven(group: Any, path: Path | None, scratch: int) -> Any:
+    """A run of 31 neurons, of which one of two ranks has fewer, with little scratch for a launch."""
+    own = slice(0, 31) if path is None else distributed.owned_neurons(31, group)
+    only = own.start, own.stop
+    inputs = Synapses.fixed_probability(6, 31, 0.5, 0.12, seed=1, only=only, dtype=torch.float32)
+    synapses = Synapses.fixed_number(31, 31, 6, 0.04, 20 * DT, seed=2, only=only, dtype=torch.float32)
+    run = CobaLIFRecurrent(6, 31, CobaLIFParameters(**VALUES), DT, True, input_weights=inputs, recurrent_weights=synapses)
+    options: dict[str, Any] = {"block_steps": 192, "progress": False}
+    if path is None:
+        return simulate(run, source_for("delays", T, ()), **options).spikes[:]
+    before, time_blocks.SCRATCH_BYTES = time_blocks.SCRATCH_BYTES, scratch
+    try:
+        source = source_for("delays", T, ())
+        return distributed.simulate(run, source, sink=path, divide="neurons", group=group, **options).spikes[:]
+    finally:
+        time_blocks.SCRATCH_BYTES = before
+
+
+def test_ranks_with_unequally_many_neurons_launch_as_many_steps(ranks: Ranks, tmp_path: Path) -> None:
+    """Else they would exchange the spikes of other steps. 15 neurons would have launches of 64 steps, and 16 of 32."""
+    expected = uneven(None, None, 0)
+    assert expected.sum() > 100
+    for spikes in ranks(2, uneven, tmp_path / "run.zarr", 33 * 15 * 8):
+        assert np.array_equal(spikes, expected)
