@@ -55,6 +55,25 @@ def _bit_length(count: Tensor) -> Tensor:
     return torch.where(high > 0, high + 31, low)
 
 
+_fan_ins: Kept[Tensor] = Kept()
+
+
+def _largest_fan_in(targets: Tensor, neurons: int) -> Tensor:
+    """The bits of the largest number of synapses onto one neuron, kept until the targets change."""
+    if is_watched():
+        return _count_fan_in(targets, neurons)
+    return _fan_ins.get(targets, (), (neurons, contents_of(targets)), lambda: _count_fan_in(targets, neurons))
+
+
+def _count_fan_in(targets: Tensor, neurons: int) -> Tensor:
+    fan_in = torch.zeros(neurons, dtype=torch.int64, device=targets.device)
+    one = torch.ones((), dtype=torch.int64, device=targets.device)
+    for begin in range(0, len(targets), PART):  # not bincount, which reads the largest target back from a GPU
+        part = targets[begin : begin + PART]
+        fan_in.index_add_(0, part, one.expand(len(part)))
+    return _bit_length(fan_in.amax() if neurons else fan_in.new_zeros(()))
+
+
 def make_grid(
     weights: Tensor,
     indptr: Tensor,
@@ -81,14 +100,10 @@ def make_grid(
     finite = torch.isfinite(largest).all()
     largest = torch.where(finite, largest, 0.0)
     parts = [(begin, min(begin + PART, len(targets))) for begin in range(0, len(targets), PART)]
-    fan_in = torch.zeros(neurons, dtype=torch.int64, device=device)
-    one = torch.ones((), dtype=torch.int64, device=device)
-    for begin, end in parts:  # not bincount, which reads the largest target back from a GPU
-        fan_in.index_add_(0, targets[begin:end], one.expand(end - begin))
-    most = greatest(fan_in.amax() if neurons else fan_in.new_zeros(()))
+    most = _largest_fan_in(targets, neurons)
     # first a coarse grid, from the largest weight and the largest number of synapses
     bits = SUM_BITS[torch.int64]
-    coarse = bits - 2 - torch.frexp(largest)[1] - _bit_length(most)
+    coarse = bits - 2 - torch.frexp(largest)[1] - greatest(most)
     if device.type == "cpu" and len(targets) >= COUNTED_FROM and not is_watched():
         from ..backend.cpu.magnitudes import magnitudes_of
 
@@ -138,6 +153,6 @@ def grid_of(weights: Tensor, indptr: Tensor, targets: Tensor, neurons: int, spik
         with torch.no_grad():
             return make_grid(weights.detach(), indptr, targets, neurons, not learned)
 
-    if torch.compiler.is_compiling():  # which keeps tensors itself, and has no numbers of them
-        return make()
+    if is_watched() or (weights.requires_grad and not weights.is_cpu):
+        return make()  # their numbers are taken to be new every time
     return _grids.get(weights, (indptr, targets), (neurons, learned, contents_of(weights)), make)

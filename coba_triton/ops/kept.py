@@ -9,7 +9,7 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .tensors import as_in_memory, is_watched
+from .tensors import as_in_memory, is_watched, may_be_kept
 
 T = TypeVar("T")
 # Of a tensor of more bytes, the checksum is compared and not the numbers.
@@ -41,9 +41,9 @@ class Kept(Generic[T]):
         return made
 
     def keep(self, tensor: Tensor, others: Sequence[Tensor | None], fits: Hashable, made: T) -> T:
-        """Keep ``made`` in place of what was kept for the tensor before; returns it."""
+        """Keep ``made`` in place of what was kept for the tensor before; returns it. On a GPU, the host waits for it."""
         versions = _versions(tensor, *others)
-        if versions is not None:
+        if versions is not None and may_be_kept(tensor.device):
             self._made[tensor] = (fits, versions), tuple(others), made
         return made
 

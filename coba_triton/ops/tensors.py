@@ -117,17 +117,26 @@ def keep(key: tuple[Any, ...], device: torch.device, make: Callable[[], Tensor])
         return found
     with torch.inference_mode(False):  # so that any later call may save it for a gradient
         made = make()
-    if is_capturing(device):
-        return made  # the memory is the graph's
-    streams = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    if streams is not None:
-        streams.current_stream(device).synchronize()  # a later call may be on another stream
+    if not may_be_kept(device):
+        return made
     if len(_kept) >= _KEPT_AT_MOST:
-        if streams is not None:
-            streams.synchronize()  # a kernel may still read what is given up
+        if device.type not in ("cpu", "meta"):
+            torch.get_device_module(device).synchronize()  # a kernel may still read what is given up
         _kept.clear()
     _kept[key] = made
     return made
+
+
+def may_be_kept(device: torch.device) -> bool:
+    """Wait until what was made on this device can be used by a later call on another stream.
+
+    False while a graph is captured: the memory is the graph's, and holds no numbers before the graph runs.
+    """
+    if is_capturing(device):
+        return False
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).current_stream(device).synchronize()
+    return True
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from coba_triton import CobaLIFParameters, CobaLIFRecurrent, Synapses, coba_lif_integral
+from coba_triton.ops import grid, tensors
+from coba_triton.ops import kept as kept_module
+from coba_triton.ops.grid import grid_of
 from coba_triton.ops.kept import Kept, contents_of
 from helpers.bits import assert_same_bits
 
@@ -72,6 +75,34 @@ def test_numbers_on_a_gpu_that_are_learned_are_new_every_time() -> None:
     fixed, learned = torch.zeros(3, device="meta"), torch.zeros(3, device="meta", requires_grad=True)
     assert contents_of(fixed) == contents_of(fixed)
     assert contents_of(learned) != contents_of(learned)
+
+
+def test_nothing_is_kept_that_a_captured_graph_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is the graph's, and has no numbers before the graph runs."""
+    kept: Kept[object] = Kept()
+    a = torch.zeros(3, device="meta")
+    monkeypatch.setattr(tensors, "is_capturing", lambda device: device.type == "meta")
+    first = kept.get(a, (), None, object)
+    assert kept.find(a, (), None) is None
+    monkeypatch.undo()
+    second = kept.get(a, (), None, object)
+    assert second is not first and kept.find(a, (), None) is second
+
+
+def test_the_host_waits_for_what_is_kept_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later call may be on another stream. What is learned is not kept, and nothing waits."""
+    waits = []
+    monkeypatch.setattr(kept_module, "may_be_kept", waits.append)
+    indptr, targets = torch.arange(4, device="meta"), torch.zeros(3, dtype=torch.int32, device="meta")
+    fixed, learned = torch.zeros(3, device="meta"), torch.zeros(3, device="meta", requires_grad=True)
+    grid_of(fixed, indptr, targets, 5, spikes=False)
+    assert len(waits) == 2  # its grid, and the largest number of synapses onto a neuron
+    monkeypatch.undo()
+    grid_of(learned, indptr, targets, 5)
+    monkeypatch.setattr(kept_module, "may_be_kept", waits.append)
+    monkeypatch.setattr(grid, "_count_fan_in", None)  # known from the call before
+    grid_of(learned, indptr, targets, 5)
+    assert len(waits) == 2
 
 
 def fused(weights: torch.Tensor) -> None:
