@@ -299,7 +299,8 @@ def recurrent_problem(
         return torch.rand(*size, generator=g, dtype=torch.float64)
 
     def weights(*size: int) -> Tensor:
-        values = 0.5 * randn(*size) / size[1] ** 0.5 - 0.05
+        # those of 128 sources, shared out among more: else all neurons of a large row fire together
+        values = (0.5 * randn(*size) / min(size[1], 128) ** 0.5 - 0.05) * min(1, 128 / size[1])
         return (torch.round(values * 1024) / 1024 if exact else values).to(dtype)
 
     x = (rand(steps, batch, inputs) < 0.2).double() if binary else torch.round(randn(steps, batch, inputs) * 8) / 8

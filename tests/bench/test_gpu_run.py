@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+from coba_triton.tools import contenders
+from coba_triton.tools.problems import Case
 
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu", BENCH / "gpu.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    return load("gpu")
 
 
 @pytest.mark.slow
@@ -62,3 +73,26 @@ def test_a_step_that_fails_or_hangs_is_told_and_stops_nothing(gpu: ModuleType, t
     again = gpu.collect(tmp_path, [failed | {"state": "done"}])
     assert [run["state"] for run in again["runs"]] == ["done", "stopped after 0 s"]
     assert "| a | b | 1,000.000 |" in gpu.table(again)
+
+
+@pytest.mark.parametrize("reference_runs", [True, False])
+def test_a_wrong_result_is_never_timed(reference_runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither beside the reference, nor where this cannot run: nothing is compared with itself."""
+    steps = load("gpu_steps")
+    case = Case("gpu", "feed_forward", 20, 1, 8)
+
+    def too_large() -> torch.Tensor:
+        raise torch.OutOfMemoryError("planted")
+
+    def planted(case: Case, backend: str, tensors: Any) -> list[contenders.Contender]:
+        reference, ours, *_ = made(case, backend, tensors)
+        reference = reference if reference_runs else replace(reference, run=too_large)
+        return [reference, replace(ours, run=lambda: 1 - reference.run())]
+
+    made = contenders.contenders
+    monkeypatch.setattr(contenders, "contenders", planted)
+    step = steps.Step("rivals", "cpu", tmp_path, True)
+    with pytest.raises(AssertionError, match="spikes of cpu") if reference_runs else contextlib.nullcontext():
+        steps.compete(step, case, "planted", "inference", 1e9, False, 8.0)
+    step._lines.close()
+    assert "median_s" not in (tmp_path / "rivals.jsonl").read_text()

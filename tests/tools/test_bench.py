@@ -219,3 +219,14 @@ def test_spikes_that_rounding_moved_are_told_from_wrong_ones(kind) -> None:
         else:
             with pytest.raises(AssertionError, match=r"spikes of fused \(one differs where the potential is"):
                 contenders.assert_same(case, moved, expected)
+
+
+@pytest.mark.parametrize("neurons", [63, 129, 1024, 2500])
+def test_neurons_of_a_problem_fire_one_by_one(neurons: int) -> None:
+    """Where all of them fire together, spikes tell nothing of which synapses were read, or when."""
+    case = recurrent_problem(20 if neurons > 2000 else 70, 1, neurons)
+    spikes, _ = case.run("reference")
+    counts = spikes.sum(-1)
+    assert 0.005 < spikes.mean() < 0.1 and counts.max() < neurons / 3
+    case.recurrent_weights = case.recurrent_weights.roll(1, 1)  # each synapse has another source
+    assert not torch.equal(case.run("reference")[0], spikes)
