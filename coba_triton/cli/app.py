@@ -44,6 +44,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             status = 2
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 0
+        except KeyboardInterrupt:  # before the command began
+            status = INTERRUPTED
     return 128 + received[0] if received else status
 
 
