@@ -6,6 +6,7 @@ import logging
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.table import Table
 import coba_triton
 from coba_triton import open_result
 from coba_triton.backend.cpu.numba_bridge import _Report, _reported
+from coba_triton.cli import app as cli_app
 from coba_triton.cli import keys, main
 from coba_triton.cli.config import Config, load
 from coba_triton.cli.errors import UserError
@@ -106,6 +108,31 @@ def test_messages_are_written_once(capsys: pytest.CaptureFixture[str]) -> None:
         logging.getLogger("coba_triton").info("outside")
     logging.getLogger("coba_triton").info("afterwards")
     assert capsys.readouterr().err == "coba_triton: within\ncoba_triton: outside\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("to", ["full", "closed"])
+def test_standard_output_that_takes_nothing(to: str) -> None:
+    """A full disk under it is told in a sentence; where the shell has closed it, nothing is printed."""
+    where = ">&-" if to == "closed" else ">/dev/full"
+    command = f"exec {sys.executable} -m coba_triton --version {where}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
+    if to == "closed":
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        expected = "coba-triton: cannot write to standard output: No space left on device; make room, or send it elsewhere"
+        assert (done.returncode, done.stderr) == (2, expected + "\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_before_the_command_begins(
+    number: str, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_app, "_commands", lambda: signal.raise_signal(getattr(signal, number)))
+    assert main(["info"]) == status
+    assert capsys.readouterr() == ("", "")
 
 
 # Keys
