@@ -325,6 +325,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen = self._written()
         try:
             node = json.loads(read_bytes(path / "zarr.json", MOST_ATTRIBUTES))
             attributes = node["attributes"]
@@ -372,8 +373,20 @@ class Store:
         """How many blocks are finished."""
         return -(-self.steps // self.block_steps)
 
+    def _written(self) -> list[bytes | None]:
+        """The two files of which a run that writes to the group always changes one before it takes anything away."""
+        found: list[bytes | None] = []
+        for name, limit in (("zarr.json", MOST_ATTRIBUTES), ("progress/c.0", 64)):
+            try:
+                found.append(read_bytes(self.path / name, limit))
+            except OSError:
+                found.append(None)
+        return found
+
     def damaged(self, what: str) -> Refused:
-        """The error that says that the group is damaged, and how."""
+        """The error that says that the group is damaged, and how; or that a run has written to it in the meantime."""
+        if self._written() != self._seen:
+            return Refused(f"{self.path} has changed since it was opened, as a run has written to it: {what}; open it again")
         return Refused(f"{self.path} is damaged: {what}; restore it from a copy")
 
     def _chunk(self, name: str, number: int, shape: tuple[int, ...], dtype: str, packed: bool) -> Array:

@@ -455,6 +455,23 @@ def test_progress_that_no_block_ends_with_is_refused(steps: int, resume: bool, t
             open_result(tmp_path / "run.zarr")
 
 
+@pytest.mark.parametrize("how", ["grown", "extended", "replaced"])
+def test_a_result_that_was_opened_before_a_run_wrote_on_is_not_called_damaged(how: str, tmp_path: Path) -> None:
+    """What it had is read as ever, unless the run has written over it: then one opens it again."""
+    path = tmp_path / "run.zarr"
+    run(path, source=drive(steps=BLOCK + 7))
+    opened = open_result(path)
+    if how == "replaced":
+        run(ZarrSink(path, overwrite=True), source=torch.zeros(BLOCK + 7, N))
+    else:
+        run(path, source=drive(steps=BLOCK + 9 if how == "extended" else 5 * BLOCK), resume=True)
+    with pytest.raises(ValueError, match="has changed since it was opened, as a run has written to it: .*; open it again"):
+        opened.state  # noqa: B018
+    if how != "replaced":
+        assert np.array_equal(opened.spikes[:BLOCK], open_result(path).spikes[:BLOCK])
+    open_result(path).state  # noqa: B018
+
+
 def test_progress_of_a_finished_run_is_its_length(tmp_path: Path) -> None:
     run(tmp_path / "run.zarr")
     write_progress(tmp_path / "run.zarr", 3 * BLOCK)
