@@ -276,7 +276,14 @@ class RanksRun(BlockRun):
                     block = next(blocks, None)
                 except Exception as error:
                     self.ranks.refuse(error)
-                self.ranks.share_facts(None)  # whether all have read it
+                # whether all have read it, and the same
+                every = self.ranks.share_facts(None if block is None else (len(block[0]), block[1]))
+                for rank, other in enumerate(every):
+                    if other != every[0]:
+                        raise ValueError(
+                            f"rank {rank} has read another block of source than rank 0; give all ranks the same source, the "
+                            "input of the whole network"
+                        )
                 if block is None:
                     return
                 yield block
@@ -350,11 +357,16 @@ class RanksSink(Sink):
         return self._by_first(lambda: self.inner.begin(header, resume))
 
     def go_on(self, blocks: int, steps: int | None) -> Array | None:
-        state = self._by_first(lambda: self.inner.go_on(blocks, steps))
+        state, run = self._by_first(lambda: (self.inner.go_on(blocks, steps), self.inner.run))
         failure: Exception | None = None
         try:
             if self.ranks.rank:
                 self.inner.join(self.run.header)
+                if self.inner.run != run:
+                    raise ValueError(
+                        f"{self.path} is another result on rank {self.ranks.rank} than on rank 0; give all ranks the same "
+                        "path, in a folder that all see"
+                    )
         except Exception as error:
             failure = error
         self.settle(failure)  # no rank writes before all have read

@@ -309,6 +309,11 @@ class ZarrSink(Sink):
             self._create(attributes, fixed, kept, header)
         return Checkpoint()
 
+    @property
+    def run(self) -> str:
+        """The random name of the run that is begun or goes on."""
+        return str(self._kept.attributes["run"])
+
     def join(self, header: Header) -> None:
         """Prepare to write some blocks of a run that another process has begun with this header, or goes on with."""
         self._columns, self._block_steps = header.columns, header.block_steps

@@ -297,6 +297,33 @@ def test_an_input_that_one_rank_cannot_read_stops_all(ranks: Ranks, tmp_path: Pa
     assert open_result(tmp_path / "run.zarr").steps == kept
 
 
+def other_input(group: Any, path: Path, how: str) -> str:
+    """A run in which the source of rank 1 differs from step 100 on, or ends there."""
+    x = source_for("feed-forward", 200, ())
+    if torch.distributed.get_rank(group) == 1:
+        x = x[:100] if how == "shorter" else torch.cat([x[:100], x[100:] + 1])
+    source = iter(x.split(50)) if how == "shorter" else x  # chunks do not say how many steps there are
+    options: dict[str, Any] = {"divide": "neurons", "group": group, "block_steps": 64, "progress": False}
+    return said_by(lambda: distributed.simulate(CobaLIF(dt=DT), source, sink=path, **options))
+
+
+@pytest.mark.parametrize("how", ["numbers", "shorter"])
+def test_ranks_with_different_inputs_stop(ranks: Ranks, tmp_path: Path, how: str) -> None:
+    for got in ranks(2, other_input, tmp_path / "run.zarr", how):
+        assert got.startswith("ValueError: rank 1 has read another block of source than rank 0; give all ranks the same")
+    assert open_result(tmp_path / "run.zarr").steps < 200
+
+
+def test_a_rank_does_not_write_into_another_result(ranks: Ranks, tmp_path: Path) -> None:
+    """As where a folder is not the same one on all machines, and one of them has an earlier result there."""
+    path, earlier = tmp_path / "run.zarr", tmp_path / "earlier.zarr"
+    simulate(CobaLIF(CobaLIFParameters(**VALUES), DT), source_for("feed-forward", 70, ()), sink=earlier, progress=False)
+    before = {file: file.read_bytes() for file in earlier.rglob("*") if file.is_file()}
+    for got in ranks(2, refused, path, [{"block_steps": 32}, {"block_steps": 32, "sink": earlier}]):
+        assert "is another result on rank 1 than on rank 0; give all ranks the same path, in a folder that all see" in got
+    assert {file: file.read_bytes() for file in earlier.rglob("*") if file.is_file()} == before
+
+
 def late(group: Any, path: Path) -> int:
     """The second rank begins a second later."""
     time.sleep(torch.distributed.get_rank(group))
