@@ -109,7 +109,12 @@ def _changing(folder: Path, other: Path | None) -> Iterator[None]:
         if other is not None:
             stack.enter_context(held(other))
         for file in reversed(FILES):
-            (folder / file).unlink(missing_ok=True)
+            try:
+                (folder / file).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cannot remove {folder / file}, as of an earlier run: {reason(error)}; move it, or give another --out"
+                ) from None
         if other is not None:
             stack.enter_context(replaced(other))
         yield
