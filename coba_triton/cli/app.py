@@ -97,7 +97,10 @@ def simulate(
         bool, typer.Option("--keep-going", help="Go on where the time step is too long and the spikes mean nothing.")
     ] = False,
     wait: Annotated[
-        float, typer.Option(min=1.0, help="Under torchrun: seconds after which a process without an answer counts as lost.")
+        float,
+        typer.Option(
+            min=1.0, max=1e7, help="Under torchrun: seconds after which a process without an answer counts as lost."
+        ),
     ] = 300.0,
     list_: Annotated[bool, typer.Option("--list", help="List the built-in configurations.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List every key of a configuration.")] = False,

@@ -34,11 +34,21 @@ class Part(NamedTuple):
         """Within the block, the part of this process; None if it is alone.
 
         ``wait``: seconds after which another process counts as lost.
+
+        Raises:
+            UserError: if the environment says that there are others, and they cannot be reached.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size == "1":
             yield None
             return
-        dist.init_process_group("gloo", timeout=timedelta(seconds=wait))
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=wait))
+        except (RuntimeError, ValueError) as error:  # torch has one for each variable, and others for the network
+            raise UserError(
+                f"WORLD_SIZE is {size} in the environment, and the other processes of the run cannot be reached "
+                f"({str(error).splitlines()[0]:.200}); start all with torchrun, or unset WORLD_SIZE for a run of one process"
+            ) from None
         try:
             ranks = Ranks(None)
             try:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,3 +91,26 @@ def test_a_rank_that_is_killed_stops_all_and_others_go_on(tmp_path: Path) -> Non
 def test_what_is_refused(tmp_path: Path) -> None:
     done = run(2, "simulate", "va", "--out", str(tmp_path / "x"), "--format", "npz", *OPTIONS)
     assert done.returncode != 0 and "several processes cannot write one .npz; leave out --format npz" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "cause"),
+    [
+        ({"WORLD_SIZE": "2"}, "environment variable RANK expected"),
+        ({"WORLD_SIZE": "two"}, "environment variable RANK expected"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "timed out"),
+    ],
+)
+def test_other_processes_that_are_not_there(
+    environment: dict[str, str], cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As where a script sets a variable, or the first process has not started."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["simulate", "va", "--out", str(tmp_path / "x"), "--wait", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"coba-triton: WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, and the other processes" in said
+    assert cause in said and "start all with torchrun, or unset WORLD_SIZE for a run of one process" in said
+    assert not (tmp_path / "x").exists()

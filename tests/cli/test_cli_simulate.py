@@ -621,12 +621,22 @@ def test_error_of_the_core_is_passed_on(
         (["simulate", "ecg"], "add --out DIR"),
         (["simulate", "egc", "--out", "x"], "did you mean 'ecg'?"),
         (["simulate", "ecg", "--oot", "x"], "--oot"),
+        (["simulate", "ecg", "--out", "x", "--wait", "inf"], "'--wait': Input should be less than or equal to 10000000"),
         (["simulat"], "simulat"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_the_picture_is_named(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raster.png").mkdir()
+    assert main(["simulate", config, "--out", str(tmp_path)]) == 2
+    assert f"cannot remove {tmp_path / 'raster.png'}, as of an earlier run" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["raster.png", "test.toml"]
 
 
 def test_folder_that_cannot_be_written(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
