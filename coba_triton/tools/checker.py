@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import functional
 from ..backend import reference
-from ..backend.choose import choose_backend, triton_device_type
+from ..backend.choose import choose_backend, the_device, triton_device_type
 from ..neuron.records import CobaLIFDelayState, CobaLIFParameters, Drive, feed_forward_state, numbers_of, recurrent_state
 from ..ops import validation
 from ..ops.constants import derive_constants
@@ -347,7 +347,7 @@ def resolve(backend: str, device: torch.device | str | None) -> tuple[str, torch
         ValueError: if the backend is unknown, or is the reference.
         RuntimeError: if there is no such device, or the backend cannot serve it.
     """
-    device = default_device() if device is None else torch.device(device)
+    device = default_device() if device is None else the_device(device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
         raise RuntimeError(
             f"device {str(device)!r} is not here: PyTorch {torch.__version__} sees none; run on a machine with one, or "

@@ -341,7 +341,7 @@ def test_mismatches_say_where() -> None:
     ("arguments", "message"),
     [
         (["--device", "cuda"], "device 'cuda' is not here"),
-        (["--device", "gpu"], "gpu"),
+        (["--device", "gpu"], "device must be a device of torch, such as 'cpu' or 'cuda', got 'gpu'"),
         (["--backend", "tpu"], "backend must be one of"),
         (["--backend", "reference"], "nothing to check"),
         (["--only", "nonsense"], "no check contains 'nonsense' in its name; the groups are forward"),
