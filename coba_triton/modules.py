@@ -60,7 +60,7 @@ from .ops import validation
 from .ops.given import limits
 from .ops.kept import forget
 from .ops.spikes import unpack_spikes
-from .ops.synapses import Synapses
+from .ops.synapses import Synapses, of_dense
 from .ops.tensors import as_in_memory, is_watched, known
 from .ops.validation import SpikeDtype
 from .ops.wiring import check_delay
@@ -194,7 +194,7 @@ class _RecurrentNeurons(_Neurons):
                     "delay is for dense recurrent weights, got sparse ones, which have delays of their own; leave delay= "
                     "away"
                 )
-            check_delay(delay, hidden_size, self.dt)
+            self._span = check_delay(delay, hidden_size, self.dt)
             self.register_buffer("delay", as_in_memory(torch.as_tensor(delay, dtype=torch.float32)))
         else:
             self.delay = None
@@ -237,6 +237,8 @@ class _RecurrentNeurons(_Neurons):
             delays = getattr(self, f"{name}_delays")
             if delays is not None and delays.numel() and delays.device.type != "meta":
                 self._sparse[name] = limits(delays)
+        if self.delay is not None and self.delay.device.type != "meta":
+            self._span = limits(self.delay)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: normal around 0, with a standard deviation of ``sqrt(2 pi) g_l / fan_in``.
@@ -277,6 +279,18 @@ class _RecurrentNeurons(_Neurons):
             self._synapses("input") if "input" in self._sparse else self.input_weights,
             self._synapses("recurrent") if "recurrent" in self._sparse else self._recurrent_matrix(),
         )
+
+    def _connections(self) -> dict[str, Any]:
+        """Weights and delay as the functions take them.
+
+        Where no number can be looked at, a matrix with a delay becomes synapses here, whose shortest and longest delay are
+        known.
+        """
+        inputs, recurrent = self._weights()
+        delay = self.delay
+        if delay is not None and isinstance(recurrent, Tensor) and (is_watched() or recurrent.is_meta):
+            recurrent, delay = of_dense(recurrent, delay, self._span), None
+        return {"input_weights": inputs, "recurrent_weights": recurrent, "delay": delay}
 
     def _recurrent_matrix(self) -> Tensor:
         recurrent = self.recurrent_weights
@@ -455,7 +469,7 @@ class CobaLIFCell(_RecurrentNeurons):
         super().__init__(input_size, hidden_size, p, dt, autapses, learn, (input_weights, recurrent_weights), delay)
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, RecurrentState]:
-        return coba_lif_step(input_tensor, state, *self._weights(), self._parameters_for(), self.dt, delay=self.delay)
+        return coba_lif_step(input_tensor, state, p=self._parameters_for(), dt=self.dt, **self._connections())
 
 
 class CobaLIF(_WholeSequence, _Neurons):
@@ -610,6 +624,6 @@ class CobaLIFRecurrent(_WholeSequence, _RecurrentNeurons):
         )
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> Any:
-        options = self._options() | {"delay": self.delay}
+        options = self._options() | self._connections()
         p = self._parameters_for()
-        return self._output(input_tensor, coba_lif_integral(input_tensor, state, *self._weights(), p, self.dt, **options))
+        return self._output(input_tensor, coba_lif_integral(input_tensor, state, p=p, dt=self.dt, **options))

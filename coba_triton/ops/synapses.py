@@ -346,38 +346,21 @@ class Synapses(NamedTuple):
                 f"matrix must be dense, or sparse with the layout COO, CSR or CSC, got {matrix.layout}; use .to_sparse_coo()"
             )
         check_floating(matrix, "matrix")
-        if matrix.dim() != 2 or matrix.dense_dim() not in (0, 2):
+        if matrix.dim() != 2 or (matrix.layout is not torch.strided and matrix.dense_dim()):
             raise ValueError(f"matrix must be [N, K], rows post-synaptic, got shape {list(matrix.shape)}; reshape it")
         neurons, sources = check_shape(matrix.shape)
         device = device_of({"matrix": matrix, "delays": delays})
         if matrix.layout is torch.strided:
-            return cls._of_dense(matrix, delays, device)
+            if not (is_watched() or matrix.is_meta) or not (delays is None or isinstance(delays, int | float)):
+                return of_dense(matrix, delays)
+            number = _single(float(delays or 0.0))
+            return of_dense(matrix, None if delays is None else torch.full((1,), number, device=device), (number, number))
         with torch.no_grad():
             stored, rows, columns = _stored(matrix)
             taken = None if delays is None else values_of(delays, "delays", len(stored), sources, device)
             indptr, targets, order = _sort(rows, columns, neurons, sources)
         weights: Any = _Stored.apply(matrix, order) if is_tracked(matrix) else _permute(stored, order)  # type: ignore[no-untyped-call]
         return record_of(indptr, targets, weights, _permute(taken, order), neurons)
-
-    @classmethod
-    def _of_dense(cls, matrix: Tensor, delays: Any, device: torch.device) -> Synapses:
-        neurons, sources = matrix.shape
-        taken = None
-        if delays is not None:
-            taken = to_tensor(delays, "delays", device)
-            if taken.shape == matrix.shape:
-                taken = taken.t().reshape(-1)
-            elif taken.shape == (sources,):
-                taken = taken.unsqueeze(1)
-            elif taken.numel() != 1 or taken.dim() > 1:
-                raise ValueError(
-                    f"delays must be a number, [K]=[{sources}] or [N, K]={list(matrix.shape)} for a dense matrix, got shape "
-                    f"{list(taken.shape)}; pass one number to share it"
-                )
-            taken = taken.reshape(1) if taken.dim() == 0 else taken
-        indptr = torch.arange(sources + 1, device=device) * neurons
-        targets = torch.arange(neurons, dtype=torch.int32, device=device).repeat(sources)
-        return record_of(indptr, targets, matrix.t().reshape(-1), taken, neurons)
 
     @classmethod
     def fixed_probability(
@@ -611,6 +594,33 @@ def record_of(indptr: Tensor, targets: Tensor, weights: Tensor, delays: Tensor |
         if not delays.numel():
             delays = delays.new_zeros(1)
     return Synapses(indptr, targets, weights, delays, neurons, shortest + 0.0, longest + 0.0)
+
+
+def of_dense(matrix: Tensor, delays: Any, span: tuple[float, float] | None = None) -> Synapses:
+    """One synapse for every entry of a matrix ``[N, K]``, and delays as :meth:`Synapses.from_torch` takes them.
+
+    With ``span``, the shortest and the longest delay in ms, no number is looked at, which a compiler would not follow.
+    """
+    neurons, sources = matrix.shape
+    taken = None
+    if delays is not None:
+        taken = to_tensor(delays, "delays", matrix.device)
+        if taken.shape == matrix.shape:
+            taken = taken.t().reshape(-1)
+        elif taken.shape == (sources,):
+            taken = taken.unsqueeze(1)
+        elif taken.numel() != 1 or taken.dim() > 1:
+            raise ValueError(
+                f"delays must be a number, [K]=[{sources}] or [N, K]={list(matrix.shape)} for a dense matrix, got shape "
+                f"{list(taken.shape)}; pass one number to share it"
+            )
+        taken = taken.reshape(1) if taken.dim() == 0 else taken
+    indptr = torch.arange(sources + 1, device=matrix.device) * neurons
+    targets = torch.arange(neurons, dtype=torch.int32, device=matrix.device).repeat(sources)
+    if span is None:
+        return record_of(indptr, targets, matrix.t().reshape(-1), taken, neurons)
+    single = None if taken is None else taken.to(torch.float32)
+    return Synapses(indptr, targets, matrix.t().reshape(-1), single, neurons, *span)
 
 
 def in_memory(synapses: Synapses) -> Synapses:

@@ -61,17 +61,22 @@ def connect(x: Tensor, input_weights: Any, recurrent_weights: Any, delay: Any, d
     return Wiring(inputs, recurrent, *recurrent.check_delays(dt))
 
 
-def check_delay(delay: Any, neurons: int, dt: float) -> None:
-    """The delay of a recurrent matrix for these neurons. It is looked at unless a compiler or a transform looks on."""
+def check_delay(delay: Any, neurons: int, dt: float) -> tuple[float, float]:
+    """The delay of a recurrent matrix for these neurons; returns the shortest and the longest one, 0 if they are not known.
+
+    They are looked at unless a compiler or a transform looks on.
+    """
     values = to_tensor(delay, "delay", delay.device if isinstance(delay, Tensor) else torch.device("cpu"))
     if values.shape not in ((), (1,), (neurons,), (neurons, neurons)):
         raise ValueError(
             f"delay must be a number, [N]=[{neurons}] or [N, N]={[neurons, neurons]}, got shape {list(values.shape)}; pass "
             "one number to share it"
         )
-    if not (values.is_meta or is_watched()):
-        _, shortest, longest = delays_of(values, "delay")
-        steps_of(shortest, longest, dt)
+    if values.is_meta or is_watched():
+        return 0.0, 0.0
+    _, shortest, longest = delays_of(values, "delay")
+    steps_of(shortest, longest, dt)
+    return shortest, longest
 
 
 def check_no_delays(inputs: Synapses) -> None:

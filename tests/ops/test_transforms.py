@@ -266,7 +266,7 @@ def test_compiled_module_trains_as_the_plain_one(kind) -> None:
 
 
 def step_of(kind: str) -> torch.nn.Module:
-    """What computes with ordinary operations."""
+    """What computes with ordinary operations, or has a matrix with delays, of which the numbers are looked at elsewhere."""
     p = problem(1, (1,)).record()
     torch.manual_seed(0)
     synapses = Synapses.fixed_number(4, 4, 2, weight=0.01, delay=2 * DT, seed=1)
@@ -274,13 +274,15 @@ def step_of(kind: str) -> torch.nn.Module:
         "feed-forward cell": lambda: CobaLIFFeedForwardCell(p, DT, learn=("v_thresh",)),
         "cell": lambda: CobaLIFCell(6, 4, p, DT),
         "sparse cell": lambda: CobaLIFCell(6, 4, p, DT, recurrent_weights=synapses),
+        "cell with delays": lambda: CobaLIFCell(6, 4, p, DT, delay=DT * torch.tensor([1.0, 3.0, 2.0, 1.0])),
+        "delays": lambda: CobaLIFRecurrent(6, 4, p, DT, delay=2 * DT),
         "reference": lambda: CobaLIFRecurrent(6, 4, p, DT, backend="reference"),
         "sparse reference": lambda: CobaLIFRecurrent(6, 4, p, DT, recurrent_weights=synapses, backend="reference"),
     }
     return torch.nn.Sequential(torch.nn.Linear(6, 6), modules[kind]())
 
 
-STEPS = ["feed-forward cell", "cell", "sparse cell", "reference", "sparse reference"]
+STEPS = ["feed-forward cell", "cell", "sparse cell", "cell with delays", "delays", "reference", "sparse reference"]
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -296,6 +298,20 @@ def test_compiled_and_exported_steps_train_as_plain_ones(kind) -> None:
         assert all(map(torch.equal, gradients(exported, exported, x), expected))
     x[..., 0] = torch.inf
     assert_same_bits([exported(x)[0]], [model(x)[0]])
+
+
+def test_a_matrix_with_one_delay_is_followed_by_a_compiler() -> None:
+    """Also where no module knows how long the delay is."""
+    case = recurrent_problem(40, 2, 5)
+    p = case.record()
+    weights = case.input_weights, case.recurrent_weights
+
+    def run(x: Tensor) -> Tensor:
+        spikes: Tensor = coba_lif_integral(x, None, *weights, p, DT, delay=3 * DT)[0]
+        return spikes
+
+    assert_same_bits([torch.compile(run, backend="aot_eager", fullgraph=True)(case.x)], [run(case.x)])
+    assert run(case.x).any()
 
 
 @pytest.mark.parametrize("kind", STEPS)
