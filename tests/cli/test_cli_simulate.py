@@ -32,7 +32,7 @@ from coba_triton.cli import job, main, report
 from coba_triton.cli.config import UserError
 from coba_triton.cli.inputs import open_source
 from coba_triton.cli.weights import open_recurrent, read_array
-from coba_triton.stream import simulation
+from coba_triton.stream import block_run, steppers
 
 CONFIG = """
 description = "a test"
@@ -252,14 +252,14 @@ def test_builtin_ecg(tmp_path: Path) -> None:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
     """A real signal before the block that begins at this step is finished."""
-    finish = simulation.BlockRun.finish
+    finish = block_run.BlockRun.finish
 
-    def interrupted(self: simulation.BlockRun, running: Any) -> Any:
+    def interrupted(self: block_run.BlockRun, running: Any) -> Any:
         if running.start == step:
             signal.raise_signal(number)
         return finish(self, running)
 
-    monkeypatch.setattr(simulation.BlockRun, "finish", interrupted)
+    monkeypatch.setattr(block_run.BlockRun, "finish", interrupted)
 
 
 def test_interrupted_run_is_resumed(
@@ -410,13 +410,13 @@ def in_the_folder(out: Path) -> list[str]:
 
 def look_at(monkeypatch: pytest.MonkeyPatch, out: Path) -> list[list[str]]:
     """What is in a folder while a run goes on, which is what a kill would leave, is added to the list."""
-    finish, seen = simulation.BlockRun.finish, []
+    finish, seen = block_run.BlockRun.finish, []
 
-    def looked_at(self: simulation.BlockRun, running: Any) -> Any:
+    def looked_at(self: block_run.BlockRun, running: Any) -> Any:
         seen.append(in_the_folder(out))
         return finish(self, running)
 
-    monkeypatch.setattr(simulation.BlockRun, "finish", looked_at)
+    monkeypatch.setattr(block_run.BlockRun, "finish", looked_at)
     return seen
 
 
@@ -473,7 +473,7 @@ def test_a_result_of_the_other_format_is_replaced_as_well(
         raise ValueError("no such run")
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulation.BlockRun, "__init__", refuse)
+        patch.setattr(block_run.BlockRun, "__init__", refuse)
         assert main(["simulate", config, "--out", str(out), "--format", new]) == 2
     assert in_the_folder(out) == before
     with monkeypatch.context() as patch:
@@ -503,7 +503,7 @@ def test_an_interrupt_before_the_run_begins_leaves_the_earlier_one(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulation.BlockRun, "__init__", interrupted)
+    monkeypatch.setattr(block_run.BlockRun, "__init__", interrupted)
     assert main([*arguments, *options]) == 130
     assert capsys.readouterr() == ("", "Interrupted; nothing more was written.\n")
     assert (out / "summary.json").read_bytes() == summary
@@ -609,7 +609,7 @@ def test_error_of_the_core_is_passed_on(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("this backend cannot")
 
-    monkeypatch.setattr(simulation, "coba_lif_feed_forward_integral", fail)
+    monkeypatch.setattr(steppers, "coba_lif_feed_forward_integral", fail)
     assert main(["simulate", config, "--out", str(tmp_path / "out")]) == 2
     assert "the simulation failed: this backend cannot" in capsys.readouterr().err
 
