@@ -39,7 +39,8 @@ def simulate(
 
     The network advances block by block and carries its state from one block to the next, with what is under way if it has
     delays. Meanwhile a thread reads the next block, and another thread writes the block before. The spikes are those of one
-    call over the whole input.
+    call over the whole input. (Matrices of weights whose sums are not exact may be rounded in another order; see
+    docs/backends.md.)
 
     A run into a zarr group that is killed loses at most three blocks: two that are computed and one that is written. Call it
     again with the same arguments and ``resume=True``: it goes on from the last finished block, and the result is the same,

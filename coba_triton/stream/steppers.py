@@ -40,10 +40,16 @@ class Stepper(ABC):
 
 
 class Functional(Stepper):
-    """The public functions. Neurons without recurrent synapses go this way, and all neurons in the reference."""
+    """The public functions. Neurons without recurrent synapses go this way, and all neurons in the reference.
+
+    Args:
+        network: a module for sequences.
+        weights: input and recurrent weights of connected neurons, or none.
+        p: its parameters.
+        recorded: indices of neurons, ``[K]``.
+    """
 
     def __init__(self, network: Any, weights: Sequence[Any], p: CobaLIFParameters, recorded: Tensor) -> None:
-        """``weights``: input and recurrent weights of connected neurons. ``recorded [K]``: indices of neurons."""
         self.network, self.weights, self.p, self.recorded = network, weights, p, recorded
 
     def integrate(self, x: Tensor, state: Any, record_states: bool, p: Any = None) -> tuple[Tensor, Any]:
@@ -100,28 +106,27 @@ class Functional(Stepper):
 
 
 class Connected(Stepper):
-    """The kernels of a recurrent network, which keep the traces of the recorded neurons alone."""
+    """The kernels of a recurrent network, which keep the traces of the recorded neurons alone.
+
+    Args:
+        recorded: indices of neurons, ``[K]``.
+        records: whether any neuron is recorded, here or in another process that shares the run.
+        cells: neurons of all rows, as many as any process has.
+        block_steps: as in :func:`coba_triton.coba_lif_integral`.
+    """
 
     sums = False  # whether the inputs have sparse synapses, whose sums are made before the launch
 
     def __init__(self, recorded: Tensor, records: bool, cells: int, block_steps: int | None) -> None:
-        """
-        Args:
-            recorded: indices of neurons, ``[K]``.
-            records: whether any neuron is recorded, here or in another process that shares the run.
-            cells: neurons of all rows, as many as any process has.
-            block_steps: as in :func:`coba_triton.coba_lif_integral`.
-        """
         order = recorded.argsort()
         self.ascending, self.places = recorded[order], order.argsort()
         self.records, self.cells, self.block_steps = records, cells, block_steps
 
     def _launch_steps(self, x: Tensor, fields: int, like: Tensor) -> int:
-        """Steps in one launch, of which one on a GPU writes the states of all neurons, where some are recorded."""
+        """Steps in one launch. On a GPU, a launch writes the states of all neurons where some are recorded."""
         besides = (fields if self.records else 0) + (time_blocks.SUM_BYTES // like.element_size() if self.sums else 0)
-        sources = x[:1].numel()
         steps: int = time_blocks.choose_block_steps(
-            self.block_steps, len(x), self.cells, sources, like, train=False, besides=besides
+            self.block_steps, len(x), self.cells, x[:1].numel(), like, train=False, besides=besides
         )
         return steps
 
