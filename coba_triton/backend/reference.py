@@ -69,6 +69,15 @@ def _times_derivative(grad: Tensor, x: Tensor, left: Tensor | None, alpha: Tenso
     return product if left is None else where(left > 0.0, 0.0, product)
 
 
+def _with_derivative(value: Tensor, of: Tensor) -> Tensor:
+    """The ``value``, with the derivative of another tensor, in ordinary operations.
+
+    A compiler takes no function that has a forward mode, and a program that is exported loses the derivative of one.
+    """
+    nothing: Tensor = where(torch.isfinite(of), of - of.detach(), 0.0)
+    return value + nothing
+
+
 def spike(x: Tensor, alpha: Tensor, method: str, left: Tensor | None = None) -> Tensor:
     """1 where ``x > 0``, else 0, in the dtype of ``x``; differentiable by the named surrogate.
 
@@ -81,9 +90,7 @@ def spike(x: Tensor, alpha: Tensor, method: str, left: Tensor | None = None) -> 
     if SURROGATES[method] is None:
         return fire(x, left).to(x.dtype)  # type: ignore[no-any-return]  # a bound function has no types
     if torch.compiler.is_compiling():
-        # Ordinary operations: a compiler takes no function with a forward mode, and an export loses the derivative of one.
-        nothing = _times_derivative(x - x.detach(), x.detach(), left, alpha, method)
-        return fire(x, left).to(x.dtype) + where(torch.isfinite(x), nothing, 0.0)  # type: ignore[no-any-return]  # likewise
+        return _with_derivative(fire(x, left).to(x.dtype), _times_derivative(x, x.detach(), left, alpha, method))
     return _Spike.apply(x, left, alpha, method)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types
 
 
@@ -194,9 +201,10 @@ class _ExactSum(torch.autograd.Function):
 
 
 def _add_up(weights: Tensor, values: Tensor, targets: Tensor, scale: Tensor, neurons: int) -> Tensor:
-    if torch.compiler.is_compiling():  # ordinary operations, as in a spike
+    """The exact sums of ``weights * values`` onto each target."""
+    if torch.compiler.is_compiling():
         sums = values.new_zeros(*values.shape[:-1], neurons).index_add(-1, targets, weights * values)
-        return _ExactSum.forward(weights.detach(), values.detach(), targets, scale, neurons) + (sums - sums.detach())
+        return _with_derivative(_ExactSum.forward(weights.detach(), values.detach(), targets, scale, neurons), sums)
     return _ExactSum.apply(weights, values, targets, scale, neurons)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -37,7 +37,8 @@ def say(*things: RenderableType, error: bool = False) -> None:
     except OSError as failure:
         if not error:
             # what could not be written waits in the stream, and Python would fail to write it once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             raise UserError(f"cannot write to standard output: {reason(failure)}; make room, or send it elsewhere") from None
 
 

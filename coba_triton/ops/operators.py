@@ -295,7 +295,7 @@ def _block_steps(x: Tensor, z: Tensor, call: Call) -> int:
 
 
 def _saved_states(saved: Saved, steps: int, call: Call, asked: Asked) -> int:
-    """How many states of how many fields those before the blocks of a forward are."""
+    """Rows that the checkpoints of a forward must have: every field of the state before every block."""
     blocks = rows_of(saved.checkpoints, asked.fields) // asked.fields
     return asked.fields * count_blocks(even_block_steps(call.block_steps, steps, torch.sym_max(1, blocks)), steps)
 
